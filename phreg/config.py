@@ -1,0 +1,388 @@
+"""Every setting of a run, in one frozen tree.
+
+A setting comes from, weakest first: the defaults below, what its `method` implies, a recipe file, and flags
+or keyword arguments. All four meet in `resolve`, which gathers every problem before it complains. A field's
+docstring is its command-line help, its documentation and part of its error.
+
+    defaults ◄── METHODS[method] ◄── recipe.toml ◄── flags / keyword arguments  ──►  DistillConfig
+"""
+
+import difflib
+import os
+import tomllib
+from collections.abc import Iterator, Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
+
+from phreg.errors import ConfigError
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Readout = Literal["plain", "naclip", "value-only"]
+Role = str
+
+
+class Config(BaseModel):
+    """Base of all sections: frozen, unknown keys refused, docstrings kept as descriptions."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class ViewsConfig(Config):
+    """The moved copies of an image whose aligned features are averaged into the target."""
+
+    count: PositiveInt = 10
+    """Views per image; the first is always the image as it is."""
+    max_shift: Fraction = 0.15
+    """Largest shift along each axis, as a fraction of the grid side, rounded to whole patches."""
+    sampler: Literal["farthest-point", "uniform"] = "farthest-point"
+    """How shifts are drawn: spread out over the range (the paper's code) or independently (the paper's
+    text)."""
+    flip: Fraction = 0.5
+    """Probability that a view is mirrored left to right."""
+    fill: Literal["white", "black", "mean", "reflect", "replicate", "valid-crop"] = "white"
+    """What a shifted view shows outside the image; valid-crop shows nothing: views are smaller crops, all of
+    them real."""
+    subpatch: bool = False
+    """Shift by fractions of a patch too; features are then resampled (kornia), which blurs the target
+    slightly."""
+    scale: Fraction = 0.0
+    """Largest relative change of scale of a view, e.g. 0.1; 0 keeps views exact. Needs resampling
+    (kornia)."""
+
+
+class TargetConfig(Config):
+    """Which features are distilled."""
+
+    layer: int | None = None
+    """Block whose output is distilled, 0-based or negative from the end; unset means the last."""
+    norm: bool = True
+    """Apply the final norm to the tokens first."""
+    teacher_readout: Readout = "plain"
+    """How the teacher's last block is read: plain, naclip (CLIP: key-key attention with a Gaussian),
+    value-only (MaskCLIP)."""
+    student_readout: Readout = "plain"
+    """How the student's last block is read; anything but plain makes its pooled output meaningless in that
+    reading."""
+    native_size: bool = False
+    """Resample the student's position embedding to the training size once, and store it so."""
+    micro_batch: PositiveInt | None = None
+    """Views per teacher forward; unset means 16 on a CPU and 256 on a GPU, halved when memory runs out."""
+
+
+class LossConfig(Config):
+    """Weights of the loss terms, all computed in fp32."""
+
+    cosine: NonNegativeFloat = 1.0
+    """Weight of 1 - mean cosine similarity between student and target patch tokens."""
+    mse: NonNegativeFloat = 1.0
+    """Weight of the mean squared error between student and target patch tokens."""
+    pooled: NonNegativeFloat = 1.0
+    """Weight of the same two terms on the pooled output (CLS), against the unmoved teacher view."""
+
+
+class LoraConfig(Config):
+    """Low-rank adapters (PEFT) trained in place of whole blocks; always merged into the weights at the
+    end.
+    """
+
+    rank: PositiveInt | None = None
+    """Rank of the adapters; unset means no LoRA."""
+    alpha: PositiveFloat = 16.0
+    """Scale: the update is alpha / rank times the low-rank product."""
+    blocks: PositiveInt = 2
+    """How many of the last blocks get adapters."""
+
+
+class UnlockConfig(Config):
+    """Which weights train. Registers always do."""
+
+    roles: tuple[Role, ...] = ("pos_embed", "patch_embed", "block.-1")
+    """Roles that train besides the registers: pos_embed, patch_embed, cls, norm, block.N, block.-N, blocks,
+    head."""
+    lora: LoraConfig = LoraConfig()
+    """Low-rank adapters as an alternative, or an addition, to whole blocks."""
+
+
+class OptimConfig(Config):
+    """The optimizer and its schedule."""
+
+    name: Literal["adamw", "adam", "sgd"] = "adamw"
+    """Optimizer."""
+    lr: PositiveFloat = 1e-4
+    """Learning rate at the first step."""
+    final_lr: NonNegativeFloat = 5e-6
+    """Learning rate at the last step."""
+    schedule: Literal["exponential", "cosine", "constant"] = "cosine"
+    """How the learning rate goes from lr to final_lr."""
+    schedule_unit: Literal["step", "epoch"] = "step"
+    """Whether the learning rate changes at every step, or at every epoch (the paper)."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps of linear warm-up before the schedule."""
+    weight_decay: NonNegativeFloat = 1e-2
+    """Weight decay on everything that trains."""
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    """Adam's decay rates."""
+    momentum: Fraction = 0.9
+    """SGD's momentum."""
+    clip_norm: PositiveFloat | None = None
+    """Largest gradient norm; unset means no clipping."""
+    accumulate: PositiveInt = 1
+    """Batches accumulated into one optimizer step."""
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Decay of an exponential moving average of the weights, kept instead of the last ones; unset means
+    none."""
+
+
+class DataConfig(Config):
+    """How images are read."""
+
+    split: str = "train"
+    """Split of a Hugging Face dataset."""
+    image_column: str | None = None
+    """Column of a Hugging Face dataset that holds the images; unset means the first image column."""
+    workers: Annotated[int, Field(ge=0)] | None = None
+    """Reader processes; unset means up to 8, one less than there are cores."""
+    max_broken: Fraction = 0.05
+    """Share of unreadable images that are skipped and reported; more stop the run."""
+
+
+class MeasureConfig(Config):
+    """The before/after table at the end of a run."""
+
+    images: Annotated[int, Field(ge=0)] = 32
+    """Images set aside for measuring and never trained on (fewer when there are few); 0 skips the table."""
+    views: PositiveInt = 40
+    """Views in the reference target that agreement is measured against."""
+
+
+class DistillConfig(Config):
+    """Everything that decides the outcome of `phreg distill`, and where it runs."""
+
+    model: str | None = None
+    """Model to patch: a hub id, timm or open_clip name, local folder, run or adapter."""
+    revision: str | None = None
+    """Hub commit, branch or tag to pin."""
+    images: str | None = None
+    """Images to distil on: a folder, a text file of paths, tar shards, or a Hugging Face dataset."""
+    output: str | None = None
+    """Run folder to write."""
+    method: Literal["distill", "paper"] = "distill"
+    """distill: phreg's settings. paper: PH-Reg (arXiv 2505.21501) to the letter, for DINOv2- and CLIP-type
+    models."""
+    registers: Annotated[int, Field(ge=0)] = 4
+    """Register tokens to add; 0 distils without (an ablation)."""
+    register_init: Literal["randn", "trunc-normal", "zeros"] = "randn"
+    """How registers start: randn / sqrt(width), truncated normal of std 0.02, or zeros."""
+    steps: PositiveInt | None = None
+    """Optimizer steps; unset means as epochs says."""
+    epochs: PositiveInt | None = None
+    """Passes over the images; unset, with steps unset, means 1."""
+    batch_size: PositiveInt = 8
+    """Images per process and batch."""
+    size: PositiveInt | None = None
+    """Image side in pixels; unset means the model's own."""
+    seed: int = 0
+    """Seed of registers, order, crops and views."""
+    checkpoint_every: PositiveInt = 500
+    """Steps between checkpoints; the last two are kept."""
+    device: str | None = None
+    """Device: cpu, cuda, cuda:1, mps; unset means the best there is."""
+    precision: Literal["fp32", "bf16"] | None = None
+    """Autocast precision; unset means bf16 where the hardware computes in it, else fp32. Weights and losses
+    stay fp32."""
+    compile: bool = False
+    """Compile the blocks with torch.compile."""
+    keep_freed_memory: bool = True
+    """On a CPU, let the process keep freed memory instead of returning it to the kernel; about twice as fast
+    (glibc)."""
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    """Experiment trackers to write to besides log.jsonl."""
+    views: ViewsConfig = ViewsConfig()
+    target: TargetConfig = TargetConfig()
+    loss: LossConfig = LossConfig()
+    unlock: UnlockConfig = UnlockConfig()
+    optim: OptimConfig = OptimConfig()
+    data: DataConfig = DataConfig()
+    measure: MeasureConfig = MeasureConfig()
+
+    @model_validator(mode="after")
+    def _one_length(self) -> "DistillConfig":
+        if self.steps is not None and self.epochs is not None:
+            raise ValueError(
+                f"steps and epochs are two ways to say the same, found {self.steps} and {self.epochs}; keep one"
+            )
+        return self
+
+
+PAPER: dict[str, Any] = {
+    "registers": 16,
+    "register_init": "randn",
+    "loss.pooled": 0.0,
+    "optim.schedule": "exponential",
+    "optim.schedule_unit": "epoch",
+}
+"""PH-Reg for DINOv2-type models, where it differs from the defaults (PH-Reg code, DINOv2 part)."""
+
+PAPER_CLIP: dict[str, Any] = PAPER | {
+    "batch_size": 16,
+    "optim.lr": 3e-4,
+    "optim.final_lr": 1e-5,
+    "target.teacher_readout": "naclip",
+    "target.student_readout": "value-only",
+    "target.native_size": True,
+    "unlock.roles": ("pos_embed", "patch_embed", "block.-2", "block.-1"),
+}
+"""PH-Reg for CLIP-type models, where it differs from the defaults (PH-Reg code, CLIP part)."""
+
+
+def resolve(
+    recipe: str | Path | None = None, overrides: Mapping[str, Any] | None = None, *, clip: bool = False
+) -> DistillConfig:
+    """Builds the configuration of a run.
+
+    Args:
+        recipe: Name of a shipped recipe, or path of a TOML file.
+        overrides: Settings that win over the recipe, by dotted key (`{"optim.lr": 1e-3}`) or nested.
+        clip: Whether the model is CLIP-type: the paper's settings for those differ.
+
+    Raises:
+        ConfigError: Any setting is wrong; all problems are listed.
+    """
+    source, given = "settings", flatten(overrides or {})
+    if recipe is not None:
+        path = find_recipe(recipe)
+        source = os.fspath(path)
+        given = flatten(read_toml(path)) | given
+    implied = (PAPER_CLIP if clip else PAPER) if given.get("method") == "paper" else {}
+    return validate(implied | given, source=source)
+
+
+def validate(settings: Mapping[str, Any], *, source: str) -> DistillConfig:
+    """Checks settings given by dotted key and builds the tree.
+
+    Raises:
+        ConfigError: Any setting is wrong; all problems are listed.
+    """
+    known = fields()
+    problems = [_unknown(key, known) for key in settings if key not in known]
+    try:
+        config = DistillConfig.model_validate(
+            _nest({key: value for key, value in settings.items() if key in known})
+        )
+    except ValidationError as error:
+        problems += [_problem(details) for details in error.errors()]
+    if problems:
+        raise ConfigError(source, problems)
+    return config
+
+
+def fields(model: type[BaseModel] = DistillConfig, prefix: str = "") -> dict[str, Any]:
+    """Lists every setting by dotted key, as pydantic field descriptions."""
+    found: dict[str, Any] = {}
+    for name, info in model.model_fields.items():
+        if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
+            found |= fields(info.annotation, f"{prefix}{name}.")
+        else:
+            found[prefix + name] = info
+    return found
+
+
+def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Turns nested settings into dotted keys; keys that are dotted already stay."""
+
+    def items() -> Iterator[tuple[str, Any]]:
+        for key, value in settings.items():
+            if isinstance(value, BaseModel):
+                value = value.model_dump(exclude_unset=True)
+            if isinstance(value, Mapping):
+                yield from flatten(value, f"{prefix}{key}.").items()
+            else:
+                yield prefix + key, value
+
+    return dict(items())
+
+
+def to_toml(config: DistillConfig) -> str:
+    """Writes the resolved configuration as TOML that `resolve` reads back to the same tree."""
+    import tomli_w
+
+    return tomli_w.dumps(config.model_dump(mode="json", exclude_none=True))
+
+
+def recipes() -> dict[str, Path]:
+    """Lists the shipped recipes by name."""
+    packaged = Path(str(resources.files("phreg"))) / "recipes"
+    folder = packaged if packaged.is_dir() else Path(__file__).parents[1] / "recipes"
+    return {path.stem: path for path in sorted(folder.glob("*.toml"))}
+
+
+def find_recipe(recipe: str | Path) -> Path:
+    """Finds a shipped recipe by name, or a recipe file by path.
+
+    Raises:
+        ConfigError: There is neither.
+    """
+    shipped = recipes()
+    if str(recipe) in shipped:
+        return shipped[str(recipe)]
+    if Path(recipe).is_file():
+        return Path(recipe)
+    near = difflib.get_close_matches(str(recipe), shipped, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"shipped are {', '.join(shipped)}"
+    raise ConfigError("settings", [f"recipe: no recipe or file {str(recipe)!r}; {hint}"])
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Reads a TOML file.
+
+    Raises:
+        ConfigError: It is not TOML.
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(os.fspath(path), [f"not TOML: {error}"]) from error
+
+
+def _nest(settings: Mapping[str, Any]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for key, value in settings.items():
+        *parents, leaf = key.split(".")
+        branch = tree
+        for parent in parents:
+            branch = branch.setdefault(parent, {})
+        branch[leaf] = value
+    return tree
+
+
+def _unknown(key: str, known: Mapping[str, Any]) -> str:
+    leaves = {name.rsplit(".", 1)[-1]: name for name in known}
+    near = difflib.get_close_matches(key, known, n=1) or [
+        leaves[leaf] for leaf in difflib.get_close_matches(key.rsplit(".", 1)[-1], leaves, n=1)
+    ]
+    return f"{key}: unknown key" + (f"; did you mean {near[0]}?" if near else "")
+
+
+def _problem(details: Any) -> str:
+    key = ".".join(
+        str(part)
+        for part in details["loc"]
+        if isinstance(part, str) and "[" not in part and part != "NoneType"
+    )
+    message = details["msg"].removeprefix("Value error, ")
+    if not key:
+        return message
+    message = message.replace("Input should be", "should be")
+    return f"{key}: {message}, found {details['input']!r}"

@@ -1,0 +1,45 @@
+"""The errors phreg raises on purpose.
+
+Every message has three parts: what was asked, what was found, and what to do about it. The command line
+prints a `PhregError` without a traceback and exits non-zero; any other exception that escapes is a bug in
+phreg.
+"""
+
+from collections.abc import Sequence
+
+
+class PhregError(Exception):
+    """Base class of every deliberate failure."""
+
+
+class ConfigError(PhregError):
+    """A configuration, recipe or flag is wrong; all its problems are listed at once.
+
+    Attributes:
+        problems: One line a problem, each opening with its dotted key.
+    """
+
+    def __init__(self, source: str, problems: Sequence[str]) -> None:
+        self.problems = tuple(problems)
+        count = f"{len(self.problems)} problem" + ("" if len(self.problems) == 1 else "s")
+        super().__init__(f"{source} has {count}:\n" + "\n".join(f"  {problem}" for problem in self.problems))
+
+
+class UnsupportedModelError(PhregError):
+    """The model is not a vision transformer that phreg can patch."""
+
+
+class LoadError(PhregError):
+    """A model, adapter or run could not be found, fetched or trusted."""
+
+
+class DataError(PhregError):
+    """The images cannot be read, or there are none."""
+
+
+class CheckpointError(PhregError):
+    """A run cannot be resumed, or its state cannot be written."""
+
+
+class TrainingError(PhregError):
+    """The training loop met a value it must not go on with, such as a NaN loss."""
