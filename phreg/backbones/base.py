@@ -1,0 +1,332 @@
+"""What phreg asks of a vision transformer, whatever library it comes from.
+
+A `Backbone` wraps the user's model and never copies or converts it. An adapter (one per library) answers a
+few questions about the model: which modules are the blocks, which parameters play which role, how to run it
+at another size, where registers go in. Everything else, reading dense features first of all, is done here,
+once, with forward hooks on the blocks.
+
+    images ──run──► [embed | blocks (tapped) | norm | pool] ──► pooled
+                              └──► tokens of any block ──norm, projection──► patches (batch, rows, cols, dim)
+
+Registers are added in place and stay inside the block stack: outside of it the model sees the sequence it
+always saw.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, Protocol
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from phreg.errors import PhregError
+from phreg.tokens import TokenLayout
+
+Library = Literal["transformers", "timm", "open_clip"]
+
+
+class Features(NamedTuple):
+    """What a backbone makes of a batch of images."""
+
+    patches: Float[Tensor, "batch rows cols dim"]
+    """Dense features, laid out as the image lies, registers and prefix left out."""
+    pooled: Float[Tensor, "batch width"]
+    """The model's own global output: pooled or CLS, projected where the model projects it."""
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What does not change about a model when registers are added.
+
+    Attributes:
+        library: The library the model's class comes from.
+        family: Name of the architecture in that library, e.g. `dinov2`, `clip`, `VisionTransformer`.
+        patch_size: Pixels per patch, (height, width).
+        width: Channels of a token.
+        num_heads: Attention heads per block.
+        num_prefix: Tokens before the patches as the model came: CLS, distillation token, native registers.
+        input_size: Pixels the model was made for, (height, width).
+        any_size: Whether it takes other multiples of the patch size.
+        mean: Mean of the input normalisation, RGB, on a scale of 0 to 1.
+        std: Standard deviation of the input normalisation, RGB.
+    """
+
+    library: Library
+    family: str
+    patch_size: tuple[int, int]
+    width: int
+    num_heads: int
+    num_prefix: int
+    input_size: tuple[int, int]
+    any_size: bool
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+class Attention(Protocol):
+    """The parts of one block's self-attention, for read-outs and attention maps that recompute it.
+
+    `queries`, `keys` and `values` take normed tokens (batch, tokens, width) and return (batch, heads, tokens,
+    head_dim).
+    """
+
+    scale: float
+
+    def norm(self, tokens: Tensor) -> Tensor:
+        """Applies the norm before attention."""
+        ...
+
+    def queries(self, tokens: Tensor) -> Tensor:
+        """Projects normed tokens to queries."""
+        ...
+
+    def keys(self, tokens: Tensor) -> Tensor:
+        """Projects normed tokens to keys."""
+        ...
+
+    def values(self, tokens: Tensor) -> Tensor:
+        """Projects normed tokens to values."""
+        ...
+
+    def out(self, tokens: Tensor) -> Tensor:
+        """Applies the output projection to merged heads (batch, tokens, width)."""
+        ...
+
+
+class Backbone(nn.Module, ABC):
+    """A vision transformer seen through the questions phreg asks.
+
+    Args:
+        model: The user's model, of its ordinary class; patched in place, never copied.
+        spec: What was found out about it.
+    """
+
+    def __init__(self, model: nn.Module, spec: Spec) -> None:
+        super().__init__()
+        self.model = model
+        self.spec = spec
+
+    # -- what an adapter answers
+    # ---------------------------------------------------------------------------------------
+
+    @property
+    @abstractmethod
+    def blocks(self) -> Sequence[nn.Module]:
+        """The transformer blocks, first to last."""
+
+    @property
+    @abstractmethod
+    def final_norm(self) -> nn.Module:
+        """The norm after the last block (an identity where there is none)."""
+
+    @property
+    def projection(self) -> Tensor | None:
+        """The (width, dim) matrix of a CLIP-type model from tokens to the joint space; None elsewhere."""
+        return None
+
+    @property
+    @abstractmethod
+    def num_registers(self) -> int:
+        """Registers phreg added."""
+
+    @property
+    @abstractmethod
+    def registers(self) -> nn.Parameter | None:
+        """The parameter that holds the added registers, (1, registers, width); None where there are none.
+
+        Where a class has native registers of its own (timm), this parameter holds both, native ones first.
+        """
+
+    @abstractmethod
+    def insert_registers(self, tokens: Float[Tensor, "registers width"]) -> None:
+        """Puts registers between prefix and patches, after position embedding and before any norm ahead of
+        the blocks.
+        """
+
+    @abstractmethod
+    def remove_registers(self) -> None:
+        """Undoes `insert_registers` exactly."""
+
+    @abstractmethod
+    def run(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch width"]:
+        """Runs the model as its library does, at the images' size, and returns its pooled output."""
+
+    @abstractmethod
+    def roles(self) -> dict[str, list[str]]:
+        """Names the parameters of `model` by role.
+
+        Roles are `registers`, `pos_embed`, `patch_embed`, `cls`, `norm` (after the blocks, and before them
+        where there is one), `block.0` to `block.N`, and `head` (pooling, projection, classifier). Parameters
+        outside the vision tower, such as a text tower, have no role.
+        """
+
+    @abstractmethod
+    def attention(self, index: int) -> Attention:
+        """Takes apart the self-attention of one block."""
+
+    def set_input_size(self, size: int | tuple[int, int]) -> None:
+        """Resamples the stored position embedding once, so that `size` becomes the model's own size.
+
+        Raises:
+            PhregError: The model cannot do so.
+        """
+        raise PhregError(
+            f"cannot change the native size of {self.describe()} to {size}; leave target.native_size off"
+        )
+
+    def disk_state(self) -> dict[str, Tensor]:
+        """Returns the model's tensors under the names its library writes to disk."""
+        return self.model.state_dict()
+
+    def load_disk_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """Puts tensors named as `disk_state` names them back into the model; others stay as they are.
+
+        Raises:
+            PhregError: A name or a shape does not fit.
+        """
+        load_tensors(self.model, tensors, self.describe())
+
+    # -- what follows for every library
+    # --------------------------------------------------------------------------------
+
+    readout: Literal["plain", "naclip", "value-only"] = "plain"
+    """How the last block is read; set by `phreg.backbones.readout.set_readout`."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model's weights are."""
+        return next(self.model.parameters()).device
+
+    def describe(self) -> str:
+        """Names the model for messages."""
+        return f"{type(self.model).__name__} ({self.spec.library}, {self.spec.family})"
+
+    def check_size(self, size: tuple[int, int]) -> None:
+        """Checks that the model takes images of a size.
+
+        Raises:
+            PhregError: It is no multiple of the patch, or the model takes its own size only.
+        """
+        for side, patch in zip(size, self.spec.patch_size, strict=True):
+            if side % patch or not side:
+                below, above = side // patch * patch, math.ceil(side / patch) * patch
+                raise PhregError(
+                    f"size {side} asked of {self.describe()}, whose patches are {patch} pixels; "
+                    f"use a multiple, such as {below or above} or {above or patch}"
+                )
+        if not self.spec.any_size and size != self.spec.input_size:
+            raise PhregError(
+                f"size {size[0]}x{size[1]} asked of {self.describe()}, which takes only its own size; "
+                f"use {self.spec.input_size[0]}x{self.spec.input_size[1]}"
+            )
+
+    def layout(self, images: Float[Tensor, "batch 3 height width"]) -> TokenLayout:
+        """Says where each kind of token lies inside the block stack, for images of this size."""
+        self.check_size((images.shape[-2], images.shape[-1]))
+        grid = (images.shape[-2] // self.spec.patch_size[0], images.shape[-1] // self.spec.patch_size[1])
+        return TokenLayout(self.spec.num_prefix, self.num_registers, grid)
+
+    def block_index(self, layer: int | None) -> int:
+        """Turns a block number, negative from the end, None for the last, into an index.
+
+        Raises:
+            PhregError: There is no such block.
+        """
+        depth = len(self.blocks)
+        index = depth - 1 if layer is None else layer + depth if layer < 0 else layer
+        if not 0 <= index < depth:
+            raise PhregError(
+                f"block {layer} asked of {self.describe()}, which has {depth}; use -{depth} to {depth - 1}"
+            )
+        return index
+
+    @contextmanager
+    def tap(self, layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
+        """Collects what blocks put out, by block index, registers included, while the model runs."""
+        found: dict[int, Tensor] = {}
+        blocks = self.blocks
+        # Ahead of any hook that strips the registers off the last block's output.
+        handles = [
+            blocks[layer].register_forward_hook(_Collect(found, layer), prepend=True) for layer in layers
+        ]
+        try:
+            yield found
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def block_tokens(
+        self, images: Float[Tensor, "batch 3 height width"], layers: Sequence[int]
+    ) -> dict[int, Tensor]:
+        """Runs the model and returns the raw output (batch, tokens, width) of some blocks, registers
+        included.
+        """
+        with self.tap(layers) as found:
+            self.run(images)
+        return found
+
+    def forward(
+        self, images: Float[Tensor, "batch 3 height width"], layer: int | None = None, norm: bool = True
+    ) -> Features:
+        """Reads dense and pooled features in one pass.
+
+        Args:
+            images: Normalised images, sides a multiple of the patch size.
+            layer: Block to read; None means the last.
+            norm: Whether to apply the model's final norm to the patch tokens.
+
+        Returns:
+            Patch features of width `spec.width`, or of the joint space where a CLIP read-out is set.
+        """
+        index, layout = self.block_index(layer), self.layout(images)
+        with self.tap([index]) as found:
+            pooled = self.run(images)
+        patches = layout.to_grid(found[index])
+        if norm:
+            patches = self.final_norm(patches)
+        if self.readout != "plain" and self.projection is not None:
+            patches = patches @ self.projection
+        return Features(patches, pooled)
+
+
+@dataclass(frozen=True)
+class _Collect:
+    """A forward hook that keeps a block's output; an object, so that models which carry it can be copied."""
+
+    found: dict[int, Tensor]
+    layer: int
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        self.found[self.layer] = output[0] if isinstance(output, tuple) else output
+
+
+def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor], described: str) -> None:
+    """Copies named tensors into a model in place, parameters and buffers staying the same objects.
+
+    Raises:
+        PhregError: A name is missing from the model, or a shape differs; nothing is copied then.
+    """
+    own = model.state_dict(keep_vars=True)
+    unknown = sorted(set(tensors) - set(own))
+    if unknown:
+        raise PhregError(
+            f"tensors for {described} name {unknown[:3]}, which the model lacks; they belong to another model"
+        )
+    for name, tensor in tensors.items():
+        if tensor.shape != own[name].shape:
+            raise PhregError(
+                f"tensor {name} for {described} has shape {tuple(tensor.shape)}, the model's is {tuple(own[name].shape)}; "
+                "it belongs to another model or size"
+            )
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            own[name].copy_(tensor)
+
+
+def prefixed(module: nn.Module, prefix: str) -> list[str]:
+    """Names a module's parameters as seen from its owner: `prefix` + the module's own names."""
+    return [f"{prefix}.{name}" for name, _ in module.named_parameters()]

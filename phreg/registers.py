@@ -1,0 +1,83 @@
+"""Adding register tokens to a model, and taking them away again.
+
+Registers are extra tokens that take part in attention inside the block stack and are seen nowhere else: a
+place for the global information that a large vision transformer otherwise writes over patches (Darcet et al.
+2024, arXiv 2309.16588).
+"""
+
+import math
+from typing import Literal, TypeVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from phreg.backbones.base import Backbone
+from phreg.backbones.resolve import adapt
+from phreg.errors import PhregError
+
+Init = Literal["randn", "trunc-normal", "zeros"]
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def initial_registers(
+    count: int, width: int, init: Init = "randn", seed: int = 0
+) -> Float[Tensor, "count width"]:
+    """Draws register tokens.
+
+    Args:
+        count: Number of registers.
+        width: Channels of a token.
+        init: `randn`: normal of std 1 / sqrt(width) (PH-Reg); `trunc-normal`: truncated normal of std 0.02;
+            `zeros`.
+        seed: Seed of the draw, which uses no global random state.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    match init:
+        case "randn":
+            return torch.randn(count, width, generator=generator) / math.sqrt(width)
+        case "trunc-normal":
+            return nn.init.trunc_normal_(torch.empty(count, width), std=0.02, generator=generator)
+        case "zeros":
+            return torch.zeros(count, width)
+
+
+def add_registers(model: Model, count: int, init: Init = "randn", seed: int = 0) -> Model:
+    """Adds register tokens to a vision transformer of transformers, timm or open_clip, in place.
+
+    Args:
+        model: The model, of its ordinary class; a `phreg` backbone is taken too.
+        count: Number of registers; 0 changes nothing.
+        init: How they start: `randn`, `trunc-normal` or `zeros`.
+        seed: Seed of the draw.
+
+    Returns:
+        The same model.
+
+    Raises:
+        UnsupportedModelError: The model is not one that phreg can patch.
+        PhregError: The count is negative, or the model has phreg registers already.
+    """
+    backbone = model if isinstance(model, Backbone) else adapt(model)
+    if count < 0:
+        raise PhregError(f"asked for {count} registers; use 0 or more")
+    if backbone.num_registers:
+        raise PhregError(
+            f"asked for registers on {backbone.describe()}, which has {backbone.num_registers} from phreg already; "
+            "call phreg.remove_registers(model) first"
+        )
+    if count:
+        backbone.insert_registers(initial_registers(count, backbone.spec.width, init, seed))
+    return model
+
+
+def remove_registers(model: Model) -> Model:
+    """Takes phreg's registers out of a model again, in place; the exact inverse of `add_registers`.
+
+    Returns:
+        The same model. Without phreg registers it is left as it is.
+    """
+    backbone = model if isinstance(model, Backbone) else adapt(model)
+    if backbone.num_registers:
+        backbone.remove_registers()
+    return model

@@ -1,0 +1,113 @@
+"""The frozen teacher: views of an image, read by the unpatched model, moved back and averaged into an
+artifact-free target.
+
+    images ──views──► moved copies ──backbone, in micro-batches──► token grids ──undo──► masked mean = target (batch, rows, cols, dim)
+
+The forward passes run under inference mode and autocast; sums and means are fp32. Nothing on this path waits
+for the device.
+"""
+
+import logging
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from phreg.backbones.base import Backbone, Features
+from phreg.config import TargetConfig, ViewsConfig
+from phreg.views import sample_views
+
+logger = logging.getLogger(__name__)
+
+MICRO_BATCH = {"cpu": 16, "cuda": 256}
+"""Views per forward where nothing else is asked for: small ones stay in a CPU's cache, large ones fill a
+GPU."""
+
+
+class Teacher:
+    """A frozen backbone read under test-time augmentation.
+
+    Args:
+        backbone: The model to read; its weights are not touched.
+        views: How views are drawn.
+        target: Which block is read, and how many views at a time.
+        bf16: Whether to run the forward passes under bf16 autocast.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        views: ViewsConfig,
+        target: TargetConfig | None = None,
+        *,
+        bf16: bool = False,
+    ) -> None:
+        self.backbone = backbone
+        self.views = views
+        self.target = target or TargetConfig()
+        self.bf16 = bf16
+        self.micro_batch = self.target.micro_batch or MICRO_BATCH.get(
+            backbone.device.type, MICRO_BATCH["cpu"]
+        )
+
+    @torch.no_grad()
+    def __call__(self, images: Float[Tensor, "batch 3 height width"], generator: torch.Generator) -> Features:
+        """Makes the target of a batch.
+
+        Args:
+            images: Normalised images on the backbone's device.
+            generator: CPU generator that decides the views.
+
+        Returns:
+            The mean over views of the aligned patch features, fp32, each position averaged over the views
+            that saw it; and the pooled output of the unmoved view.
+        """
+        while True:
+            state = generator.get_state()
+            try:
+                total, count, pooled = self._read(images, generator)
+            except torch.OutOfMemoryError:
+                if self.micro_batch == 1:
+                    raise
+                self.micro_batch //= 2
+                logger.warning(
+                    "teacher forward ran out of memory; going on with %d views at a time", self.micro_batch
+                )
+                generator.set_state(state)
+                torch.cuda.empty_cache()
+                continue
+            # Outside inference mode: the quotients are ordinary tensors that autograd may keep.
+            return Features(total / count.unsqueeze(-1), pooled.clone())
+
+    @torch.inference_mode()
+    def _read(self, images: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        """Sums aligned features over views, micro-batch by micro-batch, in a fixed order."""
+        groups = sample_views(
+            self.views, self.backbone.spec, tuple(images.shape[-2:]), len(images), generator
+        )
+        totals, counts, pooled = [], [], []
+        for first in range(0, len(images), self.micro_batch):
+            part = slice(first, first + self.micro_batch)
+            at_once = max(1, self.micro_batch // len(images[part]))
+            chunks = [
+                group.part(part, slice(view, view + at_once))
+                for group in groups
+                for view in range(0, group.count, at_once)
+            ]
+            total = count = 0
+            for chunk in chunks:
+                features = self._forward(chunk.apply(images[part]))
+                aligned, seen = chunk.undo(features.patches)
+                total = total + (aligned * seen.unsqueeze(-1)).sum(1)
+                count = count + seen.sum(1)
+                if chunk is chunks[0]:
+                    pooled.append(features.pooled[:, 0])
+            totals.append(total)
+            counts.append(count)
+        return torch.cat(totals), torch.cat(counts), torch.cat(pooled)
+
+    def _forward(self, views: Float[Tensor, "batch views 3 height width"]) -> Features:
+        with torch.autocast(views.device.type, torch.bfloat16, enabled=self.bf16):
+            patches, pooled = self.backbone(views.flatten(0, 1), self.target.layer, self.target.norm)
+        shape = views.shape[:2]
+        return Features(patches.float().unflatten(0, shape), pooled.float().unflatten(0, shape))

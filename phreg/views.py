@@ -1,0 +1,352 @@
+"""Test-time-augmentation views: how an image is moved, and how its tokens are moved back.
+
+Artifacts keep to the input frame, while content moves with the image; averaging over moved views, each one
+undone, keeps the content and washes artifacts out. Shifts are whole patches, so both ways are a gather of
+whole cells: nothing is resampled.
+
+    images ──apply──► moved images ──teacher──► token grids ──undo──► aligned grids, and where each view saw the image
+
+All fills are one operation: the image is padded, and a view is a window of the padded image, mirrored or not.
+Views that shift by fractions of a patch or change scale have to resample; they are `AffineViews`, and kornia
+does the warping.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import kornia.geometry.transform as kornia
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from phreg.backbones.base import Spec
+from phreg.config import ViewsConfig
+from phreg.errors import PhregError
+
+POOL_FACTOR = 10
+"""Offsets drawn for each one that farthest-point sampling keeps (PH-Reg code)."""
+
+Fill = tuple[float, float, float] | str
+"""What lies outside the image: a value per channel, or a padding mode of `torch.nn.functional.pad`."""
+
+
+class ViewGroup(Protocol):
+    """Views of one shape: the same number for each image of a batch."""
+
+    @property
+    def count(self) -> int:
+        """Views per image."""
+        ...
+
+    def part(self, images: slice, views: slice) -> "ViewGroup":
+        """Takes some images' and some views' share."""
+        ...
+
+    def apply(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch views 3 h w"]:
+        """Makes the views of normalised images, on the images' device, without a host synchronisation."""
+        ...
+
+    def undo(
+        self, grids: Float[Tensor, "batch views rows cols dim"]
+    ) -> tuple[
+        Float[Tensor, "batch views grid_rows grid_cols dim"], Bool[Tensor, "batch views grid_rows grid_cols"]
+    ]:
+        """Moves the views' token grids back onto the image's grid, and says where each view saw the image."""
+        ...
+
+
+@dataclass(frozen=True)
+class Views:
+    """Exact views: whole-patch shifts and mirrorings.
+
+    Cell (r, c) of an unmirrored view shows cell (r + dy, c + dx) of the image.
+
+    Attributes:
+        offsets: Shift (dy, dx) of each view in patches; positive moves content up and left.
+        flips: Whether a view is mirrored left to right, after the shift.
+        grid: Rows and columns of the image, in patches.
+        window: Rows and columns of a view, in patches.
+        margin: Rows and columns of padding that the largest shift needs, in patches.
+        fill: What the padding is made of.
+    """
+
+    offsets: Int[Tensor, "batch views 2"]
+    flips: Bool[Tensor, "batch views"]
+    grid: tuple[int, int]
+    window: tuple[int, int]
+    margin: tuple[int, int]
+    fill: Fill
+
+    @property
+    def count(self) -> int:
+        """Views per image."""
+        return self.flips.shape[1]
+
+    def part(self, images: slice, views: slice) -> "Views":
+        """Takes some images' and some views' share."""
+        return replace(self, offsets=self.offsets[images, views], flips=self.flips[images, views])
+
+    def apply(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch views 3 h w"]:
+        """Makes the views of normalised images, on the images' device, without a host synchronisation."""
+        patch_h, patch_w = images.shape[-2] // self.grid[0], images.shape[-1] // self.grid[1]
+        padded = pad(images, self.margin[0] * patch_h, self.margin[1] * patch_w, self.fill)
+        cells = padded.unflatten(3, (-1, patch_w)).unflatten(2, (-1, patch_h)).permute(0, 2, 4, 1, 3, 5)
+        # One cell a row, plain ones and mirrored ones; a view is a list of row numbers.
+        table = torch.stack([cells, cells.flip(-1)], 1)
+        device = images.device
+        dy, dx = self.offsets.to(device, non_blocking=True).unsqueeze(-1).unbind(2)
+        flip = self.flips.to(device, non_blocking=True).unsqueeze(-1)
+        row = torch.arange(self.window[0], device=device) + dy + self.margin[0]
+        col = torch.arange(self.window[1], device=device)
+        col = torch.where(flip, self.window[1] - 1 - col, col) + dx + self.margin[1]
+        kind = torch.arange(len(images), device=device).view(-1, 1, 1) * 2 + flip.long()
+        index = ((kind * cells.shape[1] + row)[..., :, None] * cells.shape[2]) + col[..., None, :]
+        moved = table.flatten(0, 3).index_select(0, index.flatten())
+        moved = moved.unflatten(0, (len(images), self.count, *self.window))
+        return moved.permute(0, 1, 4, 2, 5, 3, 6).flatten(5, 6).flatten(3, 4)
+
+    def undo(
+        self, grids: Float[Tensor, "batch views rows cols dim"]
+    ) -> tuple[
+        Float[Tensor, "batch views grid_rows grid_cols dim"], Bool[Tensor, "batch views grid_rows grid_cols"]
+    ]:
+        """Moves the views' token grids back onto the image's grid.
+
+        Returns:
+            The aligned grids, and where each view saw the image; elsewhere the aligned values mean nothing.
+        """
+        batch, count, rows, cols, _ = grids.shape
+        device = grids.device
+        dy, dx = self.offsets.to(device, non_blocking=True).unsqueeze(-1).unbind(2)
+        flip = self.flips.to(device, non_blocking=True).unsqueeze(-1)
+        row = torch.arange(self.grid[0], device=device) - dy
+        col = torch.arange(self.grid[1], device=device) - dx
+        seen = ((row >= 0) & (row < rows))[..., :, None] & ((col >= 0) & (col < cols))[..., None, :]
+        col = torch.where(flip, cols - 1 - col, col).clamp(0, cols - 1)
+        view = torch.arange(batch * count, device=device).view(batch, count, 1)
+        index = ((view * rows + row.clamp(0, rows - 1))[..., :, None] * cols) + col[..., None, :]
+        aligned = grids.flatten(0, 3).index_select(0, index.flatten())
+        return aligned.unflatten(0, (batch, count, *self.grid)), seen
+
+
+@dataclass(frozen=True)
+class AffineViews:
+    """Views that shift by fractions of a patch and change scale, resampled bilinearly both ways.
+
+    A point at distance d from the image's centre is shown at distance scale * d - shift, then mirrored.
+
+    Attributes:
+        offsets: Shift (dy, dx) of each view in patches, of any fraction; positive moves content up and left.
+        scales: Enlargement of each view about the image's centre.
+        flips: Whether a view is mirrored left to right, last.
+        grid: Rows and columns of the image, in patches.
+        margin: Rows and columns of padding, in patches, that the largest shift needs.
+        fill: What the padding is made of.
+    """
+
+    offsets: Float[Tensor, "batch views 2"]
+    scales: Float[Tensor, "batch views"]
+    flips: Bool[Tensor, "batch views"]
+    grid: tuple[int, int]
+    margin: tuple[int, int]
+    fill: Fill
+
+    @property
+    def count(self) -> int:
+        """Views per image."""
+        return self.flips.shape[1]
+
+    def part(self, images: slice, views: slice) -> "AffineViews":
+        """Takes some images' and some views' share."""
+        offsets, scales, flips = (field[images, views] for field in (self.offsets, self.scales, self.flips))
+        return replace(self, offsets=offsets, scales=scales, flips=flips)
+
+    def apply(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch views 3 h w"]:
+        """Makes the views of normalised images, on the images' device."""
+        height, width = images.shape[-2:]
+        patch = (height // self.grid[0], width // self.grid[1])
+        # Scale by padding first, so that what a zoomed-out view shows beyond the image is fill too.
+        margin = (self.margin[0] * patch[0], self.margin[1] * patch[1])
+        padded = pad(images, *margin, self.fill).repeat_interleave(self.count, 0)
+        matrices = self._matrices((height, width), patch, images.device)
+        matrices[:, :, 2] -= (matrices[:, :, :2] @ matrices.new_tensor([[margin[1]], [margin[0]]])).squeeze(
+            -1
+        )
+        moved = kornia.warp_affine(
+            padded, matrices, (height, width), padding_mode="border", align_corners=True
+        )
+        return self._mirror(moved.unflatten(0, (len(images), self.count)), -1)
+
+    def undo(
+        self, grids: Float[Tensor, "batch views rows cols dim"]
+    ) -> tuple[
+        Float[Tensor, "batch views grid_rows grid_cols dim"], Bool[Tensor, "batch views grid_rows grid_cols"]
+    ]:
+        """Warps the views' token grids back onto the image's grid.
+
+        Unseen are cells that reach past the view, and those that blend in cells of the view that show any
+        fill.
+        """
+        batch, count = grids.shape[:2]
+        matrices = self._matrices(self.grid, (1, 1), grids.device)
+        planes = self._mirror(grids, 3).flatten(0, 1).movedim(-1, 1)
+        planes = torch.cat([planes, self._free_of_fill(matrices).to(planes.dtype).unsqueeze(1)], 1)
+        back = kornia.invert_affine_transform(matrices).to(grids.dtype)
+        aligned = kornia.warp_affine(planes, back, self.grid, padding_mode="zeros", align_corners=True)
+        aligned = aligned.movedim(1, -1).unflatten(0, (batch, count))
+        # A cell is whole where all of its bilinear weight fell inside; the slack covers rounding of the warp.
+        return aligned[..., :-1], aligned[..., -1] > 1 - 1e-3
+
+    def _matrices(self, size: tuple[int, int], unit: tuple[int, int], device: torch.device) -> Tensor:
+        """The 2x3 matrices (x, y) from image to unmirrored view, for a raster of `size` with `unit` pixels a
+        patch.
+        """
+        scale = self.scales.to(device, non_blocking=True).flatten()
+        shift = self.offsets.to(device, non_blocking=True).flatten(0, 1).flip(-1) * scale.new_tensor(
+            [unit[1], unit[0]]
+        )
+        centre = scale.new_tensor([(size[1] - 1) / 2, (size[0] - 1) / 2])
+        linear = scale[:, None, None] * torch.eye(2, device=device)
+        return torch.cat([linear, ((1 - scale[:, None]) * centre - shift)[..., None]], -1)
+
+    def _free_of_fill(self, matrices: Float[Tensor, "views 2 3"]) -> Bool[Tensor, "views rows cols"]:
+        """Says which cells of the unmirrored views lie wholly inside the image."""
+        inside = []
+        for axis, cells in ((1, self.grid[0]), (0, self.grid[1])):
+            scale, shift = matrices[:, axis, axis, None], matrices[:, axis, 2, None]
+            centre = (torch.arange(cells, device=matrices.device) - shift) / scale
+            inside.append((centre - 0.5 / scale > -0.501) & (centre + 0.5 / scale < cells - 0.499))
+        return inside[0][:, :, None] & inside[1][:, None, :]
+
+    def _mirror(self, views: Tensor, axis: int) -> Tensor:
+        flips = self.flips.to(views.device, non_blocking=True).view(
+            *self.flips.shape, *[1] * (views.ndim - 2)
+        )
+        return torch.where(flips, views.flip(axis), views)
+
+
+def pad(images: Float[Tensor, "batch 3 height width"], rows: int, cols: int, fill: Fill) -> Tensor:
+    """Pads images by pixels on all sides, with a value per channel or by a mode of
+    `torch.nn.functional.pad`.
+    """
+    if not rows and not cols:
+        return images
+    if isinstance(fill, str):
+        return F.pad(images, (cols, cols, rows, rows), mode=fill)
+    batch, channels, height, width = images.shape
+    values = torch.tensor(fill, dtype=images.dtype).to(images.device, non_blocking=True)
+    padded = values.view(1, channels, 1, 1).repeat(batch, 1, height + 2 * rows, width + 2 * cols)
+    padded[:, :, rows : rows + height, cols : cols + width] = images
+    return padded
+
+
+def sample_views(
+    config: ViewsConfig, spec: Spec, size: tuple[int, int], batch: int, generator: torch.Generator
+) -> list[ViewGroup]:
+    """Draws the views of a batch: each image its own, the first one always the image as it is.
+
+    Args:
+        config: Count, range, sampler, flips and fill.
+        spec: The model's patch size and normalisation.
+        size: Height and width of the images, in pixels.
+        batch: Number of images.
+        generator: A CPU generator; nothing else decides the draw.
+
+    Returns:
+        Groups of views of equal shape, most often one.
+
+    Raises:
+        PhregError: More views are asked for than there are different ones.
+    """
+    grid = (size[0] // spec.patch_size[0], size[1] // spec.patch_size[1])
+    # Shifts are a share of the grid side, rounded to whole patches (PH-Reg code: 4 of 28, 6 of 37).
+    reach = (round(config.max_shift * grid[0]), round(config.max_shift * grid[1]))
+    crop = config.fill == "valid-crop"
+    low, high = ((0, 0), reach) if crop else ((-reach[0], -reach[1]), reach)
+    resampled = config.subpatch or config.scale > 0
+    _check_count(config, [high[axis] - low[axis] + 1 for axis in (0, 1)], resampled)
+    offsets = sample_offsets(config, low, high, batch, generator)
+    flips = torch.rand(batch, config.count, generator=generator) < config.flip
+    offsets[:, 0], flips[:, 0] = 0, False
+    fill, margin = _fill_value(config, spec), (0, 0) if crop else reach
+    exact = Views(offsets, flips, grid, grid, margin, fill)
+    if not crop and not resampled:
+        return [exact]
+    everything = slice(None)
+    unmoved = replace(exact.part(everything, slice(0, 1)), margin=(0, 0))
+    if config.count == 1:
+        return [unmoved]
+    moved = exact.part(everything, slice(1, None))
+    if crop:
+        return [unmoved, replace(moved, window=(grid[0] - reach[0], grid[1] - reach[1]))]
+    shifts = moved.offsets.float()
+    if config.subpatch:
+        shifts = shifts + torch.rand(shifts.shape, generator=generator) - 0.5
+    scales = 1 + config.scale * (2 * torch.rand(shifts.shape[:2], generator=generator) - 1)
+    beyond = tuple(side + 1 + round(config.scale * cells) for side, cells in zip(reach, grid, strict=True))
+    return [unmoved, AffineViews(shifts, scales, moved.flips, grid, (beyond[0], beyond[1]), fill)]
+
+
+def sample_offsets(
+    config: ViewsConfig, low: tuple[int, int], high: tuple[int, int], batch: int, generator: torch.Generator
+) -> Int[Tensor, "batch views 2"]:
+    """Draws whole-patch shifts between `low` and `high`, both inclusive.
+
+    `farthest-point` draws a pool ten times as large and keeps the points farthest from those kept before,
+    from a random start. The paper says "uniformly"; its code does this, which puts most shifts on the border
+    of the range.
+    """
+    pool_size = config.count * (POOL_FACTOR if config.sampler == "farthest-point" else 1)
+    pool = torch.stack(
+        [
+            torch.randint(low[axis], high[axis] + 1, (batch, pool_size), generator=generator)
+            for axis in (0, 1)
+        ],
+        -1,
+    )
+    if config.sampler == "uniform":
+        return pool
+    rows = torch.arange(batch)
+    newest = torch.randint(pool_size, (batch,), generator=generator)
+    chosen = [newest]
+    nearest = torch.full((batch, pool_size), torch.iinfo(torch.int64).max)
+    for _ in range(config.count - 1):
+        distance = (pool - pool[rows, newest].unsqueeze(1)).square().sum(-1)
+        nearest = torch.minimum(nearest, distance)
+        newest = nearest.argmax(1)
+        chosen.append(newest)
+    return pool[rows.unsqueeze(1), torch.stack(chosen, 1)]
+
+
+def generator(*key: int) -> torch.Generator:
+    """Makes a CPU generator that is a pure function of its key, such as (seed, step, rank).
+
+    A run that is resumed at a step therefore draws what it would have drawn without the interruption.
+    """
+    seed = np.random.SeedSequence([part & 0xFFFFFFFF for part in key]).generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(seed) >> 1)
+
+
+def _check_count(config: ViewsConfig, choices: list[int], resampled: bool) -> None:
+    different = choices[0] * choices[1] * (2 if 0 < config.flip < 1 else 1)
+    if config.count > different and not resampled:
+        raise PhregError(
+            f"views.count asks for {config.count} views, but views.max_shift = {config.max_shift} allows only {different} "
+            "different ones at this size; lower views.count, or raise views.max_shift or the size"
+        )
+
+
+def _fill_value(config: ViewsConfig, spec: Spec) -> Fill:
+    match config.fill:
+        case "reflect" | "replicate":
+            return config.fill
+        case "white":
+            pixel = (1.0, 1.0, 1.0)
+        case "black":
+            pixel = (0.0, 0.0, 0.0)
+        case "mean" | "valid-crop":
+            pixel = spec.mean
+    red, green, blue = ((p - m) / s for p, m, s in zip(pixel, spec.mean, spec.std, strict=True))
+    return (red, green, blue)
