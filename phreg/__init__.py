@@ -1,0 +1,44 @@
+"""phreg: register tokens for pretrained vision transformers, by post-hoc self-distillation.
+
+    import phreg
+    result = phreg.distill("facebook/dinov2-base", images="photos/", output="runs/dinov2-reg")
+    model = phreg.load("runs/dinov2-reg")      # an ordinary transformers, timm or open_clip model
+
+No model library is imported before a model of it is used.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from phreg.api import denoise as denoise
+    from phreg.api import distill as distill
+    from phreg.api import inspect as inspect
+    from phreg.api import load as load
+    from phreg.errors import PhregError as PhregError
+    from phreg.registers import add_registers as add_registers
+    from phreg.registers import remove_registers as remove_registers
+
+_DOOR = {
+    "PhregError": "phreg.errors",
+    "add_registers": "phreg.registers",
+    "denoise": "phreg.api",
+    "distill": "phreg.api",
+    "inspect": "phreg.api",
+    "load": "phreg.api",
+    "remove_registers": "phreg.registers",
+}
+__all__ = ["PhregError", "add_registers", "denoise", "distill", "inspect", "load", "remove_registers"]
+
+
+def __getattr__(name: str) -> Any:
+    """Imports a public name when it is first used: accelerate, kornia and matplotlib take seconds."""
+    if name in _DOOR:
+        return getattr(importlib.import_module(_DOOR[name]), name)
+    raise AttributeError(f"module 'phreg' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

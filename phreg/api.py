@@ -1,0 +1,294 @@
+"""The public verbs, each put together from the modules of the method.
+
+    distill   resolve ► load ► add registers ► train ► compare ► adapter, card, report
+    load      adapter ► base ► patched model of its ordinary class
+"""
+
+import copy
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from phreg import config as configuration
+from phreg.analysis.norms import NormReport, outliers
+from phreg.backbones import resolve
+from phreg.backbones.base import Backbone
+from phreg.backbones.readout import set_readout
+from phreg.backbones.resolve import Base, adapt, weights_sha256
+from phreg.checkpoint import RunFolder, apply_adapter, find_adapter, read_adapter, save_adapter, start_run
+from phreg.config import DistillConfig, ViewsConfig
+from phreg.data import Crops, ImageSource, Subset, holdout, normalise, open_images
+from phreg.demo import demo_model
+from phreg.errors import ConfigError, LoadError, PhregError
+from phreg.evaluation.retrofit import Comparison, compare
+from phreg.model_card import model_card
+from phreg.registers import add_registers
+from phreg.teacher import Teacher
+from phreg.trainer import Outcome, StepRecord, start_accelerator, train
+from phreg.views import generator
+
+Model = str | os.PathLike[str] | nn.Module
+Images = str | os.PathLike[str]
+Observer = Callable[[StepRecord, int], None]
+
+MEASURED_AT_ONCE = 8
+"""Images per forward outside of training."""
+
+
+@dataclass(frozen=True, eq=False)
+class Distilled:
+    """What `distill` made.
+
+    Attributes:
+        model: The patched model, of its ordinary class, in eval mode.
+        run: Its run folder.
+        outcome: Steps, images, seconds and skipped files.
+        comparison: The before/after figures; None where measuring was switched off, and on other processes.
+        main_process: Whether this is the process that writes, of the many there may be.
+    """
+
+    model: nn.Module
+    run: Path
+    outcome: Outcome
+    comparison: Comparison | None
+    main_process: bool
+
+
+def distill(
+    model: Model | None = None,
+    images: Images | None = None,
+    output: str | os.PathLike[str] | None = None,
+    *,
+    recipe: str | os.PathLike[str] | None = None,
+    resume: bool = False,
+    observe: Observer | None = None,
+    **settings: Any,
+) -> Distilled:
+    """Retrofits registers onto a model by self-distillation.
+
+    Args:
+        model: A hub id, a timm or open_clip name, a folder, or an instance, which is then patched in place. This and
+            the next two may come from the recipe instead.
+        images: A folder, a text file of paths, tar shards, or a Hugging Face dataset.
+        output: Run folder to write: recipe.toml, log.jsonl, state/, model/, report/.
+        recipe: Name of a shipped recipe, or path of a TOML file.
+        resume: Go on with the run in `output`.
+        observe: Called with each step's record and the number of steps.
+        settings: Any setting of `DistillConfig`, dotted keys as nested dictionaries:
+            `method="paper", optim={"lr": 1e-3}`.
+
+    Raises:
+        PhregError: Anything asked for does not exist or does not fit; see its subclasses.
+    """
+    asked = {"model": "instance" if isinstance(model, nn.Module) else model, "images": images, "output": output}
+    given = {key: os.fspath(value) for key, value in asked.items() if value is not None} | settings
+    # Once before anything is loaded, so that a typo costs no download; once more when the kind of model is known.
+    early = configuration.resolve(recipe, given)
+    missing = [key for key in asked if getattr(early, key) is None]
+    if missing:
+        raise ConfigError("settings", [f"{key}: not given; name it by flag, argument or recipe" for key in missing])
+    source = open_images(early.images or "", split=early.data.split, column=early.data.image_column)
+    student, base = open_model(model if isinstance(model, nn.Module) else early.model or "", early.revision)
+    if student.num_registers:
+        raise PhregError(
+            f"{early.model} has {student.num_registers} registers from phreg already; distil what it was made from: {base.source}"
+        )
+    config = configuration.resolve(recipe, given, clip=student.projection is not None)
+    config = config.model_copy(update={"size": config.size or student.spec.input_size[0]})
+    size = (config.size, config.size)
+    student.check_size(size)
+
+    run = RunFolder(Path(config.output or ""))
+    accelerator = start_accelerator(config, run)
+    if accelerator.is_main_process:
+        start_run(run.path, config, resume=resume)
+    accelerator.wait_for_everyone()
+
+    student.requires_grad_(False).eval().to(accelerator.device)
+    original = copy.deepcopy(student)
+    if config.target.native_size:
+        student.set_input_size(size)
+    add_registers(student, config.registers, config.register_init, config.seed)
+    set_readout(original, config.target.teacher_readout)
+    set_readout(student, config.target.student_readout)
+    bf16 = accelerator.mixed_precision == "bf16"
+    teacher = Teacher(original, config.views, config.target, bf16=bf16)
+    kept, measured, held_out = _split(source, config)
+    crops = Crops(kept, config.size, config.seed)
+    outcome = train(student, teacher, crops, config, run, accelerator, observe or (lambda *_: None))
+
+    comparison = None
+    if accelerator.is_main_process:
+        if config.measure.images and len(measured):
+            comparison = _compare(original, student, measured, config, base, held_out=held_out)
+        set_readout(original, "plain")
+        set_readout(student, "plain")
+        _save(run, student, original, base, config, outcome, comparison)
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+    return Distilled(student.model, run.path, outcome, comparison, accelerator.is_main_process)
+
+
+def load(
+    path: str | os.PathLike[str], *, into: nn.Module | None = None, device: str | torch.device = "cpu"
+) -> nn.Module:
+    """Loads a patched model: an ordinary model of its library's class, registers inside, in eval mode.
+
+    Args:
+        path: A run or an adapter folder.
+        into: The base model, where you have it at hand already; it is patched in place. None finds it again.
+        device: Where to put the model.
+
+    Raises:
+        LoadError: There is no adapter, its base cannot be found, or its base's weights are others.
+    """
+    backbone, _ = open_model(path, into=into)
+    if not find_adapter(path):
+        raise LoadError(f"asked for the patched model in {path}, which is no phreg run or adapter; load it with its own library")
+    return backbone.model.to(device)
+
+
+def denoise(
+    model: nn.Module, images: Float[Tensor, "batch 3 height width"], *, seed: int = 0, **views: Any
+) -> Float[Tensor, "batch rows cols dim"]:
+    """Reads a model's patch features averaged over moved views: the teacher alone, without any training.
+
+    Args:
+        model: Any supported model, in eval mode; it is not changed.
+        images: Normalised images on the model's device, sides a multiple of the patch size.
+        seed: Seed of the views.
+        views: Settings of `ViewsConfig`, such as `count=10`.
+
+    Returns:
+        Features after the final norm, in fp32.
+    """
+    backbone = adapt(model)
+    return Teacher(backbone, _views(views))(images, generator(seed)).patches
+
+
+def inspect(
+    model: Model, images: Images | Float[Tensor, "batch 3 height width"], *, size: int | None = None, count: int = 64
+) -> NormReport:
+    """Looks for artifacts: patch tokens whose norm lies beyond the gap in the model's own distribution, block by block.
+
+    Args:
+        model: A model in any form that `distill` takes, a run, or an adapter.
+        images: Where images are, or a batch of normalised ones.
+        size: Image side in pixels; None means the model's own.
+        count: Images to look at, spread evenly over those there are.
+
+    Raises:
+        PhregError: The model or the images cannot be read.
+    """
+    backbone, _ = open_model(model)
+    if isinstance(images, Tensor):
+        return outliers(backbone, images.split(MEASURED_AT_ONCE))
+    side = size or backbone.spec.input_size[0]
+    backbone.check_size((side, side))
+    source = open_images(os.fspath(images))
+    step = max(1, len(source) // count)
+    chosen = Subset(source, range(0, len(source), step)[:count])
+    return outliers(backbone, batches(backbone, chosen, side))
+
+
+def open_model(
+    source: Model, revision: str | None = None, *, into: nn.Module | None = None
+) -> tuple[Backbone, Base]:
+    """Opens whatever a user may call a model, patched ones included.
+
+    Args:
+        source: A model in any form, `demo`, a run, or an adapter.
+        revision: Hub commit, branch or tag.
+        into: For a run or adapter: its base, at hand already.
+
+    Raises:
+        LoadError: It cannot be found, fetched or trusted.
+        UnsupportedModelError: phreg cannot patch it.
+    """
+    if isinstance(source, nn.Module):
+        return resolve.load(source)
+    if os.fspath(source) == "demo":
+        backbone = adapt(demo_model())
+        return backbone, Base("demo", backbone.spec.library, None, weights_sha256(backbone.disk_state()))
+    folder = find_adapter(source)
+    if folder is None:
+        backbone, base = resolve.load(source, revision)
+        backbone.eval()
+        return backbone, base
+    base = Base(**read_adapter(folder)["base"])
+    if into is None and base.source == "instance":
+        raise LoadError(
+            f"the adapter in {folder} was made from a model instance, which cannot be found again; "
+            "build that model and pass it: phreg.load(path, into=model)"
+        )
+    backbone = adapt(into) if into is not None else open_model(base.source, base.revision)[0]
+    apply_adapter(folder, backbone)
+    backbone.eval()
+    return backbone, base
+
+
+def batches(backbone: Backbone, source: ImageSource, size: int) -> Iterator[Float[Tensor, "batch 3 size size"]]:
+    """Reads images for measuring: centre crops, normalised for a model, on its device; unreadable ones are replaced."""
+    crops = Crops(source, size, crop="centre")
+    for start in range(0, len(source), MEASURED_AT_ONCE):
+        keys = [(0, index) for index in range(start, min(start + MEASURED_AT_ONCE, len(source)))]
+        pixels = crops.batch(keys).images.to(backbone.device)
+        yield normalise(pixels, backbone.spec.mean, backbone.spec.std)
+
+
+def _views(settings: dict[str, Any]) -> ViewsConfig:
+    checked = configuration.validate({f"views.{key}": value for key, value in settings.items()}, source="views")
+    return checked.views
+
+
+def _split(source: ImageSource, config: DistillConfig) -> tuple[ImageSource, ImageSource, bool]:
+    """Images to train on, images to measure on, and whether these are kept apart; fewer than 5 images serve as both."""
+    train_on, measure_on = holdout(len(source), config.measure.images)
+    if measure_on:
+        return Subset(source, train_on), Subset(source, measure_on), True
+    return source, Subset(source, range(min(len(source), config.measure.images))), False
+
+
+def _compare(
+    original: Backbone, student: Backbone, measured: ImageSource, config: DistillConfig, base: Base, *, held_out: bool
+) -> Comparison:
+    size = config.size or student.spec.input_size[0]
+    if base.source == "demo":
+        clean = adapt(demo_model(planted=False).to(original.device))
+        described = "the known truth"
+
+        def reference(images: Tensor, number: int) -> Tensor:
+            return clean(images).patches
+    else:
+        many = config.views.model_copy(update={"count": config.measure.views, "sampler": "uniform"})
+        teacher = Teacher(original, many, config.target)
+        described = f"the original averaged over {many.count} views"
+
+        def reference(images: Tensor, number: int) -> Tensor:
+            return teacher(images, generator(config.seed, number)).patches
+
+    return compare(
+        original, student, list(batches(student, measured, size)), reference, config.target,
+        described=described, held_out=held_out,
+    )  # fmt: skip
+
+
+def _save(
+    run: RunFolder, student: Backbone, original: Backbone, base: Base, config: DistillConfig, outcome: Outcome,
+    comparison: Comparison | None,
+) -> None:  # fmt: skip
+    record = {
+        "size": config.size,
+        "readout": config.target.student_readout,
+        "recipe": config.model_dump(mode="json", exclude_none=True),
+        "outcome": asdict(outcome),
+        "figures": comparison.to_json() if comparison else None,
+    }
+    card = model_card(student, base, record, comparison.rows() if comparison else [])
+    save_adapter(run.model, student, base, original.disk_state(), record, card)

@@ -1,0 +1,1 @@
+"""Measuring a model before and after."""

@@ -1,0 +1,146 @@
+"""The before/after table: what a retrofit changed, on images it was not trained on.
+
+Before is the original model, after the patched one. The reference that agreement is measured against is the
+original averaged over many views or, for the demonstration model, the known truth.
+
+    original ──norms──► outlier rate and gap ─────────► where the original had outliers
+        └──many views──► reference ──┬── agreement of the original, and of the patched model
+    patched ──norms──► outlier rate  └── pooled outputs of both ──► drift
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from phreg.analysis.norms import NormReport, outlier_mask, outliers
+from phreg.backbones.base import Backbone
+from phreg.backbones.readout import set_readout
+from phreg.config import TargetConfig
+from phreg.evaluation.consistency import Agreement, AgreementMeter, Drift, drift
+
+Images = Float[Tensor, "batch 3 height width"]
+Grids = Float[Tensor, "batch rows cols dim"]
+
+
+class Row(NamedTuple):
+    """One line of the before/after table; None where a figure does not exist."""
+
+    name: str
+    before: float | None
+    after: float | None
+    lower_is_better: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Comparison:
+    """A model before and after.
+
+    Attributes:
+        images: Images measured on.
+        held_out: Whether none of them was trained on.
+        reference: What agreement is measured against, in words.
+        norms: Norms of patch tokens, before and after, plainly read.
+        agreement: Cosine to the reference, before and after; masked: where the original had outliers.
+        drift: Cosine of the patched model's pooled output to the original's.
+        shown: Dense features of the first few images, before and after, read as they were distilled.
+    """
+
+    images: int
+    held_out: bool
+    reference: str
+    norms: tuple[NormReport, NormReport]
+    agreement: tuple[Agreement, Agreement]
+    drift: Drift
+    shown: tuple[Grids, Grids]
+
+    def rows(self) -> list[Row]:
+        """The table."""
+        rates = [report.outlier_rate for report in self.norms]
+        before, after = self.agreement
+        return [
+            Row("outlier rate (share of patch tokens)", rates[0], rates[1], lower_is_better=True),
+            Row(f"cosine to {self.reference}, mean", before.mean, after.mean, lower_is_better=False),
+            Row("the same, worst 1 % of patches", before.worst_percent, after.worst_percent, lower_is_better=False),
+            Row("the same, where the original had outliers", before.masked, after.masked, lower_is_better=False),
+            Row("pooled output, cosine to the original's, mean", 1.0, self.drift.mean, lower_is_better=False),
+            Row("the same, worst image", 1.0, self.drift.min, lower_is_better=False),
+        ]
+
+    def to_json(self) -> dict[str, Any]:
+        """The figures, without maps."""
+        return {
+            "images": self.images,
+            "held_out": self.held_out,
+            "reference": self.reference,
+            "outlier_rate": [report.outlier_rate for report in self.norms],
+            "emergence_block": [report.emergence_block for report in self.norms],
+            "agreement": [asdict(side) for side in self.agreement],
+            "drift": asdict(self.drift),
+        }
+
+
+@torch.no_grad()
+def compare(
+    original: Backbone,
+    patched: Backbone,
+    batches: Sequence[Images],
+    reference: Callable[[Images, int], Grids],
+    target: TargetConfig,
+    *,
+    described: str,
+    held_out: bool,
+    show: int = 8,
+) -> Comparison:
+    """Measures a patched model against its original.
+
+    Both models are left plainly read.
+
+    Args:
+        original: The model as it was.
+        patched: The model with registers.
+        batches: Normalised images, on the models' device.
+        reference: Makes the reference of a batch, given the batch and its number.
+        target: Which block and read-outs were distilled; agreement is measured on those.
+        described: What the reference is, in a few words.
+        held_out: Whether none of the images was trained on.
+        show: Images whose features and norm maps are kept.
+    """
+    sides = (original, patched)
+    for side in sides:
+        set_readout(side, "plain")
+    norms = outliers(original, batches, show=show), outliers(patched, batches, show=show)
+    pooled = [torch.cat([side(images).pooled.float().cpu() for images in batches]) for side in sides]
+    were_outliers = [_outliers_of(original, images, norms[0]) for images in batches]
+
+    set_readout(original, target.teacher_readout)
+    set_readout(patched, target.student_readout)
+    meters = AgreementMeter(), AgreementMeter()
+    kept: tuple[list[Tensor], list[Tensor]] = ([], [])
+    for number, images in enumerate(batches):
+        truth = reference(images, number)
+        features = [side(images, target.layer, target.norm).patches.float() for side in sides]
+        for meter, grids, grid in zip(meters, kept, features, strict=True):
+            meter.update(grid, truth, were_outliers[number])
+            grids.append(grid.cpu() if sum(map(len, grids)) < show else grid[:0].cpu())
+    for side in sides:
+        set_readout(side, "plain")
+    return Comparison(
+        images=sum(map(len, batches)),
+        held_out=held_out,
+        reference=described,
+        norms=norms,
+        agreement=(meters[0].compute(), meters[1].compute()),
+        drift=drift(pooled[1], pooled[0]),
+        shown=(torch.cat(kept[0])[:show], torch.cat(kept[1])[:show]),
+    )
+
+
+def _outliers_of(backbone: Backbone, images: Images, report: NormReport) -> Tensor:
+    """Marks the patches that are outliers in the last block, by the gap that a report found there."""
+    last = len(backbone.blocks) - 1
+    tokens = backbone.block_tokens(images, [last])[last]
+    return outlier_mask(backbone.layout(images).to_grid(tokens).norm(dim=-1), report.blocks[-1].gap)

@@ -1,0 +1,365 @@
+"""The training loop, from first step to last, in order.
+
+    batch (uint8) ──device──► normalise ──► teacher: target ─┐
+                                       └──► student: features ┴► loss (fp32) ──► step ──► log ──► checkpoint
+
+Everything random is a pure function of (seed, step, rank): order, crops and views. A run that was killed and
+resumed therefore goes on to the same weights as one that never was. The loop never waits for the device: a
+step's numbers are read while the next one runs, which is also when a NaN is noticed; nothing is saved before
+its step was found finite.
+"""
+
+import ctypes
+import importlib.util
+import json
+import logging
+import math
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from typing import TextIO
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import patch_environment
+from phreg.data import BrokenImages, Crops, Order, loader, normalise
+from torch import Tensor, nn
+
+from phreg.backbones.base import Backbone
+from phreg.checkpoint import RunFolder, load_state, save_state, truncate_log
+from phreg.config import DistillConfig
+from phreg.errors import PhregError, TrainingError
+from phreg.losses import distillation_loss
+from phreg.teacher import Teacher
+from phreg.unlock import MovingAverage, freeze_unused, learning_rate, merge_lora, optimizer, unlock
+from phreg.views import generator
+
+logger = logging.getLogger(__name__)
+
+
+class Interrupted(PhregError):
+    """The run was asked to stop, and did so with a checkpoint."""
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One line of log.jsonl: a step, counted from 1, and its means over all processes."""
+
+    step: int
+    loss: float
+    terms: dict[str, float]
+    lr: float
+    images_per_second: float
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a finished run has to say of itself."""
+
+    steps: int
+    images: int
+    seconds: float
+    trained: int
+    skipped: list[str]
+
+
+def train(
+    student: Backbone,
+    teacher: Teacher,
+    images: Crops,
+    config: DistillConfig,
+    run: RunFolder,
+    accelerator: Accelerator,
+    observe: Callable[[StepRecord, int], None],
+) -> Outcome:
+    """Trains a patched model's registers and unlocked weights towards the teacher's targets.
+
+    Args:
+        student: The patched model on the accelerator's device, its read-out set; trained in place.
+        teacher: The frozen original.
+        images: Training images.
+        config: The run's settings.
+        run: Where to log and checkpoint; a checkpoint found there is gone on from.
+        accelerator: From `start_accelerator`.
+        observe: Called on the main process with each step's record, and the number of steps.
+
+    Raises:
+        TrainingError: The loss became NaN or infinite.
+        Interrupted: SIGTERM or SIGINT came; a checkpoint was written.
+    """
+    size = (images.size, images.size)
+    trained = unlock(student.eval(), config.unlock)
+    trained = freeze_unused(student, trained, config.target, config.loss, size)
+    optim = optimizer(trained, config.optim)
+    average = MovingAverage(trained, config.optim.ema) if config.optim.ema is not None else None
+
+    rank, world, accumulate = accelerator.process_index, accelerator.num_processes, config.optim.accumulate
+    order = Order(len(images), config.batch_size, seed=config.seed, rank=rank, world_size=world)
+    steps_per_epoch = max(1, order.steps_per_epoch // accumulate)
+    steps = config.steps or (config.epochs or 1) * steps_per_epoch
+
+    kept: dict[str, Tensor] = dict(trained)
+    if average is not None:
+        kept |= {f"ema.{name}": value for name, value in average.average.items()}
+    facts = {"processes": world, "images": len(images), "precision": accelerator.mixed_precision}
+    done = load_state(run, kept, optim, facts)
+    if accelerator.is_main_process:
+        truncate_log(run.log, done)
+    accelerator.wait_for_everyone()
+
+    broken = BrokenImages(len(images), config.data.max_broken)
+    batches = iter(
+        loader(
+            images, order, done * accumulate, steps * accumulate,
+            workers=config.data.workers, pin_memory=accelerator.device.type == "cuda",
+        )
+    )  # fmt: skip
+    started = time.perf_counter()
+    with (
+        stop_signals() as stop,
+        compiled(config.compile, student, teacher.backbone),
+        run.log.open("a") as log,
+    ):
+        model = accelerator.prepare_model(student)
+        journal = Journal(log, accelerator, config.batch_size * accumulate * world, steps, run, observe)
+        reading: Reading | None = None
+        for step in range(done, steps):
+            lr = learning_rate(config.optim, step, steps, steps_per_epoch)
+            for group in optim.param_groups:
+                group["lr"] = lr
+
+            sums: dict[str, Tensor] = {}
+            names: list[str] = []
+            for micro in range(accumulate):
+                batch = next(batches)
+                broken.add(batch)
+                names += batch.names
+                pixels = batch.images.to(accelerator.device, non_blocking=True)
+                pixels = normalise(pixels, student.spec.mean, student.spec.std)
+                target = teacher(pixels, generator(config.seed, step, micro, rank))
+                # Processes exchange gradients once a step, with the last accumulated batch.
+                with accelerator.no_sync(model) if micro + 1 < accumulate else nullcontext():
+                    features = model(pixels, config.target.layer, config.target.norm)
+                    loss, terms = distillation_loss(features, target, config.loss)
+                    accelerator.backward(loss / accumulate)
+                for name, value in {"loss": loss, **terms}.items():
+                    sums[name] = sums.get(name, 0) + value.detach() / accumulate
+
+            if config.optim.clip_norm is not None:
+                nn.utils.clip_grad_norm_(trained.values(), config.optim.clip_norm)
+            optim.step()
+            optim.zero_grad(set_to_none=True)
+            if average is not None:
+                average.update()
+
+            # The previous step's numbers are on the host by now. All processes read the same ones, so they
+            # stop together.
+            previous, reading = reading, Reading(step + 1, lr, names, sums, stop.is_set(), accelerator)
+            stopping = previous is not None and journal.enter(previous)
+            if stopping or step + 1 == steps or (step + 1) % config.checkpoint_every == 0:
+                journal.enter(reading)
+                reading = None
+                if accelerator.is_main_process:
+                    save_state(run, step + 1, kept, optim, facts)
+                accelerator.wait_for_everyone()
+            if stopping and step + 1 < steps:
+                raise Interrupted(
+                    f"stopped after step {step + 1} of {steps}, checkpoint written; --resume goes on from there"
+                )
+        accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+
+    if average is not None:
+        average.apply()
+    merge_lora(student)
+    student.requires_grad_(True)
+    return Outcome(
+        steps=steps,
+        images=(steps - done) * journal.images_per_step,
+        seconds=round(time.perf_counter() - started, 3),
+        trained=sum(parameter.numel() for parameter in trained.values()),
+        skipped=sorted(broken.reasons),
+    )
+
+
+class Reading:
+    """A step's numbers on their way from the device to the host, means over all processes.
+
+    Args:
+        step: Step, from 1.
+        lr: Its learning rate.
+        names: Files of its images, on this process.
+        values: Scalars on the device, by name.
+        stop: Whether this process was asked to stop.
+        accelerator: Says how the processes add up.
+    """
+
+    def __init__(
+        self,
+        step: int,
+        lr: float,
+        names: list[str],
+        values: dict[str, Tensor],
+        stop: bool,
+        accelerator: Accelerator,
+    ) -> None:
+        self.step, self.lr, self.names, self.keys = step, lr, names, [*values, "stop"]
+        self.made = time.perf_counter()
+        asked = torch.tensor(float(stop)).to(accelerator.device, non_blocking=True)
+        mean = accelerator.reduce(torch.stack([*(value.float() for value in values.values()), asked]), "mean")
+        self._host = mean.to("cpu", non_blocking=True)
+        self._arrived = torch.cuda.Event() if mean.is_cuda else None
+        if self._arrived is not None:
+            self._arrived.record()
+
+    def read(self) -> dict[str, float]:
+        """Waits for the numbers, and for nothing queued after them."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return dict(zip(self.keys, self._host.tolist(), strict=True))
+
+
+class Journal:
+    """Enters each step, in order, into log.jsonl, the trackers and the observer; refuses one that is not
+    finite.
+    """
+
+    def __init__(
+        self,
+        log: TextIO,
+        accelerator: Accelerator,
+        images_per_step: int,
+        steps: int,
+        run: RunFolder,
+        observe: Callable[[StepRecord, int], None],
+    ) -> None:
+        self.log, self.accelerator, self.images_per_step = log, accelerator, images_per_step
+        self.steps, self.run, self.observe = steps, run, observe
+        self.clock = time.perf_counter()
+
+    def enter(self, reading: Reading) -> bool:
+        """Records a step.
+
+        Returns:
+            Whether any process was asked to stop.
+
+        Raises:
+            TrainingError: The loss is NaN or infinite.
+        """
+        values = reading.read()
+        loss, asked = values.pop("loss"), values.pop("stop")
+        if not math.isfinite(loss):
+            last = self.run.states[-1] if self.run.states else "none yet"
+            raise TrainingError(
+                f"the loss is {loss} at step {reading.step}, on {', '.join(reading.names)}; last good checkpoint: {last}. "
+                "Lower --optim.lr, set --optim.clip-norm, or use --precision fp32"
+            )
+        speed, self.clock = self.images_per_step / (reading.made - self.clock), reading.made
+        if self.accelerator.is_main_process:
+            record = StepRecord(reading.step, loss, values, reading.lr, round(speed, 3))
+            self.log.write(json.dumps(asdict(record)) + "\n")
+            self.log.flush()
+            self.accelerator.log({"loss": loss, "lr": reading.lr, **values}, step=reading.step)
+            self.observe(record, self.steps)
+        return asked > 0
+
+
+def start_accelerator(config: DistillConfig, run: RunFolder) -> Accelerator:
+    """Sets up device, precision, processes and trackers as configured, and a CPU's memory.
+
+    Raises:
+        PhregError: A tracker's package is not installed.
+    """
+    for tracker in config.trackers:
+        if importlib.util.find_spec(tracker) is None:
+            raise PhregError(
+                f'trackers asks for {tracker}, which is not installed; run: pip install "phreg[{tracker}]"'
+            )
+    on_cpu = config.device == "cpu" or not (torch.accelerator.is_available() or config.device)
+    precision = config.precision or ("bf16" if computes_bf16("cpu" if on_cpu else "cuda") else "fp32")
+    # The environment is the one place where accelerate takes a device such as cuda:1.
+    with patch_environment(**({"accelerate_torch_device": config.device} if config.device else {})):
+        accelerator = Accelerator(
+            cpu=on_cpu,
+            mixed_precision="bf16" if precision == "bf16" else "no",
+            log_with=list(config.trackers) or None,
+            project_dir=run.path,
+        )
+    if on_cpu and config.keep_freed_memory:
+        keep_freed_memory()
+    if config.trackers:
+        accelerator.init_trackers(
+            "phreg", config={"model": config.model, "method": config.method, "seed": config.seed}
+        )
+    return accelerator
+
+
+def computes_bf16(device_type: str) -> bool:
+    """Says whether a device multiplies matrices in bf16, rather than emulating it at a loss."""
+    if device_type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def keep_freed_memory() -> bool:
+    """Has glibc keep freed memory in the process, where it is the allocator.
+
+    By default glibc returns large freed tensors to the kernel and faults them in again, a million page faults
+        a step: half of a
+    CPU step's time (benchmarks/throughput). The process then holds on to its peak memory until it ends.
+
+    Returns:
+        Whether the setting was made.
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "gnu_get_libc_version"):
+        return False
+    trim_threshold, top_pad, mmap_max = -1, -2, -4  # option numbers, from malloc.h
+    made = [libc.mallopt(trim_threshold, -1), libc.mallopt(top_pad, 512 << 20), libc.mallopt(mmap_max, 0)]
+    logger.info("freed memory stays in the process (keep_freed_memory)")
+    return all(made)
+
+
+@contextmanager
+def stop_signals() -> Iterator[threading.Event]:
+    """Turns SIGTERM and SIGINT into an event while the loop runs; off the main thread, where Python has no
+    signals, into none.
+    """
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield event
+        return
+    before = {
+        number: signal.signal(number, lambda *_: event.set()) for number in (signal.SIGTERM, signal.SIGINT)
+    }
+    try:
+        yield event
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def compiled(wanted: bool, *backbones: Backbone) -> Iterator[None]:
+    """Compiles the blocks of backbones for as long as it lasts.
+
+    Block by block: they are alike, so compilation is short, and hooks around them (registers, taps) stay
+        outside.
+    """
+    blocks = [block for backbone in backbones for block in backbone.blocks] if wanted else []
+    before = [block.__dict__.get("forward") for block in blocks]
+    for block in blocks:
+        block.forward = torch.compile(block.forward)
+    try:
+        yield
+    finally:
+        for block, forward in zip(blocks, before, strict=True):
+            if forward is None:
+                del block.forward
+            else:
+                block.forward = forward
