@@ -1,0 +1,499 @@
+"""Images by number, however they are stored, all through one decoder.
+
+A source is an immutable list of images: it opens files anew for each read, so it is safe in any process, and
+any image can be read without those before it. What cannot be decoded is one clear error, never a half
+picture.
+
+    folder, list of paths, tar shards, Hugging Face dataset ──open_images──► ImageSource.read(index) ──decode──► RGB
+
+Nothing is streamed: tar shards are indexed once, by their headers.
+"""
+
+import glob
+import io
+import itertools
+import logging
+import os
+import re
+import stat
+import struct
+import tarfile
+import warnings
+import zlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
+from PIL import ExifTags, Image, UnidentifiedImageError
+
+from phreg.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+
+FORMATS = {
+    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
+    "PNG": (".png",),
+    "WEBP": (".webp",),
+    "GIF": (".gif",),
+    "BMP": (".bmp",),
+    "TIFF": (".tif", ".tiff"),
+    "PPM": (".ppm", ".pgm", ".pbm", ".pnm"),
+    "JPEG2000": (".jp2", ".j2k"),
+    "AVIF": (".avif",),
+}
+"""Formats that are read, by PIL's names, and their file suffixes. EPS is not: PIL runs a program for it."""
+
+SUFFIXES = frozenset(itertools.chain.from_iterable(FORMATS.values()))
+TAR = re.compile(r"\.(tar|tar\.\w+|tgz|tbz2?|txz)$", re.IGNORECASE)
+ADVICE = (
+    f"give a folder of images ({' '.join(suffixes[0] for suffixes in FORMATS.values())}), a text file of "
+    "paths, .tar shards, or a Hugging Face dataset"
+)
+
+
+# --- Sources: images by number -------------------------------------------------------------------------
+
+
+@runtime_checkable
+@runtime_checkable
+class ImageSource(Protocol):
+    """Images by number. Immutable and picklable; files are opened anew for each read, in any process."""
+
+    def __len__(self) -> int:
+        """Counts the images."""
+        ...
+
+    def name(self, index: int) -> str:
+        """Names an image for messages."""
+        ...
+
+    def read(self, index: int) -> Image.Image:
+        """Decodes an image (see `decode`).
+
+        Raises:
+            DataError: This image cannot be read.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Files:
+    """Image files, in the order given."""
+
+    paths: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def name(self, index: int) -> str:
+        """Gives the path."""
+        return _printable(self.paths[index])
+
+    def read(self, index: int) -> Image.Image:
+        """Decodes an image file."""
+        return decode(Path(self.paths[index]))
+
+
+class Member(NamedTuple):
+    """Where an image lies in a tar file, in bytes."""
+
+    shard: str
+    name: str
+    offset: int
+    size: int
+
+
+@dataclass(frozen=True)
+class TarShards:
+    """Images in uncompressed tar files, read at random by their offsets."""
+
+    members: tuple[Member, ...]
+
+    def __len__(self) -> int:
+        return len(self.members)
+
+    def name(self, index: int) -> str:
+        """Gives the path of the shard, then the name inside it."""
+        return _printable(f"{self.members[index].shard}/{self.members[index].name}")
+
+    def read(self, index: int) -> Image.Image:
+        """Decodes an image in a shard."""
+        member = self.members[index]
+        try:
+            with Path(member.shard).open("rb") as shard:
+                shard.seek(member.offset)
+                content = shard.read(member.size)
+        except OSError as error:
+            raise unreadable(self.name(index), str(error)) from error
+        return decode(content, self.name(index))
+
+
+@dataclass(frozen=True)
+class HubImages:
+    """A column of a Hugging Face dataset, left undecoded: our decoder gets the bytes."""
+
+    dataset: Any
+    column: str
+    origin: str
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def name(self, index: int) -> str:
+        """Gives the dataset and the row, as `dataset[row]`."""
+        return f"{self.origin}[{index}]"
+
+    def read(self, index: int) -> Image.Image:
+        """Decodes the image of a row."""
+        cell = self.dataset[index][self.column] or {}
+        content = cell.get("bytes")
+        if content is None and cell.get("path"):
+            content = Path(cell["path"])
+        return decode(content or b"", self.name(index))
+
+
+@dataclass(frozen=True)
+class Subset:
+    """Some images of a source, renumbered from 0."""
+
+    source: ImageSource
+    indices: Sequence[int]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def name(self, index: int) -> str:
+        """Names an image as the whole source does."""
+        return self.source.name(self.indices[index])
+
+    def read(self, index: int) -> Image.Image:
+        """Decodes an image of the whole source."""
+        return self.source.read(self.indices[index])
+
+
+def open_images(
+    source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    *,
+    split: str = "train",
+    column: str | None = None,
+) -> ImageSource:
+    """Finds out what holds the images, and lists them without decoding any.
+
+    A source is one of:
+
+    - a folder of images, searched through all levels and sorted by path, so that the order never depends on
+      the file system; links are followed, each folder is entered once, hidden files are left out;
+    - a folder of tar shards, or one made by a Hugging Face dataset's `save_to_disk`;
+    - a text file with a path a line, relative to that file; blank lines and those with a # are left out;
+    - one image, one `.tar`, or a pattern of either: `shards-{000..010}.tar`, `photos/*.jpg`;
+    - several paths of images or of tar shards;
+    - the id of a Hugging Face dataset, unless something of that name exists on disk.
+
+    Args:
+        source: Where the images are.
+        split: Split of a Hugging Face dataset.
+        column: Its column of images; unset means the first such column.
+
+    Raises:
+        DataError: There is nothing there, no image in it, or more than one kind; listed files are missing;
+            an archive cannot be indexed.
+    """
+    if not isinstance(source, str | os.PathLike):
+        return _open_paths([Path(path) for path in source], f"the {len(source)} paths given")
+    name = os.fspath(source)
+    try:
+        found = _open_local(name, split, column)
+    except OSError as error:
+        raise DataError(f"cannot read images from {name!r}: {error}; check path and rights") from error
+    if found is not None:
+        return found
+    looks_like_id = re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name) is not None
+    if not looks_like_id or PurePosixPath(name).suffix == ".txt" or _is_image(name) or TAR.search(name):
+        raise DataError(f"cannot read images from {name!r}: there is no such file or folder; {ADVICE}")
+    return _open_dataset(name, split, column, saved=False)
+
+
+def _open_local(name: str, split: str, column: str | None) -> ImageSource | None:
+    path = Path(name)
+    if name and path.is_dir():
+        if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+            return _open_dataset(name, split, column, saved=True)
+        return _open_folder(name)
+    if path.is_file():
+        return _open_paths([path] if _is_image(name) or TAR.search(name) else _read_list(path), name)
+    if re.search(r"[*?\[{]", name):
+        return _open_paths([Path(match) for match in _expand(name)], f"the pattern {name!r}")
+    return None
+
+
+def _open_folder(folder: str) -> ImageSource:
+    images: list[str] = []
+    tars: list[str] = []
+    others: Counter[str] = Counter()
+    for path in _walk(folder, set()):
+        if _is_image(path):
+            images.append(path)
+        elif TAR.search(path):
+            tars.append(path)
+        else:
+            others[PurePosixPath(path).suffix.lower() or "(no suffix)"] += 1
+    if images and tars:
+        raise DataError(
+            f"cannot tell which images of {folder} to read: found {len(images)} image files and {len(tars)} "
+            f"tar files ({some(tars)}); keep them apart, or name one kind by a pattern: '{folder}/*.tar'"
+        )
+    suffixes = " ".join(sorted(others))
+    if not images and not tars:
+        files = f"{others.total()} file{'' if others.total() == 1 else 's'}"
+        found = f"found {files}, none an image: {suffixes}" if others else "it is empty"
+        raise DataError(f"no images in {folder}: {found}; {ADVICE}")
+    if others:
+        logger.info("%s: ignored %d files that are no images: %s", folder, others.total(), suffixes)
+    return Files(tuple(images)) if images else _open_tars(tars, folder)
+
+
+def _walk(folder: str, entered: set[tuple[int, int]]) -> Iterator[str]:
+    """Lists the files at all levels, sorted; `entered` has (device, inode) of folders, for links may loop."""
+    status = Path(folder).stat()
+    if (status.st_dev, status.st_ino) in entered:
+        return
+    entered.add((status.st_dev, status.st_ino))
+    with os.scandir(folder) as entries:
+        visible = sorted((entry.name, entry.is_dir()) for entry in entries if not entry.name.startswith("."))
+    for name, is_folder in visible:
+        path = os.path.join(folder, name)  # noqa: PTH118 - a million Paths would fill a gigabyte
+        if is_folder:
+            yield from _walk(path, entered)
+        else:
+            yield path
+
+
+def _read_list(path: Path) -> list[Path]:
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+    except UnicodeDecodeError as error:
+        raise DataError(f"no images in {path}: it is neither image, tar file nor text; {ADVICE}") from error
+    return [path.parent / line for line in lines if line and not line.startswith("#")]
+
+
+def _expand(pattern: str) -> list[str]:
+    """Spells out `{000..010}` and `{a,b}` as a shell does, then wildcards; what is spelled out must exist."""
+    group = re.search(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}", pattern)
+    if group is not None:
+        first, last, words = group.groups()
+        numbers = range(int(first), int(last) + 1) if first else ()
+        choices = words.split(",") if words else [f"{number:0{len(first)}}" for number in numbers]
+        head, tail = pattern[: group.start()], pattern[group.end() :]
+        return [path for choice in choices for path in _expand(head + choice + tail)]
+    if not glob.has_magic(pattern) or Path(pattern).is_file():
+        return [pattern]
+    matches = glob.glob(pattern, recursive=True)  # noqa: PTH207 - Path.glob takes no absolute pattern
+    return sorted(match for match in matches if Path(match).is_file())
+
+
+def _open_paths(paths: Sequence[Path], asked: str) -> ImageSource:
+    names = [os.fspath(path) for path in paths]
+    missing = [name for name in names if not Path(name).is_file()]
+    if missing:
+        raise DataError(
+            f"cannot read images from {asked}: {len(missing)} of {len(paths)} files are missing: "
+            f"{some(missing)}; correct these paths (those in a text file are relative to it)"
+        )
+    if not names:
+        raise DataError(f"no images in {asked}: it names no file; {ADVICE}")
+    tars = [name for name in names if TAR.search(name)]
+    if tars and len(tars) < len(names):
+        raise DataError(
+            f"cannot tell which images of {asked} to read: found {len(tars)} tar files and "
+            f"{len(names) - len(tars)} others; name one kind"
+        )
+    return _open_tars(tars, asked) if tars else Files(tuple(names))
+
+
+def _open_tars(shards: Sequence[str], asked: str) -> TarShards:
+    members = tuple(member for shard in shards for member in _index(shard))
+    if not members:
+        raise DataError(f"no images in {asked}: found none in {len(shards)} tar files; {ADVICE}")
+    return TarShards(members)
+
+
+def _index(shard: str) -> Iterator[Member]:
+    """Lists the images of a tar file by its headers."""
+    if not shard.lower().endswith(".tar"):
+        raise DataError(
+            f"cannot read images from {shard}: it is compressed, so no image can be read without all before "
+            "it; decompress it to .tar (images hardly shrink anyway)"
+        )
+    try:
+        with tarfile.open(shard, "r:") as archive:
+            for entry in archive:
+                hidden = any(part.startswith(".") for part in PurePosixPath(entry.name).parts)
+                if entry.isreg() and _is_image(entry.name) and not hidden:
+                    yield Member(shard, entry.name, entry.offset_data, entry.size)
+            end = archive.offset
+        with Path(shard).open("rb") as file:
+            file.seek(end)
+            if any(file.read(tarfile.BLOCKSIZE)):  # tarfile takes a broken header for the end, in silence
+                raise tarfile.ReadError(f"broken header at byte {end}")
+    except (tarfile.TarError, OSError) as error:
+        raise DataError(f"cannot index {shard}: {error}; fetch or pack it anew, uncompressed") from error
+
+
+def _open_dataset(name: str, split: str, column: str | None, *, saved: bool) -> HubImages:
+    try:
+        import datasets
+        import datasets.exceptions
+    except ImportError as error:
+        found = "a saved dataset" if saved else "no file or folder, but may be the id of a dataset"
+        raise DataError(
+            f"cannot read images from {name!r}: it is {found}, and Hugging Face datasets need a library of "
+            'their own; pip install "phreg[datasets]", or correct the path'
+        ) from error
+    try:
+        table: Any = datasets.load_from_disk(name) if saved else datasets.load_dataset(name, split=split)
+    except (OSError, ValueError, LookupError, datasets.exceptions.DatasetsError) as error:
+        found = "the dataset" if saved else f"it is no file or folder, and as a dataset (split {split!r}) it"
+        raise DataError(
+            f"cannot read images from {name!r}: {found} cannot be loaded: {error}; check the path or id, "
+            "the network, and --data.split"
+        ) from error
+    if isinstance(table, datasets.DatasetDict):
+        if split not in table:
+            raise DataError(
+                f"no split {split!r} in {name}: found {', '.join(map(str, table))}; choose by --data.split"
+            )
+        table = table[split]
+
+    columns = [key for key, feature in table.features.items() if isinstance(feature, datasets.Image)]
+    if not columns or column not in (None, *columns):
+        raise DataError(
+            f"no images in {f'column {column!r}' if column else 'any column'} of {name}: found columns "
+            f"{', '.join(table.features)}, with images: {', '.join(columns) or 'none'}; choose by "
+            "--data.image-column"
+        )
+    if len(table) == 0:
+        raise DataError(f"no images in {name}: split {split!r} has no rows; choose by --data.split")
+    chosen = column or columns[0]
+    plain = table.select_columns([chosen]).with_format(None)
+    return HubImages(plain.cast_column(chosen, datasets.Image(decode=False)), chosen, name)
+
+
+def _is_image(name: str) -> bool:
+    return PurePosixPath(name).suffix.lower() in SUFFIXES
+
+
+def _printable(path: str) -> str:
+    """Escapes what is no text in a path: file systems allow any bytes, logs and terminals do not."""
+    return os.fsencode(path).decode(errors="backslashreplace")
+
+
+def some(items: Sequence[str], separator: str = ", ", limit: int = 5) -> str:
+    """Lists the first few of many things, and how many more there are."""
+    more = [f"and {len(items) - limit} more"] if len(items) > limit else []
+    return separator.join([*map(_printable, items[:limit]), *more])
+
+
+# --- Decoding ------------------------------------------------------------------------------------------
+
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What turns an image upright, by its EXIF orientation."""
+
+UNDECODABLE = (
+    *(OSError, EOFError, MemoryError, RuntimeError, SyntaxError, ValueError),
+    *(LookupError, ArithmeticError, struct.error, zlib.error),
+)
+"""What PIL's decoders raise on hostile bytes. TypeError is left out: it would be our own fault."""
+
+
+def decode(data: bytes | Path, name: str | None = None) -> Image.Image:
+    """Decodes an image to 8-bit RGB, upright, on white.
+
+    The EXIF orientation is applied; transparency is laid on white; CMYK is converted without a colour
+    profile; 16-bit grey is divided by 257; an animation gives its first frame.
+
+    Args:
+        data: Content of an image file, or its path.
+        name: What to call it in messages; unset means the path.
+
+    Raises:
+        DataError: It is missing, truncated, empty, in no format of `FORMATS`, of a range of values that
+            does not say what is white (floats, 32-bit integers), or larger than `PIL.Image.MAX_IMAGE_PIXELS`,
+            which is checked before decoding.
+    """
+    name = name or ("an image" if isinstance(data, bytes) else _printable(os.fspath(data)))
+    try:
+        with io.BytesIO(data) if isinstance(data, bytes) else _open_file(data) as stream:
+            return _decode(stream)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        limit = (Image.MAX_IMAGE_PIXELS or 0) / 1e6
+        raise unreadable(name, f"it has more than {limit:.3g} megapixels (PIL's limit)") from error
+    except UNDECODABLE as error:
+        raise unreadable(name, str(error) or type(error).__name__) from error
+
+
+def _open_file(path: Path) -> io.BufferedReader:
+    if not stat.S_ISREG(path.stat().st_mode):  # opening a named pipe would wait for ever
+        raise OSError("it is not a regular file")
+    return path.open("rb")
+
+
+def _decode(stream: io.BytesIO | io.BufferedReader) -> Image.Image:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PIL's remarks on odd files that it reads all the same
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        try:
+            image = Image.open(stream, formats=_available_formats())
+        except UnidentifiedImageError as error:
+            stream.seek(0)
+            head = stream.read(16)
+            found = f"no image of a known format, or its header is broken: it begins with {head!r}"
+            raise ValueError(found if head else "it is empty") from error
+        with image:
+            if 0 in image.size:
+                raise ValueError(f"it measures {image.width}x{image.height} pixels")
+            image.load()
+            return _to_rgb(image)
+
+
+def unreadable(name: str, reason: str) -> DataError:
+    """The error for an image that cannot be used."""
+    return DataError(f"cannot read {name}: {reason}; remove it or save it anew")
+
+
+@lru_cache(maxsize=1)
+def _available_formats() -> list[str]:
+    """Lists the formats that this build of PIL has."""
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    orientation = image.getexif().get(ExifTags.Base.Orientation)  # after load: PIL turns TIFFs itself
+    if image.mode == "F" or image.mode.startswith("I"):
+        image = _to_8_bits(image)
+    elif image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        white.alpha_composite(image.convert("RGBA"))
+        image = white
+    image = image.convert("RGB")
+    return image.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else image
+
+
+def _to_8_bits(image: Image.Image) -> Image.Image:
+    values = np.asarray(image)
+    if values.dtype.kind == "f" or values.min() < 0 or values.max() > 65535:
+        raise ValueError(f"its values, {values.min()} to {values.max()}, do not say what is white")
+    return Image.fromarray(((values.astype(np.uint32) + 128) // 257).astype(np.uint8))  # 65535 = 257 * 255
