@@ -64,8 +64,18 @@ class Comparison:
         return [
             Row("outlier rate (share of patch tokens)", rates[0], rates[1], lower_is_better=True),
             Row(f"cosine to {self.reference}, mean", before.mean, after.mean, lower_is_better=False),
-            Row("the same, worst 1 % of patches", before.worst_percent, after.worst_percent, lower_is_better=False),
-            Row("the same, where the original had outliers", before.masked, after.masked, lower_is_better=False),
+            Row(
+                "the same, worst 1 % of patches",
+                before.worst_percent,
+                after.worst_percent,
+                lower_is_better=False,
+            ),
+            Row(
+                "the same, where the original had outliers",
+                before.masked,
+                after.masked,
+                lower_is_better=False,
+            ),
             Row("pooled output, cosine to the original's, mean", 1.0, self.drift.mean, lower_is_better=False),
             Row("the same, worst image", 1.0, self.drift.min, lower_is_better=False),
         ]

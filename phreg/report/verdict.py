@@ -1,0 +1,56 @@
+"""Puts a report into one sentence."""
+
+from phreg.analysis.norms import BlockNorms, NormReport
+from phreg.analysis.positions import place
+from phreg.evaluation.retrofit import Comparison
+
+
+def verdict(report: NormReport) -> str:
+    """Says in a sentence whether a model has artifacts: how many, how strong, since which block, where."""
+    found, last = report.blocks[report.focus], report.blocks[-1]
+    if found.gap is None:
+        return _after_norm_only(report.normed[-1])
+    traits = (
+        f"{_strength(found)}, from block {report.emergence_block} on (of 0 to {last.block}), "
+        f"mostly {place(report.position_histogram)}"
+    )
+    if found is last:
+        return f"{percent(found.outlier_rate)} of patch tokens are artifacts: {traits}."
+    share = f"in block {found.block}, {percent(found.outlier_rate)} of patch tokens are"
+    return f"No artifacts in the last block, but inside the model: {share}, {traits}."
+
+
+def outcome(comparison: Comparison) -> str:
+    """Says in a sentence what a retrofit changed: artifacts, agreement with the reference, global output."""
+    rates = [percent(report.outlier_rate) for report in comparison.norms]
+    before, after = comparison.agreement
+    return (
+        f"Artifacts went from {rates[0]} to {rates[1]} of patch tokens; "
+        f"agreement with {comparison.reference} from {before.mean:.3f} to {after.mean:.3f}; "
+        f"the global output keeps a cosine of {comparison.drift.mean:.3f} to the original's."
+    )
+
+
+def percent(share: float) -> str:
+    """Writes a share as per cent, small ones with the digits they need."""
+    return f"{100 * share:.1f} %" if share >= 0.01 or not share else f"{100 * share:.2g} %"
+
+
+def _after_norm_only(block: BlockNorms) -> str:
+    if block.gap is None:
+        return "No artifacts found: the norms of patch tokens show no gap in any block."
+    return (
+        f"{percent(block.outlier_rate)} of patch tokens stand apart, but only after the final norm: "
+        f"{_strength(block)}; before it, norms show no gap in any block."
+    )
+
+
+def _strength(block: BlockNorms) -> str:
+    """Compares the norm of outliers with that of all tokens; outliers are too few to move its median."""
+    assert block.outlier_norm is not None, "a block with a gap has outliers"
+    times = block.outlier_norm / max(block.median, 1e-12)
+    return (
+        f"their norm is {times:.0f}x the median"
+        if times >= 9.95
+        else f"their norm is {times:.1f}x the median"
+    )
