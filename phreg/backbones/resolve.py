@@ -1,0 +1,405 @@
+"""What a user types, turned into a backbone: the one door for hub ids, names, folders and instances.
+
+Each library has its adapter, a module of this package with two functions: `adapt(model)` wraps an instance,
+`load(folder)` builds the model in a local folder of that library's layout. This module decides which adapter
+is asked, and first sees to it that the folder is there, complete, and holds plain tensors. No model library
+is imported before it is needed.
+
+    owner/name, timm name, open_clip:ARCH/TAG ──hub──┐
+    local folder ────────────────────────────────────┴► Located ──check, load──► Backbone + Base ◄── instance
+
+It finds phreg's own adapters and runs, but does not read them: see `phreg.checkpoint`.
+"""
+
+import hashlib
+import importlib
+import json
+import os
+import pickle
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, cast, runtime_checkable
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from phreg.backbones.base import Backbone, Library
+from phreg.errors import LoadError, UnsupportedModelError
+
+ADAPTER_FILE = "phreg.json"
+"""The file that makes a folder a phreg adapter."""
+
+FORMS = "owner/name of the hub, a timm name, open_clip:ARCH/TAG, or a folder of a saved model"
+"""The forms a model can be given in, for messages."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a library lays a model out in a folder.
+
+    Attributes:
+        config: File that describes the model.
+        key: Key in it by which this library's models are told from the others'.
+        weights: Files that may hold the weights, best first; an index names the shards.
+    """
+
+    config: str
+    key: str
+    weights: tuple[str, ...]
+
+
+LAYOUTS: dict[Library, Layout] = {
+    "transformers": Layout(
+        "config.json",
+        "model_type",
+        (
+            "model.safetensors",
+            "model.safetensors.index.json",
+            "pytorch_model.bin",
+            "pytorch_model.bin.index.json",
+        ),
+    ),
+    "timm": Layout("config.json", "architecture", ("model.safetensors", "pytorch_model.bin")),
+    "open_clip": Layout(
+        "open_clip_config.json",
+        "model_cfg",
+        (
+            "open_clip_model.safetensors",
+            "open_clip_pytorch_model.bin",
+            "model.safetensors",
+            "pytorch_model.bin",
+        ),
+    ),
+}
+"""The libraries, in the order in which they are tried on an instance, a folder or a repository."""
+
+# A broken pickle fails in whatever way its bytes happen to spell.
+UNPICKLING_ERRORS = (
+    pickle.UnpicklingError,
+    struct.error,
+    AssertionError,
+    EOFError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+
+HF_HUB_ORDER: tuple[Library, ...] = ("open_clip", "timm", "transformers")
+"""The order for `hf-hub:owner/name`, which is how open_clip and timm write a hub id."""
+
+WRAPPERS = {
+    "torch._dynamo": "torch.compile may have traced it; pass `model._orig_mod`, compile afterwards",
+    "torch.nn.parallel": "its parameters are listed already; pass `model.module`, wrap afterwards",
+    "torch.distributed": "its parameters are sharded; pass the whole model, shard afterwards",
+    "peft": "PEFT has rebuilt it; call `merge_and_unload()` first, let PEFT wrap afterwards",
+}
+"""Packages whose wrappers would not see a change to the model inside, and why."""
+
+
+@runtime_checkable
+class Adapter(Protocol):
+    """What the module of a library offers."""
+
+    def adapt(self, model: nn.Module) -> Backbone:
+        """Wraps an instance."""
+        ...
+
+    def load(self, folder: Path) -> Backbone:
+        """Builds the model in a local folder."""
+        ...
+
+
+@dataclass(frozen=True)
+class Base:
+    """Which checkpoint a model is: enough to find the same one again, and to notice when it is another.
+
+    Attributes:
+        source: What to give to `load` to get it again (a folder by its absolute path), or `instance`.
+        library: The library it belongs to.
+        revision: The hub commit; None where it does not come from the hub.
+        sha256: `weights_sha256` of its tensors, named as on disk.
+    """
+
+    source: str
+    library: Library
+    revision: str | None
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Located:
+    """A model's files, on this disk.
+
+    Attributes:
+        folder: Where they are.
+        source: What to give to `locate` to find them again.
+        library: The library whose layout they have; None for a phreg adapter or run.
+        revision: The hub commit; None for a local folder.
+        arch: The architecture, where the source names it (`open_clip:ARCH/TAG`).
+    """
+
+    folder: Path
+    source: str
+    library: Library | None
+    revision: str | None = None
+    arch: str | None = None
+
+
+# -- instances -------------------------------------------------------------------------------------------
+
+
+def adapt(model: nn.Module) -> Backbone:
+    """Wraps a model of transformers, timm or open_clip, or of a subclass of theirs, without copying it.
+
+    A model inside torch.compile, DistributedDataParallel, FSDP or PEFT is refused rather than unwrapped: the
+    wrapper would go on without the registers, and nobody would notice.
+
+    Args:
+        model: The model; a backbone is returned as it is.
+
+    Raises:
+        UnsupportedModelError: The model is not one that phreg can patch.
+    """
+    if isinstance(model, Backbone):
+        return model
+    modules = [base.__module__ for base in type(model).__mro__]
+    for package, reason in WRAPPERS.items():
+        if any(f"{module}.".startswith(f"{package}.") for module in modules):
+            raise UnsupportedModelError(f"cannot add registers to {type(model).__name__}: {reason}")
+    packages = {module.partition(".")[0] for module in modules}
+    for library in LAYOUTS:
+        if library in packages:
+            return _adapter(library).adapt(model)
+    raise UnsupportedModelError(
+        f"cannot add registers to {type(model).__name__}: its class is of {type(model).__module__}; "
+        "supported are vision transformers of transformers, timm and open_clip: see phreg/backbones/README.md"
+    )
+
+
+def _adapter(library: Library) -> Adapter:
+    """Imports the adapter of a library, and the library with it."""
+    return cast(Adapter, importlib.import_module(f"phreg.backbones.{library}"))
+
+
+# -- sources ---------------------------------------------------------------------------------------------
+
+
+def load(source: str | os.PathLike[str] | nn.Module, revision: str | None = None) -> tuple[Backbone, Base]:
+    """Builds the model that a user named, and says which one it is.
+
+    Args:
+        source: A model in one of the forms listed in phreg/backbones/README.md, or an instance.
+        revision: Commit, branch or tag of a hub repository; None means the main branch.
+
+    Raises:
+        LoadError: The model cannot be found, fetched or trusted.
+        UnsupportedModelError: It is not one that phreg can patch.
+    """
+    if isinstance(source, nn.Module):
+        _refuse_revision(revision, "a model instance")
+        backbone = adapt(source)
+        return backbone, _base(backbone, "instance", None)
+    found = locate(source, revision)
+    if found.library is None:
+        raise LoadError(f"base model '{found.source}' is a phreg adapter or run; open it with phreg.load")
+    _check_weights(found, found.library)
+    try:
+        if found.arch is None:
+            backbone = _adapter(found.library).load(found.folder)
+        else:
+            from phreg.backbones import open_clip
+
+            backbone = open_clip.load(found.folder, found.arch)
+    except (LoadError, UnsupportedModelError) as error:  # adapters know the folder alone
+        raise type(error)(f"model '{found.source}': {error}") from error
+    return backbone, _base(backbone, found.source, found.revision)
+
+
+def _base(backbone: Backbone, source: str, revision: str | None) -> Base:
+    return Base(source, backbone.spec.library, revision, weights_sha256(backbone.disk_state()))
+
+
+def locate(source: str | os.PathLike[str], revision: str | None = None) -> Located:
+    """Finds a model's files, and fetches them where they are on the hub.
+
+    A folder of that name wins over the hub. phreg's adapters and runs are found too.
+
+    Args:
+        source: A model in one of the forms listed in phreg/backbones/README.md.
+        revision: Commit, branch or tag of a hub repository; None means the main branch.
+
+    Raises:
+        LoadError: The model cannot be found or fetched.
+    """
+    text = os.fspath(source)
+    path = os.path.expanduser(text)  # noqa: PTH111  # unlike Path, it takes strings that are no paths
+    if text and os.path.exists(path):  # noqa: PTH110
+        _refuse_revision(revision, f"local '{text}'")
+        return _locate_folder(Path(path).resolve())
+    if isinstance(source, os.PathLike) or _looks_like_path(text):
+        raise LoadError(f"model '{text}' looks like a path, and nothing is there; give {FORMS}")
+    scheme, _, name = text.partition(":")
+    if scheme == "open_clip":
+        from phreg.backbones import open_clip
+
+        arch, repository = open_clip.hub_file(name)
+        return _locate_on_hub(repository, revision, ("open_clip",), text, arch)
+    if scheme == "hf-hub":
+        return _locate_on_hub(name, revision, HF_HUB_ORDER, text)
+    repository = _timm_repository(text) or text
+    if "/" not in repository:
+        raise LoadError(f"model '{text}' is no folder here, nor a name that timm knows; give {FORMS}")
+    return _locate_on_hub(repository, revision, tuple(LAYOUTS), repository)
+
+
+def is_adapter(folder: Path) -> bool:
+    """Tells whether a folder is a phreg adapter, or a run that holds one."""
+    return (folder / ADAPTER_FILE).is_file() or (folder / "model" / ADAPTER_FILE).is_file()
+
+
+def _looks_like_path(text: str) -> bool:
+    endings = ("/", ".safetensors", ".bin", ".pt", ".pth", ".json")
+    return text.startswith(("/", ".", "~")) or text.endswith(endings) or text.count("/") > 1 or "\\" in text
+
+
+def _refuse_revision(revision: str | None, what: str) -> None:
+    if revision is not None:
+        raise LoadError(f"revision {revision} asked of {what}; only the hub has revisions, leave it out")
+
+
+def _timm_repository(text: str) -> str | None:
+    """Finds the repository of a timm name; None where it is no such name, or is a repository's id already."""
+    name = text.removeprefix("timm/")
+    if "/" in name or (name != text and "." in name):
+        return None
+    from phreg.backbones import timm
+
+    return timm.hub_id(name) if timm.is_name(name) else None
+
+
+def _locate_folder(folder: Path) -> Located:
+    if not folder.is_dir():
+        raise LoadError(f"model '{folder}' is a file; give the folder that holds it and its config")
+    library = None if is_adapter(folder) else _library(folder, tuple(LAYOUTS), str(folder))
+    return Located(folder, str(folder), library)
+
+
+def _locate_on_hub(
+    repository: str, revision: str | None, order: Sequence[Library], source: str, arch: str | None = None
+) -> Located:
+    """Fetches the configs, finds the library by them, then fetches the weights in the one best format."""
+    from phreg.backbones import hub  # takes 0.1 s to import, which only users of the hub should pay
+
+    folder = hub.snapshot(repository, revision, ["*config.json", "*.index.json", ADAPTER_FILE])
+    commit = folder.name
+    if is_adapter(folder):
+        hub.snapshot(repository, commit, [ADAPTER_FILE, "*.safetensors"])
+        return Located(folder, source, None, commit)
+    library = "open_clip" if arch else _library(folder, order, source)
+    for name in LAYOUTS[library].weights:
+        files = _files(folder, name)
+        # The config is named along with them because the client warns about patterns that match nothing.
+        hub.snapshot(repository, commit, [LAYOUTS[library].config, *(file.name for file in files)])
+        if any(file.is_file() for file in files):
+            break
+    return Located(folder, source, library, commit, arch)
+
+
+def _library(folder: Path, order: Sequence[Library], source: str) -> Library:
+    """Finds the first library whose config a folder has."""
+    for library in order:
+        config = folder / LAYOUTS[library].config
+        if config.is_file() and LAYOUTS[library].key in _read_json(config):
+            return library
+    wanted = ", ".join(
+        f"{layout.config} with {layout.key} ({library})" for library, layout in LAYOUTS.items()
+    )
+    raise LoadError(f"model '{source}' has no config that says what it is, such as {wanted}; give {FORMS}")
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_bytes())
+    except ValueError as error:  # neither UTF-8 nor JSON
+        raise LoadError(f"{file} is not JSON ({error}); copy or download it again") from error
+    if not isinstance(content, dict):
+        raise LoadError(f"{file} should hold a JSON object, found something else; copy or download it again")
+    return content
+
+
+# -- weights ---------------------------------------------------------------------------------------------
+
+
+def _files(folder: Path, name: str) -> list[Path]:
+    """Lists the files behind one of a layout's names: the file itself, or the shards an index names."""
+    index = folder / name
+    if not name.endswith(".index.json"):
+        return [index]
+    if not index.is_file():
+        return []
+    shards = _read_json(index).get("weight_map")
+    if not isinstance(shards, dict):
+        raise LoadError(f"{index} should map tensors to files as weight_map; copy or download it again")
+    return [folder / shard for shard in sorted(set(shards.values()))]
+
+
+def _check_weights(found: Located, library: Library) -> None:
+    """Checks, without reading the tensors, that the weights are all there, whole, and plain tensors.
+
+    Raises:
+        LoadError: A file is missing, broken, or holds pickled objects.
+    """
+    names = LAYOUTS[library].weights
+    ways = (_files(found.folder, name) for name in names)
+    files = next((files for files in ways if any(file.is_file() for file in files)), [])
+    if not files:
+        readable = ", ".join(name for name in names if not name.endswith(".json"))
+        raise LoadError(f"model '{found.source}' has no weights; {library} models keep them in {readable}")
+    for file in files:
+        problem = _problem(file)
+        if problem:
+            again = f"delete {file.resolve()} and run the same again" if found.revision else "copy it again"
+            raise LoadError(f"model '{found.source}': {file.name} {problem}; {again}")
+
+
+def _problem(file: Path) -> str | None:
+    """Says what is wrong with a file of weights."""
+    if not file.is_file():
+        return "is missing, though its index names it"
+    try:
+        if file.suffix == ".safetensors":
+            with safe_open(file, framework="pt"):
+                return None
+        torch.load(file, map_location="meta", weights_only=True)
+    except SafetensorError as error:
+        return f"is cut short or broken ({error})"
+    except UNPICKLING_ERRORS:
+        return "is broken, or holds pickled objects, which phreg never loads"
+    return None
+
+
+def weights_sha256(tensors: Mapping[str, Tensor]) -> str:
+    r"""Hashes named tensors, whatever file format, device or memory layout they came in.
+
+    The recipe: SHA-256 over the tensors in the order of their names (by code point), each as one line of
+    ASCII JSON, `["name", "dtype", [sizes]]` as `json.dumps` writes it, dtype as in `float32`; a newline
+    (`\n`); the elements, little-endian, row by row. Any change of a name, dtype, shape or bit changes it.
+
+    Args:
+        tensors: Dense tensors by name, on any device; brought to the CPU one at a time.
+
+    Returns:
+        64 hexadecimal digits.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach()
+        header = [name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape)]
+        digest.update(json.dumps(header).encode() + b"\n")
+        digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
