@@ -1,12 +1,13 @@
 """The public verbs, each put together from the modules of the method.
 
-    distill   resolve ► load ► add registers ► train ► compare ► adapter, card, report
-    load      adapter ► base ► patched model of its ordinary class
+distill   resolve ► load ► add registers ► train ► compare ► adapter, card, report
+load      adapter ► base ► patched model of its ordinary class
 """
 
 import copy
+import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,22 +17,33 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from phreg import config as configuration
+from phreg import demo
 from phreg.analysis.norms import NormReport, outliers
 from phreg.backbones import resolve
 from phreg.backbones.base import Backbone
 from phreg.backbones.readout import set_readout
 from phreg.backbones.resolve import Base, adapt, weights_sha256
-from phreg.checkpoint import RunFolder, apply_adapter, find_adapter, read_adapter, save_adapter, start_run
+from phreg.checkpoint import (
+    RunFolder,
+    apply_adapter,
+    find_adapter,
+    read_adapter,
+    save_adapter,
+    start_run,
+    write_text,
+)
 from phreg.config import DistillConfig, ViewsConfig
-from phreg.data import Crops, ImageSource, Subset, holdout, normalise, open_images
-from phreg.demo import demo_model
+from phreg.data import Crops, holdout, normalise
 from phreg.errors import ConfigError, LoadError, PhregError
 from phreg.evaluation.retrofit import Comparison, compare
+from phreg.images import ImageSource, Subset, open_images
 from phreg.model_card import model_card
 from phreg.registers import add_registers
+from phreg.report import figures
+from phreg.report.html import comparison_page, inspection_page, write_report
+from phreg.seeding import keyed_generator
 from phreg.teacher import Teacher
 from phreg.trainer import Outcome, StepRecord, start_accelerator, train
-from phreg.views import generator
 
 Model = str | os.PathLike[str] | nn.Module
 Images = str | os.PathLike[str]
@@ -73,8 +85,8 @@ def distill(
     """Retrofits registers onto a model by self-distillation.
 
     Args:
-        model: A hub id, a timm or open_clip name, a folder, or an instance, which is then patched in place. This and
-            the next two may come from the recipe instead.
+        model: A hub id, a timm or open_clip name, a folder, or an instance, which is then patched in place.
+            This and the next two may come from the recipe instead.
         images: A folder, a text file of paths, tar shards, or a Hugging Face dataset.
         output: Run folder to write: recipe.toml, log.jsonl, state/, model/, report/.
         recipe: Name of a shipped recipe, or path of a TOML file.
@@ -86,23 +98,31 @@ def distill(
     Raises:
         PhregError: Anything asked for does not exist or does not fit; see its subclasses.
     """
-    asked = {"model": "instance" if isinstance(model, nn.Module) else model, "images": images, "output": output}
+    asked = {
+        "model": "instance" if isinstance(model, nn.Module) else model,
+        "images": images,
+        "output": output,
+    }
     given = {key: os.fspath(value) for key, value in asked.items() if value is not None} | settings
-    # Once before anything is loaded, so that a typo costs no download; once more when the kind of model is known.
+    # Once before anything is loaded, so that a typo costs no download; once more when the kind of model is
+    # known.
     early = configuration.resolve(recipe, given)
     missing = [key for key in asked if getattr(early, key) is None]
     if missing:
-        raise ConfigError("settings", [f"{key}: not given; name it by flag, argument or recipe" for key in missing])
+        raise ConfigError(
+            "settings", [f"{key}: not given; name it by flag, argument or recipe" for key in missing]
+        )
     source = open_images(early.images or "", split=early.data.split, column=early.data.image_column)
     student, base = open_model(model if isinstance(model, nn.Module) else early.model or "", early.revision)
     if student.num_registers:
         raise PhregError(
-            f"{early.model} has {student.num_registers} registers from phreg already; distil what it was made from: {base.source}"
+            f"{early.model} has {student.num_registers} registers from phreg already; "
+            f"distil what it was made from: {base.source}"
         )
     config = configuration.resolve(recipe, given, clip=student.projection is not None)
-    config = config.model_copy(update={"size": config.size or student.spec.input_size[0]})
-    size = (config.size, config.size)
-    student.check_size(size)
+    side = config.size or student.spec.input_size[0]
+    config = config.model_copy(update={"size": side})
+    student.check_size((side, side))
 
     run = RunFolder(Path(config.output or ""))
     accelerator = start_accelerator(config, run)
@@ -113,23 +133,25 @@ def distill(
     student.requires_grad_(False).eval().to(accelerator.device)
     original = copy.deepcopy(student)
     if config.target.native_size:
-        student.set_input_size(size)
+        student.set_input_size((side, side))
     add_registers(student, config.registers, config.register_init, config.seed)
     set_readout(original, config.target.teacher_readout)
     set_readout(student, config.target.student_readout)
     bf16 = accelerator.mixed_precision == "bf16"
     teacher = Teacher(original, config.views, config.target, bf16=bf16)
     kept, measured, held_out = _split(source, config)
-    crops = Crops(kept, config.size, config.seed)
+    crops = Crops(kept, side, config.seed)
     outcome = train(student, teacher, crops, config, run, accelerator, observe or (lambda *_: None))
 
     comparison = None
     if accelerator.is_main_process:
-        if config.measure.images and len(measured):
-            comparison = _compare(original, student, measured, config, base, held_out=held_out)
+        looked_at = list(batches(student, measured, side))
+        if looked_at:
+            comparison = _compare(original, student, looked_at, config, base, held_out=held_out)
         set_readout(original, "plain")
         set_readout(student, "plain")
-        _save(run, student, original, base, config, outcome, comparison)
+        photos = _photos(student, looked_at) if looked_at else []
+        _save(run, student, original, base, config, outcome, comparison, photos)
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return Distilled(student.model, run.path, outcome, comparison, accelerator.is_main_process)
@@ -150,7 +172,10 @@ def load(
     """
     backbone, _ = open_model(path, into=into)
     if not find_adapter(path):
-        raise LoadError(f"asked for the patched model in {path}, which is no phreg run or adapter; load it with its own library")
+        raise LoadError(
+            f"asked for the patched model in {path}, which is no phreg run or adapter; "
+            "load it with its own library"
+        )
     return backbone.model.to(device)
 
 
@@ -169,32 +194,43 @@ def denoise(
         Features after the final norm, in fp32.
     """
     backbone = adapt(model)
-    return Teacher(backbone, _views(views))(images, generator(seed)).patches
+    return Teacher(backbone, _views(views))(images, keyed_generator("views", seed)).patches
 
 
 def inspect(
-    model: Model, images: Images | Float[Tensor, "batch 3 height width"], *, size: int | None = None, count: int = 64
+    model: Model,
+    images: Images | Float[Tensor, "batch 3 height width"],
+    *,
+    output: str | os.PathLike[str] | None = None,
+    size: int | None = None,
+    count: int = 64,
 ) -> NormReport:
-    """Looks for artifacts: patch tokens whose norm lies beyond the gap in the model's own distribution, block by block.
+    """Looks for artifacts: patch tokens whose norm lies beyond the gap in the model's own distribution.
 
     Args:
         model: A model in any form that `distill` takes, a run, or an adapter.
         images: Where images are, or a batch of normalised ones.
+        output: Folder to write inspect.json, report.html and pictures to; None writes nothing.
         size: Image side in pixels; None means the model's own.
         count: Images to look at, spread evenly over those there are.
 
     Raises:
         PhregError: The model or the images cannot be read.
     """
-    backbone, _ = open_model(model)
+    backbone, base = open_model(model)
+    backbone.eval()
     if isinstance(images, Tensor):
-        return outliers(backbone, images.split(MEASURED_AT_ONCE))
-    side = size or backbone.spec.input_size[0]
-    backbone.check_size((side, side))
-    source = open_images(os.fspath(images))
-    step = max(1, len(source) // count)
-    chosen = Subset(source, range(0, len(source), step)[:count])
-    return outliers(backbone, batches(backbone, chosen, side))
+        looked_at = list(images.to(backbone.device).split(MEASURED_AT_ONCE))
+    else:
+        side = size or backbone.spec.input_size[0]
+        backbone.check_size((side, side))
+        source = open_images(images)
+        chosen = range(0, len(source), max(1, len(source) // count))[:count]
+        looked_at = list(batches(backbone, Subset(source, chosen), side))
+    report = outliers(backbone, looked_at)
+    if output is not None:
+        _write_inspection(Path(output), base.source, backbone, looked_at, report)
+    return report
 
 
 def open_model(
@@ -214,7 +250,7 @@ def open_model(
     if isinstance(source, nn.Module):
         return resolve.load(source)
     if os.fspath(source) == "demo":
-        backbone = adapt(demo_model())
+        backbone = adapt(demo.demo_model())
         return backbone, Base("demo", backbone.spec.library, None, weights_sha256(backbone.disk_state()))
     folder = find_adapter(source)
     if folder is None:
@@ -233,8 +269,10 @@ def open_model(
     return backbone, base
 
 
-def batches(backbone: Backbone, source: ImageSource, size: int) -> Iterator[Float[Tensor, "batch 3 size size"]]:
-    """Reads images for measuring: centre crops, normalised for a model, on its device; unreadable ones are replaced."""
+def batches(
+    backbone: Backbone, source: ImageSource, size: int
+) -> Iterator[Float[Tensor, "batch 3 size size"]]:
+    """Reads images for measuring: centre crops, normalised for a model, on its device."""
     crops = Crops(source, size, crop="centre")
     for start in range(0, len(source), MEASURED_AT_ONCE):
         keys = [(0, index) for index in range(start, min(start + MEASURED_AT_ONCE, len(source)))]
@@ -243,12 +281,14 @@ def batches(backbone: Backbone, source: ImageSource, size: int) -> Iterator[Floa
 
 
 def _views(settings: dict[str, Any]) -> ViewsConfig:
-    checked = configuration.validate({f"views.{key}": value for key, value in settings.items()}, source="views")
+    checked = configuration.validate(
+        {f"views.{key}": value for key, value in settings.items()}, source="views"
+    )
     return checked.views
 
 
 def _split(source: ImageSource, config: DistillConfig) -> tuple[ImageSource, ImageSource, bool]:
-    """Images to train on, images to measure on, and whether these are kept apart; fewer than 5 images serve as both."""
+    """Images to train on, to measure on, and whether they are kept apart: fewer than 5 serve as both."""
     train_on, measure_on = holdout(len(source), config.measure.images)
     if measure_on:
         return Subset(source, train_on), Subset(source, measure_on), True
@@ -256,14 +296,19 @@ def _split(source: ImageSource, config: DistillConfig) -> tuple[ImageSource, Ima
 
 
 def _compare(
-    original: Backbone, student: Backbone, measured: ImageSource, config: DistillConfig, base: Base, *, held_out: bool
+    original: Backbone,
+    student: Backbone,
+    looked_at: Sequence[Tensor],
+    config: DistillConfig,
+    base: Base,
+    *,
+    held_out: bool,
 ) -> Comparison:
-    size = config.size or student.spec.input_size[0]
     if base.source == "demo":
-        clean = adapt(demo_model(planted=False).to(original.device))
+        clean = adapt(demo.demo_model(planted=False).to(original.device))
         described = "the known truth"
 
-        def reference(images: Tensor, number: int) -> Tensor:
+        def reference(images: Tensor, _number: int) -> Tensor:
             return clean(images).patches
     else:
         many = config.views.model_copy(update={"count": config.measure.views, "sampler": "uniform"})
@@ -271,18 +316,23 @@ def _compare(
         described = f"the original averaged over {many.count} views"
 
         def reference(images: Tensor, number: int) -> Tensor:
-            return teacher(images, generator(config.seed, number)).patches
+            return teacher(images, keyed_generator("reference", config.seed, number)).patches
 
     return compare(
-        original, student, list(batches(student, measured, size)), reference, config.target,
-        described=described, held_out=held_out,
-    )  # fmt: skip
+        original, student, looked_at, reference, config.target, described=described, held_out=held_out
+    )
 
 
 def _save(
-    run: RunFolder, student: Backbone, original: Backbone, base: Base, config: DistillConfig, outcome: Outcome,
+    run: RunFolder,
+    student: Backbone,
+    original: Backbone,
+    base: Base,
+    config: DistillConfig,
+    outcome: Outcome,
     comparison: Comparison | None,
-) -> None:  # fmt: skip
+    photos: Sequence[Any],
+) -> None:
     record = {
         "size": config.size,
         "readout": config.target.student_readout,
@@ -292,3 +342,30 @@ def _save(
     }
     card = model_card(student, base, record, comparison.rows() if comparison else [])
     save_adapter(run.model, student, base, original.disk_state(), record, card)
+    if comparison:
+        run.report.mkdir(exist_ok=True)
+        title = f"{base.source}, before and after {config.registers} registers"
+        write_report(run.report / "report.html", comparison_page(title, comparison, photos))
+        write_text(run.report / "figures.json", json.dumps(comparison.to_json(), indent=2))
+
+
+@torch.no_grad()
+def _write_inspection(
+    folder: Path, name: str, backbone: Backbone, looked_at: Sequence[Tensor], report: NormReport
+) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / "inspect.json", json.dumps({"model": name} | report.to_json(), indent=2))
+    photos = _photos(backbone, looked_at)
+    features = torch.cat([backbone(images).patches.float().cpu() for images in looked_at[: len(report.maps)]])
+    write_report(folder / "report.html", inspection_page(name, report, photos, features[: len(report.maps)]))
+    figures.save_png(folder / "positions.png", figures.position_map(report.position_histogram))
+    figures.save_png(folder / "norms.png", figures.norm_quantiles(report))
+    low, high = report.maps.min().item(), report.maps[:, report.focus].max().item()
+    for number, norms in enumerate(report.maps[:, report.focus], start=1):
+        figures.save_png(folder / f"norms-{number:02}.png", figures.norm_map(norms, low, high))
+
+
+def _photos(backbone: Backbone, looked_at: Sequence[Tensor], count: int = 8) -> list[Any]:
+    """The first images as they look, 8-bit RGB."""
+    first = torch.cat(list(looked_at[:count]))[:count].cpu()
+    return [figures.photo(image, backbone.spec.mean, backbone.spec.std) for image in first]

@@ -16,8 +16,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -32,7 +32,7 @@ from phreg.backbones.base import Backbone
 from phreg.backbones.resolve import Base, weights_sha256
 from phreg.config import DistillConfig, flatten, to_toml, validate
 from phreg.config import read_toml as read_settings
-from phreg.errors import CheckpointError, LoadError
+from phreg.errors import CheckpointError, LoadError, PhregError
 
 FORMAT = "phreg-adapter"
 FORMAT_VERSION = 1
@@ -47,7 +47,6 @@ FREE_ON_RESUME = frozenset(
         "keep_freed_memory",
         "trackers",
         "data.workers",
-        "measure.images",
         "measure.views",
     }
 )
@@ -98,7 +97,7 @@ def start_run(path: Path, config: DistillConfig, *, resume: bool) -> RunFolder:
     if run.recipe.exists():
         if not resume:
             raise CheckpointError(
-                f"output {path} holds a run already; add --resume to go on with it, or choose another --output"
+                f"output {path} holds a run already; go on with it by --resume, or choose another --output"
             )
         _check_same(run, config)
     elif path.exists() and any(path.iterdir()):
@@ -123,15 +122,11 @@ def save_state(
     state = optimizer.state_dict()["state"]
     moments = {f"optimizer.{i}.{key}": value for i, values in state.items() for key, value in values.items()}
     folder = run.path / "state" / f"step-{step:06d}"
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
     contents = {name: value.detach().cpu().contiguous() for name, value in {**tensors, **moments}.items()}
-    save_file(contents, temporary / "state.safetensors")
-    _flush(temporary / "state.safetensors")
-    write_text(temporary / "state.json", json.dumps({"step": step, "facts": facts}))
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
+    with _replacing(folder) as temporary:
+        save_file(contents, temporary / "state.safetensors")
+        _flush(temporary / "state.safetensors")
+        write_text(temporary / "state.json", json.dumps({"step": step, "facts": facts}))
     for old in run.states[:-KEPT_STATES]:
         shutil.rmtree(old)
     return folder
@@ -206,7 +201,7 @@ def save_adapter(
         "class": type(backbone.model).__name__,
         "family": backbone.spec.family,
         "registers": backbone.num_registers,
-        "insertion": "after position embedding, before any norm ahead of the blocks: [prefix | registers | patches]",
+        "insertion": "after position embedding, before any norm",
         "readout": backbone.readout,
         "input_size": list(backbone.spec.input_size),
         "versions": {
@@ -214,21 +209,15 @@ def save_adapter(
         },
         **record,
     }
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    save_file(changed, temporary / "adapter.safetensors", metadata={"format": "pt"})
-    _flush(temporary / "adapter.safetensors")
-    write_text(temporary / "phreg.json", json.dumps(description, indent=2))
-    write_text(temporary / "README.md", card)
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
+    with _replacing(folder) as temporary:
+        save_file(changed, temporary / "adapter.safetensors", metadata={"format": "pt"})
+        _flush(temporary / "adapter.safetensors")
+        write_text(temporary / "phreg.json", json.dumps(description, indent=2))
+        write_text(temporary / "README.md", card)
 
 
 def find_adapter(path: str | os.PathLike[str]) -> Path | None:
-    """Finds the adapter folder that a path names: itself, or the `model` folder of a run; None where it names
-    neither.
-    """
+    """Finds the adapter that a path names: itself, or the `model` folder of a run; None without one."""
     for folder in (Path(path), Path(path) / "model"):
         if (folder / "phreg.json").is_file():
             return folder
@@ -250,8 +239,8 @@ def read_adapter(folder: Path) -> dict[str, Any]:
         ) from error
     if kind != FORMAT or number > FORMAT_VERSION:
         raise LoadError(
-            f"asked for the adapter in {folder}, found format {kind!r} version {number}; this phreg reads {FORMAT!r} up to "
-            f"version {FORMAT_VERSION}: upgrade phreg, or load the folder with what wrote it"
+            f"asked for the adapter in {folder}, found format {kind!r} version {number}; this phreg reads "
+            f"{FORMAT!r} up to version {FORMAT_VERSION}: upgrade phreg, or load the folder with what wrote it"
         )
     return description
 
@@ -264,11 +253,13 @@ def apply_adapter(folder: Path, backbone: Backbone) -> None:
             unreadable.
     """
     description = read_adapter(folder)
-    found, wanted = weights_sha256(backbone.disk_state()), description["base"]["sha256"]
+    source, revision, wanted = (description["base"][key] for key in ("source", "revision", "sha256"))
+    found = weights_sha256(backbone.disk_state())
     if found != wanted:
         raise LoadError(
-            f"the adapter in {folder} was made for {description['base']['source']} with weights sha256 {wanted[:12]}…, but "
-            f"{backbone.describe()} has {found[:12]}…; load it onto that base (revision {description['base']['revision']})"
+            f"the adapter in {folder} was made for {source} with weights sha256 {wanted[:12]}…, but "
+            f"{backbone.describe()} has {found[:12]}…; load it onto that base"
+            + (f" (revision {revision})" if revision else "")
         )
     try:
         tensors = load_file(folder / "adapter.safetensors")
@@ -281,19 +272,35 @@ def apply_adapter(folder: Path, backbone: Backbone) -> None:
         raise LoadError(
             f"the adapter in {folder} holds NaN or infinite values in {broken[:3]}; fetch or train it again"
         )
-    if tuple(description["input_size"]) != backbone.spec.input_size:
-        backbone.set_input_size((description["input_size"][0], description["input_size"][1]))
-    if description["registers"]:
-        backbone.insert_registers(torch.zeros(description["registers"], backbone.spec.width))
-    backbone.load_disk_state(tensors)
+    size, before = backbone.spec.input_size, None
+    try:
+        if tuple(description["input_size"]) != size:
+            before = {name: tensor.clone() for name, tensor in backbone.disk_state().items()}
+            backbone.set_input_size((description["input_size"][0], description["input_size"][1]))
+        if description["registers"]:
+            backbone.insert_registers(torch.zeros(description["registers"], backbone.spec.width))
+        backbone.load_disk_state(tensors)
+    except PhregError as error:
+        # The base is the user's: a refused adapter leaves it as it was.
+        if backbone.num_registers:
+            backbone.remove_registers()
+        if before is not None:
+            backbone.set_input_size(size)
+            backbone.load_disk_state(before)
+        raise LoadError(f"the adapter in {folder} does not fit: {error}") from error
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a text file atomically."""
+    """Writes a text file atomically.
+
+    Raises:
+        CheckpointError: It cannot be written; an old file of that name is still whole.
+    """
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    _flush(temporary)
-    temporary.replace(path)
+    with _writing(path):
+        temporary.write_text(text, encoding="utf-8")
+        _flush(temporary)
+        temporary.replace(path)
 
 
 def truncate_log(log: Path, steps: int) -> None:
@@ -320,6 +327,28 @@ def _check_same(run: RunFolder, config: DistillConfig) -> None:
             f"cannot resume {run.path}: its settings differ from those it was started with\n{lines}\n"
             "use the same settings, or start anew in another --output"
         )
+
+
+@contextmanager
+def _replacing(folder: Path) -> Iterator[Path]:
+    """Gives a temporary folder to fill, which then takes the place of `folder` at once."""
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    with _writing(folder):
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        yield temporary
+        shutil.rmtree(folder, ignore_errors=True)
+        temporary.rename(folder)
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"cannot write {path} ({error}); free space or choose another --output, then go on with --resume"
+        ) from error
 
 
 def _flush(path: Path) -> None:

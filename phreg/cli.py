@@ -1,12 +1,10 @@
 """The command line: flags in, tables out. What is done is done in `phreg.api`.
 
-The flags of `phreg distill` are the settings of `phreg.config`, one for one; only those given are passed on, so that a flag wins
-over a recipe, and a recipe over what its method implies.
+The flags of `phreg distill` are the settings of `phreg.config`, one for one; only those given are passed on,
+so that a flag wins over a recipe, and a recipe over what its method implies.
 """
 
-import json
 import logging
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -15,7 +13,6 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, TypedDict, Union, get_args, get_origin
 
-import tyro
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.markup import escape
@@ -36,7 +33,7 @@ LINE_EVERY = 10.0
 
 
 def _flags() -> Any:
-    """Makes the type of distill's flags from the settings: a dictionary of those that were given, by dotted key."""
+    """Makes the type of distill's flags from the settings: a dictionary of those given, by dotted key."""
     flags = {}
     for key, field in config.fields().items():
         if key == "model":
@@ -55,7 +52,7 @@ Settings: Any = _flags()
 
 @app.command
 def quickstart(output: Path = Path("runs/quickstart")) -> None:
-    """Retrofit registers onto a small demonstration model with planted artifacts: no network, minutes on a CPU.
+    """Retrofit registers onto a demonstration model with planted artifacts: offline, minutes on a CPU.
 
     Args:
         output: Run folder to write.
@@ -66,9 +63,13 @@ def quickstart(output: Path = Path("runs/quickstart")) -> None:
     with Steps() as steps:
         result = api.quickstart(output, observe=steps)
     _show(result)
-    console.print(f"\nDone in {time.perf_counter() - started:.0f} s. Open {output / 'report' / 'report.html'} in a browser.")
+    seconds = time.perf_counter() - started
+    console.print(f"\nDone in {seconds:.0f} s. Open {output / 'report' / 'report.html'} in a browser.")
     console.print("This model is a demonstration. The same with a real one:")
-    console.print("  phreg distill facebook/dinov2-small --images photos/ --output runs/dinov2-small-reg", highlight=False)
+    console.print(
+        "  phreg distill facebook/dinov2-small --images photos/ --output runs/dinov2-small-reg",
+        highlight=False,
+    )
 
 
 @app.command
@@ -84,6 +85,7 @@ def distill(
 
     Args:
         model: Hub id, timm or open_clip name, or local folder; may come from the recipe.
+        settings: The settings of phreg.config.
         recipe: Name of a shipped recipe (`phreg recipes` lists them), or path of a TOML file.
         resume: Go on with the run in --output.
     """
@@ -116,17 +118,18 @@ def inspect(
         count: Images to look at.
     """
     from phreg import api
+    from phreg.report.verdict import verdict
 
     with console.status("running the model …") if console.is_terminal else nullcontext():
-        report, sentence = api.write_inspection(model, images, output, size=size, count=count)
+        report = api.inspect(model, images, output=output, size=size, count=count)
     table = Table("block", "median norm", "outliers", "their norm", "outliers after the final norm")
     for before, after in zip(report.blocks, report.normed, strict=True):
-        norm = f"{before.outlier_norm:.1f}" if before.outlier_norm is not None else "–"
+        norm = f"{before.outlier_norm:.1f}" if before.outlier_norm is not None else "-"
         rates = (f"{100 * side.outlier_rate:.2f} %" for side in (before, after))
         rate, normed = rates
         table.add_row(str(before.block), f"{before.median:.1f}", rate, norm, normed)
     console.print(table)
-    console.print(sentence)
+    console.print(verdict(report))
     console.print(f"Written: {output / 'report.html'}, inspect.json and pictures", highlight=False)
 
 
@@ -144,10 +147,15 @@ class Steps(AbstractContextManager["Steps"]):
     """Shows training steps as they come: a bar on a terminal, a line now and then elsewhere."""
 
     def __init__(self) -> None:
-        self._progress = Progress(
-            TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("loss {task.fields[loss]:.4f}"),
-            TextColumn("{task.fields[speed]:.1f} images/s"), TimeRemainingColumn(), console=console, transient=True,
-        )  # fmt: skip
+        loss, speed = "loss {task.fields[loss]:.4f}", "{task.fields[speed]:.1f} images/s"
+        columns = [
+            MofNCompleteColumn(),
+            BarColumn(),
+            TextColumn(loss),
+            TextColumn(speed),
+            TimeRemainingColumn(),
+        ]
+        self._progress = Progress(TextColumn("step"), *columns, console=console, transient=True)
         self._task: Any = None
         self._last = time.perf_counter()
 
@@ -174,18 +182,22 @@ def _show(result: Any) -> None:
     outcome = result.outcome
     console.print(f"{outcome.steps} steps, {outcome.images} images, {outcome.seconds:.0f} s of training")
     if outcome.skipped:
-        console.print(f"{len(outcome.skipped)} unreadable images were skipped: {', '.join(outcome.skipped[:5])}", markup=False)
+        console.print(
+            f"{len(outcome.skipped)} unreadable images were skipped: {', '.join(outcome.skipped[:5])}",
+            markup=False,
+        )
     if result.comparison is None:
         return
     table = Table("figure", "before", "after", title=f"on {result.comparison.images} images")
     for row in result.comparison.rows():
-        sides = ("–" if value is None else f"{value:.4f}" for value in (row.before, row.after))
+        sides = ("-" if value is None else f"{value:.4f}" for value in (row.before, row.after))
         table.add_row(row.name, *sides)
     console.print(table)
     if result.comparison.drift.mean < DRIFT_ALARM:
         console.print(
-            f"[bold red]The pooled output drifted: cosine {result.comparison.drift.mean:.3f} to the original's.[/] Whatever "
-            "reads it (a classifier, zero-shot text) will suffer; raise --loss.pooled or train less."
+            f"[bold red]The pooled output drifted: cosine {result.comparison.drift.mean:.3f} to the "
+            "original's.[/] Whatever reads it (a classifier, zero-shot text) will suffer; "
+            "raise --loss.pooled or train less."
         )
 
 
@@ -203,5 +215,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         app.cli(prog="phreg", args=arguments)
     except PhregError as error:
-        Console(stderr=True).print(f"[bold red]phreg:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+        Console(stderr=True).print(
+            f"[bold red]phreg:[/] {escape(str(error))}", highlight=False, soft_wrap=True
+        )
         sys.exit(130 if type(error).__name__ == "Interrupted" else 1)

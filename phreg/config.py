@@ -93,9 +93,7 @@ class LossConfig(Config):
 
 
 class LoraConfig(Config):
-    """Low-rank adapters (PEFT) trained in place of whole blocks; always merged into the weights at the
-    end.
-    """
+    """Low-rank adapters (PEFT) in place of whole blocks; they are merged into the weights at the end."""
 
     rank: PositiveInt | None = None
     """Rank of the adapters; unset means no LoRA."""
@@ -221,7 +219,7 @@ class DistillConfig(Config):
     def _one_length(self) -> "DistillConfig":
         if self.steps is not None and self.epochs is not None:
             raise ValueError(
-                f"steps and epochs are two ways to say the same, found {self.steps} and {self.epochs}; keep one"
+                f"steps and epochs say the same in two ways, found {self.steps} and {self.epochs}; keep one"
             )
         return self
 
@@ -248,7 +246,10 @@ PAPER_CLIP: dict[str, Any] = PAPER | {
 
 
 def resolve(
-    recipe: str | Path | None = None, overrides: Mapping[str, Any] | None = None, *, clip: bool = False
+    recipe: str | os.PathLike[str] | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    *,
+    clip: bool = False,
 ) -> DistillConfig:
     """Builds the configuration of a run.
 
@@ -278,11 +279,10 @@ def validate(settings: Mapping[str, Any], *, source: str) -> DistillConfig:
     known = fields()
     problems = [_unknown(key, known) for key in settings if key not in known]
     try:
-        config = DistillConfig.model_validate(
-            _nest({key: value for key, value in settings.items() if key in known})
-        )
+        tree = _nest({key: value for key, value in settings.items() if key in known})
+        config = DistillConfig.model_validate(tree)
     except ValidationError as error:
-        problems += [_problem(details) for details in error.errors()]
+        raise ConfigError(source, problems + [_problem(details) for details in error.errors()]) from error
     if problems:
         raise ConfigError(source, problems)
     return config
@@ -328,7 +328,7 @@ def recipes() -> dict[str, Path]:
     return {path.stem: path for path in sorted(folder.glob("*.toml"))}
 
 
-def find_recipe(recipe: str | Path) -> Path:
+def find_recipe(recipe: str | os.PathLike[str]) -> Path:
     """Finds a shipped recipe by name, or a recipe file by path.
 
     Raises:
@@ -384,5 +384,5 @@ def _problem(details: Any) -> str:
     message = details["msg"].removeprefix("Value error, ")
     if not key:
         return message
-    message = message.replace("Input should be", "should be")
+    message = message.replace("Input should be", "should be").partition(", unable")[0]
     return f"{key}: {message}, found {details['input']!r}"

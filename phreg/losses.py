@@ -15,9 +15,7 @@ from phreg.config import LossConfig
 def cosine_distance(
     student: Float[Tensor, "*any dim"], target: Float[Tensor, "*any dim"]
 ) -> Float[Tensor, ""]:
-    """One minus the mean cosine similarity; norms are kept from zero by adding 1e-8 to each, as the paper's
-    code does.
-    """
+    """One minus the mean cosine similarity; 1e-8 is added to each norm, as in the paper's code."""
     student, target = student.float(), target.float()
     norms = (student.norm(dim=-1) + 1e-8) * (target.norm(dim=-1) + 1e-8)
     return 1 - ((student * target).sum(-1) / norms).mean()
@@ -40,11 +38,9 @@ def distillation_loss(
 
 
 def pooled_loss(
-    student: Float[Tensor, "batch width"], target: Float[Tensor, "batch width"]
+    student: Float[Tensor, "batch dim"], target: Float[Tensor, "batch dim"]
 ) -> Float[Tensor, ""]:
-    """Cosine distance plus squared error relative to the target's mean square, so that models of any scale
-    weigh the same.
-    """
+    """Cosine distance plus squared error over the target's mean square: the same for models of any scale."""
     student, target = student.float(), target.float()
     return cosine_distance(student, target) + F.mse_loss(student, target) / target.square().mean().clamp_min(
         1e-8

@@ -37,7 +37,6 @@ def model_card(backbone: Backbone, base: Base, record: Mapping[str, Any], rows: 
     front = ["---", "library_name: phreg", "tags: [phreg, registers, vision-transformer]"]
     if from_hub:
         front += [f"base_model: {base.source.removeprefix('hf-hub:')}", "base_model_relation: adapter"]
-    skipped = outcome["skipped"]
     lines = [
         *front, "---", "",
         f"# {base.source} with {backbone.num_registers} registers", "",
@@ -48,23 +47,26 @@ def model_card(backbone: Backbone, base: Base, record: Mapping[str, Any], rows: 
         "```python", "import phreg", "", 'model = phreg.load("path/of/this/folder")', "```", "",
         "## How it was made", "",
         f"Method `{recipe['method']}`, {outcome['steps']} steps of {recipe['batch_size']} images per process at "
-        f"{record['size']} pixels; {outcome['trained']:,} weights trained."
-        + (f" {len(skipped)} unreadable images were skipped." if skipped else ""), "",
+        f"{record['size']} pixels; {outcome['trained']:,} weights trained; "
+        f"{len(outcome['skipped'])} unreadable images skipped.", "",
         "## Before and after", "",
     ]  # fmt: skip
     if rows:
         lines += ["| figure | before | after |", "| --- | --- | --- |"]
         lines += [f"| {row.name} | {figure(row.before)} | {figure(row.after)} |" for row in rows]
-        apart = record["figures"]["held_out"]
-        lines += ["", f"On {record['figures']['images']} images " + ("not trained on." if apart else "that were trained on too.")]
+        apart = "not trained on" if record["figures"]["held_out"] else "that were trained on too"
+        lines += ["", f"On {record['figures']['images']} images {apart}."]
     else:
         lines += ["Not measured."]
     if record["readout"] != "plain":
-        lines += ["", f"Its dense features are meant to be read through the last block's {record['readout']} read-out; the model's "
-                  "ordinary pooled output was not trained, and the table says how far it drifted."]  # fmt: skip
+        lines += [
+            "",
+            f"Its dense features are meant to be read through the last block's {record['readout']} read-out; "
+            "the model's ordinary pooled output was not trained, and the table says how far it drifted.",
+        ]
     return "\n".join([*lines, "", "## Citation", "", CITATION, ""])
 
 
 def figure(value: float | None) -> str:
     """Writes a figure with four digits after the point; a dash where there is none."""
-    return "–" if value is None else f"{value:.4f}"
+    return "-" if value is None else f"{value:.4f}"

@@ -63,7 +63,7 @@ def add_registers(model: Model, count: int, init: Init = "randn", seed: int = 0)
         raise PhregError(f"asked for {count} registers; use 0 or more")
     if backbone.num_registers:
         raise PhregError(
-            f"asked for registers on {backbone.describe()}, which has {backbone.num_registers} from phreg already; "
+            f"asked for registers on {backbone.describe()}, which has {backbone.num_registers} from phreg; "
             "call phreg.remove_registers(model) first"
         )
     if count:

@@ -1,7 +1,7 @@
-"""The frozen teacher: views of an image, read by the unpatched model, moved back and averaged into an
-artifact-free target.
+"""The frozen teacher: moved views of an image, read by the unpatched model, aligned and averaged.
 
-    images ──views──► moved copies ──backbone, in micro-batches──► token grids ──undo──► masked mean = target (batch, rows, cols, dim)
+    images ──views──► moved copies ──backbone──► token grids ──undo──► masked mean (batch, rows, cols, dim)
+                                 in micro-batches
 
 The forward passes run under inference mode and autocast; sums and means are fp32. Nothing on this path waits
 for the device.
@@ -83,7 +83,7 @@ class Teacher:
     def _read(self, images: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
         """Sums aligned features over views, micro-batch by micro-batch, in a fixed order."""
         groups = sample_views(
-            self.views, self.backbone.spec, tuple(images.shape[-2:]), len(images), generator
+            self.views, self.backbone.spec, (images.shape[-2], images.shape[-1]), len(images), generator
         )
         totals, counts, pooled = [], [], []
         for first in range(0, len(images), self.micro_batch):

@@ -21,22 +21,22 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
-from typing import TextIO
+from typing import TextIO, cast
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import patch_environment
-from phreg.data import BrokenImages, Crops, Order, loader, normalise
 from torch import Tensor, nn
 
 from phreg.backbones.base import Backbone
 from phreg.checkpoint import RunFolder, load_state, save_state, truncate_log
 from phreg.config import DistillConfig
+from phreg.data import BrokenImages, Crops, Order, loader, normalise
 from phreg.errors import PhregError, TrainingError
 from phreg.losses import distillation_loss
+from phreg.seeding import keyed_generator
 from phreg.teacher import Teacher
 from phreg.unlock import MovingAverage, freeze_unused, learning_rate, merge_lora, optimizer, unlock
-from phreg.views import generator
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +67,7 @@ class Outcome:
     skipped: list[str]
 
 
-def train(
+def train(  # noqa: C901 (the loop reads straight down)
     student: Backbone,
     teacher: Teacher,
     images: Crops,
@@ -92,7 +92,9 @@ def train(
         Interrupted: SIGTERM or SIGINT came; a checkpoint was written.
     """
     size = (images.size, images.size)
-    trained = unlock(student.eval(), config.unlock)
+    with torch.random.fork_rng():
+        torch.manual_seed(config.seed)  # LoRA's random start is the one draw that PEFT takes from the global state
+        trained = unlock(student.eval(), config.unlock)
     trained = freeze_unused(student, trained, config.target, config.loss, size)
     optim = optimizer(trained, config.optim)
     average = MovingAverage(trained, config.optim.ema) if config.optim.ema is not None else None
@@ -109,6 +111,7 @@ def train(
     done = load_state(run, kept, optim, facts)
     if accelerator.is_main_process:
         truncate_log(run.log, done)
+    accelerator.init_trackers("phreg", config={"method": config.method, "seed": config.seed})
     accelerator.wait_for_everyone()
 
     broken = BrokenImages(len(images), config.data.max_broken)
@@ -140,7 +143,7 @@ def train(
                 names += batch.names
                 pixels = batch.images.to(accelerator.device, non_blocking=True)
                 pixels = normalise(pixels, student.spec.mean, student.spec.std)
-                target = teacher(pixels, generator(config.seed, step, micro, rank))
+                target = teacher(pixels, keyed_generator("views", config.seed, step, micro, rank))
                 # Processes exchange gradients once a step, with the last accumulated batch.
                 with accelerator.no_sync(model) if micro + 1 < accumulate else nullcontext():
                     features = model(pixels, config.target.layer, config.target.norm)
@@ -161,14 +164,14 @@ def train(
             previous, reading = reading, Reading(step + 1, lr, names, sums, stop.is_set(), accelerator)
             stopping = previous is not None and journal.enter(previous)
             if stopping or step + 1 == steps or (step + 1) % config.checkpoint_every == 0:
-                journal.enter(reading)
+                stopping = journal.enter(reading) or stopping
                 reading = None
                 if accelerator.is_main_process:
                     save_state(run, step + 1, kept, optim, facts)
                 accelerator.wait_for_everyone()
             if stopping and step + 1 < steps:
                 raise Interrupted(
-                    f"stopped after step {step + 1} of {steps}, checkpoint written; --resume goes on from there"
+                    f"stopped after step {step + 1} of {steps}, checkpoint written; go on with --resume"
                 )
         accelerator.unwrap_model(model, keep_fp32_wrapper=False)
 
@@ -209,7 +212,8 @@ class Reading:
         self.step, self.lr, self.names, self.keys = step, lr, names, [*values, "stop"]
         self.made = time.perf_counter()
         asked = torch.tensor(float(stop)).to(accelerator.device, non_blocking=True)
-        mean = accelerator.reduce(torch.stack([*(value.float() for value in values.values()), asked]), "mean")
+        own = torch.stack([*(value.float() for value in values.values()), asked])
+        mean = cast(Tensor, accelerator.reduce(own, "mean"))
         self._host = mean.to("cpu", non_blocking=True)
         self._arrived = torch.cuda.Event() if mean.is_cuda else None
         if self._arrived is not None:
@@ -223,9 +227,7 @@ class Reading:
 
 
 class Journal:
-    """Enters each step, in order, into log.jsonl, the trackers and the observer; refuses one that is not
-    finite.
-    """
+    """Enters each step into log.jsonl, the trackers and the observer, and refuses one that is not finite."""
 
     def __init__(
         self,
@@ -254,7 +256,8 @@ class Journal:
         if not math.isfinite(loss):
             last = self.run.states[-1] if self.run.states else "none yet"
             raise TrainingError(
-                f"the loss is {loss} at step {reading.step}, on {', '.join(reading.names)}; last good checkpoint: {last}. "
+                f"the loss is {loss} at step {reading.step}, on {', '.join(reading.names)}; "
+                f"last good checkpoint: {last}. "
                 "Lower --optim.lr, set --optim.clip-norm, or use --precision fp32"
             )
         speed, self.clock = self.images_per_step / (reading.made - self.clock), reading.made
@@ -290,10 +293,6 @@ def start_accelerator(config: DistillConfig, run: RunFolder) -> Accelerator:
         )
     if on_cpu and config.keep_freed_memory:
         keep_freed_memory()
-    if config.trackers:
-        accelerator.init_trackers(
-            "phreg", config={"model": config.model, "method": config.method, "seed": config.seed}
-        )
     return accelerator
 
 
@@ -327,9 +326,7 @@ def keep_freed_memory() -> bool:
 
 @contextmanager
 def stop_signals() -> Iterator[threading.Event]:
-    """Turns SIGTERM and SIGINT into an event while the loop runs; off the main thread, where Python has no
-    signals, into none.
-    """
+    """Turns SIGTERM and SIGINT into an event while the loop runs; only the main thread gets signals."""
     event = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield event

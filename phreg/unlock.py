@@ -47,8 +47,9 @@ def unlock(backbone: Backbone, config: UnlockConfig) -> dict[str, nn.Parameter]:
 
 
 def expand_roles(backbone: Backbone, roles: tuple[str, ...]) -> list[str]:
-    """Turns configured roles into the model's own, registers included: `block.-1` into the last block,
-    `blocks` into all.
+    """Turns configured roles into the model's own: `block.-1` into the last block, `blocks` into all.
+
+    Registers are always among them.
 
     Raises:
         ConfigError: A role does not exist for this model.
@@ -106,15 +107,23 @@ def freeze_unused(
 
 
 def merge_lora(backbone: Backbone) -> None:
-    """Folds LoRA into the weights it was injected into, and removes it; a model without LoRA is left as it
-    is.
-    """
+    """Folds LoRA into the weights it was injected into, and removes it; other models stay as they are."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    for name, module in list(backbone.model.named_modules()):
-        if isinstance(module, BaseTunerLayer):
-            module.merge(safe_merge=True)
-            backbone.model.set_submodule(name, module.get_base_layer())
+    def outermost() -> tuple[str, BaseTunerLayer] | None:
+        named = backbone.model.named_modules()
+        return next(((name, module) for name, module in named if isinstance(module, BaseTunerLayer)), None)
+
+    while (found := outermost()) is not None:
+        name, layer = found
+        # Fused attention is unwrapped by PEFT itself: its output projection is wrapped a second time inside.
+        unload = getattr(layer, "unload_and_optionally_merge_module", None)
+        if unload is not None:
+            plain = unload(merge=True, safe_merge=True, adapter_names=None)
+        else:
+            layer.merge(safe_merge=True)
+            plain = layer.get_base_layer()
+        backbone.model.set_submodule(name, plain)
 
 
 def optimizer(parameters: Mapping[str, nn.Parameter], config: OptimConfig) -> torch.optim.Optimizer:
@@ -197,23 +206,15 @@ def _inject_lora(backbone: Backbone, config: UnlockConfig) -> None:
         raise ConfigError(
             "settings",
             [
-                f"unlock.lora.rank: a {backbone.readout} read-out takes the last block apart, past any LoRA in it; "
+                f"unlock.lora.rank: a {backbone.readout} read-out takes the last block apart, past its LoRA; "
                 'use target.student_readout = "plain" or unlock whole blocks'
             ],
         )
-    modules = {id(module): name for name, module in backbone.model.named_modules()}
-    targets = [
-        modules[id(module)]
-        for block in list(backbone.blocks)[-config.lora.blocks :]
-        for module in block.modules()
-        if isinstance(module, nn.Linear)
-        and not isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
-    ]
-    targets += [
-        modules[id(module)]
-        for block in list(backbone.blocks)[-config.lora.blocks :]
-        for module in block.modules()
-        if isinstance(module, nn.MultiheadAttention)
-    ]
+    names = {id(module): name for name, module in backbone.model.named_modules()}
+    inside = [module for block in list(backbone.blocks)[-config.lora.blocks :] for module in block.modules()]
+    fused = [module for module in inside if isinstance(module, nn.MultiheadAttention)]
+    covered = {id(part) for module in fused for part in module.modules()}
+    linear = [module for module in inside if isinstance(module, nn.Linear) and id(module) not in covered]
+    targets = [names[id(module)] for module in fused + linear]
     lora = LoraConfig(r=config.lora.rank or 1, lora_alpha=config.lora.alpha, target_modules=targets)  # pyright: ignore
     inject_adapter_in_model(lora, backbone.model)

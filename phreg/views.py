@@ -4,7 +4,7 @@ Artifacts keep to the input frame, while content moves with the image; averaging
 undone, keeps the content and washes artifacts out. Shifts are whole patches, so both ways are a gather of
 whole cells: nothing is resampled.
 
-    images ──apply──► moved images ──teacher──► token grids ──undo──► aligned grids, and where each view saw the image
+    images ──apply──► moved images ──teacher──► token grids ──undo──► aligned grids, and what they saw
 
 All fills are one operation: the image is padded, and a view is a window of the padded image, mirrored or not.
 Views that shift by fractions of a patch or change scale have to resample; they are `AffineViews`, and kornia
@@ -12,10 +12,9 @@ does the warping.
 """
 
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import kornia.geometry.transform as kornia
-import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
@@ -32,6 +31,7 @@ Fill = tuple[float, float, float] | str
 """What lies outside the image: a value per channel, or a padding mode of `torch.nn.functional.pad`."""
 
 
+@runtime_checkable
 class ViewGroup(Protocol):
     """Views of one shape: the same number for each image of a batch."""
 
@@ -200,9 +200,7 @@ class AffineViews:
         return aligned[..., :-1], aligned[..., -1] > 1 - 1e-3
 
     def _matrices(self, size: tuple[int, int], unit: tuple[int, int], device: torch.device) -> Tensor:
-        """The 2x3 matrices (x, y) from image to unmirrored view, for a raster of `size` with `unit` pixels a
-        patch.
-        """
+        """The (x, y) matrices from image to unmirrored view, on a raster of `size`, a patch being `unit`."""
         scale = self.scales.to(device, non_blocking=True).flatten()
         shift = self.offsets.to(device, non_blocking=True).flatten(0, 1).flip(-1) * scale.new_tensor(
             [unit[1], unit[0]]
@@ -228,9 +226,7 @@ class AffineViews:
 
 
 def pad(images: Float[Tensor, "batch 3 height width"], rows: int, cols: int, fill: Fill) -> Tensor:
-    """Pads images by pixels on all sides, with a value per channel or by a mode of
-    `torch.nn.functional.pad`.
-    """
+    """Pads images by pixels on all sides, with a value per channel or by a mode of `F.pad`."""
     if not rows and not cols:
         return images
     if isinstance(fill, str):
@@ -320,21 +316,12 @@ def sample_offsets(
     return pool[rows.unsqueeze(1), torch.stack(chosen, 1)]
 
 
-def generator(*key: int) -> torch.Generator:
-    """Makes a CPU generator that is a pure function of its key, such as (seed, step, rank).
-
-    A run that is resumed at a step therefore draws what it would have drawn without the interruption.
-    """
-    seed = np.random.SeedSequence([part & 0xFFFFFFFF for part in key]).generate_state(1, np.uint64)[0]
-    return torch.Generator().manual_seed(int(seed) >> 1)
-
-
 def _check_count(config: ViewsConfig, choices: list[int], resampled: bool) -> None:
     different = choices[0] * choices[1] * (2 if 0 < config.flip < 1 else 1)
     if config.count > different and not resampled:
         raise PhregError(
-            f"views.count asks for {config.count} views, but views.max_shift = {config.max_shift} allows only {different} "
-            "different ones at this size; lower views.count, or raise views.max_shift or the size"
+            f"views.count asks for {config.count} views, but views.max_shift = {config.max_shift} allows "
+            f"only {different} different ones at this size; lower views.count, or raise views.max_shift"
         )
 
 

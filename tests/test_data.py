@@ -15,7 +15,7 @@ from torchvision.transforms import v2 as transforms
 
 from phreg.data import BrokenImages, Crops, Order, Skipped, holdout, loader, normalise
 from phreg.errors import DataError
-from phreg.images import Files, Subset, open_images
+from phreg.images import Subset, open_images
 
 quick = settings(max_examples=40)
 

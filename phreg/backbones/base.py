@@ -17,7 +17,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -34,7 +34,7 @@ class Features(NamedTuple):
 
     patches: Float[Tensor, "batch rows cols dim"]
     """Dense features, laid out as the image lies, registers and prefix left out."""
-    pooled: Float[Tensor, "batch width"]
+    pooled: Float[Tensor, "batch dim"]
     """The model's own global output: pooled or CLS, projected where the model projects it."""
 
 
@@ -67,6 +67,7 @@ class Spec:
     std: tuple[float, float, float]
 
 
+@runtime_checkable
 class Attention(Protocol):
     """The parts of one block's self-attention, for read-outs and attention maps that recompute it.
 
@@ -143,16 +144,14 @@ class Backbone(nn.Module, ABC):
 
     @abstractmethod
     def insert_registers(self, tokens: Float[Tensor, "registers width"]) -> None:
-        """Puts registers between prefix and patches, after position embedding and before any norm ahead of
-        the blocks.
-        """
+        """Puts registers between prefix and patches, after position embedding and before any norm."""
 
     @abstractmethod
     def remove_registers(self) -> None:
         """Undoes `insert_registers` exactly."""
 
     @abstractmethod
-    def run(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch width"]:
+    def run(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch dim"]:
         """Runs the model as its library does, at the images' size, and returns its pooled output."""
 
     @abstractmethod
@@ -262,9 +261,7 @@ class Backbone(nn.Module, ABC):
     def block_tokens(
         self, images: Float[Tensor, "batch 3 height width"], layers: Sequence[int]
     ) -> dict[int, Tensor]:
-        """Runs the model and returns the raw output (batch, tokens, width) of some blocks, registers
-        included.
-        """
+        """Runs the model and returns some blocks' raw output (batch, tokens, width), registers included."""
         with self.tap(layers) as found:
             self.run(images)
         return found
@@ -300,7 +297,7 @@ class _Collect:
     found: dict[int, Tensor]
     layer: int
 
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+    def __call__(self, _module: nn.Module, _args: Any, output: Any) -> None:
         self.found[self.layer] = output[0] if isinstance(output, tuple) else output
 
 
@@ -319,8 +316,8 @@ def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor], described: str
     for name, tensor in tensors.items():
         if tensor.shape != own[name].shape:
             raise PhregError(
-                f"tensor {name} for {described} has shape {tuple(tensor.shape)}, the model's is {tuple(own[name].shape)}; "
-                "it belongs to another model or size"
+                f"tensor {name} for {described} has shape {tuple(tensor.shape)}, the model's is "
+                f"{tuple(own[name].shape)}; it belongs to another model or size"
             )
     with torch.no_grad():
         for name, tensor in tensors.items():

@@ -22,8 +22,9 @@ from phreg.backbones.readout import set_readout
 from phreg.config import TargetConfig
 from phreg.evaluation.consistency import Agreement, AgreementMeter, Drift, drift
 
-Images = Float[Tensor, "batch 3 height width"]
-Grids = Float[Tensor, "batch rows cols dim"]
+# Nothing is bound by these shapes: the last batch may be smaller than the others.
+Images = Float[Tensor, "_ 3 _ _"]
+Grids = Float[Tensor, "_ _ _ _"]
 
 
 class Row(NamedTuple):

@@ -1,0 +1,573 @@
+"""Adapter for the vision transformers of transformers.
+
+The facts of each architecture stand in one table (`transformers_families`), and one class reads it; how
+registers get into a model and out again is in `transformers_registers`. A tower, the module that turns pixels
+into tokens, is the model itself or a child of it:
+
+    images ─► tower: embeddings ─► blocks ─► norm, pooler ─► (visual_projection) ─► pooled
+
+A patched model keeps its class, its heads and the shapes of its outputs, but for `output_attentions`, which
+shows registers. It saves itself in a format of its own. That holds from the model given to `adapt` downwards,
+so a whole CLIPModel should be patched as such, not through its tower.
+"""
+
+import json
+import math
+import pickle
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import transformers
+from huggingface_hub.errors import StrictDataclassError
+from jaxtyping import Float
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import CONFIG_MAPPING, AutoModel, PreTrainedModel
+from transformers.backbone_utils import BackboneMixin
+from transformers.models.dinov3_vit.modeling_dinov3_vit import apply_rotary_pos_emb
+
+from phreg.backbones.base import Backbone, Spec, load_tensors
+from phreg.backbones.transformers_families import FAMILIES, HEADS, REFUSED, TOWERS, Family, Triple
+from phreg.backbones.transformers_registers import (
+    HANDLES,
+    REGISTERS,
+    Insert,
+    PadMask,
+    Place,
+    Registers,
+    SavePatched,
+    Strip,
+    StripStates,
+    disk_names,
+)
+from phreg.backbones.transformers_registers import save_patched as save_patched
+from phreg.errors import LoadError, PhregError, UnsupportedModelError
+
+LOAD_FAILURES = (
+    OSError,
+    ValueError,
+    RuntimeError,
+    TypeError,
+    EOFError,
+    SafetensorError,
+    StrictDataclassError,
+    pickle.UnpicklingError,
+)
+"""What transformers raises over a folder that is incomplete, damaged or inconsistent."""
+
+
+class TransformersBackbone(Backbone):
+    """A vision transformer of transformers.
+
+    Args:
+        model: The user's model.
+        spec: What was found out about it.
+        family: The facts of its architecture.
+        tower_name: Path of the vision tower in the model; empty where it is the model.
+    """
+
+    model: PreTrainedModel
+
+    def __init__(self, model: PreTrainedModel, spec: Spec, family: Family, tower_name: str) -> None:
+        super().__init__(model, spec)
+        self.family = family
+        self.tower_name = tower_name
+        self._grid: tuple[int, int] | None = None  # of the images last run
+
+    @property
+    def tower(self) -> PreTrainedModel:
+        """The module that turns pixels into tokens."""
+        return cast(PreTrainedModel, self.model.get_submodule(self.tower_name))
+
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        """The transformer blocks, first to last."""
+        return list(cast(nn.ModuleList, self.tower.get_submodule(self.family.blocks)))
+
+    @property
+    def final_norm(self) -> nn.Module:
+        """The norm after the last block."""
+        return self.tower.get_submodule(self.family.final_norm)
+
+    @property
+    def projection(self) -> Tensor | None:
+        """The (width, dim) matrix to the joint space, a view of the weight; None without."""
+        layer = getattr(self.model, "visual_projection", None)
+        return None if layer is None else layer.weight.T
+
+    # -- registers
+
+    @property
+    def num_registers(self) -> int:
+        """Registers phreg added; native ones are in `spec.num_prefix`."""
+        return 0 if self.registers is None else self.registers.shape[1]
+
+    @property
+    def registers(self) -> nn.Parameter | None:
+        """The parameter (1, registers, width) of the tower's child; None without."""
+        child = getattr(self.tower, REGISTERS, None)
+        return None if child is None else child.tokens
+
+    def insert_registers(self, tokens: Float[Tensor, "registers width"]) -> None:
+        """Adds the child and its hooks to the tower, and takes over saving.
+
+        Raises:
+            PhregError: There are registers already.
+        """
+        if self.num_registers:
+            raise PhregError(
+                f"asked to insert registers into {self.describe()}, which has {self.num_registers}; "
+                "call remove_registers first"
+            )
+        tower, blocks = self.tower, self.blocks
+        registers = Registers(tokens.to(next(blocks[0].parameters())), self.spec.num_prefix)
+        tower.add_module(REGISTERS, registers.train(tower.training))
+        place = Place(self.spec.num_prefix, len(tokens))
+        entrance = tower.get_submodule(self.family.pre_norm) if self.family.pre_norm else blocks[0]
+        vars(tower)[HANDLES] = [
+            entrance.register_forward_pre_hook(Insert(tower)),
+            # Ahead of the hooks that collect hidden states, which come with the first call that wants some.
+            blocks[-1].register_forward_hook(Strip(place), prepend=True),
+            self._collector().register_forward_hook(StripStates(place)),
+            *(block.register_forward_pre_hook(PadMask(place), with_kwargs=True) for block in blocks),
+        ]
+        for module in self._models_that_save():
+            vars(module)["save_pretrained"] = SavePatched(module, tower)
+
+    def remove_registers(self) -> None:
+        """Takes the child and its hooks off the tower, and gives saving back."""
+        tower = self.tower
+        for handle in vars(tower).pop(HANDLES):
+            handle.remove()
+        delattr(tower, REGISTERS)
+        for module in self._models_that_save():
+            vars(module).pop("save_pretrained", None)
+
+    def _collector(self) -> nn.Module:
+        """Finds the module that returns hidden states: the innermost model around the blocks."""
+        parts = self.family.blocks.split(".")
+        around = [self.tower.get_submodule(".".join(parts[:end])) for end in range(len(parts))]
+        return [module for module in around if isinstance(module, PreTrainedModel)][-1]
+
+    def _models_that_save(self) -> Iterator[PreTrainedModel]:
+        """Finds the models around the registers and inside their tower; a text tower is neither."""
+        parts = set(self.tower.modules())
+        for module in self.model.modules():
+            if isinstance(module, PreTrainedModel) and (module in parts or self.tower in module.modules()):
+                yield module
+
+    # -- running
+
+    def run(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch dim"]:
+        """Runs the tower and, where there is one, the projection.
+
+        Returns:
+            The image embedding of a model with a projection, else the pooler's output, else CLS after the
+            norm, else the mean of the patches.
+        """
+        layout = self.layout(images)
+        self._grid = layout.grid
+        inputs: dict[str, Any] = {"pixel_values": images}
+        if self.family.sizes == "keyword":
+            inputs["interpolate_pos_encoding"] = True
+        if isinstance(self.tower, BackboneMixin):  # else it returns feature maps only
+            inputs["output_hidden_states"] = True
+        if self.family.name == "vit_mae":  # sorts patches by this noise
+            inputs["noise"] = torch.arange(layout.num_patches, device=images.device).expand(len(images), -1)
+        if self.family.name == "siglip2_vision_model":
+            inputs |= _cut_into_patches(images, layout.grid, self.spec.patch_size)
+        with _every_patch_seen(self.tower.config):
+            output = self.tower(**inputs, return_dict=True)
+        pooled = self._pool(output)
+        project = getattr(self.model, "visual_projection", None)
+        return pooled if project is None else project(pooled)
+
+    def _pool(self, output: Mapping[str, Any]) -> Tensor:
+        pooled, tokens = output.get("pooler_output"), output.get("last_hidden_state")
+        if pooled is not None:
+            return pooled
+        if tokens is None:
+            tokens = self.final_norm(output["hidden_states"][-1])
+        return tokens[:, 0] if self.spec.num_prefix else tokens.mean(1)
+
+    def attention(self, index: int) -> "SelfAttention":
+        """Takes apart the self-attention of one block.
+
+        DINOv3 rotates queries and keys by their place in the image. Those of the image size last run are
+        used, without the random stretching that the model does in training.
+        """
+        block = self.blocks[index]
+        attention = block.get_submodule(self.family.attention)
+        rope = getattr(self.tower, "rope_embeddings", None)
+        return SelfAttention(
+            norm=block.get_submodule(self.family.attention_norm),
+            projections=attention,
+            out=attention.get_submodule(self.family.out),
+            num_heads=self.spec.num_heads,
+            scale=(self.spec.width // self.spec.num_heads) ** -0.5,
+            rotate=_unrotated if rope is None else Rotary(rope, self.spec.patch_size, self._grid),
+        )
+
+    # -- parameters
+
+    def roles(self) -> dict[str, list[str]]:
+        """Names the parameters of `model` by role; a mask token, used in pre-training only, has none."""
+        family, prefix = self.family, f"{self.tower_name}." if self.tower_name else ""
+        names = [name for name, _ in self.tower.named_parameters()]
+
+        def at(*paths: str | None) -> list[str]:
+            places = tuple(f"{path}." for path in paths if path)
+            return [prefix + name for name in names if f"{name}.".startswith(places)]
+
+        heads = [name for name, _ in self.model.named_parameters() if name.partition(".")[0] in HEADS]
+        return {
+            "registers": at(REGISTERS),
+            "pos_embed": at(family.pos_embed),
+            "patch_embed": at(*family.patch_embed),
+            "cls": at(*family.cls),
+            "norm": at(family.pre_norm, family.final_norm),
+            **{f"block.{index}": at(f"{family.blocks}.{index}") for index in range(len(self.blocks))},
+            "head": at("pooler", "head") + heads,
+        }
+
+    def set_input_size(self, size: int | tuple[int, int]) -> None:
+        """Resamples the position table as the library does on the fly, and tells all who keep the size.
+
+        Raises:
+            PhregError: The model has no table of its own size, or the size is not a square of whole patches.
+        """
+        table = _parameter(self.tower, self.family.pos_embed)
+        if table is None or not hasattr(self.tower.config, "image_size"):
+            super().set_input_size(size)
+            return
+        (height, width), patch = _pair(size), self.spec.patch_size[0]
+        if height != width or height % patch or not height:
+            raise PhregError(
+                f"native size {height}x{width} asked of {self.describe()}, which keeps a square grid of "
+                f"patches of {patch} pixels; use a side that is a multiple of {patch}"
+            )
+        old, new = self.spec.input_size[0] // patch, height // patch
+        table.data = _resample_table(table.data, old, new, antialias=self.family.antialias)
+        self.tower.config.image_size = height
+        _tell_size(self.tower.get_submodule("embeddings"), height, new * new, table.shape[-2])
+        self.spec = replace(self.spec, input_size=(height, width))
+
+    def disk_state(self) -> dict[str, Tensor]:
+        """Returns the model's tensors as its checkpoint on the hub names them, and joins some."""
+        return disk_names(self.model, self.model.state_dict())
+
+    def load_disk_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """Puts tensors named as `disk_state` names them back into the model; others stay as they are.
+
+        Raises:
+            PhregError: A name or a shape does not fit; nothing is copied then.
+        """
+        own = self.model.state_dict()
+        names = list(own)
+        # Rows that bear their tensor's number show, once renamed, which tensors were joined into which.
+        numbered = {name: torch.full(own[name].shape[:1], number) for number, name in enumerate(names)}
+        origins = disk_names(self.model, numbered)
+        parts: dict[str, Tensor] = {}
+        for name, tensor in tensors.items():
+            rows = origins[name].reshape(-1) if name in origins else torch.empty(0)
+            if name not in origins or tensor.shape[:1].numel() != len(rows):
+                found = f"{len(rows)} rows there" if name in origins else "no such tensor"
+                raise PhregError(
+                    f"tensor {name} of shape {tuple(tensor.shape)} given to {self.describe()}, which has "
+                    f"{found}; it belongs to another model or size"
+                )
+            numbers, counts = rows.unique_consecutive(return_counts=True)
+            pieces = [tensor] if len(numbers) == 1 else tensor.split(counts.tolist())
+            parts |= {names[number]: piece for number, piece in zip(numbers.tolist(), pieces, strict=True)}
+        load_tensors(self.model, parts, self.describe())
+
+
+# -- attention -----------------------------------------------------------------------------------------------
+
+
+@dataclass(repr=False)
+class SelfAttention:
+    """The parts of one block's attention; see `base.Attention`."""
+
+    norm: nn.Module
+    projections: nn.Module
+    out: nn.Module
+    num_heads: int
+    scale: float
+    rotate: Callable[[Tensor], Tensor]
+
+    def queries(self, tokens: Tensor) -> Tensor:
+        """Projects normed tokens to queries."""
+        return self.rotate(self._project("q_proj", tokens))
+
+    def keys(self, tokens: Tensor) -> Tensor:
+        """Projects normed tokens to keys."""
+        return self.rotate(self._project("k_proj", tokens))
+
+    def values(self, tokens: Tensor) -> Tensor:
+        """Projects normed tokens to values."""
+        return self._project("v_proj", tokens)
+
+    def _project(self, name: str, tokens: Tensor) -> Tensor:
+        heads = self.projections.get_submodule(name)(tokens).unflatten(-1, (self.num_heads, -1))
+        return heads.transpose(1, 2)
+
+
+@dataclass(frozen=True, repr=False)
+class Rotary:
+    """Rotates queries or keys of patches by their place in the grid, as DINOv3 does."""
+
+    rope: nn.Module
+    patch_size: tuple[int, int]
+    grid: tuple[int, int] | None
+
+    def __call__(
+        self, heads: Float[Tensor, "batch heads tokens dim"]
+    ) -> Float[Tensor, "batch heads tokens dim"]:
+        """Rotates the last tokens, as many as the grid has.
+
+        Raises:
+            PhregError: The grid is unknown.
+        """
+        if self.grid is None:
+            raise PhregError(
+                "queries or keys asked of a model that rotates them by their place in the image, and it has "
+                "seen no image; run the backbone first, then take its attention"
+            )
+        height, width = (count * side for count, side in zip(self.grid, self.patch_size, strict=True))
+        training = self.rope.training
+        cos, sin = self.rope.eval()(heads.new_empty(1, 3, height, width))
+        self.rope.train(training)
+        return apply_rotary_pos_emb(heads, heads, cos, sin)[0]
+
+
+def _unrotated(heads: Tensor) -> Tensor:
+    return heads
+
+
+# -- images and sizes ----------------------------------------------------------------------------------------
+
+
+def _cut_into_patches(
+    images: Tensor, grid: tuple[int, int], patch_size: tuple[int, int]
+) -> dict[str, Tensor]:
+    """Makes Siglip2's input: a row for a patch, pixels row by row and colours last, and no padding."""
+    (rows, cols), (high, wide) = grid, patch_size
+    patches = images.unflatten(3, (cols, wide)).unflatten(2, (rows, high)).permute(0, 2, 4, 3, 5, 1)
+    return {
+        "pixel_values": patches.reshape(len(images), rows * cols, -1),
+        "pixel_attention_mask": torch.ones(len(images), rows * cols, dtype=torch.long, device=images.device),
+        "spatial_shapes": torch.tensor([grid] * len(images)),  # read on the CPU, so never moved off it
+    }
+
+
+@contextmanager
+def _every_patch_seen(config: Any) -> Iterator[None]:
+    """Keeps a masked autoencoder from dropping patches; other models have no mask ratio."""
+    ratio = getattr(config, "mask_ratio", None)
+    if ratio is None:
+        yield
+        return
+    config.mask_ratio = 0.0
+    try:
+        yield
+    finally:
+        config.mask_ratio = ratio
+
+
+def _resample_table(table: Tensor, old: int, new: int, *, antialias: bool) -> Tensor:
+    """Resamples positions (…, prefix + old * old, width) to a grid of another side; the prefix stays."""
+    prefix, patches = table.split([table.shape[-2] - old * old, old * old], dim=-2)
+    image = patches.reshape(1, old, old, -1).permute(0, 3, 1, 2).float()
+    image = functional.interpolate(
+        image, size=(new, new), mode="bicubic", align_corners=False, antialias=antialias
+    )
+    patches = image.permute(0, 2, 3, 1).reshape(*table.shape[:-2], new * new, -1)
+    return torch.cat([prefix, patches.to(table.dtype)], dim=-2)
+
+
+def _tell_size(embeddings: nn.Module, side: int, num_patches: int, num_positions: int) -> None:
+    """Updates what the embedding's modules keep of the image size beside the config."""
+    for module in cast(Iterable[Any], embeddings.modules()):
+        if hasattr(module, "image_size"):
+            module.image_size = side if isinstance(module.image_size, int) else (side, side)
+        if hasattr(module, "num_patches"):
+            module.num_patches = num_patches
+        if hasattr(module, "num_positions"):
+            module.num_positions = num_positions
+        if hasattr(module, "position_ids"):
+            module.position_ids = torch.arange(num_positions, device=module.position_ids.device)[None]
+        if isinstance(module, nn.Embedding):
+            module.num_embeddings = num_positions
+
+
+# -- finding a tower -----------------------------------------------------------------------------------------
+
+
+def adapt(model: nn.Module) -> TransformersBackbone:
+    """Wraps a vision model of transformers, or an image-text model or classifier that has one as its child.
+
+    Raises:
+        UnsupportedModelError: It is none that phreg can patch.
+    """
+    name = _tower_name(model)
+    if name is None or not isinstance(model, PreTrainedModel):
+        raise UnsupportedModelError(
+            f"cannot add registers to {type(model).__name__}: {_why_not(model)}. Supported are vision models "
+            f"of the kinds {', '.join(family.name for family in FAMILIES)}: see phreg/backbones/README.md."
+        )
+    tower = cast(PreTrainedModel, model.get_submodule(name))
+    family, config = cast(Family, _family(tower)), cast(Any, tower.config)
+    patch_size, table = _pair(config.patch_size), _parameter(tower, family.pos_embed)
+    if hasattr(config, "image_size"):
+        input_size = _pair(config.image_size)
+    else:  # Siglip2, whose table is square
+        side = math.isqrt(config.num_patches)
+        input_size = (side * patch_size[0], side * patch_size[1])
+    prefix = [token for path in family.cls if (token := _parameter(tower, path)) is not None]
+    spec = Spec(
+        library="transformers",
+        family=family.name,
+        patch_size=patch_size,
+        width=config.hidden_size,
+        num_heads=config.num_attention_heads,
+        num_prefix=sum(token.numel() // config.hidden_size for token in prefix),
+        input_size=input_size,
+        any_size=family.sizes != "own" or table is None,
+        mean=family.normalisation[0],
+        std=family.normalisation[1],
+    )
+    return TransformersBackbone(model, spec, family, name)
+
+
+def _family(module: nn.Module) -> Family | None:
+    """Finds the family whose tower a module is, by its class or one that this derives from."""
+    bases = [base for base in type(module).__mro__ if base.__module__.startswith("transformers.models.")]
+    return next((TOWERS[base.__name__] for base in bases if base.__name__ in TOWERS), None)
+
+
+def _tower_name(model: nn.Module) -> str | None:
+    """Finds the vision tower: the model itself, or a child of it."""
+    if _family(model):
+        return ""
+    return next((name for name, child in model.named_children() if _family(child)), None)
+
+
+def _why_not(model: nn.Module) -> str:
+    if not isinstance(model, PreTrainedModel):
+        return "it is no model of transformers"
+    kind = model.config.model_type
+    if kind in REFUSED:
+        return REFUSED[kind]
+    inner = next((name for name, module in model.named_modules() if _family(module)), None)
+    if inner:
+        return f"its vision model lies deeper; give that: model.{inner}"
+    return f"its architecture, {kind}, is none that phreg knows to keep a token for each patch to the end"
+
+
+def _parameter(module: nn.Module, path: str | None) -> nn.Parameter | None:
+    """Finds a parameter by its path; None where the model has none there."""
+    return dict(module.named_parameters()).get(path) if path else None
+
+
+def _pair(size: Any) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+# -- loading -------------------------------------------------------------------------------------------------
+
+
+def load(folder: Path) -> TransformersBackbone:
+    """Builds the model in a folder of transformers: fp32, eval mode, tensors only, no code from there.
+
+    Its class is the one that the config names, if that is a vision model, alone or with a classifier or a
+    projection; else the one that `AutoModel` takes, such as the full `CLIPModel`.
+
+    Raises:
+        LoadError: The folder cannot be read, or its weights do not fit the vision model.
+        UnsupportedModelError: It holds a model that phreg cannot patch.
+    """
+    asked = f"model in {folder}"
+    config = _read_json(folder / "config.json", asked)
+    kind = config.get("model_type")
+    if kind not in CONFIG_MAPPING:
+        raise UnsupportedModelError(
+            f"{asked}: config.json says model_type {kind!r}, which transformers does not know, and phreg "
+            "runs no code that comes with a model; give a model of a class that transformers has"
+        )
+    try:
+        model, found = _model_class(config).from_pretrained(
+            folder, dtype=torch.float32, output_loading_info=True, local_files_only=True, weights_only=True
+        )
+    except LOAD_FAILURES as error:
+        raise LoadError(
+            f"{asked}: transformers cannot load it ({error}); copy or download it again"
+        ) from error
+    backbone = adapt(model.eval())
+    _check_loaded(backbone, found, asked)
+    backbone.spec = replace(backbone.spec, **_normalisation(folder, asked))
+    return backbone
+
+
+def _model_class(config: Mapping[str, Any]) -> Any:
+    """Picks the class to load a model as."""
+    kept = ("ForImageClassification", "ForImageClassificationWithTeacher", "WithProjection", "Backbone")
+    named = [name for name in config.get("architectures") or () if name.endswith(kept) or name in TOWERS]
+    return getattr(transformers, named[0], AutoModel) if named else AutoModel
+
+
+def _check_loaded(backbone: TransformersBackbone, found: Mapping[str, Iterable[str]], asked: str) -> None:
+    """Checks that every weight on the image's path came from the file, and that none for it was left over.
+
+    A pooler that the file lacks, as those of self-supervised models do, would be random: it is taken off,
+    which is what `add_pooling_layer=False` does.
+    """
+    tower, prefix = backbone.tower, f"{backbone.tower_name}." if backbone.tower_name else ""
+    parts = tuple(f"{prefix}{name}." for name in (REGISTERS, *dict(tower.named_children()))) + HEADS
+    # A mask token is used in pre-training only, and position_ids are counted, not learned.
+    ignored = ("mask_token", "position_ids")
+    missing, unexpected = (
+        {name for name in found[key] if name.startswith(parts) and not name.endswith(ignored)}
+        for key in ("missing_keys", "unexpected_keys")
+    )
+    pooler = {name for name in missing if name.startswith(f"{prefix}pooler.")}
+    if pooler:
+        cast(Any, tower).pooler = None
+    for names, problem in ((missing - pooler, "lacks"), (unexpected, "has, unlike the class,")):
+        if names:
+            raise LoadError(
+                f"{asked}: its file {problem} {len(names)} weights on the image's path, such as "
+                f"{min(names)}: {type(backbone.model).__name__} did not write it; load it with what did, "
+                "and give phreg the instance"
+            )
+
+
+def _normalisation(folder: Path, asked: str) -> dict[str, Triple]:
+    """Reads mean and standard deviation from the image processor's file, where there is one that has them."""
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        if (folder / name).is_file():
+            settings = _read_json(folder / name, asked)
+            settings = settings.get("image_processor", settings)
+            if settings.get("image_mean") and settings.get("image_std"):
+                return {"mean": tuple(settings["image_mean"]), "std": tuple(settings["image_std"])}
+    return {}
+
+
+def _read_json(path: Path, asked: str) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise LoadError(
+            f"{asked}: {path.name} cannot be read ({error}); copy or download it again"
+        ) from error
+    if not isinstance(content, dict):
+        raise LoadError(
+            f"{asked}: {path.name} should hold an object, found {type(content).__name__}; "
+            "copy or download it again"
+        )
+    return content

@@ -1,0 +1,254 @@
+"""Registers in a vision tower of transformers: a child that holds them, hooks that let them in and out.
+
+    embeddings ─► Insert ─► (pre-norm) ─► block 0 … block N ─► Strip ─► norm, pooler, heads
+                                           └ PadMask, each       └► StripStates: hidden_states
+
+Hooks are small objects, never closures or bound methods: a deep copy of the model copies them along, and
+PEFT, which puts a trainable copy in a module's place, is followed. A patched model also saves itself in a
+format of its own, which no stock loader takes for the unpatched model.
+"""
+
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from jaxtyping import Float
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+
+from phreg.errors import PhregError
+
+REGISTERS = "registers"
+"""Name of the child that a patched tower has."""
+
+HANDLES = "phreg_hooks"
+"""Attribute of a patched tower that keeps the hooks' handles, for taking them off again."""
+
+
+class Registers(nn.Module):
+    """Register tokens, and where in a sequence they belong.
+
+    Args:
+        tokens: Initial values, copied.
+        num_prefix: Tokens of the sequence that stay in front.
+    """
+
+    def __init__(self, tokens: Float[Tensor, "registers width"], num_prefix: int) -> None:
+        super().__init__()
+        self.tokens = nn.Parameter(tokens.detach().clone()[None])
+        self.num_prefix = num_prefix
+
+    def forward(self, sequence: Float[Tensor, "batch tokens width"]) -> Float[Tensor, "batch longer width"]:
+        """Inserts the registers into a sequence."""
+        registers = self.tokens.to(sequence.dtype).expand(len(sequence), -1, -1)
+        before, after = sequence[:, : self.num_prefix], sequence[:, self.num_prefix :]
+        return torch.cat([before, registers, after], dim=1)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where registers are in a sequence: after `start` tokens, `count` of them."""
+
+    start: int
+    count: int
+
+    def take_out(self, tokens: Float[Tensor, "batch tokens width"]) -> Float[Tensor, "batch shorter width"]:
+        """Takes a sequence without its registers."""
+        return torch.cat([tokens[:, : self.start], tokens[:, self.start + self.count :]], dim=1)
+
+    def open_up(self, mask: Tensor, dim: int, filling: Tensor) -> Tensor:
+        """Makes room for the registers along one axis of a mask."""
+        before, after = mask.split([self.start, mask.shape[dim] - self.start], dim)
+        return torch.cat([before, filling, after], dim)
+
+
+@dataclass(frozen=True, repr=False)
+class Insert:
+    """A forward pre-hook that lets registers in; it looks them up by name on the tower at every call."""
+
+    tower: nn.Module
+
+    def __call__(self, _module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Replaces the first argument, a sequence, by one with registers."""
+        registers = cast(nn.Module, getattr(self.tower, REGISTERS))
+        return (registers(args[0]), *args[1:])
+
+
+@dataclass(frozen=True)
+class Strip:
+    """A forward hook that takes registers out of the last block's output."""
+
+    place: Place
+
+    def __call__(self, _module: nn.Module, _args: Any, output: Tensor) -> Tensor:
+        """Replaces the output."""
+        return self.place.take_out(output)
+
+
+@dataclass(frozen=True)
+class StripStates:
+    """A forward hook that takes registers out of the hidden states of a model's output, object or tuple.
+
+    The last of them was collected behind `Strip`, and has none.
+    """
+
+    place: Place
+
+    def __call__(self, _module: nn.Module, _args: Any, output: Any) -> Any:
+        """Replaces hidden states in the output."""
+        if isinstance(output, tuple):
+            return tuple(self._strip(item) if _are_states(item) else item for item in output)
+        if output.get("hidden_states") is not None:
+            output["hidden_states"] = self._strip(output["hidden_states"])
+        return output
+
+    def _strip(self, states: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+        *inner, last = states
+        # None stands for a state that the caller did not ask for.
+        return (*(None if state is None else self.place.take_out(state) for state in inner), last)
+
+
+def _are_states(item: Any) -> bool:
+    """Tells hidden states (batch, tokens, width) from attention maps (batch, heads, queries, keys)."""
+    return isinstance(item, tuple) and all(state is None or state.dim() == 3 for state in item)
+
+
+@dataclass(frozen=True)
+class PadMask:
+    """A forward pre-hook that makes room for registers in a block's attention mask, where there is one.
+
+    Every token may attend to registers, and registers to whatever some token may attend to.
+    """
+
+    place: Place
+
+    def __call__(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Replaces the mask, the second argument or `attention_mask`."""
+        if len(args) > 1 and args[1] is not None:
+            return (args[0], self._pad(args[1]), *args[2:]), kwargs
+        if kwargs.get("attention_mask") is not None:
+            return args, kwargs | {"attention_mask": self._pad(kwargs["attention_mask"])}
+        return None
+
+    def _pad(self, mask: Any) -> Tensor:
+        if not isinstance(mask, Tensor):
+            raise PhregError(
+                f"a model with registers was run with a {type(mask).__name__} as attention mask, which "
+                'cannot be made longer; call model.set_attn_implementation("sdpa") first'
+            )
+        count = self.place.count
+        if mask.dim() == 4 and mask.shape[-2] > 1:  # (batch, heads, queries, keys)
+            mask = self.place.open_up(mask, -2, mask.amax(-2, keepdim=True).expand(-1, -1, count, -1))
+        seen = 0 if mask.is_floating_point() else 1  # added to scores, or a flag
+        return self.place.open_up(mask, -1, mask.new_full((*mask.shape[:-1], count), seen))
+
+
+@dataclass(frozen=True, repr=False)
+class SavePatched:
+    """Stands in for `save_pretrained` on a patched model, and so for `push_to_hub`, which calls it.
+
+    A model keeps it when its tower's registers were removed through the tower alone; it then does what was
+    there before.
+    """
+
+    model: PreTrainedModel
+    tower: nn.Module
+
+    def __call__(
+        self,
+        save_directory: str | os.PathLike[str],
+        is_main_process: bool = True,
+        state_dict: Mapping[str, Tensor] | None = None,
+        push_to_hub: bool = False,
+        **options: Any,
+    ) -> None:
+        """Writes the model with `save_patched`; transformers' other options have no meaning there.
+
+        Raises:
+            PhregError: `push_to_hub` is set, or the model cannot be saved so.
+        """
+        if not hasattr(self.tower, REGISTERS):
+            tensors = None if state_dict is None else dict(state_dict)
+            type(self.model).save_pretrained(
+                self.model, save_directory, is_main_process, tensors, push_to_hub, **options
+            )
+            return
+        if push_to_hub:
+            raise PhregError(
+                f"save_pretrained(push_to_hub=True) asked of {type(self.model).__name__} with registers, "
+                "which saves in a format of its own; call push_to_hub(repo_id) on the model instead"
+            )
+        if is_main_process:
+            save_patched(self.model, Path(save_directory), state_dict)
+
+
+def save_patched(
+    model: PreTrainedModel, folder: Path, state_dict: Mapping[str, Tensor] | None = None
+) -> None:
+    """Writes a patched model so that no stock loader can load it without its registers.
+
+    First `phreg.safetensors` (all tensors, named as on the hub), then `phreg.json` (class, config, number of
+    registers), each atomically.
+
+    Args:
+        model: A model with registers.
+        folder: Folder to write into; created where missing.
+        state_dict: Tensors to write in place of the model's own.
+
+    Raises:
+        PhregError: The model has no registers, or the folder holds a stock model, which would be taken for
+            it.
+    """
+    registers = next((module for module in model.modules() if isinstance(module, Registers)), None)
+    if registers is None:
+        raise PhregError(
+            f"asked to save {type(model).__name__}, part of a model whose registers lie outside of it; "
+            "save the whole model"
+        )
+    stock = [
+        name for name in ("config.json", "model.safetensors", "pytorch_model.bin") if (folder / name).exists()
+    ]
+    if stock:
+        raise PhregError(
+            f"asked to save a model with registers to {folder}, which holds {', '.join(stock)} of a model "
+            "without; give another folder"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = disk_names(model, model.state_dict() if state_dict is None else state_dict)
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    description = {
+        "format": "phreg-model",
+        "format_version": 1,
+        "library": "transformers",
+        "class": type(model).__name__,
+        "num_registers": registers.tokens.shape[1],
+        "config": json.loads(model.config.to_json_string(use_diff=False)),
+        "versions": {name: version(name) for name in ("torch", "transformers")},
+    }
+    text = json.dumps(description, indent=2)
+    _write(folder / "phreg.safetensors", lambda path: save_file(plain, path, metadata={"format": "pt"}))
+    _write(folder / "phreg.json", lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def _write(path: Path, write: Callable[[Path], Any]) -> None:
+    """Writes a file atomically: a temporary one beside it, flushed to disk, renamed."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        write(temporary)
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def disk_names(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Renames, and where transformers does so joins, a model's tensors to those that it writes to disk."""
+    return revert_weight_conversion(model, dict(tensors))

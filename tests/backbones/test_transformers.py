@@ -1,0 +1,780 @@
+import copy
+import dataclasses
+import json
+from pathlib import Path
+from unittest import mock
+
+import peft
+import pytest
+import torch
+import transformers as hf
+from families_transformers import FAMILIES, TEXT, VISION, WIDE, build
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.models.siglip2.image_processing_siglip2 import convert_image_to_patches
+
+from phreg.backbones import transformers as adapter
+from phreg.backbones.transformers import adapt, load
+from phreg.errors import LoadError, PhregError, UnsupportedModelError
+from phreg.registers import add_registers, remove_registers
+
+ROUNDING = {"rtol": 1e-4, "atol": 1e-5}
+"""fp32 sums in another order differ by 1e-7 a block; values are of order 1, and mistakes change 1e-2."""
+
+every_family = pytest.mark.parametrize("name", FAMILIES)
+
+PREFIX = {
+    "dinov2-registers": 3,
+    "dinov2-registers-classifier": 3,
+    "dinov2-registers-backbone": 3,
+    "dinov3": 3,
+    "dinov3-backbone": 3,
+    "deit": 2,
+    "deit-classifier": 2,
+    "ijepa": 0,
+}
+"""Prefix tokens, where they are not a CLS alone; SigLIP and AIMv2 have none."""
+
+
+def images(size: int = 32, width: int | None = None, seed: int = 0) -> torch.Tensor:
+    return torch.randn(2, 3, size, width or size, generator=torch.Generator().manual_seed(seed))
+
+
+def patched(name: str, count: int = 4) -> adapter.TransformersBackbone:
+    return add_registers(adapt(FAMILIES[name]()), count)
+
+
+# -- what is found out about a model
+
+
+@every_family
+def test_the_spec_counts_the_tokens_the_model_came_with(name: str) -> None:
+    expected = PREFIX.get(name, 0 if name.startswith(("siglip", "aimv2")) else 1)
+
+    backbone = adapt(FAMILIES[name]())
+
+    assert backbone.spec.num_prefix == expected
+    assert (backbone.spec.width, backbone.spec.num_heads, len(backbone.blocks)) == (32, 4, 3)
+    assert (backbone.spec.patch_size, backbone.spec.input_size) == ((8, 8), (32, 32))
+
+
+@every_family
+def test_every_parameter_of_the_tower_has_a_role_but_mask_tokens(name: str) -> None:
+    backbone = patched(name)
+
+    named = {parameter for names in backbone.roles().values() for parameter in names}
+
+    prefix = f"{backbone.tower_name}." if backbone.tower_name else ""
+    tower = {prefix + parameter for parameter, _ in backbone.tower.named_parameters()}
+    assert {parameter for parameter in tower - named if not parameter.endswith("mask_token")} == set()
+
+
+def test_a_text_tower_has_no_role() -> None:
+    roles = adapt(FAMILIES["clip"]()).roles()
+
+    assert roles["head"] == ["visual_projection.weight"]
+    assert not [name for names in roles.values() for name in names if name.startswith(("text_", "logit_"))]
+
+
+def test_a_pre_norm_is_part_of_the_norms() -> None:
+    roles = adapt(FAMILIES["clip-vision"]()).roles()
+
+    assert roles["norm"] == [
+        f"{norm}.{kind}" for norm in ("pre_layrnorm", "post_layernorm") for kind in ("weight", "bias")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        (
+            lambda: hf.SwinModel(hf.SwinConfig(embed_dim=8, depths=[1], num_heads=[1], image_size=32)),
+            "window",
+        ),
+        (lambda: hf.HieraModel(hf.HieraConfig()), "window"),
+        (lambda: hf.ConvNextModel(hf.ConvNextConfig(hidden_sizes=[8] * 4, depths=[1] * 4)), "convolution"),
+        (lambda: hf.BeitModel(hf.BeitConfig(**WIDE, use_relative_position_bias=True)), "bias"),
+        (lambda: hf.Data2VecVisionModel(hf.Data2VecVisionConfig(**WIDE)), "bias"),
+        (lambda: hf.BertModel(hf.BertConfig(**TEXT)), "bert"),
+        (lambda: nn.Linear(2, 2), "no model of transformers"),
+    ],
+    ids=["swin", "hiera", "convnext", "beit", "data2vec", "text", "no-transformers"],
+)
+def test_other_models_are_refused_with_the_reason(model, reason: str) -> None:
+    with torch.device("meta"):
+        instance = model()
+
+    with pytest.raises(UnsupportedModelError, match=reason):
+        adapt(instance)
+
+
+def test_inside_a_language_model_the_vision_tower_is_taken_and_the_whole_points_to_it() -> None:
+    text = hf.LlamaConfig(**{key: TEXT[key] for key in ("vocab_size", "hidden_size", "intermediate_size")})
+    text.num_hidden_layers, text.num_attention_heads, text.num_key_value_heads = 1, 4, 4
+    config = hf.LlavaConfig(vision_config=hf.CLIPVisionConfig(**VISION), text_config=text, image_token_id=3)
+    model = build(hf.LlavaModel, config)
+    before = model.get_image_features(images()).pooler_output
+    with pytest.raises(UnsupportedModelError, match=r"give that: model\.model\.vision_tower"):
+        adapt(hf.LlavaForConditionalGeneration(config))
+
+    add_registers(model.vision_tower, 4)
+    after = model.get_image_features(images()).pooler_output
+
+    assert [state.shape for state in after] == [state.shape for state in before]
+    assert not torch.equal(after[0], before[0])
+
+
+# -- running
+
+
+def native_pooled(model: PreTrainedModel, name: str, pixels: torch.Tensor) -> torch.Tensor:
+    """Runs a model as its documentation says, and takes its global output."""
+    if name in ("clip", "metaclip2", "aimv2", "siglip"):
+        return model.get_image_features(pixels).pooler_output
+    if name.startswith("siglip2"):
+        rows = torch.stack([convert_image_to_patches(image, 8) for image in pixels])
+        arguments = {
+            "pixel_values": rows,
+            "pixel_attention_mask": torch.ones(rows.shape[:2], dtype=torch.long),
+            "spatial_shapes": torch.tensor([[4, 4]] * len(pixels)),
+        }
+        if name == "siglip2":
+            return model.get_image_features(**arguments).pooler_output
+        return getattr(model, "vision_model", model)(**arguments).pooler_output
+    if name == "vit-mae":
+        return model(pixels, noise=torch.arange(16).expand(len(pixels), -1)).last_hidden_state[:, 0]
+    if name.endswith("-backbone"):
+        model.config.reshape_hidden_states, model.config.return_class_token = False, True
+        output = model(pixels)
+        return output.cls_tokens[-1] if name == "dinov3-backbone" else output.feature_maps[-1][:, 0]
+    if name.endswith("-projection"):
+        return model(pixels).image_embeds
+    if name.endswith("-classifier"):
+        model = next(child for child in model.children() if isinstance(child, PreTrainedModel))
+    output = model(pixels)
+    if output.get("pooler_output") is not None:
+        return output.pooler_output
+    tokens = output.last_hidden_state
+    return tokens.mean(1) if name in ("ijepa", "aimv2-native") else tokens[:, 0]
+
+
+@every_family
+@torch.no_grad()
+def test_run_gives_the_global_output_of_the_library(name: str) -> None:
+    model = FAMILIES[name]()
+    pooled = adapt(model).run(images())
+
+    torch.testing.assert_close(pooled, native_pooled(model, name, images()), **ROUNDING)
+
+
+@torch.no_grad()
+def test_a_masked_autoencoder_shows_every_patch_in_order_and_keeps_its_mask_ratio() -> None:
+    model = build(hf.ViTMAEModel, hf.ViTMAEConfig(**WIDE, mask_ratio=0.75))
+    backbone, changed = adapt(model), images()
+    changed[:, :, 8:16, 16:24] += 10  # the patch in row 1, column 2
+
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        first = backbone.tower.embeddings.patch_embeddings(images())
+        before = backbone.block_tokens(images(), [0])[0]
+        torch.manual_seed(2)
+        again, after = backbone.block_tokens(images(), [0])[0], backbone.block_tokens(changed, [0])[0]
+
+    assert first.shape[1] == 16
+    assert before.shape == (2, 17, 32)
+    assert torch.equal(before, again)
+    assert int((after - before).abs().sum(-1)[0].argmax()) == 1 + 1 * 4 + 2
+    assert model.config.mask_ratio == 0.75
+
+
+@torch.no_grad()
+def test_a_masked_autoencoder_still_drops_patches_when_its_users_call_it() -> None:
+    model = build(hf.ViTMAEModel, hf.ViTMAEConfig(**WIDE, mask_ratio=0.75))
+
+    add_registers(model, 4)
+
+    assert model(images()).last_hidden_state.shape == (2, 1 + 4, 32)
+
+
+@torch.no_grad()
+def test_registers_go_in_before_the_pre_norm() -> None:
+    backbone, found = patched("clip-vision"), []
+    backbone.blocks[0].register_forward_pre_hook(lambda _, args: found.append(args[0]))
+
+    backbone.run(images())
+
+    norm = backbone.tower.pre_layrnorm
+    expected = nn.functional.layer_norm(backbone.registers[0], (32,), norm.weight, norm.bias)
+    torch.testing.assert_close(found[0][0, 1:5], expected, **ROUNDING)
+
+
+@torch.no_grad()
+def test_registers_kept_in_fp32_serve_a_model_in_bf16() -> None:
+    backbone = patched("vit")
+    backbone.model.bfloat16()
+    backbone.registers.data = backbone.registers.data.float()
+
+    assert backbone.run(images().bfloat16()).dtype == torch.bfloat16
+
+
+def test_the_projection_is_the_models_own_and_passes_gradients_on() -> None:
+    model = FAMILIES["clip"]()
+
+    projection = adapt(model).projection
+    projection.sum().backward()
+
+    assert projection.shape == (32, 16)
+    assert model.visual_projection.weight.grad is not None
+
+
+@torch.no_grad()
+def test_single_hidden_states_can_be_asked_for() -> None:
+    backbone = patched("vit")
+
+    states = backbone.model(images(), output_hidden_states=[1, 3]).hidden_states
+
+    assert [None if state is None else state.shape[1] for state in states] == [None, 17, None, 17]
+
+
+# -- attention
+
+
+@every_family
+@torch.no_grad()
+def test_the_parts_of_attention_make_the_librarys_own_attention(name: str) -> None:
+    backbone = patched(name)
+    last = len(backbone.blocks) - 1
+    inputs, maps, outputs = [], [], []
+    block = backbone.blocks[last]
+    module = block.get_submodule(backbone.family.attention)
+    block.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+    module.register_forward_hook(lambda _, args, output: outputs.append(output[0]) or maps.append(output[1]))
+    backbone.model.set_attn_implementation("eager")
+
+    backbone.run(images())
+
+    attention = backbone.attention(last)
+    normed = attention.norm(inputs[0])
+    scores = attention.queries(normed) @ attention.keys(normed).transpose(-1, -2) * attention.scale
+    found = scores.softmax(-1)
+    torch.testing.assert_close(found, maps[0], **ROUNDING)
+    heads = (found @ attention.values(normed)).transpose(1, 2).flatten(2)
+    torch.testing.assert_close(attention.out(heads), outputs[0], **ROUNDING)
+
+
+def test_rotated_queries_need_an_image_first() -> None:
+    backbone = adapt(FAMILIES["dinov3"]())
+
+    with pytest.raises(PhregError, match="run the backbone first"):
+        backbone.attention(0).queries(torch.zeros(1, 19, 32))
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@torch.no_grad()
+def test_padding_stays_unseen_with_registers(implementation: str) -> None:
+    backbone = patched("siglip2-vision")
+    backbone.model.set_attn_implementation(implementation)
+    rows = torch.randn(2, 16, 192, generator=torch.Generator().manual_seed(0))
+    mask = torch.ones(2, 16, dtype=torch.long)
+    mask[1, 12:] = 0
+    shapes, outputs = torch.tensor([[4, 4], [3, 4]]), []
+
+    for padding in (0.0, 5.0):
+        rows[1, 12:] = padding
+        outputs.append(backbone.model(rows, mask, shapes))
+
+    assert torch.equal(outputs[0].pooler_output, outputs[1].pooler_output)
+    assert torch.equal(outputs[0].last_hidden_state[1, :12], outputs[1].last_hidden_state[1, :12])
+
+
+@pytest.mark.parametrize(
+    ("mask", "expected"),
+    [
+        (torch.tensor([[True, False]]), [[True, True, True, False]]),
+        (torch.tensor([[1, 0]]), [[1, 1, 1, 0]]),
+        (
+            torch.tensor([[[[0.0, -1.0], [0.0, 0.0]]]]),
+            [[[[0, 0, 0, -1.0], [0, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]]]],
+        ),
+        (torch.tensor([[[[True, False]]]]), [[[[True, True, True, False]]]]),
+    ],
+    ids=["flags", "numbers", "scores", "one-row"],
+)
+def test_a_mask_makes_room_where_the_registers_are(mask: torch.Tensor, expected: list) -> None:
+    pad = adapter.PadMask(adapter.Place(start=1, count=2))
+
+    args, _ = pad(nn.Identity(), (torch.zeros(1, 2, 4), mask), {})
+
+    assert args[1].tolist() == expected
+
+
+def test_a_mask_that_cannot_grow_is_refused_with_a_way_out() -> None:
+    pad = adapter.PadMask(adapter.Place(start=1, count=2))
+
+    with pytest.raises(PhregError, match="set_attn_implementation"):
+        pad(nn.Identity(), (torch.zeros(1, 2, 4),), {"attention_mask": object()})
+
+
+# -- adding and removing
+
+
+def traces(model: nn.Module) -> dict[str, tuple]:
+    """Notes everything a patch might leave behind."""
+    hooks = ("_forward_pre_hooks", "_forward_hooks", "_forward_pre_hooks_with_kwargs")
+    return {
+        name: (
+            sorted(vars(module)),
+            sorted(dict(module.named_children())),
+            [len(vars(module)[kind]) for kind in hooks],
+        )
+        for name, module in model.named_modules()
+    }
+
+
+@every_family
+def test_removal_leaves_no_trace(name: str) -> None:
+    model = FAMILIES[name]()
+    before = traces(model)
+
+    add_registers(model, 4)
+    during = traces(model)
+    remove_registers(model)
+
+    assert during != before
+    assert traces(model) == before
+
+
+def test_a_copys_registers_are_removed_without_touching_the_original() -> None:
+    original = FAMILIES["dinov2"]()
+    add_registers(original, 4)
+    before = traces(original)
+
+    twin = remove_registers(copy.deepcopy(original))
+
+    assert traces(original) == before
+    assert traces(twin) == traces(FAMILIES["dinov2"]())
+
+
+def test_registers_are_not_inserted_twice() -> None:
+    backbone = patched("vit")
+
+    with pytest.raises(PhregError, match="which has 4"):
+        backbone.insert_registers(torch.zeros(2, 32))
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT uses it
+def test_peft_trains_its_copy_of_the_registers_and_merges_it() -> None:
+    model = patched("dinov2").model
+    frozen = adapt(model).registers
+    config = peft.LoraConfig(
+        target_modules=["q_proj"], modules_to_save=["registers"], init_lora_weights=False
+    )
+
+    wrapped = peft.get_peft_model(model, config)
+    trained = wrapped.base_model.model.registers.tokens
+    wrapped(pixel_values=images()).pooler_output.sum().backward()
+
+    assert frozen.grad is None
+    assert trained is not frozen
+    assert trained.grad.abs().sum() > 0
+    with torch.no_grad():
+        trained.add_(1)
+        before = wrapped(pixel_values=images()).pooler_output
+        merged = wrapped.merge_and_unload()
+        torch.testing.assert_close(merged(images()).pooler_output, before, **ROUNDING)
+
+
+# -- native size
+
+STRETCHABLE = [
+    name for name in FAMILIES if not name.startswith(("siglip2", "dinov3")) and name not in ("aimv2-native",)
+]
+
+
+@pytest.mark.parametrize("name", STRETCHABLE)
+@torch.no_grad()
+def test_a_new_native_size_is_what_the_library_resamples_to(name: str) -> None:
+    backbone = patched(name)
+    table = backbone.roles()["pos_embed"]
+    parameter = backbone.model.get_parameter(table[0])
+    expected = backbone.run(images(48)) if backbone.spec.any_size else None
+
+    backbone.set_input_size(48)
+
+    assert backbone.model.get_parameter(table[0]) is parameter
+    assert backbone.spec.input_size == (48, 48)
+    assert adapt(backbone.model).spec.input_size == (48, 48)
+    found = backbone.run(images(48))
+    if expected is not None:
+        torch.testing.assert_close(found, expected, **ROUNDING)
+        backbone.family = dataclasses.replace(
+            backbone.family, sizes="always"
+        )  # the library now needs no telling
+        torch.testing.assert_close(backbone.run(images(48)), expected, **ROUNDING)
+
+
+@torch.no_grad()
+def test_a_new_native_size_is_saved_and_loaded(tmp_path: Path) -> None:
+    backbone = adapt(FAMILIES["clip"]())
+    backbone.set_input_size(48)
+    backbone.model.save_pretrained(tmp_path)
+
+    again = load(tmp_path)
+
+    assert again.spec.input_size == (48, 48)
+    assert torch.equal(again.run(images(48)), backbone.run(images(48)))
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [("vit", (32, 48)), ("vit", 33), ("vit", 0), ("siglip2", 48), ("dinov3", 48), ("aimv2-native", 48)],
+)
+def test_a_native_size_that_cannot_be_is_refused_and_changes_nothing(
+    name: str, size: int | tuple[int, int]
+) -> None:
+    backbone = adapt(FAMILIES[name]())
+    before = copy.deepcopy(backbone.model.state_dict())
+
+    with pytest.raises(PhregError, match="native size"):
+        backbone.set_input_size(size)
+
+    assert backbone.spec.input_size == (32, 32)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in backbone.model.state_dict().items())
+
+
+# -- names on disk
+
+
+@every_family
+def test_disk_names_are_those_of_the_librarys_own_file(name: str, tmp_path: Path) -> None:
+    model = FAMILIES[name]()
+
+    model.save_pretrained(tmp_path)
+
+    stored, found = load_file(tmp_path / "model.safetensors"), adapt(model).disk_state()
+    assert found.keys() == stored.keys()
+    assert all(torch.equal(found[key], tensor) for key, tensor in stored.items())
+
+
+@every_family
+def test_single_tensors_come_back_in_place_and_leave_the_others(name: str) -> None:
+    backbone = patched(name)
+    parameters = dict(backbone.model.named_parameters())
+    before = {key: tensor.clone() for key, tensor in backbone.disk_state().items()}
+    wanted = {key: tensor + 1 for index, (key, tensor) in enumerate(before.items()) if index % 5 == 0}
+
+    backbone.load_disk_state(wanted)
+
+    after = backbone.disk_state()
+    assert all(torch.equal(after[key], (before | wanted)[key]) for key in before)
+    assert all(parameters[key] is parameter for key, parameter in backbone.model.named_parameters())
+
+
+@pytest.mark.parametrize("name", ["dinov2-swiglu", "vit", "clip"])
+def test_registers_have_one_name_on_disk(name: str) -> None:
+    backbone = patched(name)
+
+    added = backbone.disk_state().keys() - adapt(FAMILIES[name]()).disk_state().keys()
+
+    assert added == {f"{backbone.tower_name}.registers.tokens".lstrip(".")}
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        {"encoder.layer.9.norm1.weight": torch.zeros(32)},
+        {"layernorm.weight": torch.zeros(16)},
+        {"layernorm.weight": torch.zeros(32, 2)},
+        {"encoder.layer.0.mlp.weights_in.weight": torch.zeros(8, 32)},
+    ],
+    ids=["unknown", "short", "deep", "joined"],
+)
+def test_a_tensor_of_another_model_is_refused_and_nothing_changes(tensors: dict[str, torch.Tensor]) -> None:
+    backbone = adapt(FAMILIES["dinov2-swiglu"]())
+    before = {name: tensor.clone() for name, tensor in backbone.disk_state().items()}
+
+    with pytest.raises(PhregError, match="another model"):
+        backbone.load_disk_state({"layernorm.bias": torch.ones(32)} | tensors)
+
+    assert all(torch.equal(tensor, before[name]) for name, tensor in backbone.disk_state().items())
+
+
+# -- saving
+
+
+@every_family
+def test_a_patched_model_saves_what_no_stock_loader_takes(name: str, tmp_path: Path) -> None:
+    backbone = patched(name)
+
+    backbone.model.save_pretrained(tmp_path)
+
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["phreg.json", "phreg.safetensors"]
+    description = json.loads((tmp_path / "phreg.json").read_text())
+    assert description["class"] == type(backbone.model).__name__
+    assert description["num_registers"] == 4
+    assert description["config"]["model_type"] == backbone.model.config.model_type
+    stored, expected = load_file(tmp_path / "phreg.safetensors"), backbone.disk_state()
+    assert stored.keys() == expected.keys()
+    assert all(torch.equal(stored[key], tensor) for key, tensor in expected.items())
+    for loader in (hf.AutoModel, type(backbone.model)):
+        with pytest.raises((OSError, ValueError)):
+            loader.from_pretrained(tmp_path, local_files_only=True)
+
+
+def test_pushing_to_the_hub_saves_in_the_same_format(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, uploaded = patched("dinov2").model, []
+    monkeypatch.setattr("transformers.utils.hub.hf_api", mock.Mock())
+    monkeypatch.setattr("transformers.utils.hub.create_and_tag_model_card", mock.Mock())
+    monkeypatch.setattr(
+        type(model),
+        "_upload_modified_files",
+        lambda self, folder, *args, **kwargs: uploaded.extend(path.name for path in Path(folder).iterdir()),
+    )
+
+    model.push_to_hub("me/it")
+
+    assert sorted(uploaded) == ["phreg.json", "phreg.safetensors"]
+
+
+def test_saving_and_pushing_in_one_call_is_refused_with_the_other_way(tmp_path: Path) -> None:
+    with pytest.raises(PhregError, match=r"call push_to_hub"):
+        patched("dinov2").model.save_pretrained(tmp_path, push_to_hub=True)
+
+
+def test_a_patched_model_is_not_saved_over_a_stock_one(tmp_path: Path) -> None:
+    FAMILIES["dinov2"]().save_pretrained(tmp_path)
+
+    with pytest.raises(PhregError, match=r"holds config\.json, model\.safetensors"):
+        patched("dinov2").model.save_pretrained(tmp_path)
+
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_a_part_without_the_registers_is_not_saved_alone(tmp_path: Path) -> None:
+    with pytest.raises(PhregError, match="save the whole model"):
+        patched("dinov2").model.encoder.save_pretrained(tmp_path)
+
+
+def test_the_text_tower_of_a_patched_model_saves_as_ever(tmp_path: Path) -> None:
+    model = patched("clip").model
+
+    model.text_model.save_pretrained(tmp_path)
+
+    assert (tmp_path / "config.json").is_file()
+
+
+@pytest.mark.parametrize("from_tower", [False, True], ids=["from-the-model", "from-its-tower"])
+def test_once_registers_are_removed_a_model_saves_as_ever(from_tower: bool, tmp_path: Path) -> None:
+    model = patched("clip").model
+
+    remove_registers(model.vision_model if from_tower else model)
+    model.save_pretrained(tmp_path)
+
+    assert load(tmp_path).num_registers == 0
+
+
+def test_a_copy_saves_its_own_weights(tmp_path: Path) -> None:
+    backbone = patched("dinov2")
+    twin = adapt(copy.deepcopy(backbone.model))
+    with torch.no_grad():
+        twin.registers.fill_(3)
+
+    twin.model.save_pretrained(tmp_path)
+
+    assert torch.equal(
+        load_file(tmp_path / "phreg.safetensors")["registers.tokens"], torch.full((1, 4, 32), 3.0)
+    )
+
+
+def test_an_interrupted_save_leaves_the_last_one_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backbone = patched("dinov2")
+    backbone.model.save_pretrained(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def full_disk(tensors, path, metadata) -> None:
+        Path(path).write_bytes(b"half")
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("phreg.backbones.transformers_registers.save_file", full_disk)
+    with pytest.raises(OSError, match="no space"):
+        backbone.model.save_pretrained(tmp_path)
+
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+# -- loading
+
+
+@every_family
+@torch.no_grad()
+def test_a_folder_loads_as_the_class_that_wrote_it(name: str, tmp_path: Path) -> None:
+    original = adapt(FAMILIES[name]())
+    original.model.save_pretrained(tmp_path)
+
+    loaded = load(tmp_path)
+
+    # A classifier of image-text models is loaded as such too: its head is the reason why it was kept.
+    assert type(loaded.model) is type(original.model)
+    assert loaded.spec == original.spec
+    assert not any(module.training for module in loaded.model.modules())
+    assert torch.equal(loaded.run(images()), original.run(images()))
+    assert loaded.disk_state().keys() == original.disk_state().keys()
+
+
+@torch.no_grad()
+def test_a_vision_model_in_the_file_of_a_whole_one_keeps_that_files_names(tmp_path: Path) -> None:
+    whole = adapt(FAMILIES["clip"]())
+    whole.model.save_pretrained(tmp_path)
+
+    part = add_registers(adapt(hf.CLIPVisionModel.from_pretrained(tmp_path)), 4)
+    part.load_disk_state({"vision_model.registers.tokens": torch.full((1, 4, 32), 2.0)})
+
+    names = part.disk_state().keys() - {"vision_model.registers.tokens"}
+    assert names == {name for name in whole.disk_state() if name.startswith("vision_model.")}
+    assert torch.equal(part.registers, torch.full((1, 4, 32), 2.0))
+
+
+def test_half_precision_files_load_in_fp32(tmp_path: Path) -> None:
+    FAMILIES["dinov2"]().bfloat16().save_pretrained(tmp_path)
+
+    assert {parameter.dtype for parameter in load(tmp_path).model.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("preprocessor_config.json", {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}),
+        (
+            "processor_config.json",
+            {"image_processor": {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}},
+        ),
+    ],
+)
+def test_the_image_processors_normalisation_wins(file: str, content: dict, tmp_path: Path) -> None:
+    FAMILIES["dinov2"]().save_pretrained(tmp_path)
+    (tmp_path / file).write_text(json.dumps(content))
+
+    spec = load(tmp_path).spec
+
+    assert (spec.mean, spec.std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+
+
+@torch.no_grad()
+def test_a_pooler_that_was_never_trained_is_left_out(tmp_path: Path) -> None:
+    hf.ViTModel(FAMILIES["vit"]().config, add_pooling_layer=False).save_pretrained(tmp_path)
+
+    loaded = load(tmp_path)
+
+    assert loaded.model.pooler is None
+    assert torch.equal(loaded.run(images()), loaded.model(images()).last_hidden_state[:, 0])
+
+
+@torch.no_grad()
+def test_old_files_of_tensors_are_read_and_objects_in_them_are_not(tmp_path: Path) -> None:
+    original = adapt(FAMILIES["dinov2"]())
+    original.model.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(original.disk_state(), tmp_path / "pytorch_model.bin")
+
+    assert torch.equal(load(tmp_path).run(images()), original.run(images()))
+
+    torch.save({"layernorm.weight": tmp_path}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(LoadError, match="cannot load it"):
+        load(tmp_path)
+
+
+def cut_weights(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+
+
+def drop_weights(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+
+
+def change_weights(folder: Path, change) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def change_config(folder: Path, **settings) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | settings))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: (folder / "config.json").unlink(), "config.json cannot be read"),
+        (lambda folder: (folder / "config.json").write_text("{"), "config.json cannot be read"),
+        (lambda folder: (folder / "config.json").write_text("[]"), "should hold an object, found list"),
+        (
+            lambda folder: (folder / "preprocessor_config.json").write_text("{"),
+            "preprocessor_config.json cannot",
+        ),
+        (cut_weights, "cannot load it"),
+        (drop_weights, "cannot load it"),
+        (lambda folder: change_config(folder, hidden_size=64), "cannot load it"),
+        (lambda folder: change_config(folder, hidden_size="wide"), "cannot load it"),
+        (lambda folder: change_config(folder, num_hidden_layers=2), r"has, unlike the class, .*layers\.2"),
+        (lambda folder: change_config(folder, num_hidden_layers=4), r"lacks .*layers\.3"),
+        (
+            lambda folder: change_weights(folder, lambda tensors: tensors.pop("layernorm.bias")),
+            r"lacks 1 .*layernorm\.bias",
+        ),
+        (
+            lambda folder: change_weights(
+                folder, lambda tensors: tensors.update({"registers.tokens": torch.zeros(1, 4, 32)})
+            ),
+            r"has, unlike the class, .*registers\.tokens",
+        ),
+    ],
+    ids=[
+        "no-config",
+        "broken-config",
+        "list-config",
+        "broken-processor",
+        "cut-weights",
+        "no-weights",
+        "other-width",
+        "no-number",
+        "fewer-blocks",
+        "more-blocks",
+        "lacks-one",
+        "patched",
+    ],
+)
+def test_a_damaged_folder_is_refused_with_what_is_wrong(damage, message: str, tmp_path: Path) -> None:
+    FAMILIES["vit"]().save_pretrained(tmp_path)
+    damage(tmp_path)
+
+    with pytest.raises(LoadError, match=message):
+        load(tmp_path)
+
+
+def test_weights_of_a_projection_must_be_there(tmp_path: Path) -> None:
+    FAMILIES["clip-vision-projection"]().save_pretrained(tmp_path)
+    change_weights(tmp_path, lambda tensors: tensors.pop("visual_projection.weight"))
+
+    with pytest.raises(LoadError, match=r"lacks 1 .*visual_projection"):
+        load(tmp_path)
+
+
+def test_a_model_type_unknown_to_transformers_is_refused_without_running_its_code(tmp_path: Path) -> None:
+    FAMILIES["dinov2"]().save_pretrained(tmp_path)
+    (tmp_path / "modeling_mine.py").write_text("raise SystemExit('ran')")
+    change_config(tmp_path, model_type="mine", auto_map={"AutoModel": "modeling_mine.Mine"})
+
+    with pytest.raises(UnsupportedModelError, match="'mine'"):
+        load(tmp_path)
+
+
+def test_a_folder_with_another_architecture_is_refused(tmp_path: Path) -> None:
+    hf.BertModel(hf.BertConfig(**TEXT)).save_pretrained(tmp_path)
+
+    with pytest.raises(UnsupportedModelError, match="BertModel"):
+        load(tmp_path)

@@ -1,0 +1,80 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from phreg import config
+from phreg.errors import ConfigError
+
+
+def test_all_problems_are_told_at_once_by_dotted_key_with_near_misses():
+    wrong = {"optim.lr": "fast", "num_register": 3, "views": {"cuont": 3}, "method": "papr", "steps": -1}
+    with pytest.raises(ConfigError) as error:
+        config.resolve(None, wrong)
+    assert len(error.value.problems) == 5
+    text = str(error.value)
+    assert "settings has 5 problems" in text
+    assert "num_register: unknown key; did you mean registers?" in text
+    assert "views.cuont: unknown key; did you mean views.count?" in text
+    assert "optim.lr: should be a valid number, found 'fast'" in text
+    assert "method: should be 'distill' or 'paper', found 'papr'" in text
+
+
+def test_steps_and_epochs_exclude_each_other():
+    with pytest.raises(ConfigError, match="steps and epochs"):
+        config.resolve(None, {"steps": 1, "epochs": 1})
+
+
+def test_flags_win_over_recipe_wins_over_method_wins_over_defaults(tmp_path):
+    recipe = tmp_path / "mine.toml"
+    recipe.write_text('method = "paper"\nregisters = 8\n[optim]\nlr = 1e-3\n')
+    resolved = config.resolve(recipe, {"registers": 2})
+    assert resolved.registers == 2
+    assert resolved.optim.lr == 1e-3
+    assert resolved.loss.pooled == 0, "the paper has no global term"
+    assert config.resolve(None).loss.pooled > 0, "phreg's own method guards the global output"
+
+
+def test_the_paper_means_other_settings_for_clip():
+    plain, clip = (config.resolve(None, {"method": "paper"}, clip=kind) for kind in (False, True))
+    assert (plain.registers, plain.optim.lr, plain.optim.final_lr, plain.batch_size) == (16, 1e-4, 5e-6, 8)
+    assert plain.unlock.roles == ("pos_embed", "patch_embed", "block.-1")
+    assert (clip.registers, clip.optim.lr, clip.optim.final_lr, clip.batch_size) == (16, 3e-4, 1e-5, 16)
+    assert clip.unlock.roles == ("pos_embed", "patch_embed", "block.-2", "block.-1")
+    assert (clip.target.teacher_readout, clip.target.student_readout) == ("naclip", "value-only")
+
+
+@pytest.mark.parametrize("name", sorted(config.recipes()))
+def test_every_shipped_recipe_resolves(name):
+    resolved = config.resolve(name, clip="clip" in name)
+    assert resolved.model
+    assert resolved.size
+
+
+def test_a_recipe_that_does_not_exist_names_the_nearest():
+    with pytest.raises(ConfigError, match=r"did you mean paper-dinov2-base"):
+        config.resolve("paper-dinov2-bas")
+
+
+def test_a_recipe_that_is_not_toml_is_named(tmp_path):
+    path = tmp_path / "bad.toml"
+    path.write_text("= 3")
+    with pytest.raises(ConfigError, match="bad.toml has 1 problem"):
+        config.resolve(path)
+
+
+@given(st.fixed_dictionaries({}, optional={
+    "registers": st.integers(0, 64), "seed": st.integers(0, 2**40), "views.count": st.integers(1, 99),
+    "optim.lr": st.floats(1e-8, 1.0), "unlock.roles": st.lists(st.sampled_from(["cls", "norm"])).map(tuple),
+    "optim.betas": st.tuples(st.floats(0, 1), st.floats(0, 1)), "views.fill": st.sampled_from(["white", "reflect"]),
+}))  # fmt: skip
+def test_a_resolved_configuration_survives_its_toml(settings):
+    import tomllib
+
+    resolved = config.resolve(None, settings)
+    again = config.validate(config.flatten(tomllib.loads(config.to_toml(resolved))), source="again")
+    assert again == resolved
+
+
+def test_every_setting_is_described():
+    undescribed = [key for key, field in config.fields().items() if not field.description]
+    assert not undescribed

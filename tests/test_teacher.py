@@ -1,0 +1,124 @@
+import pytest
+import torch
+
+from phreg.backbones.resolve import adapt
+from phreg.config import TargetConfig, ViewsConfig
+from phreg.seeding import keyed_generator as generator
+from phreg.teacher import Teacher
+from phreg.views import sample_views
+
+VIEWS = ViewsConfig(count=4, max_shift=0.25)
+
+
+def images(batch=3, seed=0):
+    return torch.randn(batch, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
+
+
+def slow_target(backbone, pixels, views):
+    """The target, view by view and patch by patch, as PH-Reg's text has it."""
+    rows = cols = 4
+    total = torch.zeros(len(pixels), rows, cols, backbone.spec.width)
+    count = torch.zeros(len(pixels), rows, cols, 1)
+    white = torch.tensor([(1 - m) / s for m, s in zip(backbone.spec.mean, backbone.spec.std, strict=True)])
+    for b in range(len(pixels)):
+        for v in range(views.count):
+            dy, dx = views.offsets[b, v].tolist()
+            flip = bool(views.flips[b, v])
+            moved = white.view(3, 1, 1).expand(3, 32, 32).clone()
+            where = torch.full((rows, cols, 2), -1)
+            for r in range(rows):
+                for c in range(cols):
+                    if 0 <= r + dy < rows and 0 <= c + dx < cols:
+                        y, x, from_y, from_x = r * 8, c * 8, (r + dy) * 8, (c + dx) * 8
+                        moved[:, y : y + 8, x : x + 8] = pixels[
+                            b, :, from_y : from_y + 8, from_x : from_x + 8
+                        ]
+                        where[r, c] = torch.tensor([r + dy, c + dx])
+            if flip:
+                moved, where = moved.flip(-1), where.flip(1)
+            features = backbone(moved.unsqueeze(0)).patches[0]
+            for r in range(rows):
+                for c in range(cols):
+                    row, col = where[r, c].tolist()
+                    if row >= 0:
+                        total[b, row, col] += features[r, c]
+                        count[b, row, col] += 1
+    return total / count
+
+
+def test_the_target_is_that_of_a_slow_obvious_reference(tiny):
+    backbone = adapt(tiny()).requires_grad_(False)
+    pixels = images()
+    target = Teacher(backbone, VIEWS)(pixels, generator(7))
+    (views,) = sample_views(VIEWS, backbone.spec, (32, 32), 3, generator(7))
+    # Sums in another order and batches of another size: a few units in the last place of values around 1.
+    torch.testing.assert_close(target.patches, slow_target(backbone, pixels, views), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("micro_batch", [1, 2, 3, 5, 100])
+def test_the_target_does_not_depend_on_the_micro_batch(tiny, micro_batch):
+    backbone = adapt(tiny())
+    whole = Teacher(backbone, VIEWS, TargetConfig(micro_batch=64))(images(), generator(0))
+    parts = Teacher(backbone, VIEWS, TargetConfig(micro_batch=micro_batch))(images(), generator(0))
+    torch.testing.assert_close(
+        parts.patches, whole.patches, atol=1e-5, rtol=1e-5
+    )  # batched matmuls round otherwise
+    torch.testing.assert_close(parts.pooled, whole.pooled, atol=1e-5, rtol=1e-5)
+
+
+def test_one_unmoved_view_is_the_model_itself(tiny):
+    backbone = adapt(tiny())
+    target = Teacher(backbone, ViewsConfig(count=1))(images(), generator(0))
+    with torch.no_grad():
+        features = backbone(images())
+    assert torch.equal(target.patches, features.patches)
+    assert torch.equal(target.pooled, features.pooled)
+
+
+def test_the_target_is_an_ordinary_tensor_that_a_loss_may_keep(tiny):
+    target = Teacher(adapt(tiny()), VIEWS)(images(), generator(0))
+    assert not target.patches.is_inference()
+    assert not target.pooled.is_inference()
+    weight = torch.ones(32, requires_grad=True)
+    (target.patches * weight).sum().backward()
+    assert weight.grad is not None
+
+
+@pytest.mark.parametrize("fill", ["reflect", "replicate", "valid-crop", "black", "mean"])
+def test_every_fill_makes_a_finite_target(tiny, fill):
+    views = ViewsConfig(count=4, max_shift=0.25, fill=fill)
+    target = Teacher(adapt(tiny(dynamic_img_size=True)), views)(images(), generator(0))
+    assert target.patches.shape == (3, 4, 4, 32)
+    assert torch.isfinite(target.patches).all()
+
+
+def test_subpatch_views_and_scales_make_a_finite_target(tiny):
+    views = ViewsConfig(count=4, max_shift=0.25, subpatch=True, scale=0.1)
+    assert torch.isfinite(Teacher(adapt(tiny()), views)(images(), generator(0)).patches).all()
+
+
+def test_an_inner_layer_without_norm_can_be_the_target(tiny):
+    backbone = adapt(tiny())
+    pixels = images()
+    target = Teacher(backbone, ViewsConfig(count=1), TargetConfig(layer=-2, norm=False))(pixels, generator(0))
+    tokens = backbone.block_tokens(pixels, [1])[1]
+    assert torch.equal(target.patches, backbone.layout(pixels).to_grid(tokens))
+
+
+def test_running_out_of_memory_halves_the_micro_batch_and_changes_no_target(tiny, monkeypatch, caplog):
+    backbone = adapt(tiny())
+    expected = Teacher(backbone, VIEWS, TargetConfig(micro_batch=3))(images(), generator(0))
+    teacher = Teacher(backbone, VIEWS, TargetConfig(micro_batch=12))
+    forward = teacher._forward
+
+    def small_only(views):
+        if views.shape[0] * views.shape[1] > 3:
+            raise torch.OutOfMemoryError("too large")
+        return forward(views)
+
+    monkeypatch.setattr(teacher, "_forward", small_only)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    target = teacher(images(), generator(0))
+    assert teacher.micro_batch == 3
+    assert "ran out of memory" in caplog.text
+    torch.testing.assert_close(target.patches, expected.patches)
