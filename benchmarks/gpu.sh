@@ -1,0 +1,63 @@
+#!/usr/bin/env bash
+# All that needs a GPU, in one go of at most ten minutes: the tests marked gpu, and the throughput benchmark.
+#
+#   benchmarks/gpu.sh [OUTPUT]      default: $OUT, else benchmarks/throughput/results
+#
+# It needs no network and no installation: phreg is taken from this checkout, the machine's own python3 has the
+# libraries, and wheels of those it lacks may lie in .whl/. Parts run one after the other, each with a time
+# limit; when one fails the others still run, and the exit status is 1. OUTPUT gets a log for each part and a
+# JSON file for each measurement, seven files.
+set -euo pipefail
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+output=${1:-${OUT:-$root/benchmarks/throughput/results}}
+mkdir -p "$output"
+output=$(cd "$output" && pwd)
+cd "$root"
+
+export PYTHONPATH=$root PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 HF_HUB_OFFLINE=1
+if [ -d .whl ]; then
+    site=$(mktemp -d)
+    trap 'rm -rf "$site"' EXIT
+    python3 -m pip install --quiet --no-index --no-deps --no-compile --target "$site" .whl/*.whl
+    PYTHONPATH=$root:$site
+fi
+
+failed=()
+
+part() { # part NAME SECONDS COMMAND...: runs a command under a time limit, its output in NAME.log
+    local name=$1 limit=$2 started=$SECONDS status=0
+    shift 2
+    timeout --kill-after=10 "$limit" "$@" >"$output/$name.log" 2>&1 || status=$?
+    echo "== $name: status $status after $((SECONDS - started)) s of $limit"
+    tail -n 15 "$output/$name.log"
+    if [ "$status" -ne 0 ]; then failed+=("$name"); fi
+}
+
+throughput() { # throughput NAME SECONDS OPTIONS...
+    local name=$1 limit=$2
+    shift 2
+    part "$name" "$limit" python3 benchmarks/throughput/run.py --device cuda --precision bf16 --size 518 \
+        --batch-size 8 --views 10 --workers "$workers" --output "$output/$name.json" "$@"
+}
+
+# Readers hand batches over through /dev/shm: the published ones have 258 MB, each reader keeps two, and one
+# more is in use. A full /dev/shm kills readers.
+shm=$(df --output=avail --block-size=1M /dev/shm | tail -n 1)
+workers=$(($(nproc) - 1))
+if [ "$workers" -gt 8 ]; then workers=8; fi
+if [ "$workers" -gt $(((shm - 300) / 600)) ]; then workers=$(((shm - 300) / 600)); fi
+if [ "$workers" -lt 0 ]; then workers=0; fi
+echo "$((shm)) MiB of /dev/shm, $(nproc) cores: $workers readers"
+
+nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader || true
+
+part gpu-tests 120 python3 -m pytest -m gpu -p no:cacheprovider --continue-on-collection-errors tests
+throughput vit-b-518 200 --model dinov2-base
+throughput vit-b-518-compile 130 --model dinov2-base --compile --no-details --steps 32
+throughput vit-l-518 120 --model dinov2-large --no-published --steps 32
+
+if [ "${#failed[@]}" -gt 0 ]; then
+    echo "failed: ${failed[*]}"
+    exit 1
+fi
