@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from phreg.api import distill as distill
     from phreg.api import inspect as inspect
     from phreg.api import load as load
+    from phreg.api import quickstart as quickstart
     from phreg.errors import PhregError as PhregError
     from phreg.registers import add_registers as add_registers
     from phreg.registers import remove_registers as remove_registers
@@ -28,9 +29,19 @@ _DOOR = {
     "distill": "phreg.api",
     "inspect": "phreg.api",
     "load": "phreg.api",
+    "quickstart": "phreg.api",
     "remove_registers": "phreg.registers",
 }
-__all__ = ["PhregError", "add_registers", "denoise", "distill", "inspect", "load", "remove_registers"]
+__all__ = [
+    "PhregError",
+    "add_registers",
+    "denoise",
+    "distill",
+    "inspect",
+    "load",
+    "quickstart",
+    "remove_registers",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -24,9 +24,9 @@ from phreg.backbones.base import Backbone
 from phreg.backbones.readout import set_readout
 from phreg.backbones.resolve import Base, adapt, weights_sha256
 from phreg.checkpoint import (
+    SAVED_FORMAT,
     RunFolder,
     apply_adapter,
-    find_adapter,
     read_adapter,
     save_adapter,
     start_run,
@@ -157,26 +157,48 @@ def distill(
     return Distilled(student.model, run.path, outcome, comparison, accelerator.is_main_process)
 
 
+def quickstart(
+    output: str | os.PathLike[str] = "runs/quickstart", *, observe: Observer | None = None
+) -> Distilled:
+    """Distils the demonstration model on photographs that come with scikit-image; needs no network.
+
+    Args:
+        output: Run folder to write; the photographs go to folders beside it.
+        observe: Called with each step's record and the number of steps.
+    """
+    beside = Path(f"{os.fspath(output)}-photos")
+    demo.write_demo_images(beside / "train")
+    demo.write_demo_images(beside / "held-out", held_out=True)
+    held_out = {"source": os.fspath(beside / "held-out")}
+    return distill("demo", beside / "train", output, recipe="quickstart", measure=held_out, observe=observe)
+
+
 def load(
-    path: str | os.PathLike[str], *, into: nn.Module | None = None, device: str | torch.device = "cpu"
+    path: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    into: nn.Module | None = None,
+    device: str | torch.device = "cpu",
 ) -> nn.Module:
     """Loads a patched model: an ordinary model of its library's class, registers inside, in eval mode.
 
     Args:
-        path: A run or an adapter folder.
-        into: The base model, where you have it at hand already; it is patched in place. None finds it again.
+        path: A run, an adapter folder, the hub id of an adapter, or what a patched transformers model's own
+            `save_pretrained` wrote.
+        revision: Hub commit, branch or tag of the adapter.
+        into: The base model, where it is at hand already; it is patched in place. None finds it again.
         device: Where to put the model.
 
     Raises:
         LoadError: There is no adapter, its base cannot be found, or its base's weights are others.
     """
-    backbone, _ = open_model(path, into=into)
-    if not find_adapter(path):
+    found = resolve.locate(path, revision)
+    if found.library is not None:
         raise LoadError(
-            f"asked for the patched model in {path}, which is no phreg run or adapter; "
-            "load it with its own library"
+            f"asked for the patched model in {path}, which is a {found.library} model without registers of "
+            f"phreg; load it with {found.library}"
         )
-    return backbone.model.to(device)
+    return _open_adapter(found.folder, into)[0].model.to(device)
 
 
 def denoise(
@@ -224,24 +246,19 @@ def inspect(
     else:
         side = size or backbone.spec.input_size[0]
         backbone.check_size((side, side))
-        source = open_images(images)
-        chosen = range(0, len(source), max(1, len(source) // count))[:count]
-        looked_at = list(batches(backbone, Subset(source, chosen), side))
+        looked_at = list(batches(backbone, _spread(open_images(images), count), side))
     report = outliers(backbone, looked_at)
     if output is not None:
         _write_inspection(Path(output), base.source, backbone, looked_at, report)
     return report
 
 
-def open_model(
-    source: Model, revision: str | None = None, *, into: nn.Module | None = None
-) -> tuple[Backbone, Base]:
-    """Opens whatever a user may call a model, patched ones included.
+def open_model(source: Model, revision: str | None = None) -> tuple[Backbone, Base]:
+    """Opens whatever a user may call a model, patched ones included, in eval mode.
 
     Args:
         source: A model in any form, `demo`, a run, or an adapter.
         revision: Hub commit, branch or tag.
-        into: For a run or adapter: its base, at hand already.
 
     Raises:
         LoadError: It cannot be found, fetched or trusted.
@@ -252,12 +269,22 @@ def open_model(
     if os.fspath(source) == "demo":
         backbone = adapt(demo.demo_model())
         return backbone, Base("demo", backbone.spec.library, None, weights_sha256(backbone.disk_state()))
-    folder = find_adapter(source)
-    if folder is None:
-        backbone, base = resolve.load(source, revision)
-        backbone.eval()
-        return backbone, base
-    base = Base(**read_adapter(folder)["base"])
+    found = resolve.locate(source, revision)
+    if found.library is None:
+        return _open_adapter(found.folder, None)
+    backbone, base = resolve.load(found)
+    backbone.eval()
+    return backbone, base
+
+
+def _open_adapter(folder: Path, into: nn.Module | None) -> tuple[Backbone, Base]:
+    description = read_adapter(folder)
+    if description["format"] == SAVED_FORMAT:
+        from phreg.backbones.transformers import load_patched
+
+        backbone = load_patched(folder)
+        return backbone, Base(str(folder), "transformers", None, weights_sha256(backbone.disk_state()))
+    base = Base(**description["base"])
     if into is None and base.source == "instance":
         raise LoadError(
             f"the adapter in {folder} was made from a model instance, which cannot be found again; "
@@ -289,10 +316,18 @@ def _views(settings: dict[str, Any]) -> ViewsConfig:
 
 def _split(source: ImageSource, config: DistillConfig) -> tuple[ImageSource, ImageSource, bool]:
     """Images to train on, to measure on, and whether they are kept apart: fewer than 5 serve as both."""
-    train_on, measure_on = holdout(len(source), config.measure.images)
+    count = config.measure.images
+    if config.measure.source is not None:
+        return source, _spread(open_images(config.measure.source), count), True
+    train_on, measure_on = holdout(len(source), count)
     if measure_on:
         return Subset(source, train_on), Subset(source, measure_on), True
-    return source, Subset(source, range(min(len(source), config.measure.images))), False
+    return source, _spread(source, count), not count
+
+
+def _spread(source: ImageSource, count: int) -> ImageSource:
+    """Takes up to so many images, spread evenly over those there are."""
+    return Subset(source, range(0, len(source), max(1, len(source) // max(1, count)))[:count])
 
 
 def _compare(
@@ -304,20 +339,16 @@ def _compare(
     *,
     held_out: bool,
 ) -> Comparison:
-    if base.source == "demo":
-        clean = adapt(demo.demo_model(planted=False).to(original.device))
-        described = "the known truth"
+    many = config.views.model_copy(update={"count": config.measure.views, "sampler": "uniform"})
+    teacher = Teacher(original, many, config.target)
+    clean = adapt(demo.demo_model(planted=False).to(original.device)) if base.source == "demo" else None
 
-        def reference(images: Tensor, _number: int) -> Tensor:
+    def reference(images: Tensor, number: int) -> Tensor:
+        if clean is not None:
             return clean(images).patches
-    else:
-        many = config.views.model_copy(update={"count": config.measure.views, "sampler": "uniform"})
-        teacher = Teacher(original, many, config.target)
-        described = f"the original averaged over {many.count} views"
+        return teacher(images, keyed_generator("reference", config.seed, number)).patches
 
-        def reference(images: Tensor, number: int) -> Tensor:
-            return teacher(images, keyed_generator("reference", config.seed, number)).patches
-
+    described = "the known truth" if clean else f"the original averaged over {many.count} views"
     return compare(
         original, student, looked_at, reference, config.target, described=described, held_out=held_out
     )

@@ -28,6 +28,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from phreg import __version__
 from phreg.backbones.base import Backbone
 from phreg.backbones.resolve import Base, weights_sha256
 from phreg.config import DistillConfig, flatten, to_toml, validate
@@ -35,7 +36,11 @@ from phreg.config import read_toml as read_settings
 from phreg.errors import CheckpointError, LoadError, PhregError
 
 FORMAT = "phreg-adapter"
+SAVED_FORMAT = "phreg-model"
+"""What a patched transformers model's own `save_pretrained` writes: all weights, and the class's config."""
 FORMAT_VERSION = 1
+LIBRARIES = ("torch", "timm", "transformers", "open_clip_torch")
+"""Packages whose versions an adapter records."""
 KEPT_STATES = 2
 """Checkpoints kept per run."""
 
@@ -204,9 +209,7 @@ def save_adapter(
         "insertion": "after position embedding, before any norm",
         "readout": backbone.readout,
         "input_size": list(backbone.spec.input_size),
-        "versions": {
-            name: version(name) for name in ("phreg", "torch", "timm", "transformers", "open_clip_torch")
-        },
+        "versions": {"phreg": __version__} | {name: version(name) for name in LIBRARIES},
         **record,
     }
     with _replacing(folder) as temporary:
@@ -216,16 +219,8 @@ def save_adapter(
         write_text(temporary / "README.md", card)
 
 
-def find_adapter(path: str | os.PathLike[str]) -> Path | None:
-    """Finds the adapter that a path names: itself, or the `model` folder of a run; None without one."""
-    for folder in (Path(path), Path(path) / "model"):
-        if (folder / "phreg.json").is_file():
-            return folder
-    return None
-
-
 def read_adapter(folder: Path) -> dict[str, Any]:
-    """Reads an adapter's description.
+    """Reads the description of an adapter, or of a patched model saved whole.
 
     Raises:
         LoadError: It is no adapter, or one of a newer format.
@@ -237,7 +232,7 @@ def read_adapter(folder: Path) -> dict[str, Any]:
         raise LoadError(
             f"asked for the adapter in {folder}, whose phreg.json cannot be read ({error})"
         ) from error
-    if kind != FORMAT or number > FORMAT_VERSION:
+    if kind not in (FORMAT, SAVED_FORMAT) or number > FORMAT_VERSION:
         raise LoadError(
             f"asked for the adapter in {folder}, found format {kind!r} version {number}; this phreg reads "
             f"{FORMAT!r} up to version {FORMAT_VERSION}: upgrade phreg, or load the folder with what wrote it"

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Any, TypedDict, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, TypedDict, Union, get_args, get_origin
 
 from rich.console import Console
 from rich.logging import RichHandler
@@ -44,10 +44,14 @@ def _flags() -> Any:
         kind = Union[kinds] if get_origin(field.annotation) in (Union, UnionType) else field.annotation  # noqa: UP007
         text = " ".join(f"{field.description}{default}".split())
         flags[key] = Annotated[kind, arg(help=text, help_behavior_hint="")]
-    return TypedDict("Settings", flags, total=False)
+    make: Any = TypedDict
+    return make("Settings", flags, total=False)
 
 
-Settings: Any = _flags()
+if TYPE_CHECKING:
+    Settings = dict[str, Any]
+else:
+    Settings = _flags()
 
 
 @app.command
@@ -74,11 +78,11 @@ def quickstart(output: Path = Path("runs/quickstart")) -> None:
 
 @app.command
 def distill(
-    model: Positional[str | None] = None,
+    model: Annotated[Positional[str | None], arg(metavar="MODEL")] = None,
     /,
     *,
     settings: Annotated[Settings, arg(name="")],
-    recipe: str | None = None,
+    recipe: Annotated[str | None, arg(metavar="NAME|FILE")] = None,
     resume: bool = False,
 ) -> None:
     """Retrofit registers onto a model by self-distillation.
@@ -101,11 +105,11 @@ def distill(
 
 @app.command
 def inspect(
-    model: Positional[str],
+    model: Annotated[Positional[str], arg(metavar="MODEL")],
     /,
     images: str,
     output: Path,
-    size: int | None = None,
+    size: Annotated[int | None, arg(metavar="PIXELS")] = None,
     count: int = 64,
 ) -> None:
     """Look for artifacts: outlier rate per block, where they are, and norm maps.

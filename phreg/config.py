@@ -159,8 +159,10 @@ class DataConfig(Config):
 class MeasureConfig(Config):
     """The before/after table at the end of a run."""
 
+    source: str | None = None
+    """Other images to measure on, in any form of images; unset sets some of the images aside."""
     images: Annotated[int, Field(ge=0)] = 32
-    """Images set aside for measuring and never trained on (fewer when there are few); 0 skips the table."""
+    """Images to measure on, never trained on (fewer when there are few); 0 skips the table."""
     views: PositiveInt = 40
     """Views in the reference target that agreement is measured against."""
 
@@ -203,8 +205,11 @@ class DistillConfig(Config):
     compile: bool = False
     """Compile the blocks with torch.compile."""
     keep_freed_memory: bool = True
-    """On a CPU, let the process keep freed memory instead of returning it to the kernel; about twice as fast
-    (glibc)."""
+    """On a CPU, let the process keep freed memory instead of returning it to the kernel (glibc); faster
+    the larger the images, since fewer pages are faulted in anew."""
+    deterministic: bool = False
+    """On a GPU, use deterministic kernels alone, so that a resumed run is bit-identical there too; slower,
+    and an error where there is no such kernel. On a CPU runs are bit-identical anyway."""
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
     """Experiment trackers to write to besides log.jsonl."""
     views: ViewsConfig = ViewsConfig()

@@ -135,7 +135,8 @@ def normalise(
         std: Of each channel, on the same scale.
     """
     centre, spread = (
-        torch.tensor(values, dtype=torch.float32, device=images.device).view(3, 1, 1)
+        # Copied without waiting for the device, as torch.tensor(…, device=…) would.
+        torch.tensor(values, dtype=torch.float32).view(3, 1, 1).to(images.device, non_blocking=True)
         for values in (mean, std)
     )
     return (images.float() / 255 - centre) / spread

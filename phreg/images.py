@@ -4,7 +4,7 @@ A source is an immutable list of images: it opens files anew for each read, so i
 any image can be read without those before it. What cannot be decoded is one clear error, never a half
 picture.
 
-    folder, list of paths, tar shards, Hugging Face dataset ──open_images──► ImageSource.read(index) ──decode──► RGB
+    folder, list of paths, tar shards, dataset ──open_images──► ImageSource.read(index) ──decode──► RGB
 
 Nothing is streamed: tar shards are indexed once, by their headers.
 """

@@ -37,9 +37,7 @@ def distillation_loss(
     return loss, terms
 
 
-def pooled_loss(
-    student: Float[Tensor, "batch dim"], target: Float[Tensor, "batch dim"]
-) -> Float[Tensor, ""]:
+def pooled_loss(student: Float[Tensor, "batch dim"], target: Float[Tensor, "batch dim"]) -> Float[Tensor, ""]:
     """Cosine distance plus squared error over the target's mean square: the same for models of any scale."""
     student, target = student.float(), target.float()
     return cosine_distance(student, target) + F.mse_loss(student, target) / target.square().mean().clamp_min(

@@ -46,8 +46,8 @@ def model_card(backbone: Backbone, base: Base, record: Mapping[str, Any], rows: 
         "[phreg](https://arxiv.org/abs/2505.21501).", "",
         "```python", "import phreg", "", 'model = phreg.load("path/of/this/folder")', "```", "",
         "## How it was made", "",
-        f"Method `{recipe['method']}`, {outcome['steps']} steps of {recipe['batch_size']} images per process at "
-        f"{record['size']} pixels; {outcome['trained']:,} weights trained; "
+        f"Method `{recipe['method']}`, {outcome['steps']} steps of {recipe['batch_size']} images per process "
+        f"at {record['size']} pixels; {outcome['trained']:,} weights trained; "
         f"{len(outcome['skipped'])} unreadable images skipped.", "",
         "## Before and after", "",
     ]  # fmt: skip

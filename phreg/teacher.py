@@ -86,13 +86,14 @@ class Teacher:
             self.views, self.backbone.spec, (images.shape[-2], images.shape[-1]), len(images), generator
         )
         totals, counts, pooled = [], [], []
-        for first in range(0, len(images), self.micro_batch):
-            part = slice(first, first + self.micro_batch)
-            at_once = max(1, self.micro_batch // len(images[part]))
+        # All views of a few images, rather than a few views of all: each image is padded only once.
+        at_once = max(1, self.micro_batch // self.views.count)
+        for first in range(0, len(images), at_once):
+            part = slice(first, first + at_once)
             chunks = [
-                group.part(part, slice(view, view + at_once))
+                group.part(part, slice(view, view + self.micro_batch))
                 for group in groups
-                for view in range(0, group.count, at_once)
+                for view in range(0, group.count, self.micro_batch)
             ]
             total = count = 0
             for chunk in chunks:

@@ -59,7 +59,7 @@ class TokenLayout:
         """
         if tokens.shape[1] != self.num_tokens:
             raise ValueError(
-                f"expected {self.num_tokens} tokens ({self.num_prefix} prefix, {self.num_registers} register, "
-                f"{self.grid[0]}x{self.grid[1]} patches), got {tokens.shape[1]}"
+                f"expected {self.num_tokens} tokens, {self.num_prefix} + {self.num_registers} + "
+                f"{self.grid[0]}x{self.grid[1]} (prefix, registers, patches), got {tokens.shape[1]}"
             )
         return self.patches(tokens).unflatten(1, self.grid)

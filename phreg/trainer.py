@@ -14,6 +14,7 @@ import importlib.util
 import json
 import logging
 import math
+import os
 import signal
 import sys
 import threading
@@ -93,7 +94,7 @@ def train(  # noqa: C901 (the loop reads straight down)
     """
     size = (images.size, images.size)
     with torch.random.fork_rng():
-        torch.manual_seed(config.seed)  # LoRA's random start is the one draw that PEFT takes from the global state
+        torch.manual_seed(config.seed)  # of LoRA's start, which PEFT draws from the global state
         trained = unlock(student.eval(), config.unlock)
     trained = freeze_unused(student, trained, config.target, config.loss, size)
     optim = optimizer(trained, config.optim)
@@ -293,6 +294,9 @@ def start_accelerator(config: DistillConfig, run: RunFolder) -> Accelerator:
         )
     if on_cpu and config.keep_freed_memory:
         keep_freed_memory()
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
+        torch.use_deterministic_algorithms(True)
     return accelerator
 
 
@@ -306,9 +310,9 @@ def computes_bf16(device_type: str) -> bool:
 def keep_freed_memory() -> bool:
     """Has glibc keep freed memory in the process, where it is the allocator.
 
-    By default glibc returns large freed tensors to the kernel and faults them in again, a million page faults
-        a step: half of a
-    CPU step's time (benchmarks/throughput). The process then holds on to its peak memory until it ends.
+    By default glibc returns large freed tensors to the kernel and faults their pages in again, which costs
+    the more the larger the tensors (benchmarks/throughput). The process then holds on to its peak memory
+    until it ends.
 
     Returns:
         Whether the setting was made.

@@ -45,7 +45,7 @@ class ViewGroup(Protocol):
         ...
 
     def apply(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch views 3 h w"]:
-        """Makes the views of normalised images, on the images' device, without a host synchronisation."""
+        """Makes the views of normalised images, on the images' device."""
         ...
 
     def undo(

@@ -1,11 +1,13 @@
 """Shapes are checked as types: jaxtyping annotations of phreg are enforced by beartype in all tests."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import settings
 from jaxtyping import install_import_hook
+from safetensors.torch import save_file
 
 # Before any import of phreg; the hook stays for the whole session.
 install_import_hook("phreg", "beartype.beartype")
@@ -72,3 +74,21 @@ def tiny():
         return timm.models.VisionTransformer(**(settings | changes)).eval()
 
     return build
+
+
+@pytest.fixture
+def saved(tiny, tmp_path):
+    """The tiny model as a timm folder, as another process finds it."""
+    folder = tmp_path / "vit"
+    folder.mkdir()
+    arguments = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2}
+    config = {"architecture": "vit_tiny_patch16_224", "num_classes": 5, "model_args": arguments}
+    config["pretrained_cfg"] = {
+        "input_size": [3, 32, 32],
+        "mean": [0.5] * 3,
+        "std": [0.5] * 3,
+        "num_classes": 5,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(tiny().state_dict(), folder / "model.safetensors")
+    return folder

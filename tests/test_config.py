@@ -62,11 +62,20 @@ def test_a_recipe_that_is_not_toml_is_named(tmp_path):
         config.resolve(path)
 
 
-@given(st.fixed_dictionaries({}, optional={
-    "registers": st.integers(0, 64), "seed": st.integers(0, 2**40), "views.count": st.integers(1, 99),
-    "optim.lr": st.floats(1e-8, 1.0), "unlock.roles": st.lists(st.sampled_from(["cls", "norm"])).map(tuple),
-    "optim.betas": st.tuples(st.floats(0, 1), st.floats(0, 1)), "views.fill": st.sampled_from(["white", "reflect"]),
-}))  # fmt: skip
+@given(
+    st.fixed_dictionaries(
+        {},
+        optional={
+            "registers": st.integers(0, 64),
+            "seed": st.integers(0, 2**40),
+            "views.count": st.integers(1, 99),
+            "optim.lr": st.floats(1e-8, 1.0),
+            "unlock.roles": st.lists(st.sampled_from(["cls", "norm"])).map(tuple),
+            "optim.betas": st.tuples(st.floats(0, 1), st.floats(0, 1)),
+            "views.fill": st.sampled_from(["white", "reflect"]),
+        },
+    )
+)
 def test_a_resolved_configuration_survives_its_toml(settings):
     import tomllib
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import phreg
 from phreg import api, trainer
@@ -19,9 +19,13 @@ from phreg.errors import CheckpointError, ConfigError, DataError, PhregError, Tr
 from phreg.trainer import Interrupted
 
 QUICK = {
-    "batch_size": 2, "views": {"count": 3, "max_shift": 0.25}, "measure": {"images": 2, "views": 3}, "data": {"workers": 0},
-    "device": "cpu", "registers": 2,
-}  # fmt: skip
+    "batch_size": 2,
+    "views": {"count": 3, "max_shift": 0.25},
+    "measure": {"images": 2, "views": 3},
+    "data": {"workers": 0},
+    "device": "cpu",
+    "registers": 2,
+}
 
 
 def run(model, photos, output, **settings):
@@ -34,24 +38,6 @@ def weights(output):
 
 def equal(first, second):
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
-
-
-@pytest.fixture
-def saved(tiny, tmp_path):
-    """The tiny model as a timm folder, as another process finds it."""
-    folder = tmp_path / "vit"
-    folder.mkdir()
-    arguments = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2}
-    config = {"architecture": "vit_tiny_patch16_224", "num_classes": 5, "model_args": arguments}
-    config["pretrained_cfg"] = {
-        "input_size": [3, 32, 32],
-        "mean": [0.5] * 3,
-        "std": [0.5] * 3,
-        "num_classes": 5,
-    }
-    (folder / "config.json").write_text(json.dumps(config))
-    save_file(tiny().state_dict(), folder / "model.safetensors")
-    return folder
 
 
 def test_a_run_leaves_recipe_log_state_adapter_and_card(tiny, photos, tmp_path):
@@ -94,8 +80,14 @@ def test_reader_processes_do_not_change_the_run(tiny, photos, tmp_path):
     assert equal(weights(tmp_path / "a"), weights(tmp_path / "b"))
 
 
-@pytest.mark.parametrize("extra", [{}, {"optim": {"ema": 0.9, "accumulate": 2, "clip_norm": 0.5}},
-                                   {"unlock": {"roles": ["pos_embed"], "lora": {"rank": 2, "blocks": 1}}}])  # fmt: skip
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {},
+        {"optim": {"ema": 0.9, "accumulate": 2, "clip_norm": 0.5}},
+        {"unlock": {"roles": ["pos_embed"], "lora": {"rank": 2, "blocks": 1}}},
+    ],
+)
 def test_a_run_that_stopped_and_resumed_has_the_weights_of_one_that_did_not(
     tiny, photos, tmp_path, monkeypatch, extra
 ):
@@ -122,16 +114,36 @@ def command(*arguments):
 
 def flags(saved, photos, output, steps):
     return [
-        "distill", saved, "--images", photos, "--output", output, "--steps", steps, "--batch-size", 2, "--registers", 2,
-        "--views.count", 3, "--views.max-shift", 0.25, "--measure.images", 0, "--data.workers", 0, "--device", "cpu",
-        "--checkpoint-every", 1,
-    ]  # fmt: skip
+        "distill",
+        saved,
+        "--images",
+        photos,
+        "--output",
+        output,
+        "--steps",
+        steps,
+        "--batch-size",
+        2,
+        "--registers",
+        2,
+        "--views.count",
+        3,
+        "--views.max-shift",
+        0.25,
+        "--measure.images",
+        0,
+        "--data.workers",
+        0,
+        "--device",
+        "cpu",
+        "--checkpoint-every",
+        1,
+    ]
 
 
 QUIET = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
 
 
-@pytest.mark.slow
 def test_a_run_killed_outright_again_and_again_ends_with_the_same_weights(saved, photos, tmp_path):
     steps = 60
     whole = command(*flags(saved, photos, tmp_path / "whole", steps))
@@ -171,7 +183,6 @@ def test_a_polite_signal_ends_in_a_checkpoint_and_a_word_on_how_to_go_on(saved, 
     assert json.loads((newest / "state.json").read_text())["step"] == logged
 
 
-@pytest.mark.slow
 def test_two_processes_train_what_one_with_twice_the_batch_trains(saved, photos, tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -66,9 +66,13 @@ def test_apply_is_a_slow_shift_then_mirror_with_white_outside(dy, dx, flip):
     config = ViewsConfig(count=1, max_shift=0.5)
     (group,) = sample_views(config, SPEC, (24, 24), 2, generator(0))
     group = type(group)(
-        torch.tensor([[[dy, dx]]]).repeat(2, 1, 1), torch.tensor([[flip]]).repeat(2, 1),
-        group.grid, group.window, group.margin, group.fill,
-    )  # fmt: skip
+        torch.tensor([[[dy, dx]]]).repeat(2, 1, 1),
+        torch.tensor([[flip]]).repeat(2, 1),
+        group.grid,
+        group.window,
+        group.margin,
+        group.fill,
+    )
     image = torch.randn(2, 3, 24, 24, generator=torch.Generator().manual_seed(0))
     expected = torch.empty_like(image)
     for y in range(24):

@@ -1,1 +1,1 @@
-"""Adapters: one per library, each answering `base.Backbone`'s questions about that library's vision transformers."""
+"""Adapters, one per library, which answer `base.Backbone`'s questions about its vision transformers."""

@@ -138,7 +138,7 @@ class Located:
     Attributes:
         folder: Where they are.
         source: What to give to `locate` to find them again.
-        library: The library whose layout they have; None for a phreg adapter or run.
+        library: The library whose layout they have; None for a phreg adapter.
         revision: The hub commit; None for a local folder.
         arch: The architecture, where the source names it (`open_clip:ARCH/TAG`).
     """
@@ -189,11 +189,14 @@ def _adapter(library: Library) -> Adapter:
 # -- sources ---------------------------------------------------------------------------------------------
 
 
-def load(source: str | os.PathLike[str] | nn.Module, revision: str | None = None) -> tuple[Backbone, Base]:
+def load(
+    source: str | os.PathLike[str] | nn.Module | Located, revision: str | None = None
+) -> tuple[Backbone, Base]:
     """Builds the model that a user named, and says which one it is.
 
     Args:
-        source: A model in one of the forms listed in phreg/backbones/README.md, or an instance.
+        source: A model in one of the forms listed in phreg/backbones/README.md, or an instance, or what
+            `locate` found.
         revision: Commit, branch or tag of a hub repository; None means the main branch.
 
     Raises:
@@ -204,7 +207,7 @@ def load(source: str | os.PathLike[str] | nn.Module, revision: str | None = None
         _refuse_revision(revision, "a model instance")
         backbone = adapt(source)
         return backbone, _base(backbone, "instance", None)
-    found = locate(source, revision)
+    found = source if isinstance(source, Located) else locate(source, revision)
     if found.library is None:
         raise LoadError(f"base model '{found.source}' is a phreg adapter or run; open it with phreg.load")
     _check_weights(found, found.library)
@@ -257,9 +260,9 @@ def locate(source: str | os.PathLike[str], revision: str | None = None) -> Locat
     return _locate_on_hub(repository, revision, tuple(LAYOUTS), repository)
 
 
-def is_adapter(folder: Path) -> bool:
-    """Tells whether a folder is a phreg adapter, or a run that holds one."""
-    return (folder / ADAPTER_FILE).is_file() or (folder / "model" / ADAPTER_FILE).is_file()
+def find_adapter(folder: Path) -> Path | None:
+    """Finds the phreg adapter in a folder: itself, or the `model` folder of a run; None without one."""
+    return next((path for path in (folder, folder / "model") if (path / ADAPTER_FILE).is_file()), None)
 
 
 def _looks_like_path(text: str) -> bool:
@@ -285,8 +288,10 @@ def _timm_repository(text: str) -> str | None:
 def _locate_folder(folder: Path) -> Located:
     if not folder.is_dir():
         raise LoadError(f"model '{folder}' is a file; give the folder that holds it and its config")
-    library = None if is_adapter(folder) else _library(folder, tuple(LAYOUTS), str(folder))
-    return Located(folder, str(folder), library)
+    adapter = find_adapter(folder)
+    if adapter is not None:
+        return Located(adapter, str(folder), None)
+    return Located(folder, str(folder), _library(folder, tuple(LAYOUTS), str(folder)))
 
 
 def _locate_on_hub(
@@ -297,7 +302,7 @@ def _locate_on_hub(
 
     folder = hub.snapshot(repository, revision, ["*config.json", "*.index.json", ADAPTER_FILE])
     commit = folder.name
-    if is_adapter(folder):
+    if find_adapter(folder):
         hub.snapshot(repository, commit, [ADAPTER_FILE, "*.safetensors"])
         return Located(folder, source, None, commit)
     library = "open_clip" if arch else _library(folder, order, source)

@@ -25,6 +25,7 @@ import transformers
 from huggingface_hub.errors import StrictDataclassError
 from jaxtyping import Float
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import CONFIG_MAPPING, AutoModel, PreTrainedModel
@@ -511,6 +512,28 @@ def load(folder: Path) -> TransformersBackbone:
     backbone = adapt(model.eval())
     _check_loaded(backbone, found, asked)
     backbone.spec = replace(backbone.spec, **_normalisation(folder, asked))
+    return backbone
+
+
+def load_patched(folder: Path) -> TransformersBackbone:
+    """Builds a patched model from what its own `save_pretrained` wrote: fp32, eval mode, tensors only.
+
+    Raises:
+        LoadError: The folder cannot be read, or its tensors are not those of the class.
+    """
+    asked = f"patched model in {folder}"
+    description = _read_json(folder / "phreg.json", asked)
+    try:
+        config = CONFIG_MAPPING[description["config"]["model_type"]].from_dict(description["config"])
+        backbone = adapt(getattr(transformers, description["class"])(config).float().eval())
+        backbone.insert_registers(torch.zeros(description["num_registers"], backbone.spec.width))
+        tensors = load_file(folder / "phreg.safetensors")
+        missing = sorted(backbone.disk_state().keys() - tensors.keys())
+        if missing:
+            raise LoadError(f"{asked} lacks {missing[:3]}; save or copy it again")
+        backbone.load_disk_state(tensors)
+    except (*LOAD_FAILURES, LookupError, AttributeError, PhregError) as error:
+        raise LoadError(f"{asked} cannot be loaded ({error}); save or copy it again") from error
     return backbone
 
 

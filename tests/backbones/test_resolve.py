@@ -28,7 +28,7 @@ from safetensors.torch import save_file
 from timm.models import save_for_hf as save_timm
 from torch import nn
 
-from phreg.backbones.resolve import Base, adapt, is_adapter, load, locate, weights_sha256
+from phreg.backbones.resolve import Base, adapt, find_adapter, load, locate, weights_sha256
 from phreg.errors import LoadError, UnsupportedModelError
 
 pytest_plugins = ["hub_server"]
@@ -240,10 +240,10 @@ def test_a_broken_config_is_named(config, found, tmp_path):
 
 @pytest.mark.parametrize("name", ["phreg.json", "model/phreg.json"])
 def test_adapters_and_runs_are_told_from_base_models(name, tmp_path):
-    assert not is_adapter(tmp_path)
+    assert not find_adapter(tmp_path)
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_text("{}")
-    assert is_adapter(tmp_path)
+    assert find_adapter(tmp_path)
     assert locate(tmp_path).library is None
     with pytest.raises(LoadError, match=r"is a phreg adapter or run; open it with phreg\.load"):
         load(tmp_path)
@@ -440,7 +440,7 @@ def test_an_adapter_on_the_hub_is_fetched_whole_for_others_to_read(hub, tmp_path
     commit = hub.commit("me/adapter", folder)
     found = locate("me/adapter")
     assert (found.library, found.revision) == (None, commit)
-    assert is_adapter(found.folder)
+    assert find_adapter(found.folder)
     assert hub.fetched() == {"phreg.json", "phreg.safetensors"}
 
 

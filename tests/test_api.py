@@ -1,0 +1,146 @@
+import json
+
+import pytest
+import torch
+
+import phreg
+from phreg import api
+from phreg.analysis.norms import NormReport
+from phreg.errors import LoadError, PhregError
+
+QUICK = {
+    "batch_size": 2,
+    "views": {"count": 3, "max_shift": 0.25},
+    "measure": {"images": 2, "views": 3},
+    "device": "cpu",
+    "data": {"workers": 0},
+}
+
+
+def images(count=3, side=32):
+    return torch.randn(count, 3, side, side, generator=torch.Generator().manual_seed(0))
+
+
+def test_add_and_remove_registers_work_in_place_and_return_the_model(tiny):
+    model = tiny()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    assert phreg.add_registers(model, 4) is model
+    assert model.num_prefix_tokens == 5
+    assert phreg.remove_registers(model) is model
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+def test_registers_are_refused_where_there_are_some_and_where_the_count_makes_no_sense(tiny):
+    model = phreg.add_registers(tiny(), 2)
+    with pytest.raises(PhregError, match="remove_registers"):
+        phreg.add_registers(model, 2)
+    with pytest.raises(PhregError, match="0 or more"):
+        phreg.add_registers(tiny(), -1)
+
+
+def test_a_convolutional_network_is_refused_with_the_reason():
+    with pytest.raises(PhregError, match="cannot add registers to"):
+        phreg.add_registers(torch.nn.Conv2d(3, 8, 3), 4)
+
+
+@pytest.mark.parametrize(("init", "std"), [("randn", 1 / 32**0.5), ("trunc-normal", 0.02), ("zeros", 0.0)])
+def test_registers_start_as_asked(tiny, init, std):
+    model = phreg.add_registers(tiny(), 200, init=init)
+    # 6400 draws: the standard deviation is known to about 1 %.
+    assert model.reg_token.std().item() == pytest.approx(std, rel=0.05, abs=1e-9)
+
+
+def test_denoise_is_the_teacher_alone_and_leaves_the_model_as_it_is(tiny):
+    model = tiny()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    grids = phreg.denoise(model, images(), count=4, max_shift=0.25)
+    assert grids.shape == (3, 4, 4, 32)
+    assert all(torch.equal(model.state_dict()[name], before[name]) for name in before)
+    same = phreg.denoise(model, images(), count=4, max_shift=0.25)
+    other = phreg.denoise(model, images(), seed=1, count=4, max_shift=0.25)
+    assert torch.equal(grids, same)
+    assert not torch.equal(grids, other)
+
+
+def test_denoise_with_one_view_is_the_models_own_normed_patch_tokens(tiny):
+    model = tiny()
+    with torch.no_grad():
+        own = model.forward_features(images())[:, 1:].unflatten(1, (4, 4))
+    # The same tokens through the same norm, only batched otherwise.
+    torch.testing.assert_close(phreg.denoise(model, images(), count=1), own, atol=1e-5, rtol=1e-5)
+
+
+def test_an_unknown_view_setting_is_named_with_the_nearest(tiny):
+    with pytest.raises(PhregError, match=r"views.cuont: unknown key; did you mean views.count"):
+        phreg.denoise(tiny(), images(), cuont=3)
+
+
+def test_inspect_takes_a_batch_and_a_folder_and_writes_what_it_found(tiny, photos, tmp_path):
+    model = tiny().train()
+    assert isinstance(phreg.inspect(model, images(40)), NormReport)
+    report = phreg.inspect(model, photos, output=tmp_path / "out", count=5)
+    written = json.loads((tmp_path / "out" / "inspect.json").read_text())
+    assert written["images"] == 5
+    assert written["outlier_rate"] == report.outlier_rate
+    assert written["emergence_block"] == report.emergence_block
+    assert len(written["blocks"]) == 3
+    assert {path.suffix for path in (tmp_path / "out").iterdir()} == {".json", ".png", ".html"}
+
+
+def test_what_save_pretrained_writes_of_a_patched_model_loads_here_and_nowhere_unpatched(tmp_path):
+    import transformers
+    from families_transformers import FAMILIES
+
+    model = phreg.add_registers(FAMILIES["dinov2"](), 3)
+    model.save_pretrained(tmp_path / "saved")
+    pixels = torch.randn(2, 3, model.config.image_size, model.config.image_size)
+    loaded = phreg.load(tmp_path / "saved")
+    assert type(loaded) is type(model)
+    assert torch.equal(loaded(pixels).last_hidden_state, model(pixels).last_hidden_state)
+    for stock in (transformers.AutoModel, type(model)):
+        with pytest.raises((OSError, ValueError)):
+            stock.from_pretrained(tmp_path / "saved", local_files_only=True)
+
+
+def test_loading_what_is_no_adapter_says_what_it_is(tiny, tmp_path):
+    with pytest.raises(LoadError, match="nothing is there"):
+        phreg.load(tmp_path / "nowhere")
+
+
+def test_a_hub_model_is_distilled_and_its_adapter_comes_back_from_the_hub(hub, saved, photos, tmp_path):
+    commit = hub.commit("me/vit", saved)
+    result = api.distill("me/vit", photos, tmp_path / "run", steps=1, **QUICK)
+    base = json.loads((tmp_path / "run" / "model" / "phreg.json").read_text())["base"]
+    assert base["source"] == "me/vit"
+    assert base["revision"] == commit
+    card = (tmp_path / "run" / "model" / "README.md").read_text()
+    assert "base_model: me/vit" in card
+    hub.commit("me/vit-reg", tmp_path / "run" / "model")
+    loaded = phreg.load("me/vit-reg")
+    assert torch.equal(loaded(images()), result.model(images()))
+
+
+def test_the_public_door_opens_onto_everything_it_names():
+    for name in phreg.__all__:
+        assert getattr(phreg, name) is not None
+    assert set(phreg.__all__) <= set(dir(phreg))
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = phreg.nothing
+
+
+def test_importing_phreg_imports_no_model_library():
+    import subprocess
+    import sys
+
+    code = "import phreg, phreg.cli, sys; print([m for m in ('timm', 'transformers', 'open_clip') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_the_global_drift_is_measured_even_where_the_loss_has_no_global_term(tiny, photos, tmp_path):
+    result = api.distill(tiny(), photos, tmp_path / "run", method="paper", steps=2, **QUICK)
+    assert result.comparison.drift.mean < 1
+    rows = {row.name: row.after for row in result.comparison.rows()}
+    assert rows["pooled output, cosine to the original's, mean"] == result.comparison.drift.mean

@@ -1,0 +1,117 @@
+import json
+import subprocess
+import sys
+
+import pytest
+
+from phreg import cli, config
+
+
+def phreg(*arguments):
+    """Runs the command line here and returns its exit code."""
+    try:
+        cli.main([str(argument) for argument in arguments])
+    except SystemExit as end:
+        return end.code or 0
+    return 0
+
+
+QUICK = [
+    "--batch-size",
+    2,
+    "--views.count",
+    3,
+    "--views.max-shift",
+    0.25,
+    "--measure.images",
+    2,
+    "--measure.views",
+    3,
+    "--data.workers",
+    0,
+    "--device",
+    "cpu",
+    "--registers",
+    2,
+]
+
+
+def test_distill_prints_the_table_and_leaves_the_run(saved, photos, tmp_path, capsys):
+    code = phreg("distill", saved, "--images", photos, "--output", tmp_path / "run", "--steps", 2, *QUICK)
+    printed = capsys.readouterr().out
+    assert code == 0
+    assert "outlier rate" in printed
+    assert "pooled output" in printed
+    assert "step 2/2" in printed, "a line where there is no terminal"
+    assert (tmp_path / "run" / "report" / "report.html").is_file()
+
+
+def test_a_flag_wins_over_the_recipe_even_if_it_says_the_default(saved, photos, tmp_path):
+    recipe = tmp_path / "mine.toml"
+    recipe.write_text('method = "paper"\nregisters = 7\n')
+    same_as_default = ["--loss.pooled", config.DistillConfig().loss.pooled]
+    phreg(
+        "distill",
+        saved,
+        "--images",
+        photos,
+        "--output",
+        tmp_path / "run",
+        "--recipe",
+        recipe,
+        "--steps",
+        1,
+        *QUICK,
+        *same_as_default,
+    )
+    resolved = config.resolve(tmp_path / "run" / "recipe.toml")
+    assert resolved.registers == 2
+    assert resolved.method == "paper"
+    assert resolved.loss.pooled == 1.0
+
+
+def test_errors_are_printed_without_a_traceback_and_exit_non_zero(tmp_path, capsys):
+    code = phreg("distill", "demo", "--images", tmp_path / "nowhere", "--output", tmp_path / "run")
+    errors = capsys.readouterr().err
+    assert code == 1
+    assert errors.startswith("phreg:")
+    assert "nowhere" in errors
+    assert "Traceback" not in errors
+
+
+def test_what_is_missing_is_listed_at_once(capsys):
+    assert phreg("distill", "demo") == 1
+    errors = capsys.readouterr().err
+    assert "images: not given" in errors
+    assert "output: not given" in errors
+
+
+def test_inspect_prints_a_verdict_and_writes_its_files(saved, photos, tmp_path, capsys):
+    assert phreg("inspect", saved, "--images", photos, "--output", tmp_path / "out") == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "No artifacts found" in printed
+    assert "outlier_rate" in json.loads((tmp_path / "out" / "inspect.json").read_text())
+
+
+def test_recipes_lists_every_shipped_recipe(capsys):
+    assert phreg("recipes") == 0
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in config.recipes())
+
+
+def test_every_setting_is_a_flag_with_its_description():
+    done = subprocess.run(
+        [sys.executable, "-m", "phreg", "distill", "--help"], check=True, capture_output=True, text=True
+    )
+    printed = done.stdout
+    for key in config.fields():
+        if key != "model":
+            leaf = "--" + key.replace("_", "-")
+            assert leaf in printed, key
+    assert "{None}" not in printed, "no flag asks for None"
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["quickstart", "--help"], ["inspect", "--help"]])
+def test_help_is_there(arguments, capsys):
+    assert phreg(*arguments) == 0
+    assert "usage: phreg" in capsys.readouterr().out
