@@ -44,6 +44,7 @@ from phreg.report.html import comparison_page, inspection_page, write_report
 from phreg.seeding import keyed_generator
 from phreg.teacher import Teacher
 from phreg.trainer import Outcome, StepRecord, start_accelerator, train
+from phreg.views import count_different
 
 Model = str | os.PathLike[str] | nn.Module
 Images = str | os.PathLike[str]
@@ -339,7 +340,12 @@ def _compare(
     *,
     held_out: bool,
 ) -> Comparison:
-    many = config.views.model_copy(update={"count": config.measure.views, "sampler": "uniform"})
+    grid = (
+        looked_at[0].shape[-2] // student.spec.patch_size[0],
+        looked_at[0].shape[-1] // student.spec.patch_size[1],
+    )
+    count = min(config.measure.views, count_different(config.views, grid) or config.measure.views)
+    many = config.views.model_copy(update={"count": count, "sampler": "uniform"})
     teacher = Teacher(original, many, config.target)
     clean = adapt(demo.demo_model(planted=False).to(original.device)) if base.source == "demo" else None
 

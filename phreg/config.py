@@ -164,7 +164,7 @@ class MeasureConfig(Config):
     images: Annotated[int, Field(ge=0)] = 32
     """Images to measure on, never trained on (fewer when there are few); 0 skips the table."""
     views: PositiveInt = 40
-    """Views in the reference target that agreement is measured against."""
+    """Views in the reference target that agreement is measured against, or all there are, if fewer."""
 
 
 class DistillConfig(Config):

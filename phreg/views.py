@@ -257,18 +257,21 @@ def sample_views(
         PhregError: More views are asked for than there are different ones.
     """
     grid = (size[0] // spec.patch_size[0], size[1] // spec.patch_size[1])
-    # Shifts are a share of the grid side, rounded to whole patches (PH-Reg code: 4 of 28, 6 of 37).
-    reach = (round(config.max_shift * grid[0]), round(config.max_shift * grid[1]))
+    reach = _reach(config, grid)
     crop = config.fill == "valid-crop"
     low, high = ((0, 0), reach) if crop else ((-reach[0], -reach[1]), reach)
-    resampled = config.subpatch or config.scale > 0
-    _check_count(config, [high[axis] - low[axis] + 1 for axis in (0, 1)], resampled)
+    different = count_different(config, grid)
+    if different is not None and config.count > different:
+        raise PhregError(
+            f"views.count asks for {config.count} views, but views.max_shift = {config.max_shift} allows "
+            f"only {different} different ones at this size; lower views.count, or raise views.max_shift"
+        )
     offsets = sample_offsets(config, low, high, batch, generator)
     flips = torch.rand(batch, config.count, generator=generator) < config.flip
     offsets[:, 0], flips[:, 0] = 0, False
     fill, margin = _fill_value(config, spec), (0, 0) if crop else reach
     exact = Views(offsets, flips, grid, grid, margin, fill)
-    if not crop and not resampled:
+    if not crop and different is not None:
         return [exact]
     everything = slice(None)
     unmoved = replace(exact.part(everything, slice(0, 1)), margin=(0, 0))
@@ -316,13 +319,17 @@ def sample_offsets(
     return pool[rows.unsqueeze(1), torch.stack(chosen, 1)]
 
 
-def _check_count(config: ViewsConfig, choices: list[int], resampled: bool) -> None:
-    different = choices[0] * choices[1] * (2 if 0 < config.flip < 1 else 1)
-    if config.count > different and not resampled:
-        raise PhregError(
-            f"views.count asks for {config.count} views, but views.max_shift = {config.max_shift} allows "
-            f"only {different} different ones at this size; lower views.count, or raise views.max_shift"
-        )
+def count_different(config: ViewsConfig, grid: tuple[int, int]) -> int | None:
+    """Counts the different views there are on a grid; None where fractions make them countless."""
+    if config.subpatch or config.scale > 0:
+        return None
+    shifts = [side + 1 if config.fill == "valid-crop" else 2 * side + 1 for side in _reach(config, grid)]
+    return shifts[0] * shifts[1] * (2 if 0 < config.flip < 1 else 1)
+
+
+def _reach(config: ViewsConfig, grid: tuple[int, int]) -> tuple[int, int]:
+    # Shifts are a share of the grid side, rounded to whole patches (PH-Reg code: 4 of 28, 6 of 37).
+    return (round(config.max_shift * grid[0]), round(config.max_shift * grid[1]))
 
 
 def _fill_value(config: ViewsConfig, spec: Spec) -> Fill:

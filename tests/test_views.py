@@ -7,7 +7,7 @@ from phreg.backbones.base import Spec
 from phreg.config import ViewsConfig
 from phreg.errors import PhregError
 from phreg.seeding import keyed_generator as generator
-from phreg.views import sample_offsets, sample_views
+from phreg.views import count_different, sample_offsets, sample_views
 
 SPEC = Spec("timm", "test", (4, 4), 8, 1, 1, (24, 24), True, (0.5, 0.4, 0.3), (0.2, 0.25, 0.5))
 WHITE = [(1 - mean) / std for mean, std in zip(SPEC.mean, SPEC.std, strict=True)]
@@ -163,3 +163,12 @@ def test_a_shift_by_a_fraction_of_a_patch_is_one():
     fractions = group.offsets.frac().abs()
     assert (fractions > 0.05).any()
     assert (group.scales == 1).all()
+
+
+@pytest.mark.parametrize("fill", ["white", "valid-crop"])
+def test_the_number_of_different_views_is_that_of_those_there_are(fill):
+    config = ViewsConfig(max_shift=0.34, flip=0.5, fill=fill)
+    drawn = sample_offsets(config, (0, 0), (2, 2), 500, generator(0)).flatten(0, 1)
+    per_flip = len(drawn.unique(dim=0)) if fill == "valid-crop" else 25
+    assert count_different(config, (6, 6)) == 2 * per_flip
+    assert count_different(config.model_copy(update={"scale": 0.1}), (6, 6)) is None
