@@ -1,7 +1,9 @@
 """The public verbs, each put together from the modules of the method.
 
-distill   resolve ► load ► add registers ► train ► compare ► adapter, card, report
-load      adapter ► base ► patched model of its ordinary class
+    distill   resolve ► load ► add registers ► train ► compare ► adapter, card, report
+    load      adapter ► base ► patched model of its ordinary class
+
+How anything is done is told in the module that does it; here is only the order.
 """
 
 import copy
@@ -105,8 +107,7 @@ def distill(
         "output": output,
     }
     given = {key: os.fspath(value) for key, value in asked.items() if value is not None} | settings
-    # Once before anything is loaded, so that a typo costs no download; once more when the kind of model is
-    # known.
+    # Now, so that a typo costs no download; and once more when it is known whether the model is CLIP-type.
     early = configuration.resolve(recipe, given)
     missing = [key for key in asked if getattr(early, key) is None]
     if missing:

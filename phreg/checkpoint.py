@@ -207,7 +207,6 @@ def save_adapter(
         "family": backbone.spec.family,
         "registers": backbone.num_registers,
         "insertion": "after position embedding, before any norm",
-        "readout": backbone.readout,
         "input_size": list(backbone.spec.input_size),
         "versions": {"phreg": __version__} | {name: version(name) for name in LIBRARIES},
         **record,

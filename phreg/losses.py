@@ -1,7 +1,9 @@
 """The loss terms, each a mean over everything it is given, computed in fp32.
 
-patches:  cosine * (1 - mean cos) + mse * mean squared error      (PH-Reg, PH-Reg code utils/loss.py)
-pooled:   the same two terms on the global output, which the paper leaves unguarded
+    patches   cosine * (1 - mean cosine) + mse * mean squared error     (PH-Reg)
+    pooled    the same two terms on the global output, which the paper leaves unguarded
+
+Weights are those of `LossConfig`; a term of weight 0 is not computed.
 """
 
 import torch.nn.functional as F

@@ -1,3 +1,4 @@
+import copy
 import json
 import os
 import random
@@ -11,10 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from families import FAMILIES, LIBRARIES
 from safetensors.torch import load_file
 
 import phreg
 from phreg import api, trainer
+from phreg.backbones import resolve
+from phreg.backbones.readout import set_readout
 from phreg.errors import CheckpointError, ConfigError, DataError, PhregError, TrainingError
 from phreg.trainer import Interrupted
 
@@ -361,3 +365,43 @@ def test_loading_a_run_finds_its_base_and_gives_the_ordinary_class(saved, photos
     assert (
         Path(json.loads((tmp_path / "run" / "model" / "phreg.json").read_text())["base"]["source"]) == saved
     )
+
+
+@pytest.mark.parametrize("library", ["transformers", "open_clip", "timm"])
+def test_the_papers_method_for_clip_runs_to_the_letter_and_its_adapter_loads_back(photos, tmp_path, library):
+    model, base = LIBRARIES[library]["clip"](), LIBRARIES[library]["clip"]()
+    backbone = resolve.adapt(base)
+    size = backbone.spec.input_size[0] + 2 * backbone.spec.patch_size[0]
+    run(model, photos, tmp_path / "run", method="paper", size=size, steps=2)
+    description = json.loads((tmp_path / "run" / "model" / "phreg.json").read_text())
+    assert description["readout"] == "value-only"
+    assert description["input_size"] == [size, size], "the position embedding was resampled once and stored"
+    assert description["recipe"]["optim"]["lr"] == 3e-4
+    loaded = resolve.adapt(phreg.load(tmp_path / "run", into=base))
+    patched = resolve.adapt(model)
+    images = torch.randn(2, 3, size, size)
+    for readout in ("plain", "value-only"):
+        for side in (loaded, patched):
+            set_readout(side, readout)
+        assert torch.equal(loaded(images).patches, patched(images).patches)
+
+
+def test_more_reference_views_than_there_are_means_all_there_are(tiny, photos, tmp_path):
+    result = run(tiny(), photos, tmp_path / "run", measure={"images": 2, "views": 500})
+    assert result.comparison.reference == "the original averaged over 18 views"
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_every_family_is_distilled_and_loads_back_onto_its_base(family, photos, tmp_path):
+    model = FAMILIES[family]()
+    base = copy.deepcopy(model)  # not built anew: CoCa leaves some memory as it finds it
+    run(model, photos, tmp_path / "run", steps=1, measure={"images": 0}, data={"workers": 0})
+    patched, loaded = resolve.adapt(model), resolve.adapt(phreg.load(tmp_path / "run", into=base))
+    changed = weights(tmp_path / "run")
+    assert changed, "training changed something"
+    images = torch.randn(2, 3, *patched.spec.input_size, generator=torch.Generator().manual_seed(0))
+    assert patched.num_registers == loaded.num_registers == 2
+    with torch.no_grad():
+        ours, theirs = patched(images), loaded(images)
+    assert torch.equal(ours.patches, theirs.patches)
+    assert torch.equal(ours.pooled, theirs.pooled)
