@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from phreg import config as configuration
-from phreg import demo
+from phreg import demo, exports
 from phreg.analysis.norms import NormReport, outliers
 from phreg.backbones import resolve
 from phreg.backbones.base import Backbone
@@ -38,6 +38,7 @@ from phreg.config import DistillConfig, ViewsConfig
 from phreg.data import Crops, holdout, normalise
 from phreg.errors import ConfigError, LoadError, PhregError
 from phreg.evaluation.retrofit import Comparison, compare
+from phreg.exports import Equality
 from phreg.images import ImageSource, Subset, open_images
 from phreg.model_card import model_card
 from phreg.registers import add_registers
@@ -201,6 +202,35 @@ def load(
             f"phreg; load it with {found.library}"
         )
     return _open_adapter(found.folder, into)[0].model.to(device)
+
+
+def export(
+    model: Model, path: str | os.PathLike[str], *, format: str, revision: str | None = None
+) -> list[Equality]:
+    """Writes a patched model as a folder that its format's own library loads, and checks that it does.
+
+    Args:
+        model: A run, an adapter, or a patched model instance.
+        path: Folder to write; it must not hold anything.
+        format: `timm` (timm models) or `transformers` (DINOv2, as DINOv2 with registers).
+        revision: Hub commit, branch or tag of the adapter.
+
+    Returns:
+        How equal the written model is at its own size and at others, as measured on loading it back.
+
+    Raises:
+        PhregError: The format cannot carry this model; the message names those that can.
+    """
+    if not isinstance(model, nn.Module) and os.fspath(model) != "demo":
+        found = resolve.locate(model, revision)
+        readout = "plain" if found.library else read_adapter(found.folder).get("readout", "plain")
+        if readout != "plain":
+            raise PhregError(
+                f"asked to export {model} as {format}, but its dense features are read by {readout}, which "
+                "no stock format carries; load it with phreg.load"
+            )
+    backbone, base = open_model(model, revision)
+    return exports.export(backbone, Path(path), format, base=base)
 
 
 def denoise(

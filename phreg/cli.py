@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import TYPE_CHECKING, Annotated, Any, TypedDict, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict, Union, get_args, get_origin
 
 from rich.console import Console
 from rich.logging import RichHandler
@@ -135,6 +135,33 @@ def inspect(
     console.print(table)
     console.print(verdict(report))
     console.print(f"Written: {output / 'report.html'}, inspect.json and pictures", highlight=False)
+
+
+@app.command
+def export(
+    model: Annotated[Positional[str], arg(metavar="RUN")],
+    /,
+    output: Path,
+    format: Literal["timm", "transformers"],
+    revision: Annotated[str | None, arg(metavar="COMMIT")] = None,
+) -> None:
+    """Write a patched model in a stock format, which loads where phreg is not installed; checked on writing.
+
+    Args:
+        model: Run, adapter folder, or hub id of an adapter.
+        output: Folder to write.
+        format: timm, or transformers (DINOv2 becomes DINOv2 with registers).
+        revision: Hub commit, branch or tag to pin.
+    """
+    from phreg import api
+
+    table = Table("size", "largest difference", "relative", "equal")
+    for size in api.export(model, output, format=format, revision=revision):
+        pixels = f"{size.size[0]}x{size.size[1]}"
+        equal = "yes" if size.claimed else "no, use another size"
+        table.add_row(pixels, f"{size.difference:.1e}", f"{size.relative:.1e}", equal)
+    console.print(table)
+    console.print(f"Written and loaded back by {format}: {output}", highlight=False)
 
 
 @app.command

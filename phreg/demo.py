@@ -34,7 +34,7 @@ import itertools
 import math
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 from jaxtyping import Float
@@ -122,12 +122,11 @@ def demo_model(*, planted: bool = True) -> "VisionTransformer":
     Returns:
         An ordinary timm model in evaluation mode.
     """
-    from timm.models.vision_transformer import VisionTransformer  # not at the top: api imports this module
+    import timm  # not at the top: api imports this module
 
     with torch.random.fork_rng(devices=[]):  # timm draws weights that are replaced below
-        model = VisionTransformer(
-            img_size=SIZE,
-            patch_size=PATCH,
+        model = timm.create_model(
+            "vit_tiny_patch16_224",
             num_classes=0,
             embed_dim=WIDTH,
             depth=DEPTH,
@@ -136,7 +135,7 @@ def demo_model(*, planted: bool = True) -> "VisionTransformer":
             no_embed_class=True,
         )
     half = (0.5, 0.5, 0.5)
-    vars(model)["pretrained_cfg"] = {"input_size": (3, SIZE, SIZE), "mean": half, "std": half}
+    vars(model)["pretrained_cfg"] |= {"mean": half, "std": half, "tag": "", "license": "apache-2.0"}
     to = _directions()
     weights = {
         "cls_token": to.context[0].view(1, 1, WIDTH),
@@ -150,7 +149,7 @@ def demo_model(*, planted: bool = True) -> "VisionTransformer":
         # Rounding drops the last bits, which differ from machine to machine; what is not named is neutral.
         new = weights[name].mul(2**20).round() / 2**20 if name in weights else float(name.endswith("weight"))
         old.copy_(torch.as_tensor(new))
-    return model.eval()
+    return cast("VisionTransformer", model.eval())
 
 
 def truth(images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch rows cols dim"]:

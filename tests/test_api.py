@@ -134,9 +134,32 @@ def test_importing_phreg_imports_no_model_library():
     import subprocess
     import sys
 
-    code = "import phreg, phreg.cli, sys; print([m for m in ('timm', 'transformers', 'open_clip') if m in sys.modules])"
+    code = (
+        "import phreg, phreg.cli, sys\n"
+        "print([m for m in ('timm', 'transformers', 'open_clip') if m in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_run_of_the_demonstration_model_is_exported_and_loads_in_plain_timm(photos, tmp_path):
+    import timm
+
+    result = api.distill("demo", photos, tmp_path / "run", steps=1, **QUICK)
+    sizes = phreg.export(tmp_path / "run", tmp_path / "out", format="timm")
+    assert sizes[0].claimed
+    stock = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
+    assert torch.equal(stock(images(side=224)), result.model(images(side=224)))
+    with pytest.raises(PhregError, match="timm"):
+        phreg.export(tmp_path / "run", tmp_path / "other", format="transformers")
+
+
+def test_a_run_with_a_read_out_of_its_own_is_not_exported_as_if_it_had_none(photos, tmp_path):
+    from families import LIBRARIES
+
+    api.distill(LIBRARIES["timm"]["clip"](), photos, tmp_path / "run", method="paper", steps=1, **QUICK)
+    with pytest.raises(PhregError, match="value-only"):
+        phreg.export(tmp_path / "run", tmp_path / "out", format="timm")
 
 
 def test_the_global_drift_is_measured_even_where_the_loss_has_no_global_term(tiny, photos, tmp_path):

@@ -58,7 +58,7 @@ def test_a_recipe_that_does_not_exist_names_the_nearest():
 def test_a_recipe_that_is_not_toml_is_named(tmp_path):
     path = tmp_path / "bad.toml"
     path.write_text("= 3")
-    with pytest.raises(ConfigError, match="bad.toml has 1 problem"):
+    with pytest.raises(ConfigError, match=r"bad\.toml has 1 problem"):
         config.resolve(path)
 
 

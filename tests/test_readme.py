@@ -1,4 +1,4 @@
-"""README is executed: its commands parse into the settings they name, its Python runs against the real functions' signatures."""
+"""README is executed: its commands become settings, its Python is bound to the real functions."""
 
 import inspect
 import re
@@ -36,7 +36,8 @@ def test_every_command_is_one_that_the_program_takes(command, monkeypatch):
 
     monkeypatch.setattr(api, "distill", record)
     monkeypatch.setattr(api, "quickstart", record)
-    monkeypatch.setattr(api, "inspect", lambda *arguments, **settings: record(*arguments))
+    for name in ("inspect", "export"):
+        monkeypatch.setattr(api, name, lambda *arguments, **settings: record(*arguments))
     with pytest.raises(SystemExit) if "recipes" not in command else pytest.MonkeyPatch.context():
         cli.main(shlex.split(command)[1:])
     assert called or "recipes" in command

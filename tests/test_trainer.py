@@ -211,7 +211,7 @@ def test_two_processes_train_what_one_with_twice_the_batch_trains(saved, photos,
     state = json.loads((tmp_path / "two" / "state" / "step-000004" / "state.json").read_text())
     assert state["facts"]["processes"] == 2
     assert len((tmp_path / "two" / "log.jsonl").read_text().splitlines()) == 4, "one process logs"
-    # With one view there is nothing random but the order, and the ranks' batches are the halves of a single one.
+    # With one view nothing is random but the order, and the ranks' batches are the halves of a single one.
     one_view = {
         "views": {"count": 1},
         "batch_size": 4,
