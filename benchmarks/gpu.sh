@@ -52,7 +52,7 @@ echo "$((shm)) MiB of /dev/shm, $(nproc) cores: $workers readers"
 
 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader || true
 
-part gpu-tests 120 python3 -m pytest -m gpu -p no:cacheprovider --continue-on-collection-errors tests
+part gpu-tests 120 python3 -m pytest -o addopts=--import-mode=importlib -m gpu -p no:cacheprovider tests/test_gpu.py
 throughput vit-b-518 200 --model dinov2-base
 throughput vit-b-518-compile 130 --model dinov2-base --compile --no-details --steps 32
 throughput vit-l-518 120 --model dinov2-large --no-published --steps 32
