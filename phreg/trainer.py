@@ -26,6 +26,7 @@ from typing import TextIO, cast
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import patch_environment
 from torch import Tensor, nn
 
@@ -284,6 +285,8 @@ def start_accelerator(config: DistillConfig, run: RunFolder) -> Accelerator:
             )
     on_cpu = config.device == "cpu" or not (torch.accelerator.is_available() or config.device)
     precision = config.precision or ("bf16" if computes_bf16("cpu" if on_cpu else "cuda") else "fp32")
+    # A process may distil more than once; accelerate would keep the first run's precision and device.
+    AcceleratorState._reset_state(reset_partial_state=True)
     # The environment is the one place where accelerate takes a device such as cuda:1.
     with patch_environment(**({"accelerate_torch_device": config.device} if config.device else {})):
         accelerator = Accelerator(

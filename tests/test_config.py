@@ -47,7 +47,7 @@ def test_the_paper_means_other_settings_for_clip():
 def test_every_shipped_recipe_resolves(name):
     resolved = config.resolve(name, clip="clip" in name)
     assert resolved.model
-    assert resolved.size
+    assert resolved.size or not name.startswith("paper")
 
 
 def test_a_recipe_that_does_not_exist_names_the_nearest():

@@ -285,9 +285,16 @@ def test_keeping_freed_memory_saves_page_faults():
     for keep in (False, True):
         python = [sys.executable, "-c", probe.format(keep=keep)]
         faults.append(int(subprocess.run(python, check=True, capture_output=True, text=True).stdout))
-    # 10 tensors of 64 MB fault in 156 000 pages of 4 kB anew (or 300 of 2 MB); kept, next to none.
+    # 10 tensors of 64 MB fault in their pages anew each time; kept, once more at most.
     assert faults[0] > 250
-    assert faults[1] < 50
+    assert faults[1] <= 0.2 * faults[0]
+
+
+def test_one_process_may_run_in_one_precision_and_then_in_another(tiny, photos, tmp_path):
+    for number, precision in enumerate(("fp32", "bf16", "fp32")):
+        run(tiny(), photos, tmp_path / str(number), steps=1, precision=precision)
+    assert equal(weights(tmp_path / "0"), weights(tmp_path / "2"))
+    assert not equal(weights(tmp_path / "0"), weights(tmp_path / "1"))
 
 
 def test_a_tracker_that_is_not_installed_says_what_to_install(tiny, photos, tmp_path, monkeypatch):
