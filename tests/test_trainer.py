@@ -240,6 +240,25 @@ def test_two_processes_train_what_one_with_twice_the_batch_trains(saved, photos,
         torch.testing.assert_close(weights(tmp_path / "split")[name], tensor, atol=1e-6, rtol=1e-5)
 
 
+def test_accelerate_launch_runs_the_same_program(saved, photos, tmp_path):
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--cpu",
+        "--num_processes",
+        "1",
+        "-m",
+        "phreg",
+    ]
+    arguments = map(str, flags(saved, photos, tmp_path / "launched", 2))
+    subprocess.run([*launch, *arguments], env=QUIET, check=True, capture_output=True, timeout=300)
+    subprocess.run(
+        command(*flags(saved, photos, tmp_path / "plain", 2)), env=QUIET, check=True, capture_output=True
+    )
+    assert equal(weights(tmp_path / "launched"), weights(tmp_path / "plain"))
+
+
 def test_a_nan_loss_names_step_files_and_the_last_good_checkpoint(tiny, photos, tmp_path, monkeypatch):
     real = trainer.distillation_loss
     calls = []
