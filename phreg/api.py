@@ -34,9 +34,9 @@ from phreg.checkpoint import (
     start_run,
     write_text,
 )
-from phreg.config import DistillConfig, ViewsConfig
-from phreg.data import Crops, holdout, normalise
-from phreg.errors import ConfigError, LoadError, PhregError
+from phreg.config import DataConfig, DistillConfig, ViewsConfig
+from phreg.data import BrokenImages, Crops, holdout, normalise
+from phreg.errors import ConfigError, DataError, LoadError, PhregError
 from phreg.evaluation.retrofit import Comparison, compare
 from phreg.exports import Equality
 from phreg.images import ImageSource, Subset, open_images
@@ -94,7 +94,7 @@ def distill(
         images: A folder, a text file of paths, tar shards, or a Hugging Face dataset.
         output: Run folder to write: recipe.toml, log.jsonl, state/, model/, report/.
         recipe: Name of a shipped recipe, or path of a TOML file.
-        resume: Go on with the run in `output`.
+        resume: Go on with the run in `output`; settings that are not given again stay as they were.
         observe: Called with each step's record and the number of steps.
         settings: Any setting of `DistillConfig`, dotted keys as nested dictionaries:
             `method="paper", optim={"lr": 1e-3}`.
@@ -108,6 +108,8 @@ def distill(
         "output": output,
     }
     given = {key: os.fspath(value) for key, value in asked.items() if value is not None} | settings
+    if resume and recipe is None and output is not None and RunFolder(Path(output)).recipe.is_file():
+        recipe = RunFolder(Path(output)).recipe  # what is not said again stays as it was
     # Now, so that a typo costs no download; and once more when it is known whether the model is CLIP-type.
     early = configuration.resolve(recipe, given)
     missing = [key for key in asked if getattr(early, key) is None]
@@ -248,6 +250,7 @@ def denoise(
         Features after the final norm, in fp32.
     """
     backbone = adapt(model)
+    _check_images(backbone, images)
     return Teacher(backbone, _views(views))(images, keyed_generator("views", seed)).patches
 
 
@@ -273,7 +276,8 @@ def inspect(
     """
     backbone, base = open_model(model)
     backbone.eval()
-    if isinstance(images, Tensor):
+    if not isinstance(images, str | os.PathLike):
+        _check_images(backbone, images)
         looked_at = list(images.to(backbone.device).split(MEASURED_AT_ONCE))
     else:
         side = size or backbone.spec.input_size[0]
@@ -320,7 +324,7 @@ def _open_adapter(folder: Path, into: nn.Module | None) -> tuple[Backbone, Base]
     if into is None and base.source == "instance":
         raise LoadError(
             f"the adapter in {folder} was made from a model instance, which cannot be found again; "
-            "build that model and pass it: phreg.load(path, into=model)"
+            "build that model and pass it: phreg.load(path, into=model), which phreg.export takes too"
         )
     backbone = adapt(into) if into is not None else open_model(base.source, base.revision)[0]
     apply_adapter(folder, backbone)
@@ -331,12 +335,37 @@ def _open_adapter(folder: Path, into: nn.Module | None) -> tuple[Backbone, Base]
 def batches(
     backbone: Backbone, source: ImageSource, size: int
 ) -> Iterator[Float[Tensor, "batch 3 size size"]]:
-    """Reads images for measuring: centre crops, normalised for a model, on its device."""
+    """Reads images for measuring: centre crops, normalised for a model, on its device.
+
+    Unreadable images are left out and warned of; too many stop it, as in training.
+    """
     crops = Crops(source, size, crop="centre")
-    for start in range(0, len(source), MEASURED_AT_ONCE):
-        keys = [(0, index) for index in range(start, min(start + MEASURED_AT_ONCE, len(source)))]
-        pixels = crops.batch(keys).images.to(backbone.device)
-        yield normalise(pixels, backbone.spec.mean, backbone.spec.std)
+    broken = BrokenImages(len(source), DataConfig().max_broken)
+    readable: list[Tensor] = []
+    for index in range(len(source)):
+        image = crops.batch([(0, index)])
+        broken.add(image)
+        if not image.skipped:
+            readable.append(image.images)
+        if readable and (len(readable) == MEASURED_AT_ONCE or index + 1 == len(source)):
+            pixels = torch.cat(readable).to(backbone.device)
+            readable = []
+            yield normalise(pixels, backbone.spec.mean, backbone.spec.std)
+
+
+def _check_images(backbone: Backbone, images: Any) -> None:
+    """Refuses what is no batch of normalised images, before it fails somewhere inside."""
+    if isinstance(images, Tensor):
+        fits = images.dim() == 4 and images.shape[1] == 3 and images.is_floating_point()
+        found = f"a tensor of shape {tuple(images.shape)} and {images.dtype}"
+    else:
+        fits, found = False, type(images).__name__
+    if not fits:
+        raise DataError(
+            "asked to read images: expected a normalised float tensor (batch, 3, height, width), found "
+            f"{found}; normalise with mean {backbone.spec.mean} and standard deviation {backbone.spec.std}"
+        )
+    backbone.check_size((images.shape[-2], images.shape[-1]))
 
 
 def _views(settings: dict[str, Any]) -> ViewsConfig:

@@ -211,7 +211,13 @@ class Steps(AbstractContextManager["Steps"]):
 def _show(result: Any) -> None:
     """Prints the before/after table of a run."""
     outcome = result.outcome
-    console.print(f"{outcome.steps} steps, {outcome.images} images, {outcome.seconds:.0f} s of training")
+    if outcome.images:
+        done = (
+            f"{outcome.steps} steps in all; in this session {outcome.images} images, {outcome.seconds:.0f} s"
+        )
+        console.print(done, highlight=False)
+    else:
+        console.print("The run was finished already.")
     if outcome.skipped:
         console.print(
             f"{len(outcome.skipped)} unreadable images were skipped: {', '.join(outcome.skipped[:5])}",

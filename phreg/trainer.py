@@ -327,7 +327,7 @@ def keep_freed_memory() -> bool:
         return False
     trim_threshold, top_pad, mmap_max = -1, -2, -4  # option numbers, from malloc.h
     made = [libc.mallopt(trim_threshold, -1), libc.mallopt(top_pad, 512 << 20), libc.mallopt(mmap_max, 0)]
-    logger.info("freed memory stays in the process (keep_freed_memory)")
+    logger.debug("freed memory stays in the process (keep_freed_memory)")
     return all(made)
 
 

@@ -1,5 +1,6 @@
 import json
 
+import jaxtyping
 import pytest
 import torch
 
@@ -167,3 +168,38 @@ def test_the_global_drift_is_measured_even_where_the_loss_has_no_global_term(tin
     assert result.comparison.drift.mean < 1
     rows = {row.name: row.after for row in result.comparison.rows()}
     assert rows["pooled output, cosine to the original's, mean"] == result.comparison.drift.mean
+
+
+@pytest.mark.parametrize("wrong", ["photos", [1], torch.zeros(3, 32, 32), torch.zeros(1, 3, 32, 32).byte()])
+def test_what_is_no_batch_of_images_is_refused_with_what_it_should_be(tiny, wrong, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as users have it
+    with pytest.raises(PhregError, match=r"normalised float tensor"):
+        phreg.denoise(tiny(), wrong)
+    with pytest.raises(PhregError, match="multiple"):
+        phreg.denoise(tiny(), torch.zeros(1, 3, 30, 32))
+
+
+def test_unreadable_images_are_left_out_of_an_inspection_not_replaced(tiny, photos, caplog):
+    for number in range(30):
+        (photos / f"more-{number}.png").write_bytes((photos / "00.png").read_bytes())
+    (photos / "broken.png").write_text("not an image")
+    assert phreg.inspect(tiny(), photos, count=100).images == 42
+    assert "broken.png" in caplog.text
+    for number in range(5):
+        (photos / f"broken-{number}.png").write_text("not an image")
+    with pytest.raises(PhregError, match="too many unreadable images"):
+        phreg.inspect(tiny(), photos, count=100)
+
+
+def test_resume_needs_nothing_but_the_run_and_an_unfinished_run_says_how_to_finish(saved, photos, tmp_path):
+    run = tmp_path / "run"
+    api.distill(saved, photos, run, steps=1, **QUICK)
+    before = (run / "model" / "adapter.safetensors").read_bytes()
+    api.distill(output=run, resume=True)
+    assert (run / "model" / "adapter.safetensors").read_bytes() == before
+    with pytest.raises(PhregError, match="registers: was 4, is 5"):
+        api.distill(output=run, resume=True, registers=5)
+    for path in (run / "model").iterdir():
+        path.unlink()
+    with pytest.raises(LoadError, match="--resume"):
+        phreg.load(run)

@@ -257,7 +257,10 @@ def locate(source: str | os.PathLike[str], revision: str | None = None) -> Locat
     repository = _timm_repository(text) or text
     if "/" not in repository:
         raise LoadError(f"model '{text}' is no folder here, nor a name that timm knows; give {FORMS}")
-    return _locate_on_hub(repository, revision, tuple(LAYOUTS), repository)
+    try:
+        return _locate_on_hub(repository, revision, tuple(LAYOUTS), repository)
+    except LoadError as error:
+        raise LoadError(f"{error}; nor is there a local folder '{text}'") from error
 
 
 def find_adapter(folder: Path) -> Path | None:
@@ -291,6 +294,11 @@ def _locate_folder(folder: Path) -> Located:
     adapter = find_adapter(folder)
     if adapter is not None:
         return Located(adapter, str(folder), None)
+    if (folder / "recipe.toml").is_file():
+        raise LoadError(
+            f"run '{folder}' holds no model yet, since it was not finished; "
+            f"finish it: phreg distill --output {folder} --resume"
+        )
     return Located(folder, str(folder), _library(folder, tuple(LAYOUTS), str(folder)))
 
 
