@@ -407,14 +407,14 @@ def _compare(
     count = min(config.measure.views, count_different(config.views, grid) or config.measure.views)
     many = config.views.model_copy(update={"count": count, "sampler": "uniform"})
     teacher = Teacher(original, many, config.target)
-    clean = adapt(demo.demo_model(planted=False).to(original.device)) if base.source == "demo" else None
+    known = base.source == "demo"
 
     def reference(images: Tensor, number: int) -> Tensor:
-        if clean is not None:
-            return clean(images).patches
+        if known:
+            return demo.truth(images)
         return teacher(images, keyed_generator("reference", config.seed, number)).patches
 
-    described = "the known truth" if clean else f"the original averaged over {many.count} views"
+    described = "the known truth" if known else f"the original averaged over {many.count} views"
     return compare(
         original, student, looked_at, reference, config.target, described=described, held_out=held_out
     )
