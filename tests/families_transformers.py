@@ -67,6 +67,9 @@ FAMILIES: dict[str, Callable[[], nn.Module]] = {
         hf.Dinov2WithRegistersConfig(**TINY, mlp_ratio=2, num_register_tokens=2, **STAGES),
     ),
     "dinov3": lambda: build(hf.DINOv3ViTModel, hf.DINOv3ViTConfig(**WIDE, num_register_tokens=2)),
+    "dinov3-gated": lambda: build(
+        hf.DINOv3ViTModel, hf.DINOv3ViTConfig(**WIDE, num_register_tokens=2, use_gated_mlp=True)
+    ),
     "dinov3-backbone": lambda: build(
         hf.DINOv3ViTBackbone, hf.DINOv3ViTConfig(**WIDE, num_register_tokens=2, **STAGES)
     ),

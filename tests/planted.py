@@ -71,6 +71,9 @@ class Planted(Backbone):
 
     remove_registers = roles = attention = insert_registers
 
+    def mlp(self, index: int) -> None:
+        return None
+
 
 def pictures(count: int = 12, size: int = 32) -> Tensor:
     """Images of noise, the same at every call."""

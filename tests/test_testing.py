@@ -15,8 +15,10 @@ from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 
 from phreg import testing
+from phreg.backbones.base import Mlp
 from phreg.backbones.open_clip import NativeTower, RegisterVisionTransformer
 from phreg.backbones.resolve import adapt
+from phreg.backbones.timm import TimmBackbone
 from phreg.registers import add_registers
 from phreg.testing import check_backbone, native_outputs, registers_masked
 from phreg.tokens import TokenLayout
@@ -369,6 +371,76 @@ def test_a_transposed_grid_is_caught(monkeypatch, broken):
 def test_dense_features_other_than_the_library_s_are_caught(broken):
     raw = lambda model, images: 1.01 * library_dense(model, images)  # noqa: E731
     assert "dense features is broken: patches differs" in broken(dense=raw)
+
+
+def change_mlp(monkeypatch, backbone_class, change):
+    mlp = backbone_class.mlp
+    monkeypatch.setattr(backbone_class, "mlp", lambda self, index: change(self, mlp(self, index)))
+
+
+class WrongRows(Mlp):
+    """An MLP that names other rows than its units'; `change` gets the right ones."""
+
+    change = staticmethod(lambda rows: rows)
+
+    def rows(self, units):
+        return self.change(super().rows(units))
+
+
+def with_rows(monkeypatch, backbone_class, change):
+    monkeypatch.setattr(WrongRows, "change", staticmethod(change))
+    change_mlp(monkeypatch, backbone_class, lambda _, mlp: WrongRows(mlp.down, mlp.up, mlp.norm))
+
+
+def test_a_forgotten_bias_of_a_hidden_unit_is_caught(monkeypatch, broken):
+    # Zero weights leave the bias, a constant too; a copy without it is no copy.
+    with_rows(monkeypatch, NativeTower, lambda rows: rows[:1])
+    assert "mlp (block 0) is broken: a unit with another's rows differs" in broken()
+
+
+def test_rows_of_another_hidden_unit_are_caught(monkeypatch, broken):
+    with_rows(monkeypatch, NativeTower, lambda rows: [(weight, (at + 1) % 128) for weight, at in rows])
+    assert "still follows its input, with all its rows zero" in broken()
+
+
+def test_rows_of_more_than_the_hidden_unit_are_caught(monkeypatch, broken):
+    more = lambda at: torch.cat([at, (at + 1) % 128])  # noqa: E731
+    with_rows(monkeypatch, NativeTower, lambda rows: [(weight, more(at)) for weight, at in rows])
+    assert "what other units do, one unit's rows zero, differs" in broken()
+
+
+@pytest.mark.parametrize("family", ["eva02", "eva02-inner-norm"])
+@pytest.mark.parametrize("half", [slice(0, 1), slice(1, 2)])
+def test_half_of_a_gated_hidden_unit_is_caught(monkeypatch, family, half):
+    def halve(rows):
+        split = family == "eva02-inner-norm"  # a layer for each half, with a bias each
+        return rows[::2][half] + rows[1::2][half] if split else [(weight, at[half]) for weight, at in rows]
+
+    with_rows(monkeypatch, TimmBackbone, halve)
+    with pytest.raises(AssertionError, match="a unit with another's rows differs"):
+        check_backbone(FAMILIES[f"timm/{family}"]())
+
+
+def test_an_inner_norm_that_goes_unmentioned_is_caught(monkeypatch):
+    change_mlp(monkeypatch, TimmBackbone, lambda _, mlp: Mlp(mlp.down, mlp.up))
+    with pytest.raises(AssertionError, match="still follows its input"):
+        check_backbone(FAMILIES["timm/eva02-inner-norm"]())
+
+
+def test_a_layer_that_the_model_does_not_run_is_caught(monkeypatch, broken):
+    change_mlp(monkeypatch, NativeTower, lambda _, mlp: Mlp(copy.deepcopy(mlp.down), mlp.up))
+    assert "mlp (block 0) is broken: its layers took part 0 times in one run" in broken()
+
+
+def test_an_mlp_of_another_block_is_caught(monkeypatch, broken):
+    mlp = NativeTower.mlp
+    monkeypatch.setattr(NativeTower, "mlp", lambda self, index: mlp(self, index + 1))
+    assert "mlp (block 0) is broken: column" in broken()
+
+
+def test_a_norm_that_is_not_the_inner_one_is_caught(monkeypatch, broken):
+    change_mlp(monkeypatch, NativeTower, lambda self, mlp: Mlp(mlp.down, mlp.up, self.blocks[0].ln_2))
+    assert "hidden units have shape (2, 21, 32), expected (2, 21, 128)" in broken()
 
 
 class Traced(nn.Module):

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from phreg.errors import PhregError
@@ -98,6 +98,59 @@ class Attention(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Mlp:
+    """One block's MLP, taken apart hidden unit by hidden unit.
+
+        tokens ──up──► activation, gate ──(inner norm)──► hidden units ──down──► tokens
+
+    A hidden unit is moved through `rows`, and read or edited by a forward pre-hook on `down`. Ahead of the
+    inner norm, unit u depends on its own rows alone: zeroed, they make it one constant for all tokens, and
+    exactly zero where the activation of zero is zero or a gate multiplies. Behind it, what `down` receives
+    of unit u also depends on the token's other units, and keeps the norm's bias.
+
+    Attributes:
+        down: The layer whose input (batch, tokens, hidden) are the hidden units; column u of its weight is
+            what unit u writes.
+        up: The layers that feed the hidden units. One with `hidden` outputs in a plain MLP, where output u is
+            the unit's pre-activation; where the MLP is gated, two of these, or one with twice as many outputs
+            of which u and hidden + u belong to unit u. Which of the two is the gate differs between models.
+        norm: The norm between activation and `down`; None without.
+    """
+
+    down: nn.Linear
+    up: tuple[nn.Linear, ...]
+    norm: nn.Module | None = None
+
+    @classmethod
+    def of(cls, up: Sequence[nn.Module], down: nn.Module, norm: nn.Module | None = None) -> "Mlp | None":
+        """Puts the parts together; returns None where a layer is not plainly linear, such as PEFT's.
+
+        An identity counts as no norm.
+        """
+        plain = tuple(layer for layer in up if type(layer) is nn.Linear)
+        if len(plain) < len(up) or type(down) is not nn.Linear:
+            return None
+        return cls(down, plain, None if isinstance(norm, nn.Identity) else norm)
+
+    @property
+    def num_units(self) -> int:
+        """Hidden units."""
+        return self.down.in_features
+
+    def rows(self, units: Int[Tensor, " units"]) -> list[tuple[nn.Parameter, Int[Tensor, " rows"]]]:
+        """Finds all that must train to move some units: parameters, and which rows of each.
+
+        Weights and biases of every layer of `up`, by indices into their first axis: the units in the order
+        given and, in a layer that holds both halves of a gated MLP, once more for the second half.
+        """
+        found = []
+        for layer in self.up:
+            rows = torch.cat([units + start for start in range(0, layer.out_features, self.num_units)])
+            found += [(parameter, rows) for parameter in layer.parameters()]
+        return found
+
+
 class Backbone(nn.Module, ABC):
     """A vision transformer seen through the questions phreg asks.
 
@@ -166,6 +219,13 @@ class Backbone(nn.Module, ABC):
     @abstractmethod
     def attention(self, index: int) -> Attention:
         """Takes apart the self-attention of one block."""
+
+    @abstractmethod
+    def mlp(self, index: int) -> Mlp | None:
+        """Takes apart the MLP of one block; None where it is not one that the adapter knows for certain.
+
+        Such are several MLPs side by side, one fused with attention, or one whose layers are wrapped (PEFT).
+        """
 
     def set_input_size(self, size: int | tuple[int, int]) -> None:
         """Resamples the stored position embedding once, so that `size` becomes the model's own size.

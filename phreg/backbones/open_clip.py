@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from phreg.backbones import timm as timm_adapter
-from phreg.backbones.base import Attention, Backbone, Spec, prefixed
+from phreg.backbones.base import Attention, Backbone, Mlp, Spec, prefixed
 from phreg.errors import LoadError, PhregError, UnsupportedModelError
 
 CONFIG = "open_clip_config.json"
@@ -191,6 +191,11 @@ class NativeTower(Backbone):
             )
         return _Attention(block.attn, block.ln_1)
 
+    def mlp(self, index: int) -> Mlp | None:
+        """Takes apart the MLP of one block, custom ones too; None where its layers are wrapped (PEFT)."""
+        mlp: Any = self.blocks[index].mlp
+        return Mlp.of([mlp.c_fc], mlp.c_proj, getattr(mlp, "ln", None))
+
     def set_input_size(self, size: int | tuple[int, int]) -> None:
         """Resamples the stored position table once, so that `size` becomes the model's own size.
 
@@ -337,6 +342,10 @@ class TimmTower(Backbone):
             UnsupportedModelError: It is gated, differential, or runs beside the MLP.
         """
         return self.trunk.attention(index)
+
+    def mlp(self, index: int) -> Mlp | None:
+        """Takes apart the MLP of one block; None where timm's block has none that stands by itself."""
+        return self.trunk.mlp(index)
 
     def set_input_size(self, size: int | tuple[int, int]) -> None:
         """Resamples the trunk's position embedding once, so that `size` becomes the model's own size.

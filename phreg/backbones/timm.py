@@ -30,6 +30,8 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers.attention import Attention as TimmAttention
 from timm.layers.attention import AttentionRope
 from timm.layers.format import Format
+from timm.layers.mlp import GluMlp, SwiGLU
+from timm.layers.mlp import Mlp as TimmMlp
 from timm.layers.patch_embed import PatchEmbed
 from timm.models import get_arch_name, get_pretrained_cfg
 from timm.models.eva import Eva, EvaAttention, EvaBlockPostNorm
@@ -38,7 +40,7 @@ from timm.models.vision_transformer import ResPostBlock, VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional
 
-from phreg.backbones.base import Attention, Backbone, Spec
+from phreg.backbones.base import Attention, Backbone, Mlp, Spec
 from phreg.errors import LoadError, PhregError, UnsupportedModelError
 
 REFUSED = {
@@ -418,6 +420,20 @@ class TimmBackbone(Backbone):
             )
         norm_first = not isinstance(block, ResPostBlock | EvaBlockPostNorm)
         return _Attention(attention, block.norm1 if norm_first else nn.Identity())
+
+    def mlp(self, index: int) -> Mlp | None:
+        """Takes apart the MLP of one block: plain, gated with both halves in one layer, or gated with two.
+
+        None for blocks that run MLPs side by side (`ParallelThingsBlock`) or fuse theirs with attention
+        (`ParallelScalingBlock`, `DiffParallelScalingBlock`), and for MLPs of other classes or with
+        convolutions.
+        """
+        mlp = getattr(self.model.blocks[index], "mlp", None)
+        if type(mlp) in (TimmMlp, GluMlp):
+            return Mlp.of([mlp.fc1], mlp.fc2, mlp.norm)
+        if type(mlp) is SwiGLU:
+            return Mlp.of([mlp.fc1_g, mlp.fc1_x], mlp.fc2, mlp.norm)
+        return None
 
 
 def _spec(model: Any) -> Spec:

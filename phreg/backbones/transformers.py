@@ -32,8 +32,8 @@ from transformers import CONFIG_MAPPING, AutoModel, PreTrainedModel
 from transformers.backbone_utils import BackboneMixin
 from transformers.models.dinov3_vit.modeling_dinov3_vit import apply_rotary_pos_emb
 
-from phreg.backbones.base import Backbone, Spec, load_tensors
-from phreg.backbones.transformers_families import FAMILIES, HEADS, REFUSED, TOWERS, Family, Triple
+from phreg.backbones.base import Backbone, Mlp, Spec, load_tensors
+from phreg.backbones.transformers_families import FAMILIES, HEADS, MLPS, REFUSED, TOWERS, Family, Triple
 from phreg.backbones.transformers_registers import (
     HANDLES,
     REGISTERS,
@@ -213,6 +213,15 @@ class TransformersBackbone(Backbone):
             scale=(self.spec.width // self.spec.num_heads) ** -0.5,
             rotate=_unrotated if rope is None else Rotary(rope, self.spec.patch_size, self._grid),
         )
+
+    def mlp(self, index: int) -> Mlp | None:
+        """Takes apart the MLP of one block; None where it has layers beside those of `MLPS`, or PEFT's."""
+        mlp = self.blocks[index].get_submodule(self.family.mlp)
+        layers = {name: child for name, child in mlp.named_children() if list(child.parameters())}
+        for up, down in MLPS:
+            if layers.keys() == {*up, down}:
+                return Mlp.of([layers[name] for name in up], layers[down])
+        return None
 
     # -- parameters
 

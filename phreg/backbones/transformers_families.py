@@ -27,6 +27,7 @@ class Family:
         attention_norm: Path, in a block, of the norm before attention.
         attention: Path, in a block, of the attention, whose projections are `q_proj`, `k_proj` and `v_proj`.
         out: Name of the attention's output projection.
+        mlp: Path, in a block, of the MLP, whose layers are named as in one of `MLPS`.
         pos_embed: Path of the stored position table, a parameter whose last two axes are positions and width;
             None without.
         patch_embed: Paths of the patch embedding.
@@ -48,6 +49,7 @@ class Family:
     pos_embed: str | None
     patch_embed: tuple[str, ...]
     cls: tuple[str, ...]
+    mlp: str = "mlp"
     pre_norm: str | None = None
     sizes: Literal["keyword", "always", "own"] = "keyword"
     antialias: bool = False
@@ -138,6 +140,7 @@ FAMILIES: tuple[Family, ...] = (
         final_norm="rms_norm",
         attention_norm="rms_norm1",
         attention="attention",
+        mlp="ffn",
         patch_embed=("embeddings.patch_embed", "embeddings.rms_norm"),
         sizes="own",
         normalisation=OPENAI,
@@ -146,6 +149,13 @@ FAMILIES: tuple[Family, ...] = (
 
 TOWERS: dict[str, Family] = {tower: family for family in FAMILIES for tower in family.towers}
 """Tower class name -> its family."""
+
+MLPS: tuple[tuple[tuple[str, ...], str], ...] = (
+    (("fc1",), "fc2"),
+    (("up_proj",), "down_proj"),
+    (("gate_proj", "up_proj"), "down_proj"),
+)
+"""The layers of an MLP by name: those that feed its hidden units, and the one they write through."""
 
 HEADS = ("visual_projection", "classifier", "cls_classifier", "distillation_classifier")
 """Children of a model, beside its tower, that are part of the image's path."""

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from phreg import testing
-from phreg.backbones.open_clip import RegisterVisionTransformer, adapt, hub_file, load
+from phreg.backbones.open_clip import RegisterVisionTransformer, TimmTower, adapt, hub_file, load
 from phreg.errors import LoadError, PhregError, UnsupportedModelError
 from phreg.registers import add_registers, remove_registers
 
@@ -201,7 +201,32 @@ def test_normalisation_is_the_models_own_or_else_openais():
     assert adapt(model).spec.std == (0.1, 0.2, 0.3)
 
 
-def test_custom_blocks_are_patched_but_not_taken_apart():
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_block_has_an_mlp_of_its_own(family):
+    backbone = add_registers(adapt(FAMILIES[family]()), 3)
+    names = ("fc1", "fc2") if isinstance(backbone, TimmTower) else ("c_fc", "c_proj")
+    for index, block in enumerate(backbone.blocks):
+        mlp = backbone.mlp(index)
+        assert [*mlp.up, mlp.down] == [getattr(block.mlp, name) for name in names]
+        assert mlp.norm is None
+
+
+@pytest.mark.parametrize("settings", [{"scale_fc": True}, {"qk_norm": True}])
+def test_the_mlp_of_a_custom_block_is_taken_apart_with_its_inner_norm(settings):
+    model = clip(**settings)
+    testing.check_mlp(testing.Subject(model, images(), 3))
+    backbone = adapt(model)
+    inner = backbone.blocks[0].mlp.ln
+    assert backbone.mlp(0).norm is (inner if settings == {"scale_fc": True} else None)
+
+
+def test_a_wrapped_layer_is_not_taken_apart():
+    backbone = adapt(clip())
+    backbone.blocks[0].mlp.c_fc = nn.Sequential(backbone.blocks[0].mlp.c_fc)
+    assert backbone.mlp(0) is None
+
+
+def test_custom_blocks_are_patched_but_their_attention_is_not_taken_apart():
     model = clip(qk_norm=True, scale_heads=True)
     subject = testing.Subject(model, images(), 3)
     # Not gradient checkpointing, which open_clip's custom blocks do not survive without registers either.

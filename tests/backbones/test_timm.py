@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import pickle
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -11,7 +12,11 @@ import pytest
 import timm
 import torch
 from families_timm import ARCHITECTURES, FAMILIES
+from families_timm import build as build_tiny
+from timm.layers.mlp import GatedMlp, GluMlp, SwiGLU, SwiGLUPacked
+from timm.layers.mlp import Mlp as TimmMlp
 from timm.models import save_for_hf
+from timm.models.vision_transformer import ParallelScalingBlock
 from torch import nn
 
 from phreg.backbones.timm import adapt, hub_id, is_name, load
@@ -19,7 +24,7 @@ from phreg.errors import LoadError, PhregError, UnsupportedModelError
 from phreg.registers import add_registers, remove_registers
 from phreg.testing import check_backbone
 
-ROPE = {"eva02", "dinov3", "vit-rope", "vit-rope-mixed"}
+ROPE = {"eva02", "eva02-inner-norm", "dinov3", "vit-rope", "vit-rope-mixed"}
 FIXED_SIZE = [name for name in FAMILIES if not name.startswith("naflexvit")]
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
@@ -371,6 +376,106 @@ def test_attention_with_more_to_it_is_not_taken_apart(architecture, extra):
         model = timm.create_model(architecture, depth=1, **extra)
     with pytest.raises(UnsupportedModelError, match="not made of these alone"):
         adapt(model).attention(0)
+
+
+# -- mlp -----------------------------------------------------------------------------------------------------
+
+
+@every_family
+def test_every_block_has_an_mlp_of_its_own(family):
+    backbone = adapt(add_registers(FAMILIES[family](), 3))
+    downs = [backbone.mlp(index).down for index in range(len(backbone.blocks))]
+    assert downs == [block.mlp.fc2 for block in backbone.blocks]
+
+
+MLPS = {
+    "plain": ("vit_tiny_patch16_224", {}),
+    "plain, no biases": ("vit_tiny_patch16_224", {"proj_bias": False}),
+    "plain, inner norm": ("vit_tiny_patch16_224", {"scale_mlp_norm": True}),
+    "gated, one layer, gate last": ("vit_tiny_patch16_224", {"mlp_layer": GluMlp}),
+    "gated, one layer, gate first": ("vit_tiny_patch16_224", {"mlp_layer": SwiGLUPacked}),
+    "gated, two layers": ("vit_tiny_patch16_224", {"mlp_layer": SwiGLU}),
+    "eva plain": ("eva_giant_patch14_224", {}),
+    "eva plain, inner norm": ("eva_giant_patch14_224", {"scale_mlp": True}),
+    "eva gated, one layer": ("eva02_tiny_patch14_224", {}),
+    "eva gated, two layers": ("eva02_tiny_patch14_224", {"swiglu_align_to": 8}),
+    "eva gated, inner norm": ("eva02_tiny_patch14_224", {"scale_mlp": True}),
+    "naflex": ("naflexvit_base_patch16_siglip", {}),
+    "naflex gated, inner norm": (
+        "naflexvit_base_patch16_siglip",
+        {"swiglu_mlp": True, "scale_mlp_norm": True},
+    ),
+}
+
+
+def model_with_mlp(kind):
+    architecture, extra = MLPS[kind]
+    size = {} if kind.startswith("naflex") else {"img_size": 28, "patch_size": 14}
+    return build_tiny(
+        architecture, {"embed_dim": 32, "depth": 1, "num_heads": 4, "mlp_ratio": 2} | size | extra
+    )
+
+
+@pytest.mark.parametrize("kind", MLPS)
+def test_only_its_rows_move_a_hidden_unit(kind):
+    backbone, hidden, units = adapt(model_with_mlp(kind)), [], torch.tensor([5, 2])
+    mlp, module = backbone.mlp(0), backbone.blocks[0].mlp
+    (mlp.norm or mlp.down).register_forward_pre_hook(lambda _, args: hidden.append(args[0]))
+    with torch.enable_grad():
+        module(torch.randn(2, 7, 32))
+        hidden[0][..., units].sum().backward()
+    fed = {parameter: set(rows.tolist()) for parameter, rows in mlp.rows(units)}
+    for parameter in module.parameters():
+        moves = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        reached = moves.flatten(1).any(1) if moves.ndim > 1 else moves != 0
+        assert set(reached.nonzero().flatten().tolist()) == fed.get(parameter, set())
+
+
+def test_gated_units_have_their_rows_in_both_halves():
+    units = torch.tensor([5, 2])
+    packed, split = (
+        adapt(model_with_mlp(f"gated, {layers}")).mlp(0) for layers in ("one layer, gate first", "two layers")
+    )
+    # timm counts both halves as hidden features where one layer holds them.
+    assert (packed.num_units, split.num_units) == (32, 64)
+    assert [rows.tolist() for _, rows in packed.rows(units)] == 2 * [[5, 2, 37, 34]]
+    assert [rows.tolist() for _, rows in split.rows(units)] == 4 * [[5, 2]]
+
+
+@pytest.mark.parametrize("kind", ["plain, inner norm", "eva gated, inner norm", "naflex gated, inner norm"])
+def test_behind_an_inner_norm_a_unit_with_zero_rows_still_follows_its_token(kind):
+    backbone, ahead, behind = adapt(model_with_mlp(kind)), [], []
+    mlp = backbone.mlp(0)
+    mlp.norm.register_forward_pre_hook(lambda _, args: ahead.append(args[0]))
+    mlp.down.register_forward_pre_hook(lambda _, args: behind.append(args[0]))
+    for parameter, rows in mlp.rows(torch.tensor([5])):
+        parameter[rows] = 0
+    backbone.blocks[0].mlp(torch.randn(2, 7, 32))
+    assert (ahead[0][..., 5] == 0).all()
+    assert behind[0][..., 5].std() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("architecture", "extra"),
+    [
+        ("vit_small_patch16_18x2_224", {}),  # two MLPs side by side
+        ("vit_dpwee_patch16_reg1_gap_256", {}),  # fused with attention, coming and going
+        ("vit_tiny_patch16_224", {"block_fn": ParallelScalingBlock}),  # fused with attention, coming
+        ("vit_tiny_patch16_224", {"mlp_layer": GatedMlp}),
+        ("vit_tiny_patch16_224", {"mlp_layer": partial(TimmMlp, use_conv=True)}),
+    ],
+)
+def test_other_mlps_are_not_taken_apart(architecture, extra):
+    with torch.device("meta"):
+        model = timm.create_model(architecture, depth=1, **extra)
+    assert adapt(model).mlp(0) is None
+
+
+def test_a_wrapped_layer_is_not_taken_apart():
+    model = FAMILIES["vit"]()
+    model.blocks[0].mlp.fc1 = nn.Sequential(model.blocks[0].mlp.fc1)
+    assert adapt(model).mlp(0) is None
+    assert adapt(model).mlp(1) is not None
 
 
 # -- refusals ------------------------------------------------------------------------------------------------

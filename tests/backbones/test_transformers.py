@@ -29,6 +29,7 @@ PREFIX = {
     "dinov2-registers-classifier": 3,
     "dinov2-registers-backbone": 3,
     "dinov3": 3,
+    "dinov3-gated": 3,
     "dinov3-backbone": 3,
     "deit": 2,
     "deit-classifier": 2,
@@ -268,6 +269,51 @@ def test_rotated_queries_need_an_image_first() -> None:
 
     with pytest.raises(PhregError, match="run the backbone first"):
         backbone.attention(0).queries(torch.zeros(1, 19, 32))
+
+
+# -- mlp
+
+
+@every_family
+def test_every_block_has_an_mlp_of_its_own(name: str) -> None:
+    backbone = patched(name)
+    for index, block in enumerate(backbone.blocks):
+        mlp = backbone.mlp(index)
+        layers = [
+            part for part in block.get_submodule(backbone.family.mlp).modules() if type(part) is nn.Linear
+        ]
+        assert {*mlp.up, mlp.down} == set(layers)
+
+
+@pytest.mark.parametrize(
+    ("name", "num_parameters"),
+    [("vit", 2), ("dinov2", 2), ("dinov2-swiglu", 4), ("dinov3", 2), ("dinov3-gated", 4), ("aimv2", 2)],
+)
+def test_only_its_rows_move_a_hidden_unit(name: str, num_parameters: int) -> None:
+    backbone, hidden, units = patched(name), [], torch.tensor([5, 2])
+    mlp, module = backbone.mlp(1), backbone.blocks[1].get_submodule(backbone.family.mlp)
+    mlp.down.register_forward_pre_hook(lambda _, args: hidden.append(args[0]))
+
+    module(torch.randn(2, 7, 32))
+    hidden[0][..., units].sum().backward()
+
+    fed = mlp.rows(units)
+    assert len(fed) == num_parameters  # weights, and biases but for AIMv2's, of each layer
+    assert all(rows.tolist() == [5, 2] for _, rows in fed)
+    for parameter, rows in fed:
+        moved = parameter.grad.reshape(mlp.num_units, -1).any(1)
+        assert sorted(moved.nonzero().flatten().tolist()) == sorted(rows.tolist())
+    others = set(module.parameters()) - {parameter for parameter, _ in fed}
+    assert all(parameter.grad is None for parameter in others)
+
+
+def test_an_mlp_with_layers_of_its_own_is_not_taken_apart() -> None:
+    backbone = adapt(FAMILIES["dinov2"]())
+    backbone.blocks[0].mlp.inner_norm = nn.LayerNorm(64)
+    wrapped = backbone.blocks[1].mlp
+    wrapped.fc1 = nn.Sequential(wrapped.fc1)
+
+    assert [backbone.mlp(index) is None for index in range(3)] == [True, True, False]
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
