@@ -8,6 +8,7 @@ How anything is done is told in the module that does it; here is only the order.
 
 import copy
 import json
+import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -19,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from phreg import config as configuration
-from phreg import demo, exports
+from phreg import demo, exports, test_time
 from phreg.analysis.norms import NormReport, outliers
 from phreg.backbones import resolve
 from phreg.backbones.base import Backbone
@@ -42,9 +43,11 @@ from phreg.exports import Equality
 from phreg.images import ImageSource, Subset, open_images
 from phreg.model_card import model_card
 from phreg.registers import add_registers
+from phreg.relocation import Relocation
 from phreg.report import figures
 from phreg.report.html import comparison_page, inspection_page, write_report
 from phreg.seeding import keyed_generator
+from phreg.sinks import Sinks, locate
 from phreg.teacher import Teacher
 from phreg.trainer import Outcome, StepRecord, start_accelerator, train
 from phreg.views import count_different
@@ -52,6 +55,8 @@ from phreg.views import count_different
 Model = str | os.PathLike[str] | nn.Module
 Images = str | os.PathLike[str]
 Observer = Callable[[StepRecord, int], None]
+
+logger = logging.getLogger(__name__)
 
 MEASURED_AT_ONCE = 8
 """Images per forward outside of training."""
@@ -62,17 +67,22 @@ class Distilled:
     """What `distill` made.
 
     Attributes:
-        model: The patched model, of its ordinary class, in eval mode.
+        model: The patched model, of its ordinary class, in eval mode; as it was, where there was nothing to
+            repair.
         run: Its run folder.
-        outcome: Steps, images, seconds and skipped files.
+        sinks: The sinks that were found; None where there were none, or the method does not look for them.
+        outcome: Steps, images, seconds and skipped files; None where there was nothing to repair.
         comparison: The before/after figures; None where measuring was switched off, and on other processes.
+        failures: What the run made worse than `config.GateConfig` allows, in words; the adapter is marked so.
         main_process: Whether this is the process that writes, of the many there may be.
     """
 
     model: nn.Module
     run: Path
-    outcome: Outcome
+    sinks: Sinks | None
+    outcome: Outcome | None
     comparison: Comparison | None
+    failures: list[str]
     main_process: bool
 
 
@@ -137,16 +147,19 @@ def distill(
 
     student.requires_grad_(False).eval().to(accelerator.device)
     original = copy.deepcopy(student)
+    kept, measured, held_out = _split(source, config)
+    sinks = None
+    if config.method != "paper":
+        seen = list(batches(original, _spread(kept, config.sinks.images), side))
+        sinks = locate(original, seen)
+        if sinks is None and not config.force:
+            return _nothing_to_repair(run, student, base, accelerator, seen)
+
     if config.target.native_size:
         student.set_input_size((side, side))
-    add_registers(student, config.registers, config.register_init, config.seed)
     set_readout(original, config.target.teacher_readout)
     set_readout(student, config.target.student_readout)
-    bf16 = accelerator.mixed_precision == "bf16"
-    teacher = Teacher(original, config.views, config.target, bf16=bf16)
-    kept, measured, held_out = _split(source, config)
-    crops = Crops(kept, side, config.seed)
-    outcome = train(student, teacher, crops, config, run, accelerator, observe or (lambda *_: None))
+    outcome = _retrofit(student, original, sinks, kept, config, run, accelerator, observe)
 
     comparison = None
     if accelerator.is_main_process:
@@ -156,10 +169,18 @@ def distill(
         set_readout(original, "plain")
         set_readout(student, "plain")
         photos = _photos(student, looked_at) if looked_at else []
-        _save(run, student, original, base, config, outcome, comparison, photos)
+        _save(run, student, original, base, config, outcome, sinks, comparison, photos)
     accelerator.wait_for_everyone()
     accelerator.end_training()
-    return Distilled(student.model, run.path, outcome, comparison, accelerator.is_main_process)
+    return Distilled(
+        model=student.model,
+        run=run.path,
+        sinks=sinks,
+        outcome=outcome,
+        comparison=comparison,
+        failures=_failures(comparison, config),
+        main_process=accelerator.is_main_process,
+    )
 
 
 def quickstart(
@@ -328,6 +349,8 @@ def _open_adapter(folder: Path, into: nn.Module | None) -> tuple[Backbone, Base]
         )
     backbone = adapt(into) if into is not None else open_model(base.source, base.revision)[0]
     apply_adapter(folder, backbone)
+    if description.get("test_time"):
+        test_time.attach(backbone, description["test_time"])
     backbone.eval()
     return backbone, base
 
@@ -378,12 +401,97 @@ def _views(settings: dict[str, Any]) -> ViewsConfig:
 def _split(source: ImageSource, config: DistillConfig) -> tuple[ImageSource, ImageSource, bool]:
     """Images to train on, to measure on, and whether they are kept apart: fewer than 5 serve as both."""
     count = config.measure.images
+    limit = len(source) if config.data.limit == "all" else config.data.limit
     if config.measure.source is not None:
-        return source, _spread(open_images(config.measure.source), count), True
+        return _spread(source, limit), _spread(open_images(config.measure.source), count), True
     train_on, measure_on = holdout(len(source), count)
     if measure_on:
-        return Subset(source, train_on), Subset(source, measure_on), True
-    return source, _spread(source, count), not count
+        return _spread(Subset(source, train_on), limit), Subset(source, measure_on), True
+    return _spread(source, limit), _spread(source, count), not count
+
+
+def _retrofit(
+    student: Backbone,
+    original: Backbone,
+    sinks: Sinks | None,
+    images: ImageSource,
+    config: DistillConfig,
+    run: RunFolder,
+    accelerator: Any,
+    observe: Observer | None,
+) -> Outcome:
+    """Adds registers by the method asked for, and trains them where it does."""
+    if config.method == "test-time":
+        _add_test_time_registers(student, sinks, config.registers)
+        return Outcome(steps=0, images=0, seconds=0.0, trained=0, skipped=[])
+    relocation = _add_registers(student, sinks, config)
+    bf16 = accelerator.mixed_precision == "bf16"
+    teacher = Teacher(original, config.views, config.target, bf16=bf16)
+    crops = Crops(images, config.size or 0, config.seed, "fixed" if config.target.keep else "random")
+    observe = observe or (lambda *_: None)
+    return train(student, teacher, crops, config, run, accelerator, observe, relocation)
+
+
+def _add_registers(student: Backbone, sinks: Sinks | None, config: DistillConfig) -> Relocation | None:
+    """Adds registers as configured, and sets up the relocation of sinks whose causes are known."""
+    known = sinks is not None and bool(sinks.units) and config.registers > 0
+    if sinks is not None and config.method == "relocate" and not known:
+        reason = "there are no registers" if sinks.units else "no hidden unit explains them"
+        logger.warning("the sinks stay where they are: %s; distilling without relocation", reason)
+    if config.register_init != "triggers":
+        add_registers(student, config.registers, config.register_init, config.seed)
+    elif sinks is None:
+        add_registers(student, config.registers, "randn", config.seed)
+    elif config.registers:
+        places = [place % len(sinks.triggers) for place in range(config.registers)]
+        student.insert_registers(sinks.triggers[places])
+    return Relocation(student, sinks) if known and sinks is not None and config.method == "relocate" else None
+
+
+def _add_test_time_registers(student: Backbone, sinks: Sinks | None, count: int) -> None:
+    if sinks is None or not sinks.units:
+        raise PhregError(
+            f"asked for test-time registers on {student.describe()}, where no hidden unit was found to cause "
+            "artifacts; use --method relocate, which can do without"
+        )
+    test_time.install(student, test_time.moved_units(sinks), count)
+
+
+def _nothing_to_repair(
+    run: RunFolder, student: Backbone, base: Base, accelerator: Any, seen: Sequence[Tensor]
+) -> Distilled:
+    """Leaves the model as it is, and shows in the run's report that it has no artifacts."""
+    if accelerator.is_main_process:
+        report = outliers(student, seen)
+        _write_inspection(run.report, base.source, student, seen, report)
+    accelerator.wait_for_everyone()
+    return Distilled(student.model, run.path, None, None, None, [], accelerator.is_main_process)
+
+
+def _failures(comparison: Comparison | None, config: DistillConfig) -> list[str]:
+    """Says what became worse than the gates allow."""
+    if comparison is None:
+        return []
+    rates = [report.outlier_rate for report in comparison.norms]
+    before, after = comparison.agreement
+    checks = [
+        (
+            rates[1] > rates[0] + config.gate.outlier_rate,
+            f"the outlier rate rose from {rates[0]:.4f} to {rates[1]:.4f}, by more than gate.outlier_rate = "
+            f"{config.gate.outlier_rate:g}",
+        ),
+        (
+            after.mean < before.mean - config.gate.agreement,
+            f"agreement with {comparison.reference} fell from {before.mean:.4f} to {after.mean:.4f}, by more "
+            f"than gate.agreement = {config.gate.agreement:g}",
+        ),
+        (
+            comparison.drift.mean < config.gate.drift,
+            f"the pooled output drifted to a cosine of {comparison.drift.mean:.4f} to the original's, below "
+            f"gate.drift = {config.gate.drift:g}: what reads it (a classifier, zero-shot text) will suffer",
+        ),
+    ]
+    return [message for failed, message in checks if failed]
 
 
 def _spread(source: ImageSource, count: int) -> ImageSource:
@@ -427,14 +535,19 @@ def _save(
     base: Base,
     config: DistillConfig,
     outcome: Outcome,
+    sinks: Sinks | None,
     comparison: Comparison | None,
     photos: Sequence[Any],
 ) -> None:
+    failures = _failures(comparison, config)
     record = {
         "size": config.size,
         "readout": config.target.student_readout,
+        "test_time": test_time.installed(student),
         "recipe": config.model_dump(mode="json", exclude_none=True),
         "outcome": asdict(outcome),
+        "sinks": sinks.to_json() if sinks else None,
+        "gates": {"passed": not failures if comparison else None, "failures": failures},
         "figures": comparison.to_json() if comparison else None,
     }
     card = model_card(student, base, record, comparison.rows() if comparison else [])

@@ -100,7 +100,10 @@ def distill(
     if result.main_process:
         _show(result)
         console.print(f"\nRun folder: {result.run}", highlight=False)
-        console.print(f'In Python:  model = phreg.load("{result.run}")', highlight=False)
+        if result.outcome is not None:
+            console.print(f'In Python:  model = phreg.load("{result.run}")', highlight=False)
+    if result.failures:
+        sys.exit(GATE_FAILED)
 
 
 @app.command
@@ -170,7 +173,7 @@ def recipes() -> None:
     table = Table("recipe", "model", "method")
     for name, path in config.recipes().items():
         settings = config.read_toml(path)
-        table.add_row(name, settings.get("model", "any"), settings.get("method", "distill"))
+        table.add_row(name, settings.get("model", "any"), settings.get("method", "relocate"))
     console.print(table)
 
 
@@ -209,14 +212,23 @@ class Steps(AbstractContextManager["Steps"]):
 
 
 def _show(result: Any) -> None:
-    """Prints the before/after table of a run."""
+    """Prints what a run found, and its before/after table."""
+    from phreg.report.verdict import causes
+
     outcome = result.outcome
+    if outcome is None:
+        console.print(
+            "Nothing to repair: no block's norms show artifacts. The model is left as it is (--force)."
+        )
+        return
+    if result.sinks is not None:
+        console.print(causes(result.sinks), highlight=False)
     if outcome.images:
         done = (
             f"{outcome.steps} steps in all; in this session {outcome.images} images, {outcome.seconds:.0f} s"
         )
         console.print(done, highlight=False)
-    else:
+    elif outcome.steps:
         console.print("The run was finished already.")
     if outcome.skipped:
         console.print(
@@ -230,16 +242,14 @@ def _show(result: Any) -> None:
         sides = ("-" if value is None else f"{value:.4f}" for value in (row.before, row.after))
         table.add_row(row.name, *sides)
     console.print(table)
-    if result.comparison.drift.mean < DRIFT_ALARM:
-        console.print(
-            f"[bold red]The pooled output drifted: cosine {result.comparison.drift.mean:.3f} to the "
-            "original's.[/] Whatever reads it (a classifier, zero-shot text) will suffer; "
-            "raise --loss.pooled or train less."
-        )
+    for failure in result.failures:
+        console.print(f"[bold red]Gate failed:[/] {escape(failure)}.", highlight=False)
+    if result.failures:
+        console.print("The adapter is kept, and marked in phreg.json and in its model card.")
 
 
-DRIFT_ALARM = 0.95
-"""Mean cosine of the pooled output below which a run says loudly that it drifted."""
+GATE_FAILED = 3
+"""Exit status of a run that made something worse than its gates allow."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -75,6 +75,9 @@ class TargetConfig(Config):
     student_readout: Readout = "plain"
     """How the student's last block is read; anything but plain makes its pooled output meaningless in that
     reading."""
+    keep: bool = True
+    """Cut each image the same in every epoch, and keep its target on disk in the run folder until the run
+    ends; off, every step has new crops and new views."""
     native_size: bool = False
     """Resample the student's position embedding to the training size once, and store it so."""
     micro_batch: PositiveInt | None = None
@@ -90,6 +93,8 @@ class LossConfig(Config):
     """Weight of the mean squared error between student and target patch tokens."""
     pooled: NonNegativeFloat = 1.0
     """Weight of the same two terms on the pooled output (CLS), against the unmoved teacher view."""
+    relocation: NonNegativeFloat = 1.0
+    """Weight of the relocation term, where sinks with known causes are moved into the registers."""
 
 
 class LoraConfig(Config):
@@ -106,7 +111,7 @@ class LoraConfig(Config):
 class UnlockConfig(Config):
     """Which weights train. Registers always do."""
 
-    roles: tuple[Role, ...] = ("pos_embed", "patch_embed", "block.-1")
+    roles: tuple[Role, ...] = ("pos_embed", "patch_embed", "blocks")
     """Roles that train besides the registers: pos_embed, patch_embed, cls, norm, block.N, block.-N, blocks,
     head."""
     lora: LoraConfig = LoraConfig()
@@ -120,7 +125,7 @@ class OptimConfig(Config):
     """Optimizer."""
     lr: PositiveFloat = 1e-4
     """Learning rate at the first step."""
-    final_lr: NonNegativeFloat = 5e-6
+    final_lr: NonNegativeFloat = 2e-6
     """Learning rate at the last step."""
     schedule: Literal["exponential", "cosine", "constant"] = "cosine"
     """How the learning rate goes from lr to final_lr."""
@@ -143,8 +148,29 @@ class OptimConfig(Config):
     none."""
 
 
+class SinksConfig(Config):
+    """How the causes of artifacts are found."""
+
+    images: PositiveInt = 256
+    """Images to find them on, of those that are trained on (fewer when there are few)."""
+
+
+class GateConfig(Config):
+    """What a run may not make worse, measured on images it was not trained on; beyond, it fails."""
+
+    outlier_rate: Fraction = 0.001
+    """Largest rise of the outlier rate, a share of all patch tokens."""
+    agreement: NonNegativeFloat = 0.01
+    """Largest fall of the mean cosine to the reference."""
+    drift: Fraction = 0.95
+    """Lowest mean cosine of the pooled output to the original's."""
+
+
 class DataConfig(Config):
     """How images are read."""
+
+    limit: PositiveInt | Literal["all"] = 500
+    """Most images to train on, spread evenly over those there are; or all."""
 
     split: str = "train"
     """Split of a Hugging Face dataset."""
@@ -178,18 +204,21 @@ class DistillConfig(Config):
     """Images to distil on: a folder, a text file of paths, tar shards, or a Hugging Face dataset."""
     output: str | None = None
     """Run folder to write."""
-    method: Literal["distill", "paper"] = "distill"
-    """distill: phreg's settings. paper: PH-Reg (arXiv 2505.21501) to the letter, for DINOv2- and CLIP-type
-    models."""
+    method: Literal["relocate", "paper", "test-time"] = "relocate"
+    """relocate: find the sinks, move them into the registers, then distil. paper: PH-Reg (arXiv 2505.21501)
+    to the letter, for DINOv2- and CLIP-type models. test-time: move the sinks by a hook, without training."""
+    force: bool = False
+    """Go on where there is nothing to repair."""
     registers: Annotated[int, Field(ge=0)] = 4
     """Register tokens to add; 0 distils without (an ablation)."""
-    register_init: Literal["randn", "trunc-normal", "zeros"] = "randn"
-    """How registers start: randn / sqrt(width), truncated normal of std 0.02, or zeros."""
+    register_init: Literal["triggers", "randn", "trunc-normal", "zeros"] = "triggers"
+    """How registers start: as what sets the sinks off (randn where none were found), randn / sqrt(width),
+    truncated normal of std 0.02, or zeros."""
     steps: PositiveInt | None = None
     """Optimizer steps; unset means as epochs says."""
     epochs: PositiveInt | None = None
-    """Passes over the images; unset, with steps unset, means 1."""
-    batch_size: PositiveInt = 8
+    """Passes over the images; unset, with steps unset, means 8 (paper: 1)."""
+    batch_size: PositiveInt = 16
     """Images per process and batch."""
     size: PositiveInt | None = None
     """Image side in pixels; unset means the model's own."""
@@ -217,6 +246,8 @@ class DistillConfig(Config):
     loss: LossConfig = LossConfig()
     unlock: UnlockConfig = UnlockConfig()
     optim: OptimConfig = OptimConfig()
+    sinks: SinksConfig = SinksConfig()
+    gate: GateConfig = GateConfig()
     data: DataConfig = DataConfig()
     measure: MeasureConfig = MeasureConfig()
 
@@ -232,7 +263,13 @@ class DistillConfig(Config):
 PAPER: dict[str, Any] = {
     "registers": 16,
     "register_init": "randn",
+    "batch_size": 8,
+    "data.limit": "all",
+    "epochs": 1,
+    "target.keep": False,
     "loss.pooled": 0.0,
+    "unlock.roles": ("pos_embed", "patch_embed", "block.-1"),
+    "optim.final_lr": 5e-6,
     "optim.schedule": "exponential",
     "optim.schedule_unit": "epoch",
 }
@@ -248,6 +285,13 @@ PAPER_CLIP: dict[str, Any] = PAPER | {
     "unlock.roles": ("pos_embed", "patch_embed", "block.-2", "block.-1"),
 }
 """PH-Reg for CLIP-type models, where it differs from the defaults (PH-Reg code, CLIP part)."""
+
+METHODS: dict[str, dict[str, Any]] = {
+    "relocate": {"epochs": 8},
+    "paper": PAPER,
+    "test-time": {"registers": 1},
+}
+"""What a method implies, where it differs from the defaults."""
 
 
 def resolve(
@@ -271,7 +315,10 @@ def resolve(
         path = find_recipe(recipe)
         source = os.fspath(path)
         given = flatten(read_toml(path)) | given
-    implied = (PAPER_CLIP if clip else PAPER) if given.get("method") == "paper" else {}
+    method = given.get("method", DistillConfig.model_fields["method"].default)
+    implied = PAPER_CLIP if clip and method == "paper" else METHODS.get(method, {})
+    if "steps" in given:  # what says the same in another way
+        implied = {key: value for key, value in implied.items() if key != "epochs"}
     return validate(implied | given, source=source)
 
 

@@ -67,20 +67,22 @@ class Crops:
     """Squares cut from images: the shorter side resampled to `size`, then a crop along the longer side.
 
     Resampling is PIL's antialiased bicubic; nothing is flipped or recoloured. Where a random crop lies is a
-    function of (seed, epoch, index). An unreadable image is replaced by the next readable one.
+    function of (seed, epoch, index), or of (seed, index). An unreadable image is replaced by the next
+    readable one.
     Source: PH-Reg's training transform (its flickr30k_dataset.py).
 
     Attributes:
         source: Where the images are.
         size: Side of the square, in pixels.
         seed: Seed of random crops.
-        crop: `random` to train, `centre` to measure.
+        crop: `random` to train, `fixed` to train with the crop of the first epoch in all, `centre` to
+            measure.
     """
 
     source: ImageSource
     size: int
     seed: int = 0
-    crop: Literal["random", "centre"] = "random"
+    crop: Literal["random", "fixed", "centre"] = "random"
 
     def __len__(self) -> int:
         return len(self.source)
@@ -98,11 +100,14 @@ class Crops:
     def _read(self, key: Key) -> tuple[int, UInt8[Tensor, "3 size size"], list[Skipped]]:
         """Reads an image, or the next readable one; tells which one, and what was skipped."""
         skipped: list[Skipped] = []
+        generator_key = (0, key[1]) if self.crop == "fixed" else key
         for offset in range(min(len(self), LONGEST_GAP)):
             index = (key[1] + offset) % len(self)
             name = self.source.name(index)
             try:
-                square = self._square(self.source.read(index), name, keyed_generator("crop", self.seed, *key))
+                square = self._square(
+                    self.source.read(index), name, keyed_generator("crop", self.seed, *generator_key)
+                )
             except DataError as error:
                 skipped.append(Skipped(name, str(error)))
             else:

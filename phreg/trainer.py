@@ -3,6 +3,8 @@
     batch (uint8) ──device──► normalise ──► teacher: target ─┐
                                        └──► student: features ┴► loss (fp32) ──► step ──► log ──► checkpoint
 
+Where the causes of sinks are known, moving them into the registers is a term of the loss from the first step.
+
 Everything random is a pure function of (seed, step, rank): order, crops and views. A run that was killed and
 resumed therefore goes on to the same weights as one that never was. The loop never waits for the device: a
 step's numbers are read while the next one runs, which is also when a NaN is noticed; nothing is saved before
@@ -22,6 +24,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import TextIO, cast
 
 import torch
@@ -35,7 +38,9 @@ from phreg.checkpoint import RunFolder, load_state, save_state, truncate_log
 from phreg.config import DistillConfig
 from phreg.data import BrokenImages, Crops, Order, loader, normalise
 from phreg.errors import PhregError, TrainingError
+from phreg.kept import KeptTargets
 from phreg.losses import distillation_loss
+from phreg.relocation import Relocation
 from phreg.seeding import keyed_generator
 from phreg.teacher import Teacher
 from phreg.unlock import MovingAverage, freeze_unused, learning_rate, merge_lora, optimizer, unlock
@@ -77,6 +82,7 @@ def train(  # noqa: C901 (the loop reads straight down)
     run: RunFolder,
     accelerator: Accelerator,
     observe: Callable[[StepRecord, int], None],
+    relocation: Relocation | None = None,
 ) -> Outcome:
     """Trains a patched model's registers and unlocked weights towards the teacher's targets.
 
@@ -88,12 +94,15 @@ def train(  # noqa: C901 (the loop reads straight down)
         run: Where to log and checkpoint; a checkpoint found there is gone on from.
         accelerator: From `start_accelerator`.
         observe: Called on the main process with each step's record, and the number of steps.
+        relocation: Moves the student's sinks into its registers, where their causes are known.
 
     Raises:
         TrainingError: The loss became NaN or infinite.
         Interrupted: SIGTERM or SIGINT came; a checkpoint was written.
     """
     size = (images.size, images.size)
+    rank, world, accumulate = accelerator.process_index, accelerator.num_processes, config.optim.accumulate
+    order = Order(len(images), config.batch_size, seed=config.seed, rank=rank, world_size=world)
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)  # of LoRA's start, which PEFT draws from the global state
         trained = unlock(student.eval(), config.unlock)
@@ -101,8 +110,6 @@ def train(  # noqa: C901 (the loop reads straight down)
     optim = optimizer(trained, config.optim)
     average = MovingAverage(trained, config.optim.ema) if config.optim.ema is not None else None
 
-    rank, world, accumulate = accelerator.process_index, accelerator.num_processes, config.optim.accumulate
-    order = Order(len(images), config.batch_size, seed=config.seed, rank=rank, world_size=world)
     steps_per_epoch = max(1, order.steps_per_epoch // accumulate)
     steps = config.steps or (config.epochs or 1) * steps_per_epoch
 
@@ -124,9 +131,11 @@ def train(  # noqa: C901 (the loop reads straight down)
         )
     )  # fmt: skip
     started = time.perf_counter()
+    kept_targets = KeptTargets(run.path / "targets", accelerator.device) if config.target.keep else None
     with (
         stop_signals() as stop,
         compiled(config.compile, student, teacher.backbone),
+        relocation.listening() if relocation is not None else nullcontext({}) as hidden,
         run.log.open("a") as log,
     ):
         model = accelerator.prepare_model(student)
@@ -145,11 +154,18 @@ def train(  # noqa: C901 (the loop reads straight down)
                 names += batch.names
                 pixels = batch.images.to(accelerator.device, non_blocking=True)
                 pixels = normalise(pixels, student.spec.mean, student.spec.std)
-                target = teacher(pixels, keyed_generator("views", config.seed, step, micro, rank))
+                views = keyed_generator("views", config.seed, step, micro, rank)
+                if kept_targets is None:
+                    target = teacher(pixels, views)
+                else:
+                    target = kept_targets.read(batch.indices.tolist(), partial(teacher, pixels, views))
                 # Processes exchange gradients once a step, with the last accumulated batch.
                 with accelerator.no_sync(model) if micro + 1 < accumulate else nullcontext():
                     features = model(pixels, config.target.layer, config.target.norm)
                     loss, terms = distillation_loss(features, target, config.loss)
+                    if relocation is not None and config.loss.relocation:
+                        terms["relocation"] = relocation.loss(hidden, pixels)
+                        loss = loss + config.loss.relocation * terms["relocation"]
                     accelerator.backward(loss / accumulate)
                 for name, value in {"loss": loss, **terms}.items():
                     sums[name] = sums.get(name, 0) + value.detach() / accumulate
@@ -176,6 +192,8 @@ def train(  # noqa: C901 (the loop reads straight down)
                     f"stopped after step {step + 1} of {steps}, checkpoint written; go on with --resume"
                 )
         accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+    if kept_targets is not None and accelerator.is_main_process:
+        kept_targets.remove()
 
     if average is not None:
         average.apply()

@@ -173,6 +173,11 @@ class Backbone(nn.Module, ABC):
         """The transformer blocks, first to last."""
 
     @property
+    def entrance(self) -> nn.Module:
+        """The first module that takes in the whole sequence: the norm before the blocks, or a block."""
+        return self.blocks[0]
+
+    @property
     @abstractmethod
     def final_norm(self) -> nn.Module:
         """The norm after the last block (an identity where there is none)."""

@@ -127,6 +127,11 @@ class NativeTower(Backbone):
         return list(self.tower.transformer.resblocks)
 
     @property
+    def entrance(self) -> nn.Module:
+        """The norm before the blocks."""
+        return self.tower.ln_pre
+
+    @property
     def final_norm(self) -> nn.Module:
         """The norm after the last block; an identity in CoCa, whose pooler takes raw tokens."""
         pooled_raw = self.tower.attn_pool is not None and self.tower.attn_pool_contrastive is None
@@ -291,6 +296,11 @@ class TimmTower(Backbone):
     def blocks(self) -> Sequence[nn.Module]:
         """The transformer blocks, first to last."""
         return self.trunk.blocks
+
+    @property
+    def entrance(self) -> nn.Module:
+        """The norm before the trunk's blocks, or the first of them."""
+        return self.trunk.entrance
 
     @property
     def final_norm(self) -> nn.Module:

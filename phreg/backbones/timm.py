@@ -240,6 +240,11 @@ class TimmBackbone(Backbone):
         return list(self.model.blocks)
 
     @property
+    def entrance(self) -> nn.Module:
+        """The norm before the blocks (an identity in most), or the first block of a class without one."""
+        return getattr(self.model, "norm_pre", self.blocks[0])
+
+    @property
     def final_norm(self) -> nn.Module:
         """The norm after the last block; an identity where timm norms what was pooled instead (`fc_norm`)."""
         return self.model.norm
@@ -428,7 +433,7 @@ class TimmBackbone(Backbone):
         (`ParallelScalingBlock`, `DiffParallelScalingBlock`), and for MLPs of other classes or with
         convolutions.
         """
-        mlp = getattr(self.model.blocks[index], "mlp", None)
+        mlp: Any = getattr(self.model.blocks[index], "mlp", None)
         if type(mlp) in (TimmMlp, GluMlp):
             return Mlp.of([mlp.fc1], mlp.fc2, mlp.norm)
         if type(mlp) is SwiGLU:

@@ -91,6 +91,11 @@ class TransformersBackbone(Backbone):
         return list(cast(nn.ModuleList, self.tower.get_submodule(self.family.blocks)))
 
     @property
+    def entrance(self) -> nn.Module:
+        """The norm before the blocks, where there is one, else the first block."""
+        return self.tower.get_submodule(self.family.pre_norm) if self.family.pre_norm else self.blocks[0]
+
+    @property
     def final_norm(self) -> nn.Module:
         """The norm after the last block."""
         return self.tower.get_submodule(self.family.final_norm)
@@ -129,9 +134,8 @@ class TransformersBackbone(Backbone):
         registers = Registers(tokens.to(next(blocks[0].parameters())), self.spec.num_prefix)
         tower.add_module(REGISTERS, registers.train(tower.training))
         place = Place(self.spec.num_prefix, len(tokens))
-        entrance = tower.get_submodule(self.family.pre_norm) if self.family.pre_norm else blocks[0]
         vars(tower)[HANDLES] = [
-            entrance.register_forward_pre_hook(Insert(tower)),
+            self.entrance.register_forward_pre_hook(Insert(tower)),
             # Ahead of the hooks that collect hidden states, which come with the first call that wants some.
             blocks[-1].register_forward_hook(Strip(place), prepend=True),
             self._collector().register_forward_hook(StripStates(place)),

@@ -3,6 +3,7 @@
 from phreg.analysis.norms import BlockNorms, NormReport
 from phreg.analysis.positions import place
 from phreg.evaluation.retrofit import Comparison
+from phreg.sinks import Sinks
 
 
 def verdict(report: NormReport) -> str:
@@ -29,6 +30,22 @@ def outcome(comparison: Comparison) -> str:
         f"agreement with {comparison.reference} from {before.mean:.3f} to {after.mean:.3f}; "
         f"the global output keeps a cosine of {comparison.drift.mean:.3f} to the original's."
     )
+
+
+def causes(sinks: Sinks) -> str:
+    """Says in a sentence or two where a model's sinks emerge, and what causes them."""
+    where = f"Sinks emerge in block {sinks.block}, set off by {'position' if sinks.fixed else 'content'}"
+    if not sinks.units:
+        return f"{where}; no hidden unit explains them."
+    named = ", ".join(f"{unit.block}:{unit.index}" for unit in sinks.units[:4])
+    more = f" and {len(sinks.units) - 4} more" if len(sinks.units) > 4 else ""
+    noun = "hidden unit causes" if len(sinks.units) == 1 else "hidden units cause"
+    text = (
+        f"{where}; {len(sinks.units)} {noun} {percent(sinks.explained)} of them (block:unit {named}{more})."
+    )
+    if sinks.attention is None:
+        return text
+    return f"{text} They draw up to {percent(max(sinks.attention))} of the attention of CLS."
 
 
 def percent(share: float) -> str:

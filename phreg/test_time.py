@@ -1,0 +1,128 @@
+"""Test-time registers: a model's sinks moved into registers by a hook, without any training.
+
+The hidden units that cause sinks (`phreg.sinks`) are edited as they pass: each unit's largest activation over
+the patches of an image goes to the register, and everywhere else the unit is silent (Jiang et al. 2025,
+arXiv 2506.08010; their appendix on which value a register starts with: zero does).
+
+    hidden units [cls | register | patches]  ──►  [0 | largest of the patches | 0]  ──► down projection
+
+It is the cheapest repair and not the best: the patches lose what the units told of them too. It holds for the
+size it was calibrated at; at another, calibrate again. What it needs at inference is this hook, which no
+stock checkpoint can carry.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from phreg.backbones.base import Backbone
+from phreg.errors import PhregError
+from phreg.sinks import Sinks
+
+RECORD = "_phreg_test_time"
+"""Attribute of a patched model that says which units are moved, as `Units`; a plain one, so that copies of
+the model carry it."""
+
+Units = dict[int, list[tuple[int, int]]]
+"""By block: each unit, and the sign of its activation on sinks."""
+
+
+def moved_units(sinks: Sinks) -> Units:
+    """Lists the units that cause sinks, as `install` takes them."""
+    return {
+        block: [(unit.index, 1 if unit.level >= 0 else -1) for unit in units]
+        for block, units in sinks.by_block().items()
+    }
+
+
+def install(backbone: Backbone, units: Units, num_registers: int = 1) -> None:
+    """Adds registers of zeros to a model, and the hooks that move units into them.
+
+    Raises:
+        PhregError: A block or unit does not exist, or the model has registers from phreg.
+    """
+    backbone.insert_registers(torch.zeros(num_registers, backbone.spec.width))
+    attach(backbone, units)
+
+
+def attach(backbone: Backbone, units: Mapping[Any, Sequence[Sequence[int]]]) -> None:
+    """Attaches the hooks to a model whose registers are in place.
+
+    Args:
+        backbone: The model.
+        units: As `Units`; what JSON makes of them will do.
+
+    Raises:
+        PhregError: A block or unit does not exist.
+    """
+    checked = {int(block): [(int(u), int(s)) for u, s in chosen] for block, chosen in units.items()}
+    for block, chosen in checked.items():
+        mlp = backbone.mlp(block) if 0 <= block < len(backbone.blocks) else None
+        count = mlp.num_units if mlp is not None else 0
+        wrong = [unit for unit, _ in chosen if not 0 <= unit < count]
+        if wrong:
+            raise PhregError(
+                f"asked to move hidden units {wrong[:3]} of block {block} of {backbone.describe()}, which "
+                f"has {count} there; these test-time registers belong to another model"
+            )
+    for block, chosen in checked.items():
+        mlp = backbone.mlp(block)
+        assert mlp is not None  # checked above
+        mlp.down.register_forward_pre_hook(
+            MoveUnits(
+                [unit for unit, _ in chosen],
+                [sign for _, sign in chosen],
+                backbone.spec.num_prefix,
+                backbone.num_registers,
+            )
+        )
+    setattr(backbone.model, RECORD, checked)
+
+
+def installed(backbone: Backbone) -> Units | None:
+    """Says which units a model's test-time registers move; None where it has none."""
+    return getattr(backbone.model, RECORD, None)
+
+
+def uninstall(backbone: Backbone) -> None:
+    """Takes hooks and register out again."""
+    for block in installed(backbone) or ():
+        mlp = backbone.mlp(block)
+        assert mlp is not None  # units were found there
+        hooks = mlp.down._forward_pre_hooks
+        for key in [key for key, hook in hooks.items() if isinstance(hook, MoveUnits)]:
+            del hooks[key]
+    if hasattr(backbone.model, RECORD):
+        delattr(backbone.model, RECORD)
+    backbone.remove_registers()
+
+
+class MoveUnits:
+    """A pre-hook on a down projection that gives each unit's largest activation to the registers.
+
+    An object, not a closure, so that models which carry it can be copied and pickled.
+
+    Args:
+        units: Hidden units to move.
+        signs: Sign of each one's activation on sinks; the largest is the one furthest on that side.
+        num_prefix: Tokens before the registers.
+        num_registers: Registers.
+    """
+
+    def __init__(
+        self, units: Sequence[int], signs: Sequence[int], num_prefix: int, num_registers: int
+    ) -> None:
+        self.units, self.signs = list(units), list(signs)
+        self.start, self.stop = num_prefix, num_prefix + num_registers
+
+    def __call__(self, _module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Any, ...]:
+        """Edits hidden units (batch, tokens, hidden), image by image and unit by unit."""
+        hidden = args[0]
+        signs = hidden.new_tensor(self.signs)
+        largest = (hidden[:, self.stop :, self.units] * signs).amax(1, keepdim=True) * signs
+        edited = hidden.clone()
+        edited[:, :, self.units] = 0
+        edited[:, self.start : self.stop, self.units] = largest.expand(-1, self.stop - self.start, -1)
+        return (edited, *args[1:])
