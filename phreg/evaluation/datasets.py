@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Int64
+from jaxtyping import Float, Int64, UInt8
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
@@ -201,6 +201,10 @@ class Segmentation:
     def __len__(self) -> int:
         return len(self.masks)
 
+    def picture(self, number: int) -> UInt8[Tensor, "3 height width"]:
+        """Reads an image, RGB from 0 to 255."""
+        return torch.from_numpy(np.array(self.images.read(number))).permute(2, 0, 1)
+
     def mask(self, number: int, size: tuple[int, int] | None = None) -> Int64[Tensor, "height width"]:
         """Reads a mask.
 
@@ -231,6 +235,28 @@ class Segmentation:
                 "are not to count"
             )
         return torch.from_numpy(classes)
+
+
+def class_shares(
+    classes: Int64[Tensor, "height width"], grid: tuple[int, int], num_classes: int
+) -> Float[Tensor, "rows cols {num_classes}"]:
+    """Computes how much of each patch each class covers.
+
+    Args:
+        classes: Class of each pixel of a canvas, `IGNORE` where it does not count.
+        grid: Patches, (rows, cols).
+        num_classes: Number of classes.
+
+    Returns:
+        Shares of the patch's pixels; pixels that do not count make their sum fall short of 1.
+    """
+    rows, cols = grid
+    unit = classes.shape[0] // rows, classes.shape[1] // cols
+    patches = classes.view(rows, unit[0], cols, unit[1]).transpose(1, 2).flatten(2)
+    slots = torch.where(patches == IGNORE, num_classes, patches)
+    counts = torch.zeros(rows, cols, num_classes + 1, device=classes.device)
+    counts.scatter_add_(2, slots, torch.ones_like(slots, dtype=counts.dtype))
+    return counts[..., :-1] / patches.shape[-1]
 
 
 def read_index_mask(path: str | os.PathLike[str]) -> np.ndarray:

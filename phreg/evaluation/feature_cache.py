@@ -81,9 +81,14 @@ class StoredFeatures(Sequence["Dense"]):
         if zlib.crc32(raw.tobytes()) != self._index["crc32"][number]:
             raise self._damaged(f"picture {number} in {GRIDS} fails its checksum")
         grid = torch.from_numpy(raw.astype(np.float32)).view(*self._index["grids"][number], self.dim)
-        canvas, inside, part = map(tuple, self._index["placements"][number])
+        placement = Placement(*map(tuple, self._index["placements"][number]))
         pooled, cls = (self._globals[key][number].float() for key in ("pooled", "cls"))
-        return Dense(grid, pooled, cls, Placement(canvas, inside, part))
+        return Dense(grid, pooled, cls, placement)
+
+    @property
+    def grids(self) -> list[tuple[int, int]]:
+        """Rows and columns of each picture."""
+        return [(rows, cols) for rows, cols in self._index["grids"]]
 
     @property
     def pooled(self) -> Tensor:

@@ -22,7 +22,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate, normalize
 
 from phreg.backbones.base import Backbone
+from phreg.backbones.resolve import weights_sha256
 from phreg.config import Config
 from phreg.data import normalise
 from phreg.errors import PhregError
@@ -76,6 +77,8 @@ Box = tuple[int, int, int, int]
 class Placement(NamedTuple):
     """Where a picture lies on its canvas."""
 
+    picture_size: tuple[int, int]
+    """Height and width of the picture."""
     canvas: tuple[int, int]
     """Height and width of the canvas."""
     inside: Box
@@ -92,6 +95,15 @@ class Placement(NamedTuple):
         over_canvas = interpolate(maps[None], self.canvas, mode=mode, **corners)
         shown = over_canvas[..., top : top + height, left : left + width]
         return interpolate(shown, self.part[2:], mode=mode, **corners)[0]
+
+    def put(
+        self, truth: Float[Tensor, "channels height width"], outside: float
+    ) -> Float[Tensor, "channels rows cols"]:
+        """Puts values over the picture (classes, depths) onto the canvas, resampled to the nearest."""
+        inside = interpolate(self.cut(truth)[None], self.inside[2:], mode="nearest-exact")[0]
+        top, left, height, width = self.inside
+        below, right = self.canvas[0] - top - height, self.canvas[1] - left - width
+        return nn.functional.pad(inside, (left, right, top, below), value=outside)
 
     def cut(self, picture: Any) -> Any:
         """Cuts the shown part out of an array or tensor (…, height, width) of the picture's size."""
@@ -133,6 +145,8 @@ class FeatureReader:
         batch_size: Pictures per forward.
         bf16: Whether to run forwards under bf16 autocast.
         observe: Told of progress; tasks tell it of theirs too.
+        reference: The baseline, in eval mode on the same device, where there is one: some figures say what
+            became of places where it has artifacts.
     """
 
     backbone: Backbone
@@ -141,11 +155,16 @@ class FeatureReader:
     batch_size: int = 16
     bf16: bool = False
     observe: Observer = _silent
+    reference: Backbone | None = None
 
     @property
     def device(self) -> torch.device:
         """Where the model is."""
         return self.backbone.device
+
+    def of(self, backbone: Backbone) -> "FeatureReader":
+        """Makes a reader of another model that is run in the same way."""
+        return replace(self, backbone=backbone, identity=weights_sha256(backbone.disk_state()))
 
     def features(self, source: ImageSource, reading: Reading, what: str = "reading") -> StoredFeatures:
         """Reads pictures once, keeps what was read on disk, and gives it as a sequence of `Dense`.
@@ -274,7 +293,7 @@ class FeatureReader:
             padded = mean[:, None, None].repeat(1, *canvas)
             padded[:, : inside[0], : inside[1]] = pixels
             pixels = padded
-        return pixels.contiguous(), Placement((canvas[0], canvas[1]), (0, 0, *inside), part)
+        return pixels.contiguous(), Placement((height, width), (canvas[0], canvas[1]), (0, 0, *inside), part)
 
     def _snap(self, height: int, width: int | None = None) -> tuple[int, int]:
         """Rounds sides to whole patches, one at least."""

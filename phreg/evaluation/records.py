@@ -241,7 +241,7 @@ class Results:
 
     def _labelled(self) -> list[tuple[Record, str]]:
         ahead = [(self.baseline, " (baseline)")] if self.baseline else []
-        return [*ahead, *((record, "") for record in self.records)]
+        return [*ahead, *((record, "") for record in self.records if record is not self.baseline)]
 
     def _cells(self, record: Record) -> list[str]:
         differences = {} if record is self.baseline else self.differences(record)

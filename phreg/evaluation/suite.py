@@ -55,12 +55,13 @@ class Suite:
     bf16: bool
     observe: Observer
 
-    def record(self, name: str, backbone: Backbone) -> Record:
+    def record(self, name: str, backbone: Backbone, reference: Backbone | None = None) -> Record:
         """Measures one model.
 
         Args:
             name: What the user calls it.
             backbone: The model; put into eval mode and onto the device.
+            reference: The baseline, in eval mode and on the device, where there is one.
         """
         backbone.eval().to(self.device)
         sha256 = weights_sha256(backbone.disk_state())
@@ -71,6 +72,7 @@ class Suite:
             self.batch_size,
             self.bf16,
             lambda what, done, total: self.observe(f"{name}: {what}", done, total),
+            reference,
         )
         runs = [self._run(reader, seed) for seed in self.seeds]
         return summarise(
@@ -94,6 +96,7 @@ class Suite:
             "data": str(Path(self.data).resolve()) if Path(self.data).exists() else self.data,
             "settings": self.settings.model_dump(mode="json"),
             "model": reader.identity,
+            "reference": weights_sha256(reader.reference.disk_state()) if reader.reference else None,
             "readout": reader.backbone.readout,
             "bf16": self.bf16,
             "seed": seed,
@@ -126,11 +129,13 @@ def compare_models(
         baseline: The model they are set against.
         open_backbone: Opens a model by name.
     """
-    names = models if baseline is None else [baseline, *models]
+    reference = None if baseline is None else open_backbone(baseline).eval().to(suite.device)
     found: dict[str, Record] = {}
-    for name in names:
+    if baseline is not None and reference is not None:
+        found[baseline] = suite.record(baseline, reference, reference)
+    for name in models:
         if name not in found:
-            found[name] = suite.record(name, open_backbone(name))
+            found[name] = suite.record(name, open_backbone(name), reference)
     results = Results(
         tuple(found[name] for name in models), found[baseline] if baseline is not None else None
     )

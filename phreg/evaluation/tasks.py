@@ -22,6 +22,7 @@ from phreg.evaluation.records import Metrics
 
 TASKS = {
     "classification": "phreg.evaluation.classification",
+    "linear-segmentation": "phreg.evaluation.linear_segmentation",
 }
 
 
