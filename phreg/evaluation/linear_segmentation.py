@@ -11,7 +11,6 @@ the same: the picture whole or through windows, scores at its own resolution, Io
 """
 
 import itertools
-import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -23,11 +22,10 @@ from torch.nn.functional import cross_entropy, interpolate
 
 from phreg.config import Config
 from phreg.evaluation.augmentation import CropConfig, PairedCrops
-from phreg.evaluation.datasets import IGNORE, Segmentation, class_shares, open_segmentation
-from phreg.evaluation.features import FeatureReader, Placement, Reading
-from phreg.evaluation.metrics import ConfusionMeter
-from phreg.evaluation.places import artifact_places
+from phreg.evaluation.datasets import IGNORE, Segmentation, open_segmentation
+from phreg.evaluation.features import Dense, FeatureReader, Reading
 from phreg.evaluation.records import Metrics
+from phreg.evaluation.segmentation import measure_segmentation, patch_shares
 from phreg.seeding import keyed_generator
 
 
@@ -89,7 +87,11 @@ def run(reader: FeatureReader, data: str, settings: Settings, seed: int) -> Metr
     train, test = (open_segmentation(data, split, layout=settings.layout) for split in ("train", "val"))
     batches = (_crops if settings.augment else _kept)(reader, train, settings, seed)
     head = train_head(batches, len(train.classes), settings, seed, reader)
-    return _test(head, reader, test, settings)
+
+    def score(dense: Dense) -> Tensor:
+        return head(dense.grid.permute(2, 0, 1)[None].to(reader.device))[0]
+
+    return measure_segmentation(reader, test, settings.reading, score)
 
 
 def train_head(
@@ -177,16 +179,11 @@ def _kept(
         items = [(group[place], stored[group[place]]) for place in chosen]
         for number, item in items:
             if number not in shares:
-                shares[number] = _shares(train, number, item.placement, item.grid.shape[:2]).half()
+                grid = item.grid.shape[0], item.grid.shape[1]
+                shares[number] = patch_shares(train, number, item.placement, grid).half()
         features = torch.stack([item.grid for _, item in items]).permute(0, 3, 1, 2)
         truth = torch.stack([shares[number] for number, _ in items]).permute(0, 3, 1, 2)
         yield features.to(reader.device), truth.to(reader.device).float()
-
-
-def _shares(train: Segmentation, number: int, placement: Placement, grid: Any) -> Tensor:
-    mask = train.mask(number, placement.picture_size)
-    classes = placement.put(mask[None].float(), IGNORE)[0].long()
-    return class_shares(classes, tuple(grid), len(train.classes))
 
 
 def _crops(
@@ -216,45 +213,3 @@ def _shuffled(count: int, seed: int) -> Iterator[int]:
     """Goes through all numbers again and again, each time in another order."""
     for epoch in itertools.count():
         yield from torch.randperm(count, generator=keyed_generator("order", seed, epoch)).tolist()
-
-
-@torch.no_grad()
-def _test(head: nn.Module, reader: FeatureReader, test: Segmentation, settings: Settings) -> Metrics:
-    places = artifact_places(reader, test.images, settings.reading)
-    meter, repaired = ConfusionMeter(len(test.classes)), ConfusionMeter(len(test.classes))
-    for number, dense in enumerate(reader.stream(test.images, settings.reading, "test images")):
-        truth = dense.placement.cut(test.mask(number, dense.placement.picture_size))
-        scores = head(dense.grid.permute(2, 0, 1)[None].to(reader.device))[0]
-        predicted = dense.placement.restore(scores).argmax(0).cpu()
-        meter.update(predicted, truth)
-        if places is not None:
-            there = dense.placement.restore(places[number][None].float(), "nearest")[0] > 0
-            repaired.update(predicted[there], truth[there])
-    return segmentation_metrics(meter, test.classes, repaired if places is not None else None)
-
-
-def segmentation_metrics(
-    meter: ConfusionMeter, classes: tuple[str, ...], repaired: ConfusionMeter | None = None
-) -> Metrics:
-    """Puts a confusion matrix into figures.
-
-    Args:
-        meter: All pixels.
-        classes: Names of the classes.
-        repaired: Pixels where the baseline has artifacts alone; None without a baseline.
-    """
-    figures = {
-        "miou": meter.miou,
-        "mean_accuracy": meter.mean_accuracy,
-        "pixel_accuracy": meter.pixel_accuracy,
-    }
-    notes = {}
-    if repaired is not None:
-        total = int(repaired.matrix.sum())
-        figures["artifact_accuracy"] = repaired.pixel_accuracy if total else math.nan
-        notes["pixels_at_artifacts"] = total / max(1, int(meter.matrix.sum()))
-    detail = {
-        kind: dict(zip(classes, values.tolist(), strict=True))
-        for kind, values in (("iou", meter.iou), ("accuracy", meter.accuracy))
-    }
-    return Metrics(figures, detail, notes)
