@@ -335,8 +335,8 @@ def evaluate(
         settings: Any setting of the task: `neighbours=10, reading={"size": 448}`.
 
     Raises:
-        PhregError: Anything asked for does not exist or does not fit, or the gate failed; results are written
-            even then.
+        GateError: The gate failed; results are written, and come with the error.
+        PhregError: Anything asked for does not exist or does not fit.
     """
     checked = resolve_settings(task, settings, protocol)
     if not models or seeds < 1:

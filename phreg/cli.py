@@ -23,7 +23,7 @@ from tyro.conf import Positional, arg
 from tyro.extras import SubcommandApp
 
 from phreg import config
-from phreg.errors import ConfigError, PhregError
+from phreg.errors import ConfigError, GateError, PhregError
 
 app = SubcommandApp()
 console = Console()
@@ -205,20 +205,18 @@ def evaluate(
     """
     from phreg import api
 
-    with Doing() as doing:
-        results = api.evaluate(
-            *models, task=task, data=data, output=output, baseline=baseline, seeds=seeds, seed=seed,
-            protocol=protocol, device=device, precision=precision, batch_size=batch_size, cache=cache,
-            cache_limit=cache_limit, observe=doing, **_assignments(set),
-        )  # fmt: skip
-    heading, rows = results.rows()
-    table = Table(*heading, title=f"{task} on {data}")
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
-    console.print(f"Written: {output / 'results.json'} and results.md", highlight=False)
+    try:
+        with Doing() as doing:
+            results = api.evaluate(
+                *models, task=task, data=data, output=output, baseline=baseline, seeds=seeds, seed=seed,
+                protocol=protocol, gate=gate, device=device, precision=precision, batch_size=batch_size,
+                cache=cache, cache_limit=cache_limit, observe=doing, **_assignments(set),
+            )  # fmt: skip
+    except GateError as failed:
+        _show_results(failed.results, output)
+        raise
+    _show_results(results, output)
     if gate is not None:
-        results.check_gate(gate)
         console.print(f"Gate passed: no drop beyond {gate:g}.", highlight=False)
 
 
@@ -328,6 +326,16 @@ class Steps(AbstractContextManager["Steps"]):
             self._last = time.perf_counter()
             speed = f"{record.images_per_second:.1f} images/s"
             console.print(f"step {record.step}/{steps}  loss {record.loss:.4f}  {speed}", highlight=False)
+
+
+def _show_results(results: Any, output: Path) -> None:
+    """Prints the table of an evaluation."""
+    heading, rows = results.rows()
+    table = Table(*heading, title=f"{results.records[0].task} on {results.records[0].data}")
+    for row in rows:
+        table.add_row(*map(escape, row))
+    console.print(table)
+    console.print(f"Written: {output / 'results.json'} and results.md", highlight=False)
 
 
 def _show(result: Any) -> None:

@@ -97,7 +97,7 @@ class Placement(NamedTuple):
         return interpolate(shown, self.part[2:], mode=mode, **corners)[0]
 
     def put(
-        self, truth: Float[Tensor, "channels height width"], outside: float
+        self, truth: Float[Tensor, "channels height width"], outside: float | int
     ) -> Float[Tensor, "channels rows cols"]:
         """Puts values over the picture (classes, depths) onto the canvas, resampled to the nearest."""
         inside = interpolate(self.cut(truth)[None], self.inside[2:], mode="nearest-exact")[0]

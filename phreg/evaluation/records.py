@@ -25,7 +25,7 @@ import torch
 
 from phreg import __version__
 from phreg.checkpoint import LIBRARIES, write_text
-from phreg.errors import PhregError
+from phreg.errors import GateError, PhregError
 
 LOWER_IS_BETTER = frozenset({"rmse", "abs_rel", "log10", "outlier_rate"})
 """Figures of which less is better; of all others more is."""
@@ -164,7 +164,8 @@ class Results:
             limit: Largest drop allowed, in the figure's own unit (0.01 is one point of a share).
 
         Raises:
-            PhregError: There is no baseline, or a model fell behind.
+            GateError: A model fell behind.
+            PhregError: There is no baseline.
         """
         if self.baseline is None:
             raise PhregError("--gate asked for without a model to compare with; give --baseline MODEL")
@@ -179,10 +180,11 @@ class Results:
                     f"{self.baseline.figures[name].mean:.4f}"
                 )
         if problems:
-            raise PhregError(
+            raise GateError(
                 f"gate: asked for a drop of at most {limit:g}, found {len(problems)} larger: "
                 f"{'; '.join(problems)}. Train less, guard the global output more (--loss.pooled), or raise "
-                "--gate"
+                "--gate",
+                self,
             )
 
     def to_json(self) -> dict[str, Any]:
