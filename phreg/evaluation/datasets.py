@@ -432,6 +432,59 @@ def _read_voc20(root: Path, split: Split) -> Segmentation:
     return Segmentation(*files, VOC[1:], _numbered(len(VOC) - 1, zero_is_unlabelled=True))
 
 
+# ADE20K, as the scene parsing challenge of 2016 gives it
+
+
+def _ade_root(root: Path) -> Path:
+    inside = root / "ADEChallengeData2016"
+    return inside if inside.is_dir() else root
+
+
+def _is_ade(root: Path) -> bool:
+    return (_ade_root(root) / "annotations").is_dir() and (_ade_root(root) / "images").is_dir()
+
+
+def _read_ade(root: Path, split: Split) -> Segmentation:
+    root = _ade_root(root)
+    images, masks = _split_folder(root / "images", split), _split_folder(root / "annotations", split)
+    if images is None or masks is None:
+        raise DataError(
+            f"no {split} split of {root}: expected images/{SPLIT_NAMES[split][1]} and "
+            f"annotations/{SPLIT_NAMES[split][1]}; unpack the whole dataset"
+        )
+    path = root / "objectInfo150.txt"
+    if not path.is_file():
+        raise DataError(f"no class list in {root}: {path.name} is missing, which comes with the dataset")
+    lines = path.read_text(encoding="utf-8").splitlines()[1:]  # under a heading
+    classes = tuple(line.split("\t")[-1].split(",")[0].strip() for line in lines if line.strip())
+    pairs = [(image, masks / f"{image.stem}.png") for image in sorted(images.glob("*.jpg"))]
+    return Segmentation(*_paired(root, pairs), classes, _numbered(len(classes), zero_is_unlabelled=True))
+
+
+# Cityscapes
+
+CITYSCAPES = {
+    7: "road", 8: "sidewalk", 11: "building", 12: "wall", 13: "fence", 17: "pole", 19: "traffic light",
+    20: "traffic sign", 21: "vegetation", 22: "terrain", 23: "sky", 24: "person", 25: "rider", 26: "car",
+    27: "truck", 28: "bus", 31: "train", 32: "motorcycle", 33: "bicycle",
+}  # fmt: skip
+"""The classes that count, by their index in `labelIds` masks, of which there are 34."""
+
+
+def _read_cityscapes(root: Path, split: Split) -> Segmentation:
+    images = sorted((root / "leftImg8bit" / split).glob("*/*_leftImg8bit.png"))
+    pairs = [
+        (
+            image,
+            root / "gtFine" / split / image.parent.name
+            / image.name.replace("_leftImg8bit", "_gtFine_labelIds"),
+        )
+        for image in images
+    ]  # fmt: skip
+    numbering = dict.fromkeys(range(34), IGNORE) | {index: number for number, index in enumerate(CITYSCAPES)}
+    return Segmentation(*_paired(root, pairs), tuple(CITYSCAPES.values()), numbering)
+
+
 LAYOUTS: Mapping[str, Layout] = {
     "voc21": Layout(
         "JPEGImages/, SegmentationClass/, ImageSets/Segmentation/",
@@ -439,6 +492,12 @@ LAYOUTS: Mapping[str, Layout] = {
         _read_voc,
     ),
     "voc20": Layout("the same without background, on request", lambda _: False, _read_voc20),
+    "ade20k": Layout("images/, annotations/, objectInfo150.txt", _is_ade, _read_ade),
+    "cityscapes": Layout(
+        "leftImg8bit/, gtFine/",
+        lambda root: (root / "leftImg8bit").is_dir() and (root / "gtFine").is_dir(),
+        _read_cityscapes,
+    ),
     "camvid": Layout("images/, masks/ with CamVid's file names, no classes.txt", _is_camvid, _read_camvid),
     "folder": Layout("images/, masks/, classes.txt", _is_folder, _read_folder),
 }

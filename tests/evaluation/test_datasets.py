@@ -163,6 +163,34 @@ def test_voc_without_background_numbers_from_the_first_object(voc):
     assert found.mask(0).unique().tolist() == [0, 19, IGNORE]
 
 
+def test_ade20k_numbers_its_classes_from_one_and_brings_their_names(tmp_path):
+    root = tmp_path / "ADEChallengeData2016"
+    for split in ("training", "validation"):
+        write(root / "images" / split / "ADE_1.jpg", noise((12, 8)))
+        write(root / "annotations" / split / "ADE_1.png", index_mask((0, 1, 2)))
+    heading = "Idx\tRatio\tTrain\tVal\tStuff\tName"
+    (root / "objectInfo150.txt").write_text(f"{heading}\n1\t.1\t1\t1\t1\twall\n2\t.1\t1\t1\t1\tsofa, couch\n")
+    found = open_segmentation(tmp_path, "val")
+    assert found.classes == ("wall", "sofa")
+    assert found.mask(0).unique().tolist() == [0, 1, IGNORE]
+    assert "validation" in found.masks[0]
+    (root / "objectInfo150.txt").unlink()
+    with pytest.raises(DataError, match=r"objectInfo150\.txt"):
+        open_segmentation(tmp_path, "val")
+
+
+def test_cityscapes_counts_nineteen_of_its_labels(tmp_path):
+    write(tmp_path / "leftImg8bit" / "val" / "ulm" / "ulm_1_leftImg8bit.png", noise((12, 8)))
+    mask = tmp_path / "gtFine" / "val" / "ulm" / "ulm_1_gtFine_labelIds.png"
+    write(mask, index_mask((0, 7, 9, 33)))
+    found = open_segmentation(tmp_path, "val")
+    assert len(found.classes) == 19
+    assert found.mask(0).unique().tolist() == [0, 18, IGNORE]
+    mask.unlink()
+    with pytest.raises(DataError, match="ulm_1_gtFine_labelIds"):
+        open_segmentation(tmp_path, "val")
+
+
 def test_a_wrong_root_says_what_was_found_and_expected(tmp_path):
     (tmp_path / "holiday").mkdir()
     with pytest.raises(DataError, match=r"holiday.*JPEGImages"):

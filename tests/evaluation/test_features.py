@@ -177,12 +177,17 @@ def test_unit_features_have_length_one_even_through_windows(reader):
     torch.testing.assert_close(grids.norm(dim=-1), torch.ones(grids.shape[:3]))
 
 
-def test_class_scores_are_the_models_own(reader, photos):
-    reading = Reading(fit="square", size=32)
+@pytest.mark.parametrize(
+    "name", ["timm/vit", "transformers/vit-classifier", "transformers/dinov2-classifier"]
+)
+def test_class_scores_are_the_models_own(name, tmp_path, photos):
+    reader = FeatureReader(adapt(FAMILIES[name]()).eval(), "any", FeatureCache(tmp_path), batch_size=5)
+    reading = Reading(fit="square")
     scores = reader.logits(open_images(photos), reading)
     pixels, _ = reader.place(open_images(photos).read(3), reading)
     with torch.no_grad():
-        own = reader.backbone.model(reader.normalise(pixels[None]))[0]
+        own = reader.backbone.model(reader.normalise(pixels[None]))
+    own = getattr(own, "logits", own)[0]
     torch.testing.assert_close(scores[3], own, atol=ROUNDING, rtol=0)
 
 
