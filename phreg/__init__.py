@@ -15,6 +15,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from phreg.api import denoise as denoise
     from phreg.api import distill as distill
+    from phreg.api import evaluate as evaluate
     from phreg.api import export as export
     from phreg.api import inspect as inspect
     from phreg.api import load as load
@@ -28,6 +29,7 @@ _DOOR = {
     "add_registers": "phreg.registers",
     "denoise": "phreg.api",
     "distill": "phreg.api",
+    "evaluate": "phreg.api",
     "export": "phreg.api",
     "inspect": "phreg.api",
     "load": "phreg.api",
@@ -39,6 +41,7 @@ __all__ = [
     "add_registers",
     "denoise",
     "distill",
+    "evaluate",
     "export",
     "inspect",
     "load",

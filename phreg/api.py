@@ -10,10 +10,11 @@ import copy
 import json
 import logging
 import os
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -38,7 +39,12 @@ from phreg.checkpoint import (
 from phreg.config import DataConfig, DistillConfig, ViewsConfig
 from phreg.data import BrokenImages, Crops, holdout, normalise
 from phreg.errors import ConfigError, DataError, LoadError, PhregError
+from phreg.evaluation.feature_cache import GIGABYTE, FeatureCache
+from phreg.evaluation.features import Observer as Progress
+from phreg.evaluation.records import Results
 from phreg.evaluation.retrofit import Comparison, compare
+from phreg.evaluation.suite import Suite, compare_models
+from phreg.evaluation.tasks import resolve_settings
 from phreg.exports import Equality
 from phreg.images import ImageSource, Subset, open_images
 from phreg.model_card import model_card
@@ -308,6 +314,97 @@ def inspect(
     if output is not None:
         _write_inspection(Path(output), base.source, backbone, looked_at, report)
     return report
+
+
+def evaluate(
+    *models: Model,
+    task: str,
+    data: Images,
+    output: str | os.PathLike[str] | None = None,
+    baseline: Model | None = None,
+    seeds: int = 1,
+    seed: int = 0,
+    protocol: str | None = None,
+    gate: float | None = None,
+    device: str | None = None,
+    precision: Literal["fp32", "bf16"] = "fp32",
+    batch_size: int = 16,
+    cache: str | os.PathLike[str] | None = None,
+    cache_limit: float = 20.0,
+    observe: Progress | None = None,
+    **settings: Any,
+) -> Results:
+    """Measures models in a task, side by side: see `phreg.evaluation.tasks.TASKS`.
+
+    Args:
+        models: One or more, in any form that `distill` takes, patched or not.
+        task: Name of the task.
+        data: Where its images and labels are.
+        output: Folder to write results.json, results.md and single runs to, which a rerun takes up again;
+            None writes nothing.
+        baseline: Model that the others are set against.
+        seeds: Runs of each model; with several, figures have a spread.
+        seed: The first seed.
+        protocol: A named set of the task's settings.
+        gate: Largest drop of the headline figure behind the baseline's, as a fraction, e.g. 0.01.
+        device: Where to run; None means a GPU where there is one.
+        precision: Of the models' forwards.
+        batch_size: Pictures per forward.
+        cache: Folder that keeps features; None means `output/features`.
+        cache_limit: Gigabytes it may take.
+        observe: Told of progress: what is done, how much of it, and how much there is.
+        settings: Any setting of the task: `neighbours=10, reading={"size": 448}`.
+
+    Raises:
+        GateError: The gate failed; results are written, and come with the error.
+        PhregError: Anything asked for does not exist or does not fit.
+    """
+    checked = resolve_settings(task, settings, protocol)
+    if not models or seeds < 1:
+        raise PhregError(
+            f"asked to evaluate {len(models)} models with {seeds} seeds; give one of each at least"
+        )
+    if gate is not None and baseline is None:
+        raise PhregError("a gate asked for without a model to compare with; give --baseline MODEL")
+    named = _named(models)
+    against = None
+    if baseline is not None:
+        against = next(
+            (name for name, model in named.items() if model is baseline or model == baseline), None
+        )
+        if against is None:
+            against = _named([baseline], "baseline").popitem()[0]
+            named |= _named([baseline], "baseline")
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    with tempfile.TemporaryDirectory(prefix="phreg-") as temporary:
+        folder = Path(output if output is not None else temporary)
+        kept = FeatureCache(Path(cache) if cache else folder / "features", int(cache_limit * GIGABYTE))
+        suite = Suite(
+            task,
+            os.fspath(data),
+            checked,
+            tuple(range(seed, seed + seeds)),
+            folder,
+            kept,
+            place,
+            batch_size,
+            precision == "bf16",
+            observe or (lambda *_: None),
+        )
+        results = compare_models(
+            suite, list(_named(models)), against, lambda name: open_model(named[name])[0]
+        )
+    if gate is not None:
+        results.check_gate(gate)
+    return results
+
+
+def _named(models: Sequence[Model], instance: str = "instance") -> dict[str, Model]:
+    """Names models for tables: as the user does, or `instance 2`."""
+    return {
+        f"{instance} {number}" if isinstance(model, nn.Module) else os.fspath(model): model
+        for number, model in enumerate(models, start=1)
+    }
 
 
 def open_model(source: Model, revision: str | None = None) -> tuple[Backbone, Base]:

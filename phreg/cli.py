@@ -7,6 +7,7 @@ so that a flag wins over a recipe, and a recipe over what its method implies.
 import logging
 import sys
 import time
+import tomllib
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -22,7 +23,7 @@ from tyro.conf import Positional, arg
 from tyro.extras import SubcommandApp
 
 from phreg import config
-from phreg.errors import PhregError
+from phreg.errors import ConfigError, GateError, PhregError
 
 app = SubcommandApp()
 console = Console()
@@ -168,6 +169,101 @@ def export(
 
 
 @app.command
+def evaluate(
+    models: Annotated[Positional[tuple[str, ...]], arg(metavar="MODEL…")],
+    /,
+    task: str,
+    data: str,
+    output: Path,
+    baseline: Annotated[str | None, arg(metavar="MODEL")] = None,
+    seeds: int = 1,
+    protocol: Annotated[str | None, arg(metavar="NAME")] = None,
+    set: Annotated[tuple[str, ...], arg(metavar="KEY=VALUE…")] = (),
+    gate: Annotated[float | None, arg(metavar="DROP")] = None,
+    device: str | None = None,
+    precision: Literal["fp32", "bf16"] = "fp32",
+    batch_size: int = 16,
+    seed: int = 0,
+    cache: Annotated[Path | None, arg(metavar="DIR")] = None,
+    cache_limit: Annotated[float, arg(metavar="GB")] = 20.0,
+) -> None:
+    """Measure models in a task, side by side: segmentation, classification and more.
+
+    Args:
+        models: Hub ids, timm or open_clip names, local folders, runs or adapters.
+        task: Name of the task; `phreg tasks` lists them.
+        data: Images and labels of the task.
+        output: Folder to write results.json and results.md to; a rerun takes up finished runs.
+        baseline: Model that the others are set against.
+        seeds: Runs of each model; with several, figures have a spread.
+        protocol: Named set of the task's settings.
+        set: Settings of the task, such as `neighbours=10 reading.size=448`; `phreg tasks TASK` lists them.
+        gate: Exit non-zero where the first figure drops by more than this behind the baseline's, e.g. 0.01.
+        device: Where to run; unset means a GPU where there is one.
+        precision: Of the models' forwards.
+        batch_size: Pictures per forward.
+        seed: The first seed.
+        cache: Folder that keeps features; unset means features/ in the output.
+        cache_limit: Gigabytes that it may take.
+    """
+    from phreg import api
+
+    try:
+        with Doing() as doing:
+            results = api.evaluate(
+                *models, task=task, data=data, output=output, baseline=baseline, seeds=seeds, seed=seed,
+                protocol=protocol, gate=gate, device=device, precision=precision, batch_size=batch_size,
+                cache=cache, cache_limit=cache_limit, observe=doing, **_assignments(set),
+            )  # fmt: skip
+    except GateError as failed:
+        _show_results(failed.results, output)
+        raise
+    _show_results(results, output)
+    if gate is not None:
+        console.print(f"Gate passed: no drop beyond {gate:g}.", highlight=False)
+
+
+@app.command
+def tasks(task: Annotated[Positional[str | None], arg(metavar="TASK")] = None, /) -> None:
+    """List the tasks of `phreg evaluate`, or the settings of one.
+
+    Args:
+        task: Task whose settings to list.
+    """
+    from phreg.evaluation.tasks import TASKS, find_task, protocols
+
+    if task is None:
+        table = Table("task", "what it measures")
+        for name in TASKS:
+            table.add_row(name, (find_task(name).__doc__ or "").partition("\n")[0])
+        console.print(table)
+        return
+    found = find_task(task)
+    table = Table("setting", "default", "what it is", title=task)
+    defaults = config.flatten(found.Settings().model_dump())
+    for key, field in config.fields(found.Settings).items():
+        table.add_row(key, escape(str(defaults[key])), escape(" ".join((field.description or "").split())))
+    console.print(table)
+    if protocols(found):
+        console.print(f"Protocols: {', '.join(protocols(found))}", highlight=False)
+
+
+def _assignments(given: Sequence[str]) -> dict[str, Any]:
+    """Reads settings given as KEY=VALUE; a value is TOML, or else a bare word."""
+    problems = [f"{text}: expected KEY=VALUE" for text in given if not text.partition("=")[2]]
+    if problems:
+        raise ConfigError("--set", problems)
+    return {key: _value(text) for key, _, text in (item.partition("=") for item in given)}
+
+
+def _value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+@app.command
 def recipes() -> None:
     """List the shipped recipes."""
     table = Table("recipe", "model", "method")
@@ -175,6 +271,30 @@ def recipes() -> None:
         settings = config.read_toml(path)
         table.add_row(name, settings.get("model", "any"), settings.get("method", "relocate"))
     console.print(table)
+
+
+class Doing(AbstractContextManager["Doing"]):
+    """Shows what is being done and how far it is: bars on a terminal, a line now and then elsewhere."""
+
+    def __init__(self) -> None:
+        columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
+        self._progress = Progress(*columns, console=console, transient=True)
+        self._tasks: dict[str, Any] = {}
+        self._last = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        """Shows one more part done."""
+        if console.is_terminal:
+            if what not in self._tasks:
+                self._progress.start()
+                self._tasks[what] = self._progress.add_task(escape(what), total=total)
+            self._progress.update(self._tasks[what], completed=done, visible=done < total)
+        elif time.perf_counter() - self._last > LINE_EVERY or done == total:
+            self._last = time.perf_counter()
+            console.print(f"{what} {done}/{total}", highlight=False, markup=False)
 
 
 class Steps(AbstractContextManager["Steps"]):
@@ -209,6 +329,16 @@ class Steps(AbstractContextManager["Steps"]):
             self._last = time.perf_counter()
             speed = f"{record.images_per_second:.1f} images/s"
             console.print(f"step {record.step}/{steps}  loss {record.loss:.4f}  {speed}", highlight=False)
+
+
+def _show_results(results: Any, output: Path) -> None:
+    """Prints the table of an evaluation."""
+    heading, rows = results.rows()
+    table = Table(*heading, title=f"{results.records[0].task} on {results.records[0].data}")
+    for row in rows:
+        table.add_row(*map(escape, row))
+    console.print(table)
+    console.print(f"Written: {output / 'results.json'} and results.md", highlight=False)
 
 
 def _show(result: Any) -> None:

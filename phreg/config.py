@@ -13,7 +13,7 @@ import tomllib
 from collections.abc import Iterator, Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -294,6 +294,9 @@ METHODS: dict[str, dict[str, Any]] = {
 """What a method implies, where it differs from the defaults."""
 
 
+AnyConfig = TypeVar("AnyConfig", bound=Config)
+
+
 def resolve(
     recipe: str | os.PathLike[str] | None = None,
     overrides: Mapping[str, Any] | None = None,
@@ -328,11 +331,20 @@ def validate(settings: Mapping[str, Any], *, source: str) -> DistillConfig:
     Raises:
         ConfigError: Any setting is wrong; all problems are listed.
     """
-    known = fields()
+    return build(DistillConfig, settings, source=source)
+
+
+def build(kind: type[AnyConfig], settings: Mapping[str, Any], *, source: str) -> AnyConfig:
+    """Checks settings given by dotted key and builds a tree of any kind, as `validate` does.
+
+    Raises:
+        ConfigError: Any setting is wrong; all problems are listed.
+    """
+    known = fields(kind)
     problems = [_unknown(key, known) for key in settings if key not in known]
     try:
         tree = _nest({key: value for key, value in settings.items() if key in known})
-        config = DistillConfig.model_validate(tree)
+        config = kind.model_validate(tree)
     except ValidationError as error:
         raise ConfigError(source, problems + [_problem(details) for details in error.errors()]) from error
     if problems:

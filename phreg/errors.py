@@ -6,6 +6,7 @@ phreg.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 
 class PhregError(Exception):
@@ -39,6 +40,18 @@ class DataError(PhregError):
 
 class CheckpointError(PhregError):
     """A run cannot be resumed, or its state cannot be written."""
+
+
+class GateError(PhregError):
+    """A model fell further behind the baseline than it may.
+
+    Attributes:
+        results: What was measured, a `phreg.evaluation.records.Results`.
+    """
+
+    def __init__(self, message: str, results: Any) -> None:
+        self.results = results
+        super().__init__(message)
 
 
 class TrainingError(PhregError):

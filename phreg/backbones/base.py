@@ -212,6 +212,16 @@ class Backbone(nn.Module, ABC):
     def run(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch dim"]:
         """Runs the model as its library does, at the images' size, and returns its pooled output."""
 
+    def logits(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch classes"]:  # noqa: ARG002
+        """Runs the model with its own classifier.
+
+        Raises:
+            PhregError: It has none.
+        """
+        raise PhregError(
+            f"class scores asked of {self.describe()}, which has no classifier; use a probe or neighbours"
+        )
+
     @abstractmethod
     def roles(self) -> dict[str, list[str]]:
         """Names the parameters of `model` by role.

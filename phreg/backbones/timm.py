@@ -353,6 +353,13 @@ class TimmBackbone(Backbone):
         first = self.model.num_prefix_tokens
         return pooled[:, 0] if self._embed.cls_token is not None else pooled[:, first:].mean(dim=1)
 
+    def logits(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch classes"]:
+        """Runs the model with its own classifier, at the images' size."""
+        if self._is_clip or not self.model.num_classes:
+            return super().logits(images)
+        with self._taking((images.shape[-2], images.shape[-1])):
+            return self.model(images)
+
     @contextmanager
     def _taking(self, size: tuple[int, int]) -> Iterator[None]:
         """Lets the model take another size than its own, as if created with `dynamic_img_size`."""

@@ -175,6 +175,23 @@ class TransformersBackbone(Backbone):
             The image embedding of a model with a projection, else the pooler's output, else CLS after the
             norm, else the mean of the patches.
         """
+        inputs = self._inputs(images)
+        with _every_patch_seen(self.tower.config):
+            output = self.tower(**inputs, return_dict=True)
+        pooled = self._pool(output)
+        project = getattr(self.model, "visual_projection", None)
+        return pooled if project is None else project(pooled)
+
+    def logits(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch classes"]:
+        """Runs the model with its own classifier."""
+        if not hasattr(self.model, "classifier"):
+            return super().logits(images)
+        inputs = self._inputs(images)
+        with _every_patch_seen(self.tower.config):
+            return self.model(**inputs, return_dict=True).logits
+
+    def _inputs(self, images: Tensor) -> dict[str, Any]:
+        """Makes the arguments of the tower."""
         layout = self.layout(images)
         self._grid = layout.grid
         inputs: dict[str, Any] = {"pixel_values": images}
@@ -186,11 +203,7 @@ class TransformersBackbone(Backbone):
             inputs["noise"] = torch.arange(layout.num_patches, device=images.device).expand(len(images), -1)
         if self.family.name == "siglip2_vision_model":
             inputs |= _cut_into_patches(images, layout.grid, self.spec.patch_size)
-        with _every_patch_seen(self.tower.config):
-            output = self.tower(**inputs, return_dict=True)
-        pooled = self._pool(output)
-        project = getattr(self.model, "visual_projection", None)
-        return pooled if project is None else project(pooled)
+        return inputs
 
     def _pool(self, output: Mapping[str, Any]) -> Tensor:
         pooled, tokens = output.get("pooler_output"), output.get("last_hidden_state")

@@ -1,0 +1,228 @@
+"""Classification from global features: nearest neighbours, a linear probe, and the model's own classifier.
+
+This is the regression gate: a retrofit that repairs patches must not cost what CLS and pooled output know.
+
+    training images ──► CLS, pooled, patch mean ──┬─ k nearest neighbours, by cosine ─┐
+                                                  └─ logistic regression ─────────────┼─► top-1, top-5
+    test images ─────► CLS, pooled, patch mean, logits of the model's own head ───────┘
+
+k-NN is that of Wu et al. 2018 (arXiv 1805.01978), as DINO and DINOv2 evaluate it: votes weighted by
+exp(cosine / temperature). The probe is multinomial logistic regression with an L2 penalty, on standardised
+features, solved by L-BFGS to convergence; there is no schedule to tune.
+
+The data is divided into `train` and `val`, or else by the seed, class by class. The model's own head needs no
+training images: its classes are numbered as the labels are, e.g. 0 to 999 for ImageNet.
+"""
+
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import torch
+from jaxtyping import Float, Int64
+from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
+from torch import Tensor
+from torch.nn.functional import cross_entropy, normalize, one_hot
+
+from phreg.config import Config, Fraction
+from phreg.errors import DataError, PhregError
+from phreg.evaluation.datasets import Labelled, open_labelled
+from phreg.evaluation.features import FeatureReader, Reading
+from phreg.evaluation.metrics import top_k
+from phreg.evaluation.records import Metrics
+from phreg.images import Subset
+from phreg.seeding import keyed_generator
+
+Feature = Literal["cls", "pooled", "patch-mean"]
+
+
+class Settings(Config):
+    """Classification from frozen global features."""
+
+    methods: tuple[Literal["knn", "linear", "head"], ...] = ("knn", "linear")
+    """What classifies: neighbours, a linear probe, the model's own head. The first is the headline."""
+    features: tuple[Feature, ...] = ("pooled",)
+    """What neighbours and probe are given. The first is the headline."""
+    labels: str | None = None
+    """File of labels for a flat folder: CSV lines of file,class, or JSON; unset means labels.csv in it."""
+    reading: Reading = Reading(fit="crop")
+    """Canvas of the images."""
+    val_share: Fraction = 0.2
+    """Share of each class that is tested on, where the data has no splits."""
+    neighbours: PositiveInt = 20
+    """Neighbours that vote; at most as many as there are training images."""
+    temperature: PositiveFloat = 0.07
+    """Temperature of votes."""
+    penalty: NonNegativeFloat = 1e-3
+    """L2 penalty of the probe, times half the squared weights, beside the mean cross-entropy."""
+
+
+class Globals(NamedTuple):
+    """Global features of a set of images, on the CPU."""
+
+    features: dict[Feature, Float[Tensor, "images _"]]
+    logits: Float[Tensor, "images classes"] | None
+
+
+def run(reader: FeatureReader, data: str, settings: Settings, seed: int) -> Metrics:
+    """Measures the accuracy of each method on each feature.
+
+    Raises:
+        DataError: Images or labels cannot be read, or a class has no training image.
+        PhregError: The model has no classifier, and one was asked for.
+    """
+    figures: dict[str, float] = {}
+    detail: dict[str, dict[str, float]] = {}
+    whole = open_labelled(data, labels=settings.labels) if settings.methods == ("head",) else None
+    train, test = (None, whole) if whole is not None else _divide(data, settings, seed)
+    assert test is not None
+    seen = _read(reader, test, settings, "test images", head="head" in settings.methods)
+    learned = _read(reader, train, settings, "training images", head=False) if train else None
+    for method in settings.methods:
+        if method == "head":
+            assert seen.logits is not None
+            _check_head(seen.logits, test, reader)
+            _add(figures, "head", seen.logits, test.labels)
+            continue
+        assert train is not None
+        assert learned is not None
+        for feature in settings.features:
+            score = SCORES[method]
+            scores = score(
+                learned.features[feature], train.labels, seen.features[feature], len(test.classes), settings
+            )
+            _add(figures, f"{method}_{feature.replace('-', '_')}", scores, test.labels)
+            if not detail:
+                detail["top1"] = _per_class(scores, test)
+    counts = {"train": len(train.labels) if train else 0, "test": len(test.labels)}
+    return Metrics(figures, detail, {"images": counts, "classes": len(test.classes)})
+
+
+def knn_scores(
+    bank: Float[Tensor, "images dim"],
+    labels: Int64[Tensor, " images"],
+    queries: Float[Tensor, "queries dim"],
+    num_classes: int,
+    neighbours: int = 20,
+    temperature: float = 0.07,
+) -> Float[Tensor, "queries {num_classes}"]:
+    """Lets the nearest images of a bank vote for their classes, weighted by exp(cosine / temperature)."""
+    bank = normalize(bank, dim=1)
+    scores = []
+    for part in normalize(queries, dim=1).split(1024):  # a bank may hold a million images
+        cosines, nearest = (part @ bank.T).topk(min(neighbours, len(bank)), dim=1)
+        votes = one_hot(labels[nearest], num_classes).float()
+        scores.append(((cosines / temperature).exp().unsqueeze(-1) * votes).sum(1))
+    return torch.cat(scores)
+
+
+def linear_scores(
+    features: Float[Tensor, "images dim"],
+    labels: Int64[Tensor, " images"],
+    queries: Float[Tensor, "queries dim"],
+    num_classes: int,
+    penalty: float = 1e-3,
+    max_steps: int = 500,
+) -> Float[Tensor, "queries {num_classes}"]:
+    """Fits multinomial logistic regression by L-BFGS, and scores queries.
+
+    Features are standardised by the training images' mean and standard deviation. The problem is convex, so
+    that there is one answer, whatever the start.
+    """
+    mean, std = features.mean(0), features.std(0, correction=0).clamp(min=1e-6)
+    inputs = (features - mean) / std
+    weight = torch.zeros(num_classes, features.shape[1], device=features.device, requires_grad=True)
+    bias = torch.zeros(num_classes, device=features.device, requires_grad=True)
+    solver = torch.optim.LBFGS(
+        [weight, bias],
+        max_iter=max_steps,
+        history_size=10,
+        tolerance_grad=1e-6,
+        line_search_fn="strong_wolfe",
+    )
+
+    def loss() -> Tensor:
+        solver.zero_grad()
+        value = cross_entropy(inputs @ weight.T + bias, labels) + penalty / 2 * weight.square().sum()
+        value.backward()
+        return value
+
+    solver.step(loss)  # pyright: ignore[reportArgumentType] - its stub asks for a float
+    return ((queries - mean) / std @ weight.T + bias).detach()
+
+
+def _knn(bank: Tensor, labels: Tensor, queries: Tensor, num_classes: int, settings: Settings) -> Tensor:
+    return knn_scores(bank, labels, queries, num_classes, settings.neighbours, settings.temperature)
+
+
+def _linear(bank: Tensor, labels: Tensor, queries: Tensor, num_classes: int, settings: Settings) -> Tensor:
+    return linear_scores(bank, labels, queries, num_classes, settings.penalty)
+
+
+SCORES: dict[str, Callable[[Tensor, Tensor, Tensor, int, Settings], Tensor]] = {
+    "knn": _knn,
+    "linear": _linear,
+}
+"""Scores of test images (images, classes), by method."""
+
+
+def _divide(data: str, settings: Settings, seed: int) -> tuple[Labelled, Labelled]:
+    """Training and test images: the data's own splits, or a share of each class drawn by the seed."""
+    train = open_labelled(data, "train", labels=settings.labels)
+    test = open_labelled(data, "val", labels=settings.labels)
+    if train is not None and test is not None:
+        if train.classes != test.classes:
+            raise DataError(
+                f"{data} has {len(train.classes)} classes to train on and {len(test.classes)} to test on, "
+                "which are not the same; give both the same class folders"
+            )
+        return train, test
+    whole = open_labelled(data, labels=settings.labels)
+    assert whole is not None
+    held: list[int] = []
+    for label in whole.labels.unique().tolist():
+        members = (whole.labels == label).nonzero().flatten()
+        if len(members) < 2:
+            raise DataError(
+                f"class {whole.classes[label]!r} of {data} has 1 image, and neighbours and probe need one to "
+                "learn from and one to test on; add images, or use methods=head"
+            )
+        count = min(len(members) - 1, max(1, round(settings.val_share * len(members))))
+        order = torch.randperm(len(members), generator=keyed_generator("split", seed, label))
+        held += members[order[:count]].tolist()
+    kept = sorted(set(range(len(whole.labels))) - set(held))
+    parts = [
+        Labelled(Subset(whole.images, part), whole.labels[part], whole.classes)
+        for part in (kept, sorted(held))
+    ]
+    return parts[0], parts[1]
+
+
+def _read(reader: FeatureReader, images: Labelled, settings: Settings, what: str, *, head: bool) -> Globals:
+    rows: dict[Feature, list[Tensor]] = {"cls": [], "pooled": [], "patch-mean": []}
+    for dense in reader.stream(images.images, settings.reading, what):
+        rows["cls"].append(dense.cls)
+        rows["pooled"].append(dense.pooled)
+        rows["patch-mean"].append(dense.grid.mean((0, 1)))
+    features: dict[Feature, Tensor] = {name: torch.stack(found) for name, found in rows.items()}
+    return Globals(features, reader.logits(images.images, settings.reading, what) if head else None)
+
+
+def _check_head(logits: Tensor, test: Labelled, reader: FeatureReader) -> None:
+    if int(test.labels.max()) >= logits.shape[1]:
+        raise PhregError(
+            f"head asked of {reader.backbone.describe()}, whose classifier has {logits.shape[1]} classes, on "
+            f"labels up to {int(test.labels.max())}; number the labels as the classifier does, in labels.csv"
+        )
+
+
+def _add(figures: dict[str, float], name: str, scores: Tensor, labels: Tensor) -> None:
+    """Adds top-1 and top-5; the first method's are also the headline."""
+    found = {"top1": top_k(scores, labels, 1), "top5": top_k(scores, labels, 5)}
+    if not figures:
+        figures |= found
+    figures |= {f"{name}_{figure}": value for figure, value in found.items()}
+
+
+def _per_class(scores: Tensor, test: Labelled) -> dict[str, float]:
+    right = (scores.argmax(1) == test.labels).double()
+    return {name: float(right[test.labels == number].mean()) for number, name in enumerate(test.classes)}

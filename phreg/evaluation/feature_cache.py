@@ -1,0 +1,208 @@
+"""Features on disk: read once, mapped into memory, checked on every use.
+
+An entry is a folder named by a hash of the model's weights, the reading, and the images' paths, sizes and
+times; any change makes another name, so an entry is never stale. It is written beside its place and renamed
+when complete.
+
+    stream of Dense ──► .<key>.tmp/ grids.f16 · globals.safetensors · index.json ──rename──► <key>/
+                                                          StoredFeatures[i] ◄──mapped, crc checked──┘
+
+Features are kept in half precision, and the first use reads them back from there, so that a rerun gives the
+same figures to the last digit.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from phreg.errors import DataError, PhregError
+from phreg.images import Files, ImageSource, Subset, TarShards
+
+if TYPE_CHECKING:
+    from phreg.evaluation.features import Dense
+
+logger = logging.getLogger(__name__)
+
+FORMAT_VERSION = 1
+GRIDS, GLOBALS, INDEX = "grids.f16", "globals.safetensors", "index.json"
+GIGABYTE = 10**9
+
+
+class StoredFeatures(Sequence["Dense"]):
+    """The features of many pictures, mapped from disk.
+
+    Args:
+        folder: A complete entry.
+
+    Raises:
+        PhregError: A file is shorter or longer than the index says.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._index: dict[str, Any] = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        self._globals = load_file(folder / GLOBALS)
+        self.dim: int = self._index["dim"]
+        """Channels of a patch feature."""
+        values = sum(rows * cols for rows, cols in self._index["grids"]) * self.dim
+        found = (folder / GRIDS).stat().st_size
+        if found != 2 * values:
+            raise self._damaged(f"{GRIDS} has {found} bytes instead of {2 * values}")
+        self._values = np.memmap(folder / GRIDS, np.float16, "r", shape=(values,))
+        sizes = [rows * cols * self.dim for rows, cols in self._index["grids"]]
+        self._starts = np.concatenate([[0], np.cumsum(sizes)])
+
+    def __len__(self) -> int:
+        return len(self._index["grids"])
+
+    def __getitem__(self, number: int) -> "Dense":  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Reads the features of one picture.
+
+        Raises:
+            IndexError: There is no such picture.
+            PhregError: The file was damaged since it was written.
+        """
+        from phreg.evaluation.features import Dense, Placement
+
+        if not 0 <= number < len(self):
+            raise IndexError(number)
+        raw = self._values[self._starts[number] : self._starts[number + 1]]
+        if zlib.crc32(raw.tobytes()) != self._index["crc32"][number]:
+            raise self._damaged(f"picture {number} in {GRIDS} fails its checksum")
+        grid = torch.from_numpy(raw.astype(np.float32)).view(*self._index["grids"][number], self.dim)
+        placement = Placement(*map(tuple, self._index["placements"][number]))
+        pooled, cls = (self._globals[key][number].float() for key in ("pooled", "cls"))
+        return Dense(grid, pooled, cls, placement)
+
+    @property
+    def grids(self) -> list[tuple[int, int]]:
+        """Rows and columns of each picture."""
+        return [(rows, cols) for rows, cols in self._index["grids"]]
+
+    @property
+    def pooled(self) -> Tensor:
+        """All global outputs, (pictures, pooled_dim)."""
+        return self._globals["pooled"].float()
+
+    @property
+    def cls(self) -> Tensor:
+        """All CLS features, (pictures, dim)."""
+        return self._globals["cls"].float()
+
+    def _damaged(self, found: str) -> PhregError:
+        return PhregError(f"features in {self.folder} are damaged: {found}; delete this folder and run again")
+
+
+class FeatureCache:
+    """A folder of entries that never grows beyond a limit.
+
+    Args:
+        folder: Where entries are; made when needed.
+        limit: Bytes that all entries may take together.
+    """
+
+    def __init__(self, folder: Path, limit: int = 20 * GIGABYTE) -> None:
+        self.folder = folder
+        self.limit = limit
+
+    def get(
+        self, run: Mapping[str, Any], source: ImageSource, read: Callable[[], Iterable["Dense"]]
+    ) -> StoredFeatures:
+        """Finds features, or reads and keeps them.
+
+        Args:
+            run: What the features depend on beside the pictures.
+            source: The pictures.
+            read: Makes the features, in the pictures' order.
+
+        Raises:
+            DataError: The pictures lie where a change to them would not be noticed.
+            PhregError: There is not space enough, or the entry is damaged.
+        """
+        described = {"version": FORMAT_VERSION, **run, "pictures": list(_stamps(source))}
+        text = json.dumps(described, sort_keys=True)
+        folder = self.folder / hashlib.sha256(text.encode()).hexdigest()[:32]
+        if not folder.is_dir():
+            self._write(folder, dict(run), read(), len(source))
+        return StoredFeatures(folder)
+
+    def _write(self, folder: Path, run: dict[str, Any], items: Iterable["Dense"], count: int) -> None:
+        temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+        try:
+            temporary.mkdir(parents=True)
+            self._fill(temporary, run, items, count)
+            temporary.rename(folder)
+        except OSError as error:
+            raise PhregError(
+                f"cannot keep features in {self.folder} ({error}); free space, or choose another place"
+            ) from error
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+    def _fill(self, folder: Path, run: dict[str, Any], items: Iterable["Dense"], count: int) -> None:
+        index: dict[str, Any] = {"run": run, "dim": 0, "grids": [], "crc32": [], "placements": []}
+        pooled, cls = [], []
+        room, written = self.limit - self.size(), 0
+        with (folder / GRIDS).open("wb") as file:
+            for number, item in enumerate(items, start=1):
+                half = item.grid.half().numpy()
+                if not np.isfinite(half).all():
+                    raise PhregError(
+                        f"features of picture {number - 1} do not fit into half precision, in which they "
+                        "are kept: largest "
+                        f"{float(item.grid.abs().max()):.3g}; read them after the final norm (norm=true)"
+                    )
+                written += file.write(half.tobytes())
+                # Pictures of a set are of similar size: what is too much is known long before the end.
+                if written * count > room * number:
+                    raise PhregError(
+                        f"features of {count} pictures would take about "
+                        f"{written * count / number / GIGABYTE:.3g} GB in {self.folder}, whose limit leaves "
+                        f"{max(0, room) / GIGABYTE:.3g} GB; raise "
+                        "--cache-limit, delete entries, or lower the size"
+                    )
+                index["dim"] = half.shape[-1]
+                index["grids"].append(half.shape[:2])
+                index["crc32"].append(zlib.crc32(half.tobytes()))
+                index["placements"].append(item.placement)
+                pooled.append(item.pooled)
+                cls.append(item.cls)
+            file.flush()
+            os.fsync(file.fileno())
+        save_file({"pooled": torch.stack(pooled), "cls": torch.stack(cls)}, folder / GLOBALS)
+        (folder / INDEX).write_text(json.dumps(index), encoding="utf-8")
+
+    def size(self) -> int:
+        """Counts the bytes of all entries."""
+        return sum(path.stat().st_size for path in self.folder.glob("*/*") if path.is_file())
+
+
+def _stamps(source: ImageSource) -> Iterator[tuple[Any, ...]]:
+    """Tells pictures from others, and from changed ones, without reading them."""
+    match source:
+        case Files():
+            for path in source.paths:
+                status = Path(path).stat()
+                yield os.path.realpath(path), status.st_size, status.st_mtime_ns
+        case TarShards():
+            for member in source.members:
+                yield os.path.realpath(member.shard), Path(member.shard).stat().st_mtime_ns, *member[1:]
+        case Subset():
+            stamps = list(_stamps(source.source))
+            yield from (stamps[index] for index in source.indices)
+        case _:
+            raise DataError(
+                f"cannot keep features of {type(source).__name__}: a change to its pictures would not be "
+                "noticed; give a folder of images, or tar shards"
+            )

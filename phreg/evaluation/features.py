@@ -1,0 +1,379 @@
+"""The one way into a model: images of any size in; dense grid, pooled output and CLS out.
+
+An image is placed on a canvas of whole patches, read whole or through overlapping windows, and comes back as
+one grid. A `Placement` remembers which part of the picture the canvas shows, so that whatever a task makes of
+the grid (scores, a heat map) can be laid back onto the picture, pixel by pixel.
+
+    picture ──place──► canvas ──windows──► backbone ──source, norm──► averaged grid (rows, cols, dim) = Dense
+                          └── Placement.restore: maps (channels, rows, cols) ──► (channels, height, width)
+
+Windows begin at whole patches, so where they overlap their patches coincide and the average is exact; since a
+linear head commutes with averaging, it sees what sliding-window inference would give it.
+
+Registers never leave the block stack, and the CLS and register tokens are not in the grid. A task gets a
+`FeatureReader`, which reads in one of three ways:
+
+    reader.stream(source, reading)     one `Dense` an image, nothing kept
+    reader.features(source, reading)   the same as a sequence, kept on disk by `feature_cache` for other seeds
+    reader(images, reading)            a batch already on the device, e.g. after augmentation
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float, UInt8
+from PIL import Image
+from pydantic import PositiveInt
+from torch import Tensor, nn
+from torch.nn.functional import interpolate, normalize
+
+from phreg.backbones.base import Backbone
+from phreg.backbones.resolve import weights_sha256
+from phreg.config import Config
+from phreg.data import normalise
+from phreg.errors import PhregError
+from phreg.evaluation.feature_cache import FeatureCache, StoredFeatures
+from phreg.images import ImageSource
+
+Observer = Callable[[str, int, int], None]
+"""Told what is being done, how much of it is done, and how much there is."""
+
+
+class Reading(Config):
+    """What is read of a model, and on which canvas. Sizes are rounded to whole patches of the model."""
+
+    size: PositiveInt | None = None
+    """Shorter side of the canvas in pixels; unset means the model's own (`fit=pad`: the picture's own)."""
+    fit: Literal["keep", "square", "crop", "pad"] = "keep"
+    """How a picture gets onto the canvas: resampled with its ratio kept, the longer side too rounded to whole
+    patches; resampled to a square; cut to its central square; or resampled and padded with the mean colour at
+    the right and the bottom."""
+    window: PositiveInt | None = None
+    """Side of the windows through which the canvas is read; unset reads it whole."""
+    stride: PositiveInt | None = None
+    """Distance of windows; unset means two thirds of a window."""
+    source: Literal["tokens", "queries", "keys", "values"] = "tokens"
+    """What is read: a block's output, or the queries, keys or values of its attention, heads merged."""
+    layer: int | None = None
+    """Block that is read, 0-based or negative from the end; unset means the last."""
+    norm: bool = True
+    """Apply the final norm to tokens."""
+    bias: bool = True
+    """Keep the bias of the query, key or value projection."""
+    unit: bool = False
+    """Scale each patch feature to length 1, before windows are averaged."""
+
+
+Box = tuple[int, int, int, int]
+"""Top, left, height, width, in pixels."""
+
+
+class Placement(NamedTuple):
+    """Where a picture lies on its canvas."""
+
+    picture_size: tuple[int, int]
+    """Height and width of the picture."""
+    canvas: tuple[int, int]
+    """Height and width of the canvas."""
+    inside: Box
+    """The part of the canvas that shows the picture."""
+    part: Box
+    """The part of the picture that is shown, in the picture's own pixels."""
+
+    def restore(
+        self, maps: Float[Tensor, "channels rows cols"], mode: Literal["bilinear", "nearest"] = "bilinear"
+    ) -> Float[Tensor, "channels height width"]:
+        """Lays maps over patches onto the shown part of the picture, at the picture's own resolution."""
+        corners = {} if mode == "nearest" else {"align_corners": False}
+        top, left, height, width = self.inside
+        over_canvas = interpolate(maps[None], self.canvas, mode=mode, **corners)
+        shown = over_canvas[..., top : top + height, left : left + width]
+        return interpolate(shown, self.part[2:], mode=mode, **corners)[0]
+
+    def put(
+        self, truth: Float[Tensor, "channels height width"], outside: float | int
+    ) -> Float[Tensor, "channels rows cols"]:
+        """Puts values over the picture (classes, depths) onto the canvas, resampled to the nearest."""
+        inside = interpolate(self.cut(truth)[None], self.inside[2:], mode="nearest-exact")[0]
+        top, left, height, width = self.inside
+        below, right = self.canvas[0] - top - height, self.canvas[1] - left - width
+        return nn.functional.pad(inside, (left, right, top, below), value=outside)
+
+    def cut(self, picture: Any) -> Any:
+        """Cuts the shown part out of an array or tensor (…, height, width) of the picture's size."""
+        top, left, height, width = self.part
+        return picture[..., top : top + height, left : left + width]
+
+
+class Dense(NamedTuple):
+    """What a model sees in one picture, on the CPU, in fp32."""
+
+    grid: Float[Tensor, "rows cols dim"]
+    pooled: Float[Tensor, " pooled_dim"]
+    """The model's own global output."""
+    cls: Float[Tensor, " dim"]
+    """The first token, read as the patches are; the patches' mean where the model has no CLS."""
+    placement: Placement
+
+
+class DenseBatch(NamedTuple):
+    """What a model sees in a batch, on its device, in fp32."""
+
+    grids: Float[Tensor, "batch rows cols dim"]
+    pooled: Float[Tensor, "batch pooled_dim"]
+    cls: Float[Tensor, "batch dim"]
+
+
+def _silent(_what: str, _done: int, _total: int) -> None:
+    """Observes nothing."""
+
+
+@dataclass(frozen=True, eq=False)
+class FeatureReader:
+    """A model, and how it is run.
+
+    Attributes:
+        backbone: The model, in eval mode, on its device.
+        identity: What tells this model from others, e.g. the sha256 of its weights; keys the cache.
+        cache: Where features are kept.
+        batch_size: Pictures per forward.
+        bf16: Whether to run forwards under bf16 autocast.
+        observe: Told of progress; tasks tell it of theirs too.
+        reference: The baseline, in eval mode on the same device, where there is one: some figures say what
+            became of places where it has artifacts.
+    """
+
+    backbone: Backbone
+    identity: str
+    cache: FeatureCache
+    batch_size: int = 16
+    bf16: bool = False
+    observe: Observer = _silent
+    reference: Backbone | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.backbone.device
+
+    def of(self, backbone: Backbone) -> "FeatureReader":
+        """Makes a reader of another model that is run in the same way."""
+        return replace(self, backbone=backbone, identity=weights_sha256(backbone.disk_state()))
+
+    def features(self, source: ImageSource, reading: Reading, what: str = "reading") -> StoredFeatures:
+        """Reads pictures once, keeps what was read on disk, and gives it as a sequence of `Dense`.
+
+        Raises:
+            DataError: A picture cannot be read, or their source cannot be told from a changed one.
+            PhregError: The features would take more space than the cache may.
+        """
+        run = {
+            "model": self.identity,
+            "readout": self.backbone.readout,
+            "bf16": self.bf16,
+            "reading": reading.model_dump(),
+        }
+        return self.cache.get(run, source, lambda: self.stream(source, reading, what))
+
+    def stream(self, source: ImageSource, reading: Reading, what: str = "reading") -> Iterator[Dense]:
+        """Reads pictures in order, decoding ahead of the model.
+
+        Raises:
+            DataError: A picture cannot be read; a figure over the rest would not be comparable.
+        """
+        for placed in self._batches(source, reading, what):
+            yield from self._read_placed(placed, reading)
+
+    def logits(
+        self, source: ImageSource, reading: Reading, what: str = "classifying"
+    ) -> Float[Tensor, "pictures classes"]:
+        """Scores pictures by the model's own classifier; all must have one canvas (`crop` or `square`).
+
+        Raises:
+            DataError: A picture cannot be read.
+            PhregError: The model has no classifier.
+        """
+        found = []
+        for placed in self._batches(source, reading, what):
+            images = self.normalise(torch.stack([pixels for pixels, _ in placed]))
+            with torch.no_grad(), torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
+                found.append(self.backbone.logits(images).float().cpu())
+        return torch.cat(found)
+
+    def _batches(
+        self, source: ImageSource, reading: Reading, what: str
+    ) -> Iterator[list[tuple[Tensor, Placement]]]:
+        """Reads and places pictures, one batch ahead."""
+        chunks = [
+            range(first, min(first + self.batch_size, len(source)))
+            for first in range(0, len(source), self.batch_size)
+        ]
+        with ThreadPoolExecutor(max_workers=1) as ahead:  # PIL decodes outside of the interpreter's lock
+            coming = ahead.submit(self._place, source, chunks[0], reading) if chunks else None
+            for number, chunk in enumerate(chunks):
+                assert coming is not None
+                placed = coming.result()
+                if number + 1 < len(chunks):
+                    coming = ahead.submit(self._place, source, chunks[number + 1], reading)
+                yield placed
+                self.observe(what, chunk.stop, len(source))
+
+    def __call__(self, images: Float[Tensor, "batch 3 height width"], reading: Reading) -> DenseBatch:
+        """Reads normalised images on the model's device; their sides must be whole patches.
+
+        Raises:
+            PhregError: The model takes no such size.
+        """
+        patch = self.backbone.spec.patch_size
+        self.backbone.check_size((images.shape[-2], images.shape[-1]))
+        rows, cols = images.shape[-2] // patch[0], images.shape[-1] // patch[1]
+        if reading.window is None:
+            return self._forward(images, reading)
+        size = self._snap(reading.window)
+        window = min(size[0] // patch[0], rows), min(size[1] // patch[1], cols)
+        step = self._snap(reading.stride or reading.window * 2 // 3)
+        starts = [
+            (top, left)
+            for top in _starts(rows, window[0], step[0] // patch[0])
+            for left in _starts(cols, window[1], step[1] // patch[1])
+        ]
+        total = count = torch.zeros(1, device=images.device)
+        pooled, cls = [], []
+        for top, left in starts:
+            shown = images[
+                ...,
+                top * patch[0] : (top + window[0]) * patch[0],
+                left * patch[1] : (left + window[1]) * patch[1],
+            ]
+            seen = self._forward(shown, reading)
+            around = (0, 0, left, cols - left - window[1], top, rows - top - window[0])
+            total = total + nn.functional.pad(seen.grids, around)
+            count = count + nn.functional.pad(torch.ones_like(seen.grids[:1, :, :, :1]), around)
+            pooled.append(seen.pooled)
+            cls.append(seen.cls)
+        return DenseBatch(total / count, torch.stack(pooled).mean(0), torch.stack(cls).mean(0))
+
+    def normalise(
+        self, pixels: UInt8[Tensor, "batch 3 height width"]
+    ) -> Float[Tensor, "batch 3 height width"]:
+        """Puts 8-bit RGB onto the model's device and normalises it for the model."""
+        return normalise(pixels.to(self.device), self.backbone.spec.mean, self.backbone.spec.std)
+
+    def place(
+        self, picture: Image.Image, reading: Reading
+    ) -> tuple[UInt8[Tensor, "3 height width"], Placement]:
+        """Puts a picture onto a canvas of whole patches, by PIL's antialiased bicubic resampling."""
+        width, height = picture.size
+        part = (0, 0, height, width)
+        own = self.backbone.spec.input_size
+        shorter = reading.size or (min(height, width) if reading.fit == "pad" else min(own))
+        if reading.fit == "crop":
+            side = min(height, width)
+            part = ((height - side) // 2, (width - side) // 2, side, side)
+            picture = picture.crop((part[1], part[0], part[1] + side, part[0] + side))
+        if reading.fit in ("crop", "square"):
+            inside = self._snap(reading.size) if reading.size else own
+        else:
+            scale = shorter / min(height, width)
+            sides = max(1, round(height * scale)), max(1, round(width * scale))
+            inside = sides if reading.fit == "pad" else self._snap(*sides)
+        if picture.size != (inside[1], inside[0]):
+            picture = picture.resize((inside[1], inside[0]), Image.Resampling.BICUBIC)
+        pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+        patch = self.backbone.spec.patch_size
+        canvas = tuple(math.ceil(side / unit) * unit for side, unit in zip(inside, patch, strict=True))
+        if canvas != inside:
+            mean = torch.tensor([round(255 * value) for value in self.backbone.spec.mean], dtype=torch.uint8)
+            padded = mean[:, None, None].repeat(1, *canvas)
+            padded[:, : inside[0], : inside[1]] = pixels
+            pixels = padded
+        return pixels.contiguous(), Placement((height, width), (canvas[0], canvas[1]), (0, 0, *inside), part)
+
+    def _snap(self, height: int, width: int | None = None) -> tuple[int, int]:
+        """Rounds sides to whole patches, one at least."""
+        sides = zip((height, width or height), self.backbone.spec.patch_size, strict=True)
+        rows, cols = (max(1, round(side / unit)) * unit for side, unit in sides)
+        return rows, cols
+
+    def _place(
+        self, source: ImageSource, numbers: Sequence[int], reading: Reading
+    ) -> list[tuple[Tensor, Placement]]:
+        return [self.place(source.read(number), reading) for number in numbers]
+
+    def _read_placed(self, placed: Sequence[tuple[Tensor, Placement]], reading: Reading) -> Iterator[Dense]:
+        """Reads placed pictures in their order, those of one canvas together."""
+        read: dict[int, Dense] = {}
+        for canvas in {placement.canvas for _, placement in placed}:
+            group = [number for number, (_, placement) in enumerate(placed) if placement.canvas == canvas]
+            batch = self(self.normalise(torch.stack([placed[number][0] for number in group])), reading)
+            parts = (part.cpu() for part in batch)
+            for number, grid, pooled, cls in zip(group, *parts, strict=True):
+                read[number] = Dense(grid, pooled, cls, placed[number][1])
+        yield from (read[number] for number in range(len(placed)))
+
+    @torch.no_grad()
+    def _forward(self, images: Tensor, reading: Reading) -> DenseBatch:
+        backbone, index = self.backbone, self.backbone.block_index(reading.layer)
+        layout = backbone.layout(images)
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
+            if reading.source == "tokens":
+                with backbone.tap([index]) as found:
+                    pooled = backbone.run(images)
+                tokens = backbone.final_norm(found[index]) if reading.norm else found[index]
+                if backbone.readout != "plain" and backbone.projection is not None:
+                    tokens = tokens @ backbone.projection
+            else:
+                with _entering(backbone.blocks[index]) as found:
+                    pooled = backbone.run(images)
+                tokens = _project(backbone, index, found[0], reading)
+        tokens = tokens.float()
+        grids = layout.to_grid(tokens)
+        cls = tokens[:, 0] if layout.num_prefix else grids.mean((1, 2))
+        return DenseBatch(normalize(grids, dim=-1) if reading.unit else grids, pooled.float(), cls)
+
+
+@contextmanager
+def _entering(block: nn.Module) -> Iterator[list[Tensor]]:
+    """Collects the tokens that enter a block, registers included, while the model runs."""
+    found: list[Tensor] = []
+
+    def collect(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        found.append((*args, *kwargs.values())[0])
+
+    # Behind any hook that inserts the registers ahead of the first block.
+    handle = block.register_forward_pre_hook(collect, with_kwargs=True)
+    try:
+        yield found
+    finally:
+        handle.remove()
+
+
+def _project(backbone: Backbone, index: int, tokens: Tensor, reading: Reading) -> Tensor:
+    """Computes queries, keys or values of a block, heads merged: (batch, tokens, width)."""
+    attention = backbone.attention(index)
+    project: Callable[[Tensor], Tensor] = getattr(attention, reading.source)
+    normed = attention.norm(tokens)
+    heads = project(normed)
+    if not reading.bias:
+        probe = normed[:1, :1]
+        bias = project(torch.zeros_like(probe))
+        once, twice = project(probe) - bias, project(2 * probe) - bias
+        # An affine map, less its value at 0, doubles with its argument; a norm of queries or keys does not.
+        if not torch.allclose(twice, 2 * once, rtol=0.02, atol=0.02 * float(once.abs().max())):
+            raise PhregError(
+                f"{reading.source} without bias asked of {backbone.describe()}, which norms them after the "
+                "projection, so that their bias cannot be taken off; set bias=true, or read values"
+            )
+        heads = heads - bias
+    return heads.transpose(1, 2).flatten(2)
+
+
+def _starts(length: int, window: int, step: int) -> list[int]:
+    """Where windows begin along one axis; the last is moved back inside."""
+    return [*range(0, length - window, step), length - window]

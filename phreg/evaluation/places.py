@@ -1,0 +1,44 @@
+"""Where the baseline has artifacts: the places at which a retrofit has something to repair.
+
+A few per cent of the patches can hardly move a mean over all of them, so that tasks on dense features report
+these on their own, beside the total.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from phreg.analysis.norms import outlier_mask, outlier_threshold
+from phreg.evaluation.features import FeatureReader, Reading
+from phreg.images import ImageSource
+
+
+def artifact_places(
+    reader: FeatureReader, source: ImageSource, reading: Reading
+) -> Sequence[Bool[Tensor, "rows cols"]] | None:
+    """Marks the patches of each picture that are outliers in the baseline's last block.
+
+    Outliers lie beyond the gap in the distribution of norms over all pictures, before the final norm, as
+    `phreg inspect` finds them.
+
+    Args:
+        reader: Its reference is the baseline.
+        source: The pictures.
+        reading: The canvas they are read on.
+
+    Returns:
+        A mask of each picture's grid; None where there is no baseline, or its norms show no gap.
+    """
+    if reader.reference is None:
+        return None
+    before_norm = reading.model_copy(
+        update={"source": "tokens", "layer": None, "norm": False, "unit": False, "window": None}
+    )
+    norms = [
+        dense.grid.norm(dim=-1)
+        for dense in reader.of(reader.reference).stream(source, before_norm, "artifacts of the baseline")
+    ]
+    gap = outlier_threshold(torch.cat([grid.flatten() for grid in norms]))
+    return None if gap is None else [outlier_mask(grid, gap) for grid in norms]

@@ -1,0 +1,330 @@
+"""What an evaluation found, as a record: figures with their spread, and all that is needed to repeat it.
+
+A task makes one `Metrics` a seed. `summarise` joins those of a model into a `Record`; a `Results` holds the
+records of several models and sets them against a baseline.
+
+    Metrics of seed 0, 1, 2 ──summarise──► Record (mean, spread) ┐
+                              of each model                      ├─► Results ──► results.json, results.md
+                                                      baseline ──┘
+
+`results.json` has the first model's figures at the top (`miou`, `top1`, …), all records under `models`.
+"""
+
+import json
+import math
+import os
+import platform
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from phreg import __version__
+from phreg.checkpoint import LIBRARIES, write_text
+from phreg.errors import GateError, PhregError
+
+LOWER_IS_BETTER = frozenset({"rmse", "abs_rel", "log10", "outlier_rate"})
+"""Figures of which less is better; of all others more is."""
+
+IN_UNITS = frozenset({"rmse", "abs_rel", "log10", "pearson"})
+"""Figures that are no shares; tables show all others in per cent."""
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """What a task measured with one seed.
+
+    Attributes:
+        figures: Headline first, by short name (`miou`, `top1`); shares are fractions of 1.
+        detail: Figures of single classes or parts, e.g. `{"iou": {"road": 0.9}}`.
+        notes: Anything else worth recording, as JSON holds it, e.g. a sweep, or how many images there were.
+    """
+
+    figures: Mapping[str, float]
+    detail: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    notes: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """One figure over seeds.
+
+    Attributes:
+        mean: Mean over seeds.
+        spread: Standard deviation over seeds (n - 1); None of a single one.
+        values: The figure of each seed.
+    """
+
+    mean: float
+    spread: float | None
+    values: tuple[float, ...]
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Summary":
+        """Sums up the values of several seeds."""
+        spread = statistics.stdev(values) if len(values) > 1 else None
+        return cls(statistics.fmean(values), spread, tuple(values))
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a model reached in a task.
+
+    Attributes:
+        task: Name of the task.
+        model: What the user called the model.
+        sha256: Of its weights, registers included.
+        registers: Registers phreg added.
+        data: Where the images are.
+        settings: Every setting of the task, resolved.
+        seeds: One run each.
+        figures: By name, headline first.
+        detail: Figures of single classes or parts, by kind and name.
+        notes: What else each seed's run recorded.
+        versions: Of the libraries that matter.
+        hardware: The machine, its device, its precision.
+        seconds: Wall-clock seconds of all seeds.
+    """
+
+    task: str
+    model: str
+    sha256: str
+    registers: int
+    data: str
+    settings: Mapping[str, Any]
+    seeds: tuple[int, ...]
+    figures: Mapping[str, Summary]
+    detail: Mapping[str, Mapping[str, Summary]]
+    notes: tuple[Mapping[str, Any], ...]
+    versions: Mapping[str, str]
+    hardware: Mapping[str, Any]
+    seconds: float
+
+    @property
+    def headline(self) -> str:
+        """Name of the first figure."""
+        return next(iter(self.figures))
+
+    def to_json(self) -> dict[str, Any]:
+        """The record as JSON holds it; NaN, which JSON does not know, becomes null."""
+        return _without_nan(asdict(self))
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A figure of a model against the baseline's.
+
+    Attributes:
+        change: The model's mean less the baseline's.
+        better: Whether that is an improvement.
+        beyond_spread: Whether the change is larger than single runs with other seeds differ, i.e. than the
+            root of the sum of both variances; None where there was one seed only.
+    """
+
+    change: float
+    better: bool
+    beyond_spread: bool | None
+
+
+@dataclass(frozen=True)
+class Results:
+    """Several models in one task, side by side.
+
+    Attributes:
+        records: One a model, in the order given.
+        baseline: The model that the others are set against; None without.
+    """
+
+    records: tuple[Record, ...]
+    baseline: Record | None = None
+
+    def __getitem__(self, figure: str) -> float:
+        """Looks up a figure of the first model: `results["miou"]`."""
+        return self.records[0].figures[figure].mean
+
+    def differences(self, record: Record) -> dict[str, Difference]:
+        """Sets a model's figures against the baseline's; empty without a baseline."""
+        if self.baseline is None:
+            return {}
+        theirs = self.baseline.figures
+        return {
+            name: _difference(name, summary, theirs[name])
+            for name, summary in record.figures.items()
+            if name in theirs
+        }
+
+    def check_gate(self, limit: float) -> None:
+        """Checks that no model's headline figure fell behind the baseline's by more than a limit.
+
+        Args:
+            limit: Largest drop allowed, in the figure's own unit (0.01 is one point of a share).
+
+        Raises:
+            GateError: A model fell behind.
+            PhregError: There is no baseline.
+        """
+        if self.baseline is None:
+            raise PhregError("--gate asked for without a model to compare with; give --baseline MODEL")
+        problems = []
+        for record in self.records:
+            name = record.headline
+            change = self.differences(record)[name].change
+            drop = change if name in LOWER_IS_BETTER else -change
+            if not drop <= limit:  # a NaN does not pass
+                problems.append(
+                    f"{record.model}: {name} {record.figures[name].mean:.4f}, the baseline's is "
+                    f"{self.baseline.figures[name].mean:.4f}"
+                )
+        if problems:
+            raise GateError(
+                f"gate: asked for a drop of at most {limit:g}, found {len(problems)} larger: "
+                f"{'; '.join(problems)}. Train less, guard the global output more (--loss.pooled), or raise "
+                "--gate",
+                self,
+            )
+
+    def to_json(self) -> dict[str, Any]:
+        """The first model's figures at the top, every record, and differences to the baseline."""
+        first = self.records[0]
+        top = {name: summary.mean for name, summary in first.figures.items()}
+        return _without_nan(
+            top
+            | {
+                "task": first.task,
+                "data": first.data,
+                "models": [record.to_json() for record in self.records],
+                "baseline": self.baseline.to_json() if self.baseline else None,
+                "differences": [
+                    {name: asdict(found) for name, found in self.differences(record).items()}
+                    for record in self.records
+                ]
+                if self.baseline
+                else None,
+            }
+        )
+
+    def rows(self) -> tuple[list[str], list[list[str]]]:
+        """The table: its heading, and a row a model, the baseline first."""
+        names = list(self.records[0].figures)
+        rows = [[f"{record.model}{note}", *self._cells(record)] for record, note in self._labelled()]
+        return ["model", *names], rows
+
+    def to_markdown(self) -> str:
+        """The table in Markdown, and the figures of single classes under it."""
+        heading, rows = self.rows()
+        blocks = [_table(heading, rows)]
+        for kind in self.records[0].detail:
+            labelled = [record for record, _ in self._labelled()]
+            parts = list(labelled[0].detail.get(kind, {}))
+            rows = [
+                [part, *(_figure(kind, record.detail[kind].get(part)) for record in labelled)]
+                for part in parts
+            ]
+            blocks.append(_table([kind, *(record.model for record in labelled)], rows))
+        first = self.records[0]
+        seeds = f"{len(first.seeds)} seed{'' if len(first.seeds) == 1 else 's'}"
+        spread = "; ± is the standard deviation over seeds (n - 1)" if len(first.seeds) > 1 else ""
+        marked = "; in brackets the difference to the baseline, ~ where it is within the spread"
+        blocks.append(
+            f"{first.task} on {first.data}, {seeds}{spread}{marked if self.baseline else ''}. "
+            "Shares are in per cent."
+        )
+        return "\n\n".join(blocks) + "\n"
+
+    def write(self, folder: Path) -> None:
+        """Writes results.json and results.md, each at once."""
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / "results.json", json.dumps(self.to_json(), indent=2))
+        write_text(folder / "results.md", self.to_markdown())
+
+    def _labelled(self) -> list[tuple[Record, str]]:
+        ahead = [(self.baseline, " (baseline)")] if self.baseline else []
+        return [*ahead, *((record, "") for record in self.records if record is not self.baseline)]
+
+    def _cells(self, record: Record) -> list[str]:
+        differences = {} if record is self.baseline else self.differences(record)
+        cells = []
+        for name in self.records[0].figures:
+            cell = _figure(name, record.figures.get(name))
+            if name in differences:
+                found = differences[name]
+                change = found.change if name in IN_UNITS else 100 * found.change
+                cell += f" ({change:+.{_digits(name)}f}{'~' if found.beyond_spread is False else ''})"
+            cells.append(cell)
+        return cells
+
+
+def summarise(runs: Sequence[Metrics], **facts: Any) -> Record:
+    """Joins what a task measured with several seeds into one record.
+
+    Args:
+        runs: One a seed, in the order of `seeds`.
+        facts: The record's other fields.
+    """
+    figures = {name: Summary.of([run.figures[name] for run in runs]) for name in runs[0].figures}
+    detail = {
+        kind: {part: Summary.of([run.detail[kind][part] for run in runs]) for part in parts}
+        for kind, parts in runs[0].detail.items()
+    }
+    notes = tuple(dict(run.notes) for run in runs)
+    return Record(figures=figures, detail=detail, notes=notes, versions=versions(), **facts)
+
+
+def versions() -> dict[str, str]:
+    """Lists the versions of Python, phreg and the libraries that models come from."""
+    return {"phreg": __version__, "python": platform.python_version()} | {
+        library: version(library) for library in LIBRARIES
+    }
+
+
+def hardware(device: torch.device, *, bf16: bool) -> dict[str, Any]:
+    """Describes what the figures were computed on."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    return {
+        "device": device.type,
+        "name": name,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "precision": "bf16" if bf16 else "fp32",
+    }
+
+
+def _difference(name: str, ours: Summary, theirs: Summary) -> Difference:
+    change = ours.mean - theirs.mean
+    beyond = None
+    if ours.spread is not None and theirs.spread is not None:
+        beyond = abs(change) > math.hypot(ours.spread, theirs.spread)
+    return Difference(change, change < 0 if name in LOWER_IS_BETTER else change > 0, beyond)
+
+
+def _digits(name: str) -> int:
+    return 4 if name in IN_UNITS else 2
+
+
+def _figure(name: str, summary: Summary | None) -> str:
+    if summary is None or math.isnan(summary.mean):
+        return "-"
+    scale, digits = (1 if name in IN_UNITS else 100), _digits(name)
+    spread = "" if summary.spread is None else f" ± {scale * summary.spread:.{digits}f}"
+    return f"{scale * summary.mean:.{digits}f}{spread}"
+
+
+def _table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [heading, ["---"] * len(heading), *rows]
+    return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in lines)
+
+
+def _without_nan(value: Any) -> Any:
+    match value:
+        case float():
+            return None if math.isnan(value) else value
+        case Mapping():
+            return {key: _without_nan(item) for key, item in value.items()}
+        case list() | tuple():
+            return [_without_nan(item) for item in value]
+        case _:
+            return value

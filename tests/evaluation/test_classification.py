@@ -1,0 +1,119 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from sklearn.linear_model import LogisticRegression
+from sklearn.neighbors import KNeighborsClassifier
+
+from phreg.backbones.resolve import adapt
+from phreg.errors import DataError, PhregError
+from phreg.evaluation import classification
+from phreg.evaluation.classification import Settings, knn_scores, linear_scores
+from phreg.evaluation.feature_cache import FeatureCache
+from phreg.evaluation.features import FeatureReader
+from phreg.evaluation.tasks import resolve_settings
+
+
+def clusters(seed, images=60, dim=6, classes=3, noise=1.5):
+    generator = torch.Generator().manual_seed(seed)
+    centres = torch.randn(classes, dim, generator=generator)
+    labels = torch.arange(images) % classes
+    return centres[labels] + noise * torch.randn(images, dim, generator=generator), labels
+
+
+@given(seed=st.integers(0, 1000), neighbours=st.integers(1, 10))
+def test_neighbours_vote_as_scikit_learns_do(seed, neighbours):
+    features, labels = clusters(seed)
+    found = knn_scores(features[:40], labels[:40], features[40:], 3, neighbours, temperature=0.1)
+    theirs = KNeighborsClassifier(
+        neighbours, metric="cosine", weights=lambda distances: np.exp((1 - distances) / 0.1)
+    ).fit(features[:40].double().numpy(), labels[:40].numpy())
+    shares = found / found.sum(1, keepdim=True)
+    # exp amplifies fp32 cosines, good to 1e-7, by 1 / temperature.
+    expected = theirs.predict_proba(features[40:].double().numpy())
+    np.testing.assert_allclose(shares, expected, atol=1e-4)
+
+
+@given(seed=st.integers(0, 1000))
+@settings(max_examples=20)
+def test_the_probe_is_scikit_learns_logistic_regression(seed):
+    features, labels = clusters(seed)
+    penalty = 1e-2
+    scores = linear_scores(features, labels, features, 3, penalty)
+    inputs = ((features - features.mean(0)) / features.std(0, correction=0)).double().numpy()
+    # Theirs sums over images what ours averages.
+    theirs = LogisticRegression(C=1 / (penalty * len(labels)), tol=1e-10, max_iter=10_000)
+    theirs.fit(inputs, labels.numpy())
+    np.testing.assert_allclose(
+        scores.softmax(1), theirs.predict_proba(inputs), atol=2e-3
+    )  # ours stops at an fp32 gradient of 1e-6
+
+
+@pytest.fixture
+def reader(tiny, tmp_path):
+    return FeatureReader(adapt(tiny()), "tiny", FeatureCache(tmp_path / "cache"), batch_size=4)
+
+
+@pytest.fixture
+def colours(tmp_path):
+    """Two classes that colour tells apart, six pictures each, no splits."""
+    for name, colour in (("blue", (20, 20, 220)), ("red", (220, 20, 20))):
+        (tmp_path / "set" / name).mkdir(parents=True)
+        for number in range(6):
+            tint = tuple(part + 3 * number for part in colour)
+            Image.new("RGB", (32, 32), tint).save(tmp_path / "set" / name / f"{number}.png")
+    return str(tmp_path / "set")
+
+
+@pytest.mark.parametrize("feature", ["cls", "pooled", "patch-mean"])
+def test_colours_are_told_apart_by_every_feature_and_method(reader, colours, feature):
+    found = classification.run(reader, colours, Settings(features=(feature,), neighbours=3), seed=0)
+    assert found.figures["top1"] == found.figures[f"knn_{feature.replace('-', '_')}_top1"] == 1
+    assert found.figures[f"linear_{feature.replace('-', '_')}_top1"] == 1
+    assert found.detail["top1"] == {"blue": 1, "red": 1}
+    assert found.notes["images"] == {"train": 10, "test": 2}
+
+
+def test_the_seed_decides_which_images_are_tested_on(colours):
+    def tested(seed):
+        return [
+            classification._divide(colours, Settings(), seed)[1].images.name(number) for number in range(2)
+        ]
+
+    assert tested(0) == tested(0)
+    assert len({tuple(tested(seed)) for seed in range(8)}) > 1
+
+
+def test_the_models_own_head_is_scored_without_training_images(reader, tmp_path):
+    for number in range(4):
+        Image.effect_noise((32, 32), 60).convert("RGB").save(tmp_path / f"{number}.png")
+    (tmp_path / "labels.csv").write_text("".join(f"{number}.png,{number}\n" for number in range(4)))
+    head = Settings(methods=("head",))
+    found = classification.run(reader, str(tmp_path), head, seed=0)
+    assert found.figures["top5"] == 1, "there are five classes"
+    (tmp_path / "labels.csv").write_text("0.png,5\n")
+    with pytest.raises(PhregError, match="has 5 classes"):
+        classification.run(reader, str(tmp_path), head, seed=0)
+
+
+def test_a_class_with_one_image_cannot_be_divided(reader, colours, tmp_path):
+    (tmp_path / "set" / "green").mkdir()
+    Image.new("RGB", (32, 32), "green").save(tmp_path / "set" / "green" / "0.png")
+    with pytest.raises(DataError, match="green"):
+        classification.run(reader, colours, Settings(), seed=0)
+
+
+def test_methods_can_be_listed_with_commas():
+    given = {"methods": "head,knn", "reading.size": "64"}
+    found = resolve_settings("classification", given)
+    assert found.methods == ("head", "knn")
+    assert (found.reading.size, found.reading.fit) == (64, "crop"), "other defaults of a section stay"
+
+
+def test_every_wrong_setting_is_listed():
+    with pytest.raises(PhregError) as caught:
+        resolve_settings("classification", {"neighbors": 3, "penalty": "much"})
+    assert "did you mean neighbours" in str(caught.value)
+    assert "penalty" in str(caught.value)

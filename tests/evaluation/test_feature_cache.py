@@ -1,0 +1,104 @@
+import os
+
+import pytest
+import torch
+
+from phreg.backbones.resolve import adapt
+from phreg.errors import DataError, PhregError
+from phreg.evaluation.feature_cache import GRIDS, FeatureCache
+from phreg.evaluation.features import FeatureReader, Reading
+from phreg.images import HubImages, Subset, open_images
+
+READING = Reading(size=32)
+
+
+@pytest.fixture
+def reader(tiny, tmp_path):
+    return FeatureReader(adapt(tiny()), "tiny", FeatureCache(tmp_path / "cache"), batch_size=4)
+
+
+def entries(reader):
+    return sorted(path.name for path in reader.cache.folder.iterdir())
+
+
+def test_kept_features_are_those_read_in_half_precision(reader, mixed_photos):
+    source = open_images(mixed_photos)
+    kept = reader.features(source, READING)
+    for number, dense in enumerate(reader.stream(source, READING)):
+        assert torch.equal(kept[number].grid, dense.grid.half().float())
+        assert torch.equal(kept[number].pooled, dense.pooled)
+        assert kept[number].placement == dense.placement
+    assert len(kept) == len(source)
+    assert len(entries(reader)) == 1, "no temporary folder is left"
+
+
+def test_a_rerun_reads_no_image_again(reader, mixed_photos):
+    first = reader.features(open_images(mixed_photos), READING)
+    reader.backbone.requires_grad_(False)
+    reader.backbone.model.norm.weight.zero_()  # what a second reading would show
+    again = reader.features(open_images(mixed_photos), READING)
+    assert torch.equal(first[0].grid, again[0].grid)
+
+
+@pytest.mark.parametrize("changed", ["model", "reading", "file", "subset"])
+def test_another_model_reading_or_file_is_read_anew(reader, mixed_photos, changed):
+    source = open_images(mixed_photos)
+    reader.features(source, READING)
+    reading = READING
+    match changed:
+        case "model":
+            reader = FeatureReader(reader.backbone, "another", reader.cache)
+        case "reading":
+            reading = Reading(size=32, norm=False)
+        case "file":
+            os.utime(source.paths[0], ns=(1, 1))
+        case "subset":
+            source = Subset(source, [0, 1])
+    reader.features(source, reading)
+    assert len(entries(reader)) == 2
+
+
+def test_a_damaged_entry_is_noticed(reader, mixed_photos):
+    kept = reader.features(open_images(mixed_photos), READING)
+    path = kept.folder / GRIDS
+    content = bytearray(path.read_bytes())
+    content[5] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(PhregError, match=r"picture 0 .* checksum"):
+        reader.features(open_images(mixed_photos), READING)[0]
+    path.write_bytes(content[:-2])
+    with pytest.raises(PhregError, match="bytes instead of"):
+        reader.features(open_images(mixed_photos), READING)
+
+
+def test_nothing_is_written_beyond_the_limit(reader, mixed_photos):
+    small = FeatureReader(reader.backbone, "tiny", FeatureCache(reader.cache.folder, limit=1000))
+    with pytest.raises(PhregError, match="--cache-limit"):
+        small.features(open_images(mixed_photos), READING)
+    assert entries(small) == []
+
+
+def test_entries_count_towards_the_limit_together(reader, mixed_photos):
+    reader.features(open_images(mixed_photos), READING)
+    used = reader.cache.size()
+    full = FeatureReader(reader.backbone, "another", FeatureCache(reader.cache.folder, limit=used + 100))
+    with pytest.raises(PhregError, match="limit leaves"):
+        full.features(open_images(mixed_photos), READING)
+
+
+def test_an_interrupted_reading_leaves_nothing_behind(reader, half_broken):
+    with pytest.raises(DataError, match=r"1\.png"):
+        reader.features(open_images(half_broken), READING)
+    assert entries(reader) == []
+
+
+def test_features_that_half_precision_cannot_hold_are_refused(reader, mixed_photos):
+    with torch.no_grad():
+        reader.backbone.model.norm.weight.fill_(1e6)
+    with pytest.raises(PhregError, match="half precision"):
+        reader.features(open_images(mixed_photos), READING)
+
+
+def test_pictures_whose_changes_would_go_unnoticed_are_not_kept(reader):
+    with pytest.raises(DataError, match="HubImages"):
+        reader.features(HubImages([], "image", "somewhere"), READING)

@@ -1,0 +1,202 @@
+import numpy as np
+import pytest
+import torch
+from families import FAMILIES
+from hypothesis import given
+from hypothesis import strategies as st
+from pictures import noise
+from PIL import Image
+
+from phreg.backbones.resolve import adapt
+from phreg.errors import PhregError
+from phreg.evaluation.feature_cache import FeatureCache
+from phreg.evaluation.features import FeatureReader, Placement, Reading
+from phreg.images import open_images
+from phreg.registers import add_registers
+
+ROUNDING = 1e-5
+"""fp32 forwards of the same tokens in batches of another size differ in the last digits."""
+
+
+@pytest.fixture
+def reader(tiny, tmp_path):
+    return FeatureReader(adapt(tiny()), "tiny", FeatureCache(tmp_path / "cache"), batch_size=4)
+
+
+def images(reader, rows=4, cols=5):
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(2, 3, 8 * rows, 8 * cols, generator=generator)
+
+
+def test_tokens_are_what_the_backbone_gives(reader):
+    pixels = images(reader)
+    batch, direct = reader(pixels, Reading()), reader.backbone(pixels)
+    torch.testing.assert_close(batch.grids, direct.patches, atol=ROUNDING, rtol=0)
+    torch.testing.assert_close(batch.pooled, direct.pooled, atol=ROUNDING, rtol=0)
+
+
+def test_registers_are_never_in_the_grid(reader):
+    before = reader(images(reader), Reading()).grids.shape
+    add_registers(reader.backbone, 3)
+    after = reader(images(reader), Reading(source="keys"))
+    assert after.grids.shape == before
+    assert after.cls.shape == (2, 32)
+
+
+@pytest.mark.parametrize(
+    "name", ["timm/vit", "transformers/dinov2", "transformers/clip-vision", "open_clip/clip"]
+)
+@pytest.mark.parametrize("layer", [0, -1])
+def test_values_are_those_the_block_itself_computes(name, layer, tmp_path):
+    backbone = adapt(FAMILIES[name]()).eval()
+    add_registers(backbone, 2)
+    reader = FeatureReader(backbone, "any", FeatureCache(tmp_path))
+    side = backbone.spec.input_size
+    pixels = torch.randn(1, 3, *side, generator=torch.Generator().manual_seed(0))
+    index = backbone.block_index(layer)
+    entered = []
+    handle = backbone.blocks[index].register_forward_pre_hook(lambda _, args: entered.append(args[0]))
+    with torch.no_grad():
+        backbone.run(pixels)
+        handle.remove()
+        attention = backbone.attention(index)
+        expected = attention.values(attention.norm(entered[0])).transpose(1, 2).flatten(2)
+    found = reader(pixels, Reading(source="values", layer=layer)).grids
+    torch.testing.assert_close(found.flatten(1, 2), backbone.layout(pixels).patches(expected))
+
+
+@pytest.mark.parametrize("source", ["queries", "keys", "values"])
+def test_without_bias_a_projection_is_its_weight_alone(reader, source):
+    attention = reader.backbone.model.blocks[1].attn
+    with torch.no_grad():
+        attention.qkv.bias.normal_()
+    pixels, reading = images(reader), Reading(source=source, layer=1)
+    part = ["queries", "keys", "values"].index(source)
+    bias = attention.qkv.bias.chunk(3)[part].detach()
+    with_bias = reader(pixels, reading).grids
+    without = reader(pixels, reading.model_copy(update={"bias": False})).grids
+    torch.testing.assert_close(with_bias - without, bias.expand_as(without), atol=ROUNDING, rtol=0)
+
+
+def test_a_bias_under_a_norm_cannot_be_taken_off(tmp_path):
+    backbone = adapt(FAMILIES["timm/vit-qk-norm"]())
+    reader = FeatureReader(backbone, "any", FeatureCache(tmp_path))
+    with pytest.raises(PhregError, match="norms them after"):
+        reader(torch.randn(1, 3, 32, 32), Reading(source="keys", bias=False))
+
+
+def test_overlapping_windows_are_averaged_patch_by_patch(reader):
+    pixels = images(reader, rows=4, cols=6)
+    found = reader(pixels, Reading(window=32, stride=16)).grids
+    left, right = (reader(pixels[..., start : start + 32], Reading()).grids for start in (0, 16))
+    torch.testing.assert_close(found[:, :, :2], left[:, :, :2], atol=ROUNDING, rtol=0)
+    torch.testing.assert_close(
+        found[:, :, 2:4], (left[:, :, 2:] + right[:, :, :2]) / 2, atol=ROUNDING, rtol=0
+    )
+    torch.testing.assert_close(found[:, :, 4:], right[:, :, 2:], atol=ROUNDING, rtol=0)
+
+
+@given(rows=st.integers(4, 9), cols=st.integers(4, 9), stride=st.integers(1, 40))
+def test_windows_cover_every_patch_whatever_the_stride(rows, cols, stride):
+    from phreg.evaluation.features import _starts
+
+    starts = _starts(max(rows, cols), 4, max(1, round(stride / 8)))
+    covered = {place for start in starts for place in range(start, start + 4)}
+    assert covered >= set(range(max(rows, cols))) or stride > 32  # a stride beyond the window leaves gaps
+    assert max(covered) == max(rows, cols) - 1
+
+
+@pytest.mark.parametrize(
+    ("fit", "canvas", "part"),
+    [
+        ("keep", (32, 48), (0, 0, 30, 43)),
+        ("square", (32, 32), (0, 0, 30, 43)),
+        ("crop", (32, 32), (0, 6, 30, 30)),
+        ("pad", (32, 48), (0, 0, 30, 43)),
+    ],
+)
+def test_a_picture_of_any_size_lands_on_whole_patches(reader, fit, canvas, part):
+    pixels, placement = reader.place(noise((43, 30)), Reading(fit=fit, size=30 if fit == "pad" else 32))
+    assert pixels.shape[1:] == placement.canvas == canvas
+    assert placement.part == part
+    assert placement.picture_size == (30, 43)
+
+
+def test_padding_shows_the_picture_as_it_is_and_the_mean_colour_around(reader):
+    picture = noise((43, 30))
+    pixels, placement = reader.place(picture, Reading(fit="pad"))
+    top, left, height, width = placement.inside
+    assert (top, left, height, width) == (0, 0, 30, 43)
+    np.testing.assert_array_equal(pixels[:, :30, :43].permute(1, 2, 0), np.asarray(picture))
+    mean = torch.tensor([round(255 * value) for value in reader.backbone.spec.mean])
+    assert (pixels[:, 30:] == mean[:, None, None]).all()
+
+
+@pytest.mark.parametrize("fit", ["keep", "square", "crop", "pad"])
+def test_maps_come_back_where_the_picture_shows_them(reader, fit):
+    # The left half of the picture is white, so the map of brightness must be high there.
+    white_left = Image.new("RGB", (64, 40))
+    white_left.paste((255, 255, 255), (0, 0, 32, 40))
+    pixels, placement = reader.place(white_left, Reading(fit=fit, size=32))
+    bright = torch.nn.functional.avg_pool2d(pixels[:1].float()[None], 8)[0]
+    restored = placement.restore(bright)
+    shown = placement.cut(torch.from_numpy(np.array(white_left.convert("L"))))
+    assert restored.shape[1:] == shown.shape
+    # Pixels next to the edge are mixed over a patch.
+    agree = ((restored[0] > 127) == (shown > 127)).float().mean()
+    assert agree > 0.9
+
+
+def test_truth_goes_onto_the_canvas_as_the_picture_does(reader):
+    _, placement = reader.place(noise((64, 40)), Reading(fit="pad", size=20))
+    truth = torch.arange(64.0).expand(1, 40, 64)
+    placed = placement.put(truth, 255.0)
+    assert placed.shape[1:] == placement.canvas
+    assert placed[0, 0, 0] < 2
+    assert placed[0, 0, 31] > 61
+    assert (placed[0, 20:] == 255).all()
+
+
+def test_pictures_of_many_sizes_come_in_their_order_and_the_same_as_alone(reader, mixed_photos):
+    source = open_images(mixed_photos)
+    told = []
+    told_reader = FeatureReader(
+        reader.backbone, "tiny", reader.cache, 4, observe=lambda *words: told.append(words)
+    )
+    together = list(told_reader.stream(source, Reading(size=32)))
+    assert [words[1:] for words in told] == [(4, 6), (6, 6)]
+    for number, dense in enumerate(together):
+        pixels, placement = reader.place(source.read(number), Reading(size=32))
+        alone = reader(reader.normalise(pixels[None]), Reading())
+        assert dense.placement == placement
+        torch.testing.assert_close(dense.grid, alone.grids[0], atol=ROUNDING, rtol=0)
+
+
+def test_unit_features_have_length_one_even_through_windows(reader):
+    grids = reader(images(reader), Reading(unit=True)).grids
+    torch.testing.assert_close(grids.norm(dim=-1), torch.ones(grids.shape[:3]))
+
+
+@pytest.mark.parametrize(
+    "name", ["timm/vit", "transformers/vit-classifier", "transformers/dinov2-classifier"]
+)
+def test_class_scores_are_the_models_own(name, tmp_path, photos):
+    reader = FeatureReader(adapt(FAMILIES[name]()).eval(), "any", FeatureCache(tmp_path), batch_size=5)
+    reading = Reading(fit="square")
+    scores = reader.logits(open_images(photos), reading)
+    pixels, _ = reader.place(open_images(photos).read(3), reading)
+    with torch.no_grad():
+        own = reader.backbone.model(reader.normalise(pixels[None]))
+    own = getattr(own, "logits", own)[0]
+    torch.testing.assert_close(scores[3], own, atol=ROUNDING, rtol=0)
+
+
+def test_a_model_without_classifier_says_so(tmp_path, photos):
+    reader = FeatureReader(adapt(FAMILIES["timm/vit-headless"]()), "any", FeatureCache(tmp_path))
+    with pytest.raises(PhregError, match="no classifier"):
+        reader.logits(open_images(photos), Reading(fit="square"))
+
+
+def test_a_placement_survives_json():
+    placement = Placement((30, 43), (32, 48), (0, 0, 32, 48), (0, 0, 30, 43))
+    assert Placement(*map(tuple, [list(part) for part in placement])) == placement

@@ -1,0 +1,59 @@
+import pytest
+import torch
+
+from phreg.backbones.resolve import adapt
+from phreg.errors import PhregError
+from phreg.evaluation import steadiness
+from phreg.evaluation.feature_cache import FeatureCache
+from phreg.evaluation.features import FeatureReader
+from phreg.evaluation.steadiness import Settings
+
+FEW = Settings(count=4, shift=1, views=3)
+
+
+@pytest.fixture
+def reader(tiny, tmp_path):
+    def make(model=None, reference=None):
+        backbone = adapt(model or tiny())
+        return FeatureReader(backbone, "tiny", FeatureCache(tmp_path), batch_size=3, reference=reference)
+
+    return make
+
+
+def without_places(model):
+    """A model that knows nothing of position, and whose patches see only themselves."""
+    with torch.no_grad():
+        model.pos_embed.zero_()
+        for block in model.blocks:
+            block.attn.proj.weight.zero_()
+            block.attn.proj.bias.zero_()
+    return model
+
+
+def test_a_model_that_reads_each_patch_alone_is_steady_under_shift_and_views(reader, tiny, photos):
+    found = steadiness.run(reader(without_places(tiny())), str(photos), FEW, seed=0)
+    # A mirrored patch is another patch, so only the shift is exact; features agree to fp32 rounding.
+    assert found.figures["shift_agreement"] == pytest.approx(1, abs=1e-5)
+    assert found.figures["flip_agreement"] < 1
+    assert found.notes["images"] == 4
+
+
+def test_a_model_with_places_is_less_steady(reader, photos):
+    found = steadiness.run(reader(), str(photos), FEW, seed=0)
+    assert found.figures["shift_agreement"] < 0.999
+    assert found.figures["outlier_rate"] == 0
+    assert found.detail["worst_percent"]["shift"] <= found.figures["shift_agreement"]
+
+
+def test_the_reference_is_the_baselines(reader, tiny, photos):
+    own = steadiness.run(reader(), str(photos), FEW, seed=0)
+    other = tiny()
+    torch.nn.init.normal_(other.blocks[2].mlp.fc2.weight)
+    against = steadiness.run(reader(reference=adapt(other).eval()), str(photos), FEW, seed=0)
+    assert against.figures["reference_agreement"] < own.figures["reference_agreement"]
+    assert against.figures["shift_agreement"] == own.figures["shift_agreement"]
+
+
+def test_a_shift_out_of_the_picture_is_refused(reader, photos):
+    with pytest.raises(PhregError, match="shift of 9"):
+        steadiness.run(reader(), str(photos), Settings(shift=9), seed=0)
