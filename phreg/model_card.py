@@ -60,12 +60,14 @@ STOCK: dict[str, tuple[str, str]] = {
     ),
     "transformers": (
         "transformers",
-        'from transformers import AutoImageProcessor, AutoModel\n\nmodel = AutoModel.from_pretrained("{repository}")'
-        '\nprocessor = AutoImageProcessor.from_pretrained("{repository}")',
+        "from transformers import AutoImageProcessor, AutoModel\n\n"
+        'model = AutoModel.from_pretrained("{repository}")\n'
+        'processor = AutoImageProcessor.from_pretrained("{repository}")',
     ),
     "open_clip": (
         "open_clip",
-        'import open_clip\n\nmodel, _, preprocess = open_clip.create_model_and_transforms("hf-hub:{repository}")',
+        "import open_clip\n\n"
+        'model, _, preprocess = open_clip.create_model_and_transforms("hf-hub:{repository}")',
     ),
     "remote-code": (
         "transformers",
@@ -190,8 +192,8 @@ def _use(record: Mapping[str, Any], place: str, name: str) -> Iterator[str]:
     yield f'```python\nimport phreg\n\nmodel = phreg.load("{place}")\n```'
     if record["format"] == ADAPTER_FORMAT:
         yield (
-            f'`phreg.load("{place}", into=model)` patches a `{name}` at hand, or a model built around it, such '
-            "as a vision-language model."
+            f'`phreg.load("{place}", into=model)` patches a `{name}` at hand, or a model built around it, '
+            "such as a vision-language model."
         )
 
 
@@ -219,8 +221,8 @@ def _method(run: Mapping[str, Any]) -> Iterator[str]:
         yield "By [phreg](https://arxiv.org/abs/2505.21501); the record of the run is not at hand."
         return
     yield (
-        f"By [phreg](https://arxiv.org/abs/2505.21501), method `{recipe['method']}`: {outcome['steps']} steps of "
-        f"{recipe['batch_size']} images per process at {run['size']} pixels; {outcome['trained']:,} weights "
+        f"By [phreg](https://arxiv.org/abs/2505.21501), method `{recipe['method']}`: {outcome['steps']} steps "
+        f"of {recipe['batch_size']} images per process at {run['size']} pixels; {outcome['trained']:,} weights "
         "trained."
     )
     found = {key: value for key in SETTINGS if (value := _at(recipe, key)) is not None}

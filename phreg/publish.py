@@ -106,7 +106,7 @@ def public(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def base_license(base: Mapping[str, Any]) -> License:
-    """Reads a base's licence in its own card or config; unknown where neither says it, or neither is at hand."""
+    """Reads a base's licence in its own card or config; unknown where neither says it or is at hand."""
     source, revision = str(base.get("source", "")).removeprefix("hf-hub:"), base.get("revision")
     folder = Path(source)
     if revision:

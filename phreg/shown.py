@@ -5,22 +5,24 @@ folder ──phreg.json or phreg_export.json──┐
 """
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from safetensors import SafetensorError, safe_open
+from torch import nn
 
 from phreg.adapter import fit
 from phreg.backbones import hub, resolve
-from phreg.backbones.base import Backbone
 from phreg.backbones.resolve import Base
 from phreg.errors import LoadError
 from phreg.evaluation.retrofit import Row, table
 from phreg.saved import open_model, record_of
 from phreg.storage import ADAPTER_FORMAT
 
+Model = str | os.PathLike[str] | nn.Module
 Fit = Literal["whole", "tower", "no", "unknown"]
 
 
@@ -38,7 +40,7 @@ class Shown:
         method: The method of the run; None where it does not say.
         steps: Optimizer steps of the run; None where it does not say.
         figures: Before and after; empty where nothing was measured.
-        sizes: Image sizes (height, width) that an export was measured at, and whether it stands for the model.
+        sizes: Image sizes (height, width) that an export was measured at, and whether it is the model there.
         tensors: Tensors in its files.
         num_bytes: Bytes that they take.
         versions: Versions of the packages that wrote it, by name.
@@ -66,7 +68,7 @@ class Shown:
         return asdict(self) | {"figures": [row._asdict() for row in self.figures]}
 
 
-def show(source: Any, *, revision: str | None = None, base: Any = None) -> Shown:
+def show(source: str | os.PathLike[str], *, revision: str | None = None, base: Model | None = None) -> Shown:
     """Says what a run, an adapter, an export, or a hub id of one is.
 
     Args:
@@ -87,13 +89,15 @@ def show(source: Any, *, revision: str | None = None, base: Any = None) -> Shown
         )
     run = record.get("run") or record
     tensors, num_bytes = _count(found.folder)
+    # A model saved whole has the number of its registers under another name.
+    registers = record["registers"] if "registers" in record else record["num_registers"]
     return Shown(
         source=str(source),
         format=record["format"],
         format_version=record.get("format_version", 1),
         model_class=record["class"],
         base=Base(**record["base"]) if record.get("base") else None,
-        registers=record.get("registers", record.get("num_registers")),
+        registers=registers,
         method=(run.get("recipe") or {}).get("method"),
         steps=(run.get("outcome") or {}).get("steps"),
         figures=tuple(table(run["figures"])) if run.get("figures") else (),
@@ -119,14 +123,13 @@ def _count(folder: Path) -> tuple[int, int]:
     return tensors, num_bytes
 
 
-def _fits(record: Mapping[str, Any], base: Any) -> Fit:
+def _fits(record: Mapping[str, Any], base: Model | None) -> Fit:
     if record["format"] != ADAPTER_FORMAT:
         return "unknown"
-    at_hand = base if base is not None else _at_hand(Base(**record["base"]))
+    at_hand = _at_hand(Base(**record["base"])) if base is None else (base, None)
     if at_hand is None:
         return "unknown"
-    backbone: Backbone = open_model(*at_hand)[0] if isinstance(at_hand, tuple) else open_model(at_hand)[0]
-    return fit(record, backbone) or "no"
+    return fit(record, open_model(*at_hand)[0]) or "no"
 
 
 def _at_hand(base: Base) -> tuple[str, str | None] | None:

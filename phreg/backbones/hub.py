@@ -88,7 +88,8 @@ def upload(
         raise PushError(f"{asked}, which is no name of a repository; give owner/name")
     if get_token() is None:
         raise PushError(
-            f"{asked}, and there is no token; log in with `hf auth login`, or set HF_TOKEN to one that may write"
+            f"{asked}, and there is no token; log in with `hf auth login`, or set HF_TOKEN to one that "
+            "may write"
         )
     api = HfApi()
     try:
@@ -129,8 +130,8 @@ def _explain_upload(error: Exception) -> str:
             return "this is not how a repository is named; give owner/name"
         case HfHubHTTPError() if cause.response.status_code == 401:
             return (
-                "the token was refused (HTTP 401), as when it is wrong or expired; log in with `hf auth login`, "
-                "or correct HF_TOKEN"
+                "the token was refused (HTTP 401), as when it is wrong or expired; log in with "
+                "`hf auth login`, or correct HF_TOKEN"
             )
         case HfHubHTTPError() if cause.response.status_code in (403, 404):
             return (
