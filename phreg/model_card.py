@@ -221,9 +221,9 @@ def _method(run: Mapping[str, Any]) -> Iterator[str]:
         yield "By [phreg](https://arxiv.org/abs/2505.21501); the record of the run is not at hand."
         return
     yield (
-        f"By [phreg](https://arxiv.org/abs/2505.21501), method `{recipe['method']}`: {outcome['steps']} steps "
-        f"of {recipe['batch_size']} images per process at {run['size']} pixels; {outcome['trained']:,} weights "
-        "trained."
+        f"By [phreg](https://arxiv.org/abs/2505.21501), method `{recipe['method']}`: {outcome['steps']} "
+        f"steps of {recipe['batch_size']} images per process at {run['size']} pixels; "
+        f"{outcome['trained']:,} weights trained."
     )
     found = {key: value for key in SETTINGS if (value := _at(recipe, key)) is not None}
     yield "\n".join(["| setting | value |", "| --- | --- |", *(f"| {key} | {found[key]} |" for key in found)])

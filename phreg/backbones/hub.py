@@ -145,7 +145,7 @@ def _explain_upload(error: Exception) -> str:
         case OSError() if constants.HF_HUB_OFFLINE:
             return "HF_HUB_OFFLINE is set; unset it, or write the folder alone with --dry-run"
         case _:
-            return f"the connection broke off ({_brief(cause)}); check the network, then run the same again"
+            return f"the upload broke off ({_brief(cause)}); check the network, then run the same again"
 
 
 def _explain(error: Exception, repository: str) -> str:

@@ -415,13 +415,18 @@ def _files(folder: Path, name: str) -> list[Path]:
     shards = _read_json(index).get("weight_map")
     if not isinstance(shards, dict):
         raise LoadError(f"{index} should map tensors to files as weight_map; copy or download it again")
-    odd = [shard for shard in shards.values() if not isinstance(shard, str) or Path(shard).name != shard]
+    odd = [shard for shard in shards.values() if not _is_file_name(shard)]
     if odd:
         raise LoadError(
             f"{index} names {odd[0]!r} as a file of weights, which is no file beside it; "
             "do not trust this folder, fetch the model from where it was published"
         )
     return [folder / shard for shard in sorted(set(shards.values()))]
+
+
+def _is_file_name(name: Any) -> bool:
+    """Tells a file's name from a path that may lead elsewhere."""
+    return isinstance(name, str) and name not in ("", "..") and Path(name).name == name
 
 
 def _check_weights(found: Located, library: Library) -> None:
