@@ -64,16 +64,13 @@ def assemble(found: Located, folder: Path, repository: str) -> dict[str, Any]:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise PushError(f"asked to write {folder}, which is not empty; give a new or an empty folder")
     exported = (found.folder / EXPORT_FILE).is_file()
-    names = (
-        [path.name for path in found.folder.iterdir() if path.is_file() and not path.name.startswith(".")]
-        if exported
-        else [OWN_FILES[record["format"]]]
-    )
+    names = _visible(found.folder) if exported else [Path(OWN_FILES[record["format"]])]
     license = base_license(record.get("base") or {})
     record = public(record)
     try:
         with replacing(folder.resolve()) as unfinished:
             for name in names:
+                (unfinished / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(found.folder / name, unfinished / name)
             write_text(unfinished / (EXPORT_FILE if exported else ADAPTER_FILE), json.dumps(record, indent=2))
             pictures = _write_pictures(RunFolder(found.folder.parent), unfinished / "report")
@@ -127,6 +124,12 @@ def base_license(base: Mapping[str, Any]) -> License:
         return License(str(card["license"]), card.get("license_name"), card.get("license_link"))
     told = config.get("pretrained_cfg", {}).get("license") or config.get("license")
     return License(str(told)) if told else License()
+
+
+def _visible(folder: Path) -> list[Path]:
+    """Lists the files of a folder and of those in it, hidden ones left out."""
+    files = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    return [name for name in files if not any(part.startswith(".") for part in name.parts)]
 
 
 def _bare(path: str) -> str:

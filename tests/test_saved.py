@@ -3,8 +3,9 @@
 import json
 import os
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 
+import families
 import families_open_clip
 import families_timm
 import families_transformers
@@ -18,7 +19,7 @@ from torch import nn
 
 import phreg
 from phreg import checkpoint
-from phreg.adapter import describe_tower
+from phreg.adapter import describe_tower, fit
 from phreg.backbones.resolve import Base, adapt, weights_sha256
 from phreg.errors import LoadError, PhregError, UnsupportedModelError
 
@@ -485,6 +486,18 @@ def test_a_base_that_is_gone_says_how_to_go_on(adapter, saved):
     shutil.rmtree(saved)
     with pytest.raises(LoadError, match=r"base of the adapter .* cannot be opened.*into=model"):
         phreg.load(adapter[0])
+
+
+@pytest.mark.parametrize("family", families.FAMILIES)
+def test_every_family_s_tower_is_known_again_without_what_stands_around_it(family):
+    backbone = adapt(families.FAMILIES[family]())
+    record = {"class": "", "base": {"sha256": ""}, "tower": asdict(describe_tower(backbone))}
+    assert fit(record, backbone) == "tower"
+    alone = backbone.alone()
+    assert fit(record, alone) == "tower"
+    with torch.no_grad():
+        alone.model.get_parameter(alone.roles()["block.0"][0]).add_(1)
+    assert fit(record, backbone) is None
 
 
 def test_towers_are_known_apart_from_what_stands_around_them():
