@@ -72,6 +72,8 @@ def assemble(found: Located, folder: Path, repository: str) -> dict[str, Any]:
             for name in names:
                 (unfinished / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(found.folder / name, unfinished / name)
+            if exported:
+                _point_to(repository, unfinished, found.folder)
             write_text(unfinished / (EXPORT_FILE if exported else ADAPTER_FILE), json.dumps(record, indent=2))
             pictures = _write_pictures(RunFolder(found.folder.parent), unfinished / "report")
             card = model_card(record, repository=repository, license=license, pictures=pictures)
@@ -124,6 +126,15 @@ def base_license(base: Mapping[str, Any]) -> License:
         return License(str(card["license"]), card.get("license_name"), card.get("license_link"))
     told = config.get("pretrained_cfg", {}).get("license") or config.get("license")
     return License(str(told)) if told else License()
+
+
+def _point_to(repository: str, folder: Path, written_for: Path) -> None:
+    """Has configs that name the folder they were written for name the repository instead, as open_clip's do."""
+    here = json.dumps(f"local-dir:{written_for}")[1:-1]
+    for config in folder.glob("*.json"):
+        text = config.read_text(encoding="utf-8")
+        if here in text:
+            write_text(config, text.replace(here, f"hf-hub:{repository}"))
 
 
 def _visible(folder: Path) -> list[Path]:

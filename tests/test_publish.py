@@ -84,6 +84,15 @@ def test_an_export_is_pushed_from_its_folder_or_made_on_the_way_and_comes_back(r
         assert "| outlier rate (share of patch tokens) |" in text
 
 
+def test_a_config_that_names_its_own_folder_names_the_repository_once_pushed(run, tmp_path):
+    phreg.export(run.run, tmp_path / "out", format="timm")
+    trunk = {"timm_model_name": f"local-dir:{tmp_path / 'out'}"}
+    (tmp_path / "out" / "other_config.json").write_text(json.dumps(trunk))
+    phreg.push(tmp_path / "out", "me/x", dry_run=tmp_path / "dry")
+    pushed = json.loads((tmp_path / "dry" / "other_config.json").read_text())
+    assert pushed == {"timm_model_name": "hf-hub:me/x"}
+
+
 def test_a_branch_and_a_private_repository_are_made_as_asked(run, hub, token):
     phreg.push(run.run, "me/vit-reg", private=True, revision="try")
     repo = hub.repositories["me/vit-reg"]

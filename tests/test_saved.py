@@ -116,6 +116,12 @@ def test_an_export_comes_back_as_the_stock_model(format, place, hub, tmp_path):
     assert not loaded.training
 
 
+def test_an_export_of_a_model_in_half_precision_comes_back(tmp_path):
+    model = phreg.add_registers(families_timm.FAMILIES["vit"](), 3).bfloat16()
+    phreg.export(model, tmp_path / "out", format="timm")
+    assert torch.equal(phreg.load(tmp_path / "out").reg_token.bfloat16(), model.reg_token)
+
+
 def test_of_an_export_on_the_hub_no_code_and_no_pickle_is_fetched(hub, tmp_path):
     model = phreg.add_registers(families_timm.FAMILIES["vit"](), 3)
     phreg.export(model, tmp_path / "out", format="timm")

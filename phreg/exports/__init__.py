@@ -102,6 +102,7 @@ def export(
             raise PhregError(
                 _another(backbone, format, f"what was written does not load: {error}")
             ) from error
+        sha256 = weights_sha256(exported.disk_state())  # as loaded: measuring may change its precision
         figures = _measure(backbone, exported, stock, [backbone.spec.input_size, *sizes])
         if not figures[0].claimed:
             found = (
@@ -115,7 +116,7 @@ def export(
             "class": type(backbone.model).__name__,
             "base": asdict(base),
             "registers": backbone.num_registers,
-            "sha256": weights_sha256(exported.disk_state()),
+            "sha256": sha256,
             "tolerance": TOLERANCE,
             "equality": [asdict(figure) for figure in figures],
             "versions": {"phreg": __version__} | {name: version(name) for name in LIBRARIES},
