@@ -19,10 +19,12 @@ if TYPE_CHECKING:
     from phreg.api import export as export
     from phreg.api import inspect as inspect
     from phreg.api import load as load
+    from phreg.api import push as push
     from phreg.api import quickstart as quickstart
     from phreg.errors import PhregError as PhregError
     from phreg.registers import add_registers as add_registers
     from phreg.registers import remove_registers as remove_registers
+    from phreg.shown import show as show
 
 _DOOR = {
     "PhregError": "phreg.errors",
@@ -33,8 +35,10 @@ _DOOR = {
     "export": "phreg.api",
     "inspect": "phreg.api",
     "load": "phreg.api",
+    "push": "phreg.api",
     "quickstart": "phreg.api",
     "remove_registers": "phreg.registers",
+    "show": "phreg.shown",
 }
 __all__ = [
     "PhregError",
@@ -45,8 +49,10 @@ __all__ = [
     "export",
     "inspect",
     "load",
+    "push",
     "quickstart",
     "remove_registers",
+    "show",
 ]
 
 

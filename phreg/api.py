@@ -21,24 +21,17 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from phreg import config as configuration
-from phreg import demo, exports, test_time
+from phreg import demo, exports, publish, test_time
+from phreg.adapter import describe_tower
 from phreg.analysis.norms import NormReport, outliers
-from phreg.backbones import resolve
+from phreg.backbones import hub, resolve
 from phreg.backbones.base import Backbone
 from phreg.backbones.readout import set_readout
-from phreg.backbones.resolve import Base, adapt, weights_sha256
-from phreg.checkpoint import (
-    SAVED_FORMAT,
-    RunFolder,
-    apply_adapter,
-    read_adapter,
-    save_adapter,
-    start_run,
-    write_text,
-)
+from phreg.backbones.resolve import Base, adapt
+from phreg.checkpoint import RunFolder, read_adapter, save_adapter, start_run, write_text
 from phreg.config import DataConfig, DistillConfig, ViewsConfig
 from phreg.data import BrokenImages, Crops, holdout, normalise
-from phreg.errors import ConfigError, DataError, LoadError, PhregError
+from phreg.errors import ConfigError, DataError, PhregError
 from phreg.evaluation.feature_cache import GIGABYTE, FeatureCache
 from phreg.evaluation.features import Observer as Progress
 from phreg.evaluation.records import Results
@@ -52,8 +45,10 @@ from phreg.registers import add_registers
 from phreg.relocation import Relocation
 from phreg.report import figures
 from phreg.report.html import comparison_page, inspection_page, write_report
+from phreg.saved import open_into, open_model, open_saved, record_of
 from phreg.seeding import keyed_generator
 from phreg.sinks import Sinks, locate
+from phreg.storage import ADAPTER_FORMAT, EXPORT_FILE
 from phreg.teacher import Teacher
 from phreg.trainer import Outcome, StepRecord, start_accelerator, train
 from phreg.views import count_different
@@ -63,6 +58,9 @@ Images = str | os.PathLike[str]
 Observer = Callable[[StepRecord, int], None]
 
 logger = logging.getLogger(__name__)
+
+RECORDED = ("size", "readout", "recipe", "outcome", "figures")
+"""What an export's record tells of the run."""
 
 MEASURED_AT_ONCE = 8
 """Images per forward outside of training."""
@@ -210,27 +208,31 @@ def load(
     *,
     revision: str | None = None,
     into: nn.Module | None = None,
-    device: str | torch.device = "cpu",
+    device: str | torch.device | None = None,
 ) -> nn.Module:
     """Loads a patched model: an ordinary model of its library's class, registers inside, in eval mode.
 
     Args:
-        path: A run, an adapter folder, the hub id of an adapter, or what a patched transformers model's own
-            `save_pretrained` wrote.
-        revision: Hub commit, branch or tag of the adapter.
-        into: The base model, where it is at hand already; it is patched in place. None finds it again.
-        device: Where to put the model.
+        path: A run, an adapter, a folder that `export` wrote, what a patched transformers model's own
+            `save_pretrained` wrote, or the hub id of any of them.
+        revision: Hub commit, branch or tag of it.
+        into: The adapter's base, where it is at hand already, or a model around the same vision tower: a
+            vision-language model, a depth model, a detector. It is patched in place.
+        device: Where to put the model; None means the CPU, and `into` stays where it is.
+
+    Returns:
+        The model, or `into`.
 
     Raises:
-        LoadError: There is no adapter, its base cannot be found, or its base's weights are others.
+        LoadError: phreg did not write it, its base cannot be found, or its weights or its base's are others.
     """
     found = resolve.locate(path, revision)
-    if found.library is not None:
-        raise LoadError(
-            f"asked for the patched model in {path}, which is a {found.library} model without registers of "
-            f"phreg; load it with {found.library}"
-        )
-    return _open_adapter(found.folder, into)[0].model.to(device)
+    if into is None:
+        model = open_saved(found)[0].model
+    else:
+        open_into(found, into)
+        model = into
+    return model.eval() if device is None else model.eval().to(device)
 
 
 def export(
@@ -250,16 +252,94 @@ def export(
     Raises:
         PhregError: The format cannot carry this model; the message names those that can.
     """
+    record: dict[str, Any] = {}
     if not isinstance(model, nn.Module) and os.fspath(model) != "demo":
         found = resolve.locate(model, revision)
-        readout = "plain" if found.library else read_adapter(found.folder).get("readout", "plain")
+        record = {} if found.library else read_adapter(found.folder)
+        readout = record.get("readout", "plain")
         if readout != "plain":
             raise PhregError(
                 f"asked to export {model} as {format}, but its dense features are read by {readout}, which "
                 "no stock format carries; load it with phreg.load"
             )
     backbone, base = open_model(model, revision)
-    return exports.export(backbone, Path(path), format, base=base)
+    sizes = exports.export(backbone, Path(path), format, base=base)
+    run = {key: record[key] for key in RECORDED if key in record}
+    if run:
+        written = json.loads((Path(path) / EXPORT_FILE).read_bytes()) | {"run": run}
+        write_text(Path(path) / EXPORT_FILE, json.dumps(written, indent=2))
+    return sizes
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """What `push` did.
+
+    Attributes:
+        repository: Hub id.
+        commit: Address of the commit; None for a dry run.
+        folder: The folder that a dry run wrote.
+        files: Names of the files.
+        num_bytes: Their size together.
+    """
+
+    repository: str
+    commit: str | None
+    folder: Path | None
+    files: tuple[str, ...]
+    num_bytes: int
+
+
+def push(
+    model: str | os.PathLike[str],
+    repository: str,
+    *,
+    format: str | None = None,
+    private: bool = False,
+    revision: str | None = None,
+    dry_run: str | os.PathLike[str] | None = None,
+) -> Pushed:
+    """Puts a run's adapter, or an export, on the Hugging Face hub, with a model card that fills itself.
+
+    Paths of this disk, photographs, logs and checkpoints stay here.
+
+    Args:
+        model: A run, an adapter, or an exported folder.
+        repository: Hub id to push to, `owner/name`; created where there is none.
+        format: `adapter`, or a format of `export` that a run is written in first; None takes what `model` is.
+        private: Whether nobody else may see the repository.
+        revision: Branch to commit to, created where there is none; None means the main branch.
+        dry_run: Folder to write what would be pushed to, instead of pushing.
+
+    Raises:
+        PushError: Token, permission or network is missing, or a folder or repository holds something else.
+        PhregError: The model cannot be read, or cannot take the format.
+    """
+    found = resolve.locate(model)
+    record = record_of(found)
+    kind = {ADAPTER_FORMAT: "adapter"}.get(record["format"], record["format"]) if record else None
+    with tempfile.TemporaryDirectory() as scratch:
+        if format not in (None, kind):
+            export(model, Path(scratch) / "export", format=format)
+            found = resolve.locate(Path(scratch) / "export")
+        folder = Path(scratch) / "push" if dry_run is None else Path(dry_run)
+        written = publish.assemble(found, folder, repository)
+        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        commit = None
+        if dry_run is None:
+            message = f"{written['format']} by phreg {written['versions'].get('phreg', '')}".strip()
+            commit = hub.upload(
+                folder,
+                repository,
+                message=message,
+                private=private,
+                branch=revision,
+                replace=publish.REPLACED,
+                ours=publish.OURS,
+            )
+        names = tuple(path.relative_to(folder).as_posix() for path in files)
+        size = sum(path.stat().st_size for path in files)
+    return Pushed(repository, commit, Path(dry_run) if dry_run is not None else None, names, size)
 
 
 def denoise(
@@ -405,51 +485,6 @@ def _named(models: Sequence[Model], instance: str = "instance") -> dict[str, Mod
         f"{instance} {number}" if isinstance(model, nn.Module) else os.fspath(model): model
         for number, model in enumerate(models, start=1)
     }
-
-
-def open_model(source: Model, revision: str | None = None) -> tuple[Backbone, Base]:
-    """Opens whatever a user may call a model, patched ones included, in eval mode.
-
-    Args:
-        source: A model in any form, `demo`, a run, or an adapter.
-        revision: Hub commit, branch or tag.
-
-    Raises:
-        LoadError: It cannot be found, fetched or trusted.
-        UnsupportedModelError: phreg cannot patch it.
-    """
-    if isinstance(source, nn.Module):
-        return resolve.load(source)
-    if os.fspath(source) == "demo":
-        backbone = adapt(demo.demo_model())
-        return backbone, Base("demo", backbone.spec.library, None, weights_sha256(backbone.disk_state()))
-    found = resolve.locate(source, revision)
-    if found.library is None:
-        return _open_adapter(found.folder, None)
-    backbone, base = resolve.load(found)
-    backbone.eval()
-    return backbone, base
-
-
-def _open_adapter(folder: Path, into: nn.Module | None) -> tuple[Backbone, Base]:
-    description = read_adapter(folder)
-    if description["format"] == SAVED_FORMAT:
-        from phreg.backbones.transformers import load_patched
-
-        backbone = load_patched(folder)
-        return backbone, Base(str(folder), "transformers", None, weights_sha256(backbone.disk_state()))
-    base = Base(**description["base"])
-    if into is None and base.source == "instance":
-        raise LoadError(
-            f"the adapter in {folder} was made from a model instance, which cannot be found again; "
-            "build that model and pass it: phreg.load(path, into=model), which phreg.export takes too"
-        )
-    backbone = adapt(into) if into is not None else open_model(base.source, base.revision)[0]
-    apply_adapter(folder, backbone)
-    if description.get("test_time"):
-        test_time.attach(backbone, description["test_time"])
-    backbone.eval()
-    return backbone, base
 
 
 def batches(
@@ -647,8 +682,8 @@ def _save(
         "gates": {"passed": not failures if comparison else None, "failures": failures},
         "figures": comparison.to_json() if comparison else None,
     }
-    card = model_card(student, base, record, comparison.rows() if comparison else [])
-    save_adapter(run.model, student, base, original.disk_state(), record, card)
+    tower = describe_tower(original)
+    save_adapter(run.model, student, base, original.disk_state(), record, model_card, tower=tower)
     if comparison:
         run.report.mkdir(exist_ok=True)
         title = f"{base.source}, before and after {config.registers} registers"

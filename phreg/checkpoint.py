@@ -13,10 +13,9 @@ crash leaves the old file or the new one.
 """
 
 import json
-import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -24,21 +23,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from phreg import __version__
 from phreg.backbones.base import Backbone
-from phreg.backbones.resolve import Base, weights_sha256
+from phreg.backbones.resolve import Base
 from phreg.config import DistillConfig, flatten, to_toml, validate
 from phreg.config import read_toml as read_settings
-from phreg.errors import CheckpointError, LoadError, PhregError
+from phreg.errors import CheckpointError, LoadError
+from phreg.storage import (
+    ADAPTER_FILE,
+    ADAPTER_FORMAT,
+    FORMAT_VERSION,
+    MODEL_FORMAT,
+    flush,
+    replacing,
+    write_file,
+)
 
-FORMAT = "phreg-adapter"
-SAVED_FORMAT = "phreg-model"
-"""What a patched transformers model's own `save_pretrained` writes: all weights, and the class's config."""
-FORMAT_VERSION = 1
 LIBRARIES = ("torch", "timm", "transformers", "open_clip_torch")
 """Packages whose versions an adapter records."""
 KEPT_STATES = 2
@@ -128,9 +133,9 @@ def save_state(
     moments = {f"optimizer.{i}.{key}": value for i, values in state.items() for key, value in values.items()}
     folder = run.path / "state" / f"step-{step:06d}"
     contents = {name: value.detach().cpu().contiguous() for name, value in {**tensors, **moments}.items()}
-    with _replacing(folder) as temporary:
+    with _writing(folder), replacing(folder) as temporary:
         save_file(contents, temporary / "state.safetensors")
-        _flush(temporary / "state.safetensors")
+        flush(temporary / "state.safetensors")
         write_text(temporary / "state.json", json.dumps({"step": step, "facts": facts}))
     for old in run.states[:-KEPT_STATES]:
         shutil.rmtree(old)
@@ -175,13 +180,40 @@ def load_state(
     return int(meta["step"])
 
 
+@dataclass(frozen=True)
+class Tower:
+    """The vision tower of a base, by which it is known again inside another model, such as a LLaVA.
+
+    Attributes:
+        prefix: What the names of its tensors open with in the base.
+        sha256: `weights_sha256` of `Backbone.tower_state()`, by precision.
+    """
+
+    prefix: str
+    sha256: dict[str, str]
+
+
+class AdapterRecord(BaseModel):
+    """What an adapter's phreg.json must say to be applied; it says more, for people."""
+
+    model_config = ConfigDict(strict=True)
+
+    class_name: str = Field(alias="class")
+    base: Base
+    registers: NonNegativeInt
+    input_size: tuple[PositiveInt, PositiveInt]
+    tower: Tower | None = None
+
+
 def save_adapter(
     folder: Path,
     backbone: Backbone,
     base: Base,
     base_state: Mapping[str, Tensor],
     record: Mapping[str, Any],
-    card: str,
+    card: Callable[[Mapping[str, Any]], str],
+    *,
+    tower: Tower | None = None,
 ) -> None:
     """Writes the patched model as an adapter.
 
@@ -191,7 +223,8 @@ def save_adapter(
         base: What it was made from.
         base_state: The base's tensors under their on-disk names.
         record: Recipe, figures and whatever else should be told of the run, as JSON.
-        card: Text of the model card.
+        card: Writes the model card, given all that phreg.json says.
+        tower: The base's vision tower; without, the adapter goes onto the whole base alone.
     """
     state = backbone.disk_state()
     changed = {
@@ -200,9 +233,10 @@ def save_adapter(
         if name not in base_state or not torch.equal(tensor.cpu(), base_state[name].cpu())
     }
     description = {
-        "format": FORMAT,
+        "format": ADAPTER_FORMAT,
         "format_version": FORMAT_VERSION,
         "base": asdict(base),
+        "tower": asdict(tower) if tower else None,
         "class": type(backbone.model).__name__,
         "family": backbone.spec.family,
         "registers": backbone.num_registers,
@@ -211,77 +245,58 @@ def save_adapter(
         "versions": {"phreg": __version__} | {name: version(name) for name in LIBRARIES},
         **record,
     }
-    with _replacing(folder) as temporary:
+    with _writing(folder), replacing(folder) as temporary:
         save_file(changed, temporary / "adapter.safetensors", metadata={"format": "pt"})
-        _flush(temporary / "adapter.safetensors")
+        flush(temporary / "adapter.safetensors")
         write_text(temporary / "phreg.json", json.dumps(description, indent=2))
-        write_text(temporary / "README.md", card)
+        write_text(temporary / "README.md", card(description))
+
+
+def read_record(file: Path) -> dict[str, Any]:
+    """Reads phreg.json or phreg_export.json, whatever its format.
+
+    Raises:
+        LoadError: It cannot be read, or its version is none that this phreg reads.
+    """
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+        kind, number = record["format"], record.get("format_version", 1)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise LoadError(
+            f"asked for what is in {file.parent}, whose {file.name} cannot be read "
+            f"({type(error).__name__}: {error}); copy or fetch it again"
+        ) from error
+    if type(number) is not int or not 1 <= number <= FORMAT_VERSION:
+        raise LoadError(
+            f"asked for what is in {file.parent}, found format {kind!r} of version {number!r}; this phreg, "
+            f"{__version__}, reads versions 1 to {FORMAT_VERSION}: "
+            + ("upgrade phreg" if type(number) is int and number > 0 else "copy or fetch it again")
+        )
+    return record
 
 
 def read_adapter(folder: Path) -> dict[str, Any]:
     """Reads the description of an adapter, or of a patched model saved whole.
 
     Raises:
-        LoadError: It is no adapter, or one of a newer format.
+        LoadError: It is neither, says too little, or is of a newer format.
     """
-    try:
-        description = json.loads((folder / "phreg.json").read_text(encoding="utf-8"))
-        kind, number = description["format"], description["format_version"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    record = read_record(folder / ADAPTER_FILE)
+    asked = f"asked for the adapter in {folder}"
+    if record["format"] not in (ADAPTER_FORMAT, MODEL_FORMAT):
         raise LoadError(
-            f"asked for the adapter in {folder}, whose phreg.json cannot be read ({error})"
-        ) from error
-    if kind not in (FORMAT, SAVED_FORMAT) or number > FORMAT_VERSION:
-        raise LoadError(
-            f"asked for the adapter in {folder}, found format {kind!r} version {number}; this phreg reads "
-            f"{FORMAT!r} up to version {FORMAT_VERSION}: upgrade phreg, or load the folder with what wrote it"
+            f"{asked}, found format {record['format']!r}; this phreg, {__version__}, knows {ADAPTER_FORMAT} "
+            f"and {MODEL_FORMAT}: upgrade phreg, or load the folder with what wrote it"
         )
-    return description
-
-
-def apply_adapter(folder: Path, backbone: Backbone) -> None:
-    """Turns an unpatched base model into the adapter's patched one, in place.
-
-    Raises:
-        LoadError: The base's weights are not those the adapter was made from, or the adapter's tensors are
-            unreadable.
-    """
-    description = read_adapter(folder)
-    source, revision, wanted = (description["base"][key] for key in ("source", "revision", "sha256"))
-    found = weights_sha256(backbone.disk_state())
-    if found != wanted:
-        raise LoadError(
-            f"the adapter in {folder} was made for {source} with weights sha256 {wanted[:12]}…, but "
-            f"{backbone.describe()} has {found[:12]}…; load it onto that base"
-            + (f" (revision {revision})" if revision else "")
-        )
-    try:
-        tensors = load_file(folder / "adapter.safetensors")
-    except (OSError, SafetensorError) as error:
-        raise LoadError(
-            f"cannot read {folder / 'adapter.safetensors'} ({error}); fetch the adapter again"
-        ) from error
-    broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
-    if broken:
-        raise LoadError(
-            f"the adapter in {folder} holds NaN or infinite values in {broken[:3]}; fetch or train it again"
-        )
-    size, before = backbone.spec.input_size, None
-    try:
-        if tuple(description["input_size"]) != size:
-            before = {name: tensor.clone() for name, tensor in backbone.disk_state().items()}
-            backbone.set_input_size((description["input_size"][0], description["input_size"][1]))
-        if description["registers"]:
-            backbone.insert_registers(torch.zeros(description["registers"], backbone.spec.width))
-        backbone.load_disk_state(tensors)
-    except PhregError as error:
-        # The base is the user's: a refused adapter leaves it as it was.
-        if backbone.num_registers:
-            backbone.remove_registers()
-        if before is not None:
-            backbone.set_input_size(size)
-            backbone.load_disk_state(before)
-        raise LoadError(f"the adapter in {folder} does not fit: {error}") from error
+    if record["format"] == ADAPTER_FORMAT:
+        try:
+            AdapterRecord.model_validate_json(json.dumps(record))
+        except ValidationError as error:
+            problems = "; ".join(
+                f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}" for problem in error.errors()
+            )
+            raise LoadError(f"{asked}, whose phreg.json is not whole ({problems}); fetch it again") from error
+    return record
 
 
 def write_text(path: Path, text: str) -> None:
@@ -290,11 +305,8 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         CheckpointError: It cannot be written; an old file of that name is still whole.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
     with _writing(path):
-        temporary.write_text(text, encoding="utf-8")
-        _flush(temporary)
-        temporary.replace(path)
+        write_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def truncate_log(log: Path, steps: int) -> None:
@@ -324,18 +336,6 @@ def _check_same(run: RunFolder, config: DistillConfig) -> None:
 
 
 @contextmanager
-def _replacing(folder: Path) -> Iterator[Path]:
-    """Gives a temporary folder to fill, which then takes the place of `folder` at once."""
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    with _writing(folder):
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        yield temporary
-        shutil.rmtree(folder, ignore_errors=True)
-        temporary.rename(folder)
-
-
-@contextmanager
 def _writing(path: Path) -> Iterator[None]:
     try:
         yield
@@ -343,8 +343,3 @@ def _writing(path: Path) -> Iterator[None]:
         raise CheckpointError(
             f"cannot write {path} ({error}); free space or choose another --output, then go on with --resume"
         ) from error
-
-
-def _flush(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())

@@ -264,6 +264,67 @@ def _value(text: str) -> Any:
 
 
 @app.command
+def push(
+    model: Annotated[Positional[str], arg(metavar="RUN")],
+    repository: Annotated[Positional[str], arg(metavar="OWNER/NAME")],
+    /,
+    format: Annotated[str | None, arg(metavar="FORMAT")] = None,
+    private: bool = False,
+    revision: Annotated[str | None, arg(metavar="BRANCH")] = None,
+    dry_run: Annotated[Path | None, arg(metavar="DIR")] = None,
+) -> None:
+    """Put a run's adapter, or an export, on the Hugging Face hub, with a model card that fills itself.
+
+    Args:
+        model: Run, adapter, or exported folder.
+        repository: Repository to push to; created where there is none.
+        format: adapter, or a format of `phreg export` to write a run in first; unset means what RUN is.
+        private: Let nobody else see the repository.
+        revision: Branch to commit to; unset means the main branch.
+        dry_run: Write the folder that would be pushed, and push nothing.
+    """
+    from phreg import api
+
+    pushed = api.push(model, repository, format=format, private=private, revision=revision, dry_run=dry_run)
+    what = f"{len(pushed.files)} files, {pushed.num_bytes / 1e6:.1f} MB"
+    if pushed.commit is None:
+        console.print(f"Nothing was pushed. {repository} would hold {pushed.folder}: {what}", highlight=False)
+    else:
+        console.print(f"Pushed {what}: {pushed.commit}", highlight=False, soft_wrap=True)
+        console.print(f'In Python:  model = phreg.load("{repository}")', highlight=False)
+
+
+@app.command
+def show(
+    path: Annotated[Positional[str], arg(metavar="PATH")],
+    /,
+    base: Annotated[str | None, arg(metavar="MODEL")] = None,
+    revision: Annotated[str | None, arg(metavar="COMMIT")] = None,
+    json: bool = False,
+) -> None:
+    """Say what an adapter, a run, an export or a hub id is, and whether it fits the base at hand.
+
+    Args:
+        path: Folder, or hub id.
+        base: Model to check as its base; unset means the one it names, if that is on this disk already.
+        revision: Hub commit, branch or tag to pin.
+        json: Print JSON.
+    """
+    from phreg.shown import show
+
+    shown = show(path, revision=revision, base=base)
+    if json:
+        console.print_json(data=shown.to_json())
+        return
+    table = Table(show_header=False)
+    for name, value in _described(shown):
+        table.add_row(name, escape(value))
+    console.print(table)
+    if shown.figures:
+        _table(shown.figures)
+
+
+@app.command
 def recipes() -> None:
     """List the shipped recipes."""
     table = Table("recipe", "model", "method")
@@ -367,11 +428,7 @@ def _show(result: Any) -> None:
         )
     if result.comparison is None:
         return
-    table = Table("figure", "before", "after", title=f"on {result.comparison.images} images")
-    for row in result.comparison.rows():
-        sides = ("-" if value is None else f"{value:.4f}" for value in (row.before, row.after))
-        table.add_row(row.name, *sides)
-    console.print(table)
+    _table(result.comparison.rows(), title=f"on {result.comparison.images} images")
     for failure in result.failures:
         console.print(f"[bold red]Gate failed:[/] {escape(failure)}.", highlight=False)
     if result.failures:
@@ -380,6 +437,42 @@ def _show(result: Any) -> None:
 
 GATE_FAILED = 3
 """Exit status of a run that made something worse than its gates allow."""
+
+
+def _table(rows: Sequence[Any], title: str | None = None) -> None:
+    """Prints figures before and after."""
+    table = Table("figure", "before", "after", title=title)
+    for row in rows:
+        sides = ("-" if value is None else f"{value:.4f}" for value in (row.before, row.after))
+        table.add_row(row.name, *sides)
+    console.print(table)
+
+
+def _described(shown: Any) -> list[tuple[str, str]]:
+    """Puts what `phreg show` found into words, line by line."""
+    base = shown.base
+    fits = {
+        "whole": "yes, the base at hand is the one it was made from",
+        "tower": "yes, the vision tower at hand is that of its base",
+        "no": "no, the base at hand has other weights",
+        "unknown": "not checked; give the base by --base",
+    }
+    sizes = (f"{high}x{wide} {'yes' if claimed else 'no'}" for (high, wide), claimed in shown.sizes)
+    lines = [
+        ("format", f"{shown.format}, version {shown.format_version}"),
+        ("class", shown.model_class),
+        ("base", "-" if base is None else f"{base.source} ({base.library})"),
+        ("base revision", base.revision or "-" if base else "-"),
+        ("base sha256", base.sha256 if base else "-"),
+        ("registers", str(shown.registers)),
+        ("method", "-" if shown.method is None else f"{shown.method}, {shown.steps} steps"),
+        ("tensors", f"{shown.tensors}, {shown.num_bytes / 1e6:.2f} MB"),
+        ("equal at", ", ".join(sizes) or "-"),
+        ("versions", ", ".join(f"{name} {number}" for name, number in shown.versions.items())),
+    ]
+    if shown.format == "phreg-adapter":
+        lines.append(("fits", fits[shown.fits]))
+    return lines
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

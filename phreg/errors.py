@@ -34,6 +34,10 @@ class LoadError(PhregError):
     """A model, adapter or run could not be found, fetched or trusted."""
 
 
+class PushError(PhregError):
+    """A model could not be put on the hub."""
+
+
 class DataError(PhregError):
     """The images cannot be read, or there are none."""
 

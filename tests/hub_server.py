@@ -1,16 +1,19 @@
 """A small hub on loopback, spoken to by the real `huggingface_hub` client.
 
 It serves folders as model repositories through the download protocol: model info, tree listing, HEAD and GET
-of files with their commit, ETag and ranges. Every commit stays available, as on the hub, and switches make it
-fail in the ways that the hub and the network fail.
+of files with their commit, ETag and ranges. It takes pushes: a repository and a branch are created, large
+files come through the LFS protocol (not through Xet), and a commit names them. Every commit stays available,
+as on the hub, and switches make it fail in the ways that the hub and the network fail.
 
     commit(id, folder) ──► Repository ◄── GET /api/models/ID/revision/REV, GET /api/models/ID/tree/REV
-                                      ◄── HEAD and GET /ID/resolve/REV/FILE
+                                 ▲    ◄── HEAD and GET /ID/resolve/REV/FILE
+    POST repos/create, branch, preupload ── POST ID.git/info/lfs, PUT lfs/SHA256 ── POST commit/REV
 
 The fixture `hub` points the client at it, with a cache of its own. A test module gets it by
 `pytest_plugins = ["hub_server"]`.
 """
 
+import base64
 import hashlib
 import json
 import shutil
@@ -20,6 +23,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from urllib.parse import unquote, urlsplit
 
@@ -30,17 +34,17 @@ from huggingface_hub import constants
 
 @dataclass
 class Repository:
-    """Commits, newest last, each a folder; the main branch is the newest."""
+    """Commits, each a folder, and the branches and tags that name them."""
 
     commits: dict[str, Path] = field(default_factory=dict)
+    branches: dict[str, str] = field(default_factory=dict)
     tags: dict[str, str] = field(default_factory=dict)
     gated: bool = False
     private: bool = False
 
     def resolve(self, revision: str) -> str | None:
-        if revision == "main":
-            return next(reversed(self.commits), None)
-        return self.tags.get(revision, revision if revision in self.commits else None)
+        names = self.branches | self.tags
+        return names.get(revision, revision if revision in self.commits else None)
 
 
 class HubServer(ThreadingHTTPServer):
@@ -49,6 +53,9 @@ class HubServer(ThreadingHTTPServer):
     Attributes:
         repositories: By id.
         token: The token that lets one into gated and private repositories.
+        owners: Namespaces that the token may write to.
+        large: Endings of files that must come through LFS.
+        refusing: Path -> HTTP status to answer a request to it with.
         failing: Answers every request with HTTP 500.
         cut_after: Closes the connection after so many bytes of a body ...
         cuts_left: ... so many times; None means each time.
@@ -62,6 +69,10 @@ class HubServer(ThreadingHTTPServer):
         self.root = root
         self.repositories: dict[str, Repository] = {}
         self.token = "hf_a_token_that_is_right"
+        self.owners = {"me"}
+        self.large = (".safetensors", ".png")
+        self.objects: dict[str, bytes] = {}
+        self.refusing: dict[str, int] = {}
         self.failing = False
         self.cut_after: int | None = None
         self.cuts_left: int | None = None
@@ -71,11 +82,12 @@ class HubServer(ThreadingHTTPServer):
     def url(self) -> str:
         return f"http://127.0.0.1:{self.server_address[1]}"
 
-    def commit(self, repository: str, folder: Path, tag: str | None = None) -> str:
-        """Adds a copy of a folder as the newest commit of a repository, and returns the commit."""
+    def commit(self, repository: str, folder: Path, tag: str | None = None, branch: str = "main") -> str:
+        """Adds a copy of a folder as the newest commit of a branch, and returns the commit."""
         repo = self.repositories.setdefault(repository, Repository())
         commit = hashlib.sha1(f"{repository} {len(repo.commits)}".encode()).hexdigest()
         repo.commits[commit] = Path(shutil.copytree(folder, self.root / commit))
+        repo.branches[branch] = commit
         if tag is not None:
             repo.tags[tag] = commit
         return commit
@@ -120,17 +132,126 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         self._answer()
 
+    def do_POST(self):
+        self._answer_write()
+
+    def do_PUT(self):
+        self._answer_write()
+
     def _answer(self):
-        path = unquote(urlsplit(self.path).path)
-        self.server.requests.append(f"{self.command} {path}")
-        if self.server.failing:
-            return self._send(500, b"")
+        path = self._path()
+        if path is None:
+            return None
         match path.strip("/").split("/"):
+            case ["api", "models", owner, name]:
+                return self._answer_about(f"{owner}/{name}", "main", "revision")
             case ["api", "models", owner, name, "revision" | "tree" as what, revision]:
                 return self._answer_about(f"{owner}/{name}", revision, what)
             case [owner, name, "resolve", revision, *file]:
                 return self._answer_file(f"{owner}/{name}", revision, "/".join(file))
         return self._send(404, b"")
+
+    def _path(self) -> str | None:
+        """Notes a request; None where a switch has answered it."""
+        path = unquote(urlsplit(self.path).path)
+        self.server.requests.append(f"{self.command} {path}")
+        status = 500 if self.server.failing else self.server.refusing.get(path)
+        if status is None:
+            return path
+        self._send(status, b"")
+        return None
+
+    def _answer_write(self):  # noqa: C901  # a case for each thing a client asks for
+        body = self._body()
+        path = self._path()
+        if path is None:
+            return None
+        parts = path.strip("/").split("/")
+        if parts[0] == "lfs":  # its address is the permission
+            self.server.objects[parts[1]] = body
+            return self._send(200 if hashlib.sha256(body).hexdigest() == parts[1] else 400, b"")
+        authorization = self.headers.get("Authorization")
+        if authorization != f"Bearer {self.server.token}":
+            return self._send(401, b"", {"X-Error-Message": "Invalid credentials in Authorization header"})
+        match parts:
+            case ["api", "validate-yaml"]:
+                return self._send_json({"errors": [], "warnings": []})
+            case ["api", "repos", "create"]:
+                return self._create(json.loads(body))
+            case ["api", "models", owner, name, *_] | [owner, name, *_] if owner not in self.server.owners:
+                return self._send(403, b"", {"X-Error-Message": "you must have write access"})
+            case ["api", "models", owner, name, "branch", branch]:
+                branches = self.server.repositories[f"{owner}/{name}"].branches
+                known = branch in branches
+                branches.setdefault(branch, branches["main"])
+                return self._send_json({}, 409 if known else 200)
+            case ["api", "models", _, _, "preupload", _]:
+                modes = [
+                    {"path": file["path"], "uploadMode": self._mode(file["path"]), "shouldIgnore": False}
+                    for file in json.loads(body)["files"]
+                ]
+                return self._send_json({"files": modes})
+            case [_, _, "info", "lfs", "objects", "batch"]:
+                return self._send_json(
+                    {"objects": [self._accept(item) for item in json.loads(body)["objects"]]}
+                )
+            case ["api", "models", owner, name, "commit", branch]:
+                return self._commit(f"{owner}/{name}", branch, body)
+        return self._send(404, b"")
+
+    def _body(self) -> bytes:
+        if self.headers.get("Transfer-Encoding") != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        chunks = []
+        while size := int(self.rfile.readline(), 16):
+            chunks.append(self.rfile.read(size))
+            self.rfile.readline()
+        self.rfile.readline()
+        return b"".join(chunks)
+
+    def _create(self, wanted: dict):
+        repository = f"{wanted['organization']}/{wanted['name']}"
+        if wanted["organization"] not in self.server.owners:
+            return self._send(403, b"", {"X-Error-Message": "no rights under this namespace"})
+        known = repository in self.server.repositories
+        if not known:
+            first = self.server.root / f"first of {wanted['name']}"
+            first.mkdir()
+            (first / ".gitattributes").write_text("*.safetensors filter=lfs")
+            self.server.commit(repository, first)
+            self.server.repositories[repository].private = wanted.get("visibility") == "private"
+        return self._send_json({"url": f"{self.server.url}/{repository}"}, 409 if known else 200)
+
+    def _mode(self, path: str) -> str:
+        return "lfs" if path.endswith(self.server.large) else "regular"
+
+    def _accept(self, item: dict) -> dict:
+        if item["oid"] in self.server.objects:
+            return item
+        return item | {"actions": {"upload": {"href": f"{self.server.url}/lfs/{item['oid']}"}}}
+
+    def _commit(self, repository: str, branch: str, body: bytes):
+        repo = self.server.repositories[repository]
+        with TemporaryDirectory() as scratch:
+            folder = Path(shutil.copytree(repo.commits[repo.branches[branch]], Path(scratch) / "tree"))
+            for line in body.splitlines():
+                operation = json.loads(line)
+                value = operation["value"]
+                path = folder / value.get("path", ".")
+                if operation["key"] == "deletedFile":
+                    path.unlink()
+                elif operation["key"] in ("file", "lfsFile"):
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    small = operation["key"] == "file"
+                    path.write_bytes(
+                        base64.b64decode(value["content"]) if small else self.server.objects[value["oid"]]
+                    )
+            commit = self.server.commit(repository, folder, branch=branch)
+        address = f"{self.server.url}/{repository}/commit/{commit}"
+        return self._send_json({"commitUrl": address, "commitOid": commit})
+
+    def _send_json(self, content: dict, status: int = 200):
+        self._send(status, json.dumps(content).encode(), {"Content-Type": "application/json"})
 
     def _find(self, repository: str, revision: str) -> tuple[Repository, str] | None:
         """Finds a repository and commit; answers as the hub does where there is none to be seen."""
@@ -153,7 +274,10 @@ class _Handler(BaseHTTPRequestHandler):
         if found is None:
             return
         repo, commit = found
-        files = {path.name: path for path in sorted(repo.commits[commit].iterdir())}
+        root = repo.commits[commit]
+        files = {
+            path.relative_to(root).as_posix(): path for path in sorted(root.rglob("*")) if path.is_file()
+        }
         if what == "revision":
             siblings = [{"rfilename": name} for name in files]
             answer = {
@@ -161,6 +285,7 @@ class _Handler(BaseHTTPRequestHandler):
                 "modelId": repository,
                 "sha": commit,
                 "siblings": siblings,
+                "private": repo.private,
                 "tags": [],
             }
         else:
@@ -228,6 +353,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
         monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         monkeypatch.delenv("HF_TOKEN", raising=False)
         monkeypatch.setenv("NO_PROXY", "127.0.0.1")
         # Between tries the client sleeps for seconds.

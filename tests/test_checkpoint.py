@@ -3,7 +3,7 @@ import json
 import pytest
 import torch
 
-from phreg import api, checkpoint
+from phreg import api, checkpoint, storage
 from phreg.backbones.resolve import Base, adapt, weights_sha256
 from phreg.checkpoint import RunFolder
 from phreg.config import resolve
@@ -89,7 +89,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_one_clear_error(tmp_path, mo
     def full(_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "_flush", full)
+    monkeypatch.setattr(storage, "flush", full)
     with pytest.raises(CheckpointError, match=r"recipe.toml.*No space left on device"):
         checkpoint.write_text(path, "new")
     assert path.read_text() == "old"
@@ -106,7 +106,7 @@ def adapter(tmp_path, tiny):
         backbone.model.blocks[-1].mlp.fc1.weight.mul_(1.5)
         backbone.model.pos_embed.add_(0.1)
     folder = tmp_path / "adapter"
-    checkpoint.save_adapter(folder, backbone, base, base_state, {"recipe": {}}, "# card")
+    checkpoint.save_adapter(folder, backbone, base, base_state, {"recipe": {}}, lambda record: "# card")
     return folder, backbone
 
 

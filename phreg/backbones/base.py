@@ -252,9 +252,13 @@ class Backbone(nn.Module, ABC):
             f"cannot change the native size of {self.describe()} to {size}; leave target.native_size off"
         )
 
+    def to_disk(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Renames some or all of the model's tensors to what its library writes to disk."""
+        return dict(tensors)
+
     def disk_state(self) -> dict[str, Tensor]:
         """Returns the model's tensors under the names its library writes to disk."""
-        return self.model.state_dict()
+        return self.to_disk(self.model.state_dict())
 
     def load_disk_state(self, tensors: Mapping[str, Tensor]) -> None:
         """Puts tensors named as `disk_state` names them back into the model; others stay as they are.
@@ -264,11 +268,25 @@ class Backbone(nn.Module, ABC):
         """
         load_tensors(self.model, tensors, self.describe())
 
+    def alone(self) -> "Backbone":
+        """Wraps the vision tower without what is around it: a head, a projection, a text tower, a decoder."""
+        return self
+
     # -- what follows for every library
     # --------------------------------------------------------------------------------
 
     readout: Literal["plain", "naclip", "value-only"] = "plain"
     """How the last block is read; set by `phreg.backbones.readout.set_readout`."""
+
+    def tower_state(self) -> dict[str, Tensor]:
+        """Returns the tensors of the embeddings and the blocks, as the tower alone names them on disk.
+
+        They are the same whatever stands around the tower, and whether or not its last norm was pruned.
+        """
+        tower = self.alone()
+        own, roles = tower.model.state_dict(), tower.roles()
+        inner = [name for role, names in roles.items() if role not in ("norm", "head") for name in names]
+        return tower.to_disk({name: own[name] for name in inner})
 
     @property
     def device(self) -> torch.device:

@@ -1,17 +1,20 @@
-"""The one place that fetches from the Hugging Face hub, and puts what can go wrong there into words.
+"""The one place that talks to the Hugging Face hub, and puts what can go wrong there into words.
 
 The client of `huggingface_hub` does the work, so HF_ENDPOINT, HF_TOKEN, HF_HOME and HF_HUB_OFFLINE mean what
 they mean everywhere; it resumes a cut download a few times, and leaves the cache ready for the next try.
 Nothing here knows what is in a file.
 
     repository, revision ──► snapshot(names) ──► folder of the cache, named after the commit
+    folder ──► upload ──► one commit of a repository
+
+A token is only ever seen by the client; no message here is made of a request's headers.
 """
 
 import errno
 from collections.abc import Iterable
 from pathlib import Path
 
-from huggingface_hub import constants, snapshot_download
+from huggingface_hub import HfApi, constants, get_token, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -22,7 +25,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from phreg.errors import LoadError
+from phreg.errors import LoadError, PushError
 
 
 def snapshot(repository: str, revision: str | None, names: Iterable[str]) -> Path:
@@ -45,6 +48,104 @@ def snapshot(repository: str, revision: str | None, names: Iterable[str]) -> Pat
         at = f" at revision {revision}" if revision else ""
         asked = f"model '{repository}'{at} asked of {constants.ENDPOINT}"
         raise LoadError(f"{asked}: {_explain(error, repository)}") from error
+
+
+def is_cached(repository: str, revision: str, name: str) -> bool:
+    """Tells whether a file of a commit is on this disk already."""
+    return isinstance(try_to_load_from_cache(repository, name, revision=revision), str)
+
+
+def upload(
+    folder: Path,
+    repository: str,
+    *,
+    message: str,
+    private: bool = False,
+    branch: str | None = None,
+    replace: Iterable[str] = (),
+    ours: Iterable[str] = (),
+) -> str:
+    """Puts a folder into a model repository, which is created where there is none, as one commit.
+
+    Args:
+        folder: The folder.
+        repository: Hub id, `owner/name`.
+        message: Summary of the commit.
+        private: Whether nobody else may see it.
+        branch: Branch to commit to, created where there is none; None means the main branch.
+        replace: Patterns of files that go when the folder does not hold them.
+        ours: Names of files by which a repository with weights is known as one that may be replaced.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        PushError: Token, permission or network is missing, or the repository holds somebody else's model.
+            Then there is no commit.
+    """
+    asked = f"asked to push to '{repository}' of {constants.ENDPOINT}"
+    if repository.count("/") != 1:
+        raise PushError(f"{asked}, which is no name of a repository; give owner/name")
+    if get_token() is None:
+        raise PushError(
+            f"{asked}, and there is no token; log in with `hf auth login`, or set HF_TOKEN to one that "
+            "may write"
+        )
+    api = HfApi()
+    try:
+        api.create_repo(repository, private=private or None, exist_ok=True)
+        if private and not api.repo_info(repository).private:
+            raise PushError(
+                f"{asked} in private, and it exists and is public; make it private at "
+                f"{constants.ENDPOINT}/{repository}/settings, or push to another"
+            )
+        if branch is not None:
+            api.create_branch(repository, branch=branch, exist_ok=True)
+        there = set(api.list_repo_files(repository, revision=branch))
+        weights = sorted(name for name in there if name.endswith((".safetensors", ".bin", ".pt", ".h5")))
+        if weights and there.isdisjoint(ours):
+            raise PushError(
+                f"{asked}, which holds a model that phreg did not write ({weights[0]}); push to another "
+                "repository, or empty that one first"
+            )
+        commit = api.upload_folder(
+            repo_id=repository,
+            folder_path=folder,
+            revision=branch,
+            commit_message=message,
+            delete_patterns=list(replace),
+        )
+    except (OSError, HTTPError, ValueError, RuntimeError) as error:
+        raise PushError(f"{asked}: {_explain_upload(error)}; nothing was committed") from error
+    return str(commit.commit_url)
+
+
+def _explain_upload(error: Exception) -> str:
+    """Says what was found and what to do."""
+    cause = (
+        error.__cause__ if type(error) is RuntimeError and error.__cause__ else error
+    )  # of an upload thread
+    match cause:
+        case HFValidationError():
+            return "this is not how a repository is named; give owner/name"
+        case HfHubHTTPError() if cause.response.status_code == 401:
+            return (
+                "the token was refused (HTTP 401), as when it is wrong or expired; log in with "
+                "`hf auth login`, or correct HF_TOKEN"
+            )
+        case HfHubHTTPError() if cause.response.status_code in (403, 404):
+            return (
+                f"this account or token may not write there (HTTP {cause.response.status_code}); push to a "
+                "repository of your own, or log in with a token that may write"
+            )
+        case HfHubHTTPError() if cause.response.status_code == 409:
+            return "somebody else changed it at the same time (HTTP 409); run the same again"
+        case HfHubHTTPError():
+            return f"the hub refused (HTTP {cause.response.status_code}: {_brief(cause)}); try again later"
+        case OSError() if constants.HF_HUB_OFFLINE:
+            return "HF_HUB_OFFLINE is set; unset it, or write the folder alone with --dry-run"
+        case _:
+            return f"the upload broke off ({_brief(cause)}); check the network, then run the same again"
 
 
 def _explain(error: Exception, repository: str) -> str:

@@ -181,6 +181,10 @@ class NativeTower(Backbone):
             roles[role].append(f"{self._prefix}{name}")
         return roles
 
+    def alone(self) -> Backbone:
+        """Wraps the tower by itself."""
+        return adapt(self.tower)
+
     def attention(self, index: int) -> Attention:
         """Takes apart the self-attention of one block.
 
@@ -344,6 +348,10 @@ class TimmTower(Backbone):
         prefix = f"{self._prefix}trunk."
         roles = {role: [prefix + name for name in names] for role, names in self.trunk.roles().items()}
         return roles | {"head": roles["head"] + prefixed(self.tower.head, f"{self._prefix}head")}
+
+    def alone(self) -> Backbone:
+        """Gives the timm model inside, as the timm adapter wraps it."""
+        return self.trunk
 
     def attention(self, index: int) -> Attention:
         """Takes apart the self-attention of one block.

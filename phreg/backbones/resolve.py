@@ -8,7 +8,7 @@ is imported before it is needed.
     owner/name, timm name, open_clip:ARCH/TAG ──hub──┐
     local folder ────────────────────────────────────┴► Located ──check, load──► Backbone + Base ◄── instance
 
-It finds phreg's own adapters and runs, but does not read them: see `phreg.checkpoint`.
+It finds phreg's own adapters, runs and exports, but does not read what they say: see `phreg.saved`.
 """
 
 import hashlib
@@ -18,6 +18,7 @@ import os
 import pickle
 import struct
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, cast, runtime_checkable
@@ -28,9 +29,10 @@ from torch import Tensor, nn
 
 from phreg.backbones.base import Backbone, Library
 from phreg.errors import LoadError, UnsupportedModelError
+from phreg.storage import ADAPTER_FILE, EXPORT_FILE
 
-ADAPTER_FILE = "phreg.json"
-"""The file that makes a folder a phreg adapter."""
+EXPORTED_FILES = ("*.json", "*.safetensors", "*.txt", "*.model")
+"""What is fetched of an export: its weights, configs and tokenizer; never code or pickles."""
 
 FORMS = "owner/name of the hub, a timm name, open_clip:ARCH/TAG, or a folder of a saved model"
 """The forms a model can be given in, for messages."""
@@ -167,10 +169,10 @@ def adapt(model: nn.Module) -> Backbone:
     """
     if isinstance(model, Backbone):
         return model
+    reason = _wrapper(model)
+    if reason:
+        raise UnsupportedModelError(f"cannot add registers to {type(model).__name__}: {reason}")
     modules = [base.__module__ for base in type(model).__mro__]
-    for package, reason in WRAPPERS.items():
-        if any(f"{module}.".startswith(f"{package}.") for module in modules):
-            raise UnsupportedModelError(f"cannot add registers to {type(model).__name__}: {reason}")
     packages = {module.partition(".")[0] for module in modules}
     for library in LAYOUTS:
         if library in packages:
@@ -179,6 +181,40 @@ def adapt(model: nn.Module) -> Backbone:
         f"cannot add registers to {type(model).__name__}: its class is of {type(model).__module__}; "
         "supported are vision transformers of transformers, timm and open_clip: see phreg/backbones/README.md"
     )
+
+
+def adapt_inside(model: nn.Module) -> list[Backbone]:
+    """Finds every vision transformer that phreg can patch in a model built around them, or the model itself.
+
+    Raises:
+        UnsupportedModelError: There is none, or a wrapper would not see the change; see `adapt`.
+    """
+    try:
+        return [adapt(model)]
+    except UnsupportedModelError:
+        if _wrapper(model):
+            raise
+        found: list[Backbone] = []
+        seen: set[nn.Module] = set()
+        for module in model.modules():
+            if module is model or module in seen:
+                continue
+            if _wrapper(module):
+                seen.update(module.modules())
+                continue
+            with suppress(UnsupportedModelError):
+                found.append(adapt(module))
+                seen.update(module.modules())
+        if not found:
+            raise
+        return found
+
+
+def _wrapper(model: nn.Module) -> str | None:
+    """Says why a change to the model inside would go unseen; None where the model is no wrapper."""
+    modules = [f"{base.__module__}." for base in type(model).__mro__]
+    packages = (package for package in WRAPPERS if any(name.startswith(f"{package}.") for name in modules))
+    return next((WRAPPERS[package] for package in packages), None)
 
 
 def _adapter(library: Library) -> Adapter:
@@ -293,7 +329,10 @@ def _locate_folder(folder: Path) -> Located:
         raise LoadError(f"model '{folder}' is a file; give the folder that holds it and its config")
     adapter = find_adapter(folder)
     if adapter is not None:
+        _refuse_links(adapter)
         return Located(adapter, str(folder), None)
+    if (folder / EXPORT_FILE).is_file():
+        _refuse_links(folder)
     if (folder / "recipe.toml").is_file():
         raise LoadError(
             f"run '{folder}' holds no model yet, since it was not finished; "
@@ -308,12 +347,17 @@ def _locate_on_hub(
     """Fetches the configs, finds the library by them, then fetches the weights in the one best format."""
     from phreg.backbones import hub  # takes 0.1 s to import, which only users of the hub should pay
 
-    folder = hub.snapshot(repository, revision, ["*config.json", "*.index.json", ADAPTER_FILE])
+    folder = hub.snapshot(repository, revision, ["*config.json", "*.index.json", ADAPTER_FILE, EXPORT_FILE])
     commit = folder.name
     if find_adapter(folder):
         hub.snapshot(repository, commit, [ADAPTER_FILE, "*.safetensors"])
+        _refuse_links(folder)
         return Located(folder, source, None, commit)
     library = "open_clip" if arch else _library(folder, order, source)
+    if (folder / EXPORT_FILE).is_file():
+        hub.snapshot(repository, commit, EXPORTED_FILES)
+        _refuse_links(folder)
+        return Located(folder, source, library, commit)
     for name in LAYOUTS[library].weights:
         files = _files(folder, name)
         # The config is named along with them because the client warns about patterns that match nothing.
@@ -323,9 +367,22 @@ def _locate_on_hub(
     return Located(folder, source, library, commit, arch)
 
 
+def _refuse_links(folder: Path) -> None:
+    """Refuses a folder of phreg's that links to files elsewhere; the hub's cache links within itself."""
+    home = (folder.parents[1] if folder.parent.name == "snapshots" else folder).resolve()
+    for path in folder.rglob("*"):
+        if path.is_symlink() and not path.resolve().is_relative_to(home):
+            raise LoadError(
+                f"asked to read {folder}, in which {path.name} is a link to {path.resolve()}, outside of it; "
+                "phreg does not follow it: copy the file there if it is yours, else fetch the folder again"
+            )
+
+
 def _library(folder: Path, order: Sequence[Library], source: str) -> Library:
-    """Finds the first library whose config a folder has."""
-    for library in order:
+    """Finds the library that a folder was exported for, else the first whose config it has."""
+    exported = folder / EXPORT_FILE
+    told = _read_json(exported).get("format") if exported.is_file() else None
+    for library in sorted(order, key=lambda library: library != told):  # stable: the order stays otherwise
         config = folder / LAYOUTS[library].config
         if config.is_file() and LAYOUTS[library].key in _read_json(config):
             return library
@@ -358,7 +415,18 @@ def _files(folder: Path, name: str) -> list[Path]:
     shards = _read_json(index).get("weight_map")
     if not isinstance(shards, dict):
         raise LoadError(f"{index} should map tensors to files as weight_map; copy or download it again")
+    odd = [shard for shard in shards.values() if not _is_file_name(shard)]
+    if odd:
+        raise LoadError(
+            f"{index} names {odd[0]!r} as a file of weights, which is no file beside it; "
+            "do not trust this folder, fetch the model from where it was published"
+        )
     return [folder / shard for shard in sorted(set(shards.values()))]
+
+
+def _is_file_name(name: Any) -> bool:
+    """Tells a file's name from a path that may lead elsewhere."""
+    return isinstance(name, str) and name not in ("", "..") and Path(name).name == name
 
 
 def _check_weights(found: Located, library: Library) -> None:

@@ -284,9 +284,13 @@ class TransformersBackbone(Backbone):
         _tell_size(self.tower.get_submodule("embeddings"), height, new * new, table.shape[-2])
         self.spec = replace(self.spec, input_size=(height, width))
 
-    def disk_state(self) -> dict[str, Tensor]:
-        """Returns the model's tensors as its checkpoint on the hub names them, and joins some."""
-        return disk_names(self.model, self.model.state_dict())
+    def to_disk(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Renames tensors as the checkpoint on the hub names them, and joins some."""
+        return disk_names(self.model, tensors)
+
+    def alone(self) -> Backbone:
+        """Wraps the tower by itself."""
+        return adapt(self.tower) if self.tower_name else self
 
     def load_disk_state(self, tensors: Mapping[str, Tensor]) -> None:
         """Puts tensors named as `disk_state` names them back into the model; others stay as they are.
@@ -479,10 +483,16 @@ def _family(module: nn.Module) -> Family | None:
 
 
 def _tower_name(model: nn.Module) -> str | None:
-    """Finds the vision tower: the model itself, or a child of it."""
+    """Finds the vision tower: the model itself, a child of it, or the only one deeper in it."""
     if _family(model):
         return ""
-    return next((name for name, child in model.named_children() if _family(child)), None)
+    child = next((name for name, child in model.named_children() if _family(child)), None)
+    inner = _inner_towers(model)
+    return inner[0] if child is None and len(inner) == 1 else child
+
+
+def _inner_towers(model: nn.Module) -> list[str]:
+    return [name for name, module in model.named_modules() if _family(module)]
 
 
 def _why_not(model: nn.Module) -> str:
@@ -491,9 +501,9 @@ def _why_not(model: nn.Module) -> str:
     kind = model.config.model_type
     if kind in REFUSED:
         return REFUSED[kind]
-    inner = next((name for name, module in model.named_modules() if _family(module)), None)
+    inner = _inner_towers(model)
     if inner:
-        return f"its vision model lies deeper; give that: model.{inner}"
+        return f"it has several vision models; give one: {', '.join(f'model.{name}' for name in inner)}"
     return f"its architecture, {kind}, is none that phreg knows to keep a token for each patch to the end"
 
 
@@ -551,7 +561,10 @@ def load_patched(folder: Path) -> TransformersBackbone:
     description = _read_json(folder / "phreg.json", asked)
     try:
         config = CONFIG_MAPPING[description["config"]["model_type"]].from_dict(description["config"])
-        backbone = adapt(getattr(transformers, description["class"])(config).float().eval())
+        named = getattr(transformers, description["class"])
+        if not (isinstance(named, type) and issubclass(named, PreTrainedModel)):
+            raise LoadError(f"{asked} names {description['class']!r}, which is no class of models")
+        backbone = adapt(named(config).float().eval())
         backbone.insert_registers(torch.zeros(description["num_registers"], backbone.spec.width))
         tensors = load_file(folder / "phreg.safetensors")
         missing = sorted(backbone.disk_state().keys() - tensors.keys())

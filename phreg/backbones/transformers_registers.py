@@ -10,7 +10,7 @@ format of its own, which no stock loader takes for the unpatched model.
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from phreg.errors import PhregError
+from phreg.storage import ADAPTER_FILE, FORMAT_VERSION, MODEL_FORMAT, write_file
 
 REGISTERS = "registers"
 """Name of the child that a patched tower has."""
@@ -224,8 +225,8 @@ def save_patched(
     tensors = disk_names(model, model.state_dict() if state_dict is None else state_dict)
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     description = {
-        "format": "phreg-model",
-        "format_version": 1,
+        "format": MODEL_FORMAT,
+        "format_version": FORMAT_VERSION,
         "library": "transformers",
         "class": type(model).__name__,
         "num_registers": registers.tokens.shape[1],
@@ -233,20 +234,8 @@ def save_patched(
         "versions": {name: version(name) for name in ("torch", "transformers")},
     }
     text = json.dumps(description, indent=2)
-    _write(folder / "phreg.safetensors", lambda path: save_file(plain, path, metadata={"format": "pt"}))
-    _write(folder / "phreg.json", lambda path: path.write_text(text, encoding="utf-8"))
-
-
-def _write(path: Path, write: Callable[[Path], Any]) -> None:
-    """Writes a file atomically: a temporary one beside it, flushed to disk, renamed."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        write(temporary)
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_file(folder / "phreg.safetensors", lambda path: save_file(plain, path, metadata={"format": "pt"}))
+    write_file(folder / ADAPTER_FILE, lambda path: path.write_text(text, encoding="utf-8"))
 
 
 def disk_names(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

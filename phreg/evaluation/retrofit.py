@@ -8,7 +8,7 @@ original averaged over many views or, for the demonstration model, the known tru
     patched ──norms──► outlier rate  └── pooled outputs of both ──► drift
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
@@ -60,26 +60,7 @@ class Comparison:
 
     def rows(self) -> list[Row]:
         """The table."""
-        rates = [report.outlier_rate for report in self.norms]
-        before, after = self.agreement
-        return [
-            Row("outlier rate (share of patch tokens)", rates[0], rates[1], lower_is_better=True),
-            Row(f"cosine to {self.reference}, mean", before.mean, after.mean, lower_is_better=False),
-            Row(
-                "the same, worst 1 % of patches",
-                before.worst_percent,
-                after.worst_percent,
-                lower_is_better=False,
-            ),
-            Row(
-                "the same, where the original had outliers",
-                before.masked,
-                after.masked,
-                lower_is_better=False,
-            ),
-            Row("pooled output, cosine to the original's, mean", 1.0, self.drift.mean, lower_is_better=False),
-            Row("the same, worst image", 1.0, self.drift.min, lower_is_better=False),
-        ]
+        return table(self.to_json())
 
     def to_json(self) -> dict[str, Any]:
         """The figures, without maps."""
@@ -92,6 +73,25 @@ class Comparison:
             "agreement": [asdict(side) for side in self.agreement],
             "drift": asdict(self.drift),
         }
+
+
+def table(figures: Mapping[str, Any]) -> list[Row]:
+    """Lays out the figures that `Comparison.to_json` gave, before and after."""
+    rates, (before, after), drift = (figures[name] for name in ("outlier_rate", "agreement", "drift"))
+    masked = "the same, where the original had outliers"
+    return [
+        Row("outlier rate (share of patch tokens)", *rates, lower_is_better=True),
+        Row(f"cosine to {figures['reference']}, mean", before["mean"], after["mean"], lower_is_better=False),
+        Row(
+            "the same, worst 1 % of patches",
+            before["worst_percent"],
+            after["worst_percent"],
+            lower_is_better=False,
+        ),
+        Row(masked, before["masked"], after["masked"], lower_is_better=False),
+        Row("pooled output, cosine to the original's, mean", 1.0, drift["mean"], lower_is_better=False),
+        Row("the same, worst image", 1.0, drift["min"], lower_is_better=False),
+    ]
 
 
 @torch.no_grad()

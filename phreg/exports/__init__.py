@@ -28,16 +28,17 @@ from torch import Tensor, nn
 
 from phreg import __version__
 from phreg.backbones.base import Backbone
-from phreg.backbones.resolve import Base
+from phreg.backbones.resolve import Base, weights_sha256
 from phreg.checkpoint import LIBRARIES
 from phreg.errors import LoadError, PhregError, UnsupportedModelError
 from phreg.exports.base import Contents, StockFormat
 from phreg.seeding import keyed_generator
+from phreg.storage import EXPORT_FILE, FORMAT_VERSION
 
 Format = Literal["timm", "transformers"]
 """The formats there are."""
 
-RECORD = "phreg_export.json"
+RECORD = EXPORT_FILE
 """The file, unknown to stock loaders, that says what was exported and how equal it is."""
 
 TOLERANCE = 1e-5
@@ -101,6 +102,7 @@ def export(
             raise PhregError(
                 _another(backbone, format, f"what was written does not load: {error}")
             ) from error
+        sha256 = weights_sha256(exported.disk_state())  # as loaded: measuring may change its precision
         figures = _measure(backbone, exported, stock, [backbone.spec.input_size, *sizes])
         if not figures[0].claimed:
             found = (
@@ -110,9 +112,11 @@ def export(
             raise PhregError(_another(backbone, format, found))
         record = {
             "format": format,
+            "format_version": FORMAT_VERSION,
             "class": type(backbone.model).__name__,
             "base": asdict(base),
             "registers": backbone.num_registers,
+            "sha256": sha256,
             "tolerance": TOLERANCE,
             "equality": [asdict(figure) for figure in figures],
             "versions": {"phreg": __version__} | {name: version(name) for name in LIBRARIES},

@@ -13,6 +13,7 @@ import base64
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
+from html.parser import HTMLParser
 from importlib import resources
 from pathlib import Path
 
@@ -131,6 +132,28 @@ def write_report(path: str | Path, page: Page) -> None:
     environment.filters |= {"figure": _figure, "change": _change}
     template = resources.files("phreg.report").joinpath("page.html.j2").read_text(encoding="utf-8")
     write_text(Path(path), environment.from_string(template).render(page=page))
+
+
+def read_pictures(path: Path) -> list[tuple[str, bytes]]:
+    """Reads the maps and charts out of a report: what there is to see, and a PNG file, in the page's order.
+
+    Photographs are left out: they are the user's, and not for passing on.
+    """
+    reader = _PictureReader()
+    reader.feed(path.read_text(encoding="utf-8"))
+    return reader.found
+
+
+class _PictureReader(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[tuple[str, bytes]] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        settings = dict(attrs)
+        kind, _, data = (settings.get("src") or "").partition(",")
+        if tag == "img" and kind == "data:image/png;base64":
+            self.found.append((settings.get("alt") or "", base64.b64decode(data)))
 
 
 def _image_rows(

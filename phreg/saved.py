@@ -1,0 +1,211 @@
+"""Reading back whatever phreg wrote: one table of formats, each with what reads it.
+
+    run, adapter ──phreg.json────────┐
+    exported folder ──phreg_export.json──┴► format ──FORMATS──► Backbone + Base
+    any of them on the hub ──resolve.locate──► folder
+
+A new format is a row of `FORMATS` and a reader. What phreg did not write is a base model: see
+`phreg.backbones.resolve`.
+"""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from phreg import demo
+from phreg.adapter import apply_adapter, fits
+from phreg.backbones import resolve
+from phreg.backbones.base import Backbone
+from phreg.backbones.resolve import Base, Located, adapt, weights_sha256
+from phreg.checkpoint import read_adapter, read_record
+from phreg.errors import LoadError, PhregError, UnsupportedModelError
+from phreg.storage import ADAPTER_FILE, ADAPTER_FORMAT, EXPORT_FILE, MODEL_FORMAT
+
+Reader = Callable[[Located], tuple[Backbone, Base]]
+
+
+def record_of(found: Located) -> dict[str, Any] | None:
+    """Reads what phreg wrote beside a model; None where the model is none of phreg's.
+
+    Raises:
+        LoadError: It is broken, of a newer version, or of a format that this phreg does not know.
+    """
+    if (found.folder / ADAPTER_FILE).is_file():
+        return read_adapter(found.folder)
+    if not (found.folder / EXPORT_FILE).is_file():
+        return None
+    record = read_record(found.folder / EXPORT_FILE)
+    if record["format"] not in FORMATS:
+        raise LoadError(
+            f"asked for {found.source}, an export of the format {record['format']!r}; phreg loads back "
+            f"{', '.join(FORMATS)}: upgrade phreg, or load it with the library it was made for"
+        )
+    return record
+
+
+def open_model(
+    source: str | os.PathLike[str] | nn.Module, revision: str | None = None
+) -> tuple[Backbone, Base]:
+    """Opens whatever a user may call a model, patched ones included, in eval mode.
+
+    Args:
+        source: A model in any form, `demo`, a run, an adapter, or an exported folder.
+        revision: Hub commit, branch or tag.
+
+    Raises:
+        LoadError: It cannot be found, fetched or trusted.
+        UnsupportedModelError: phreg cannot patch it.
+    """
+    if isinstance(source, nn.Module):
+        return resolve.load(source)
+    if os.fspath(source) == "demo":
+        backbone = adapt(demo.demo_model())
+        return backbone, Base("demo", backbone.spec.library, None, weights_sha256(backbone.disk_state()))
+    found = resolve.locate(source, revision)
+    backbone, base = resolve.load(found) if record_of(found) is None else open_saved(found)
+    backbone.eval()
+    return backbone, base
+
+
+def open_saved(found: Located) -> tuple[Backbone, Base]:
+    """Opens what phreg wrote, its base found again where it needs one.
+
+    Raises:
+        LoadError: phreg did not write it, or it cannot be read or trusted.
+    """
+    record = record_of(found)
+    if record is None:
+        raise LoadError(
+            f"asked for the patched model in {found.source}, which is a {found.library} model without "
+            f"registers of phreg; load it with {found.library}"
+        )
+    backbone, base = FORMATS[record["format"]](found)
+    broken = [name for name, tensor in backbone.disk_state().items() if not torch.isfinite(tensor).all()]
+    if broken:
+        raise LoadError(
+            f"asked for the patched model in {found.source}, which holds NaN or infinite values in "
+            f"{broken[:3]}; fetch or train it again"
+        )
+    return backbone, base
+
+
+def open_into(found: Located, model: nn.Module) -> Backbone:
+    """Applies an adapter to a model at hand, or to the vision tower inside of it.
+
+    Raises:
+        LoadError: It is no adapter, or was made for other weights; the model is left as it was.
+        UnsupportedModelError: There is no vision tower in the model that phreg can patch.
+    """
+    record = record_of(found)
+    if record is None or record["format"] != ADAPTER_FORMAT:
+        what = (
+            "a model without registers of phreg" if record is None else f"a whole model ({record['format']})"
+        )
+        raise LoadError(
+            f"asked to load {found.source} into a {type(model).__name__}, and it is {what}; only an adapter "
+            "goes into a model at hand, so leave `into` out, or give the run or adapter"
+        )
+    towers = resolve.adapt_inside(model)
+    if len(towers) > 1:
+        towers = [tower for tower in towers if fits(found.folder, tower)]
+        if len(towers) != 1:
+            raise LoadError(
+                f"asked to load {found.source} into a {type(model).__name__}, in which the adapter fits "
+                f"{len(towers)} vision towers; give the tower itself"
+            )
+    (tower,) = towers
+    apply_adapter(found.folder, tower)
+    for around in model.modules():
+        if tower.model in around.modules() and around not in tower.model.modules():
+            _guard(around, tower)
+    return tower
+
+
+@dataclass(frozen=True, repr=False)
+class RefuseSaving:
+    """Stands in for `save_pretrained` on a model around a patched tower of another library.
+
+    What it would write loads again without the registers, and nobody would notice.
+    """
+
+    model: nn.Module
+    tower: Backbone
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        """Does what the model's class does once the registers are gone.
+
+        Raises:
+            PhregError: The tower has registers.
+        """
+        if not self.tower.num_registers:
+            return type(self.model).save_pretrained(self.model, *arguments, **options)  # pyright: ignore
+        raise PhregError(
+            f"save_pretrained asked of {type(self.model).__name__}, whose {self.tower.describe()} has "
+            "registers, which would be lost on loading; save the model before patching it, keep the adapter "
+            "beside it, and put them together again by phreg.load(adapter, into=model)"
+        )
+
+
+def _guard(around: nn.Module, tower: Backbone) -> None:
+    if hasattr(around, "save_pretrained"):
+        vars(around)["save_pretrained"] = RefuseSaving(around, tower)
+
+
+# -- readers -------------------------------------------------------------------------------------------------
+
+
+def _read_adapter(found: Located) -> tuple[Backbone, Base]:
+    """Finds the base again and patches it."""
+    base = Base(**read_adapter(found.folder)["base"])
+    if base.source == "instance":
+        raise LoadError(
+            f"the adapter in {found.folder} was made from a model instance, which cannot be found again; "
+            "build that model and pass it: phreg.load(path, into=model), which phreg.export takes too"
+        )
+    try:
+        backbone, _ = open_model(base.source, base.revision)
+    except (LoadError, UnsupportedModelError) as error:
+        raise type(error)(
+            f"the base of the adapter in {found.folder} cannot be opened: {error}. With that base at hand: "
+            "phreg.load(path, into=model)"
+        ) from error
+    apply_adapter(found.folder, backbone)
+    return backbone, base
+
+
+def _read_patched(found: Located) -> tuple[Backbone, Base]:
+    """Builds a model that was saved whole by its own `save_pretrained`."""
+    from phreg.backbones.transformers import load_patched
+
+    backbone = load_patched(found.folder)
+    return backbone, Base(found.source, "transformers", found.revision, weights_sha256(backbone.disk_state()))
+
+
+def _read_stock(found: Located) -> tuple[Backbone, Base]:
+    """Builds a stock model, and checks that it is the one that was exported."""
+    if not any(path.suffix == ".safetensors" for path in found.folder.iterdir()):
+        raise LoadError(
+            f"asked for the export in {found.source}, which has no .safetensors file; phreg exports write no "
+            "other kind, and a pickle may hold code: fetch it again, whole"
+        )
+    backbone, base = resolve.load(found)
+    expected = read_record(found.folder / EXPORT_FILE).get("sha256", base.sha256)
+    if base.sha256 != expected:
+        raise LoadError(
+            f"asked for the export in {found.source}, whose weights have sha256 {base.sha256[:12]}…, and "
+            f"{expected[:12]}… were written; it was changed since: fetch or export it again"
+        )
+    return backbone, base
+
+
+FORMATS: dict[str, Reader] = {
+    ADAPTER_FORMAT: _read_adapter,
+    MODEL_FORMAT: _read_patched,
+    "timm": _read_stock,
+    "transformers": _read_stock,
+}
+"""Every format that `phreg.load` takes back, by the name in phreg.json or phreg_export.json."""

@@ -1,0 +1,73 @@
+"""The folders phreg writes: what tells them, and how a file of theirs is written, whole or not at all.
+
+    phreg.json          beside adapter.safetensors (an adapter) or phreg.safetensors (a model saved whole)
+    phreg_export.json   beside the files of a stock format
+
+Every write goes to a temporary name first, is flushed to the disk and then renamed, so that a crash leaves
+the old file or the new one.
+"""
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+ADAPTER_FILE = "phreg.json"
+"""The file that makes a folder one of phreg's own formats, and names the format."""
+
+EXPORT_FILE = "phreg_export.json"
+"""The file, unknown to stock loaders, that says what was exported and how equal it is."""
+
+ADAPTER_FORMAT = "phreg-adapter"
+"""The tensors that differ from a base checkpoint."""
+
+MODEL_FORMAT = "phreg-model"
+"""What a patched transformers model's own `save_pretrained` writes: all tensors, and the class's config."""
+
+FORMAT_VERSION = 1
+"""Newest version of either file that this phreg reads, and the one that it writes."""
+
+
+@contextmanager
+def replacing(folder: Path) -> Iterator[Path]:
+    """Gives a temporary folder to fill, which then takes the place of `folder` at once.
+
+    Raises:
+        OSError: The disk does not take it; an old folder of that name is still whole.
+    """
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)  # of a write that was killed
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        shutil.rmtree(folder, ignore_errors=True)
+        temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_file(path: Path, write: Callable[[Path], Any]) -> None:
+    """Writes a file atomically: a temporary one beside it, flushed to the disk, renamed.
+
+    Args:
+        path: The file.
+        write: Writes the content to the path that it is given.
+
+    Raises:
+        OSError: The disk does not take it; an old file of that name is still whole.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        write(temporary)
+        flush(temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def flush(path: Path) -> None:
+    """Waits until a file is on the disk."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
