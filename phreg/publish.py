@@ -129,7 +129,7 @@ def base_license(base: Mapping[str, Any]) -> License:
 
 
 def _point_to(repository: str, folder: Path, written_for: Path) -> None:
-    """Has configs that name the folder they were written for (open_clip's) name the repository instead."""
+    """Has configs that name the folder they were written for, as open_clip's do, name the repository."""
     here = json.dumps(f"local-dir:{written_for}")[1:-1]
     for config in folder.glob("*.json"):
         text = config.read_text(encoding="utf-8")

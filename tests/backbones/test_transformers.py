@@ -110,14 +110,19 @@ def test_other_models_are_refused_with_the_reason(model, reason: str) -> None:
         adapt(instance)
 
 
-def test_inside_a_language_model_the_vision_tower_is_taken_and_the_whole_points_to_it() -> None:
+def test_inside_a_language_model_the_only_vision_tower_is_taken_and_of_several_none() -> None:
     text = hf.LlamaConfig(**{key: TEXT[key] for key in ("vocab_size", "hidden_size", "intermediate_size")})
     text.num_hidden_layers, text.num_attention_heads, text.num_key_value_heads = 1, 4, 4
     config = hf.LlavaConfig(vision_config=hf.CLIPVisionConfig(**VISION), text_config=text, image_token_id=3)
     model = build(hf.LlavaModel, config)
     before = model.get_image_features(images()).pooler_output
-    with pytest.raises(UnsupportedModelError, match=r"give that: model\.model\.vision_tower"):
-        adapt(hf.LlavaForConditionalGeneration(config))
+    whole = adapt(hf.LlavaForConditionalGeneration(config))
+    assert whole.tower_name == "model.vision_tower"
+    whole.model.another = torch.nn.Sequential(hf.CLIPVisionModel(config.vision_config))
+    with pytest.raises(
+        UnsupportedModelError, match=r"several vision models; give one: .*, model\.another\.0"
+    ):
+        adapt(whole.model)
 
     add_registers(model.vision_tower, 4)
     after = model.get_image_features(images()).pooler_output
