@@ -29,7 +29,7 @@ def model_card(backbone: Backbone, base: Base, record: Mapping[str, Any], rows: 
     Args:
         backbone: The patched model.
         base: What it was made from.
-        record: The run's recipe, outcome and read-out, as kept in phreg.json.
+        record: The run's recipe, outcome, read-out and gates, as kept in phreg.json.
         rows: The before/after table; empty where nothing was measured.
     """
     recipe, outcome = record["recipe"], record["outcome"]
@@ -58,6 +58,8 @@ def model_card(backbone: Backbone, base: Base, record: Mapping[str, Any], rows: 
         lines += ["", f"On {record['figures']['images']} images {apart}."]
     else:
         lines += ["Not measured."]
+    if record["gates"]["failures"]:
+        lines += ["", f"**Failed its gates:** {'; '.join(record['gates']['failures'])}."]
     if record["readout"] != "plain":
         lines += [
             "",
