@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from phreg.api import add_test_time_registers as add_test_time_registers
     from phreg.api import denoise as denoise
     from phreg.api import distill as distill
     from phreg.api import evaluate as evaluate
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 _DOOR = {
     "PhregError": "phreg.errors",
     "add_registers": "phreg.registers",
+    "add_test_time_registers": "phreg.api",
     "denoise": "phreg.api",
     "distill": "phreg.api",
     "evaluate": "phreg.api",
@@ -43,6 +45,7 @@ _DOOR = {
 __all__ = [
     "PhregError",
     "add_registers",
+    "add_test_time_registers",
     "denoise",
     "distill",
     "evaluate",

@@ -59,7 +59,7 @@ Observer = Callable[[StepRecord, int], None]
 
 logger = logging.getLogger(__name__)
 
-RECORDED = ("size", "readout", "recipe", "outcome", "figures")
+RECORDED = ("size", "readout", "recipe", "outcome", "sinks", "gates", "figures")
 """What an export's record tells of the run."""
 
 MEASURED_AT_ONCE = 8
@@ -149,8 +149,8 @@ def distill(
         start_run(run.path, config, resume=resume)
     accelerator.wait_for_everyone()
 
-    student.requires_grad_(False).eval().to(accelerator.device)
-    original = copy.deepcopy(student)
+    student.eval().to(accelerator.device)
+    original = copy.deepcopy(student).requires_grad_(False)
     kept, measured, held_out = _split(source, config)
     sinks = None
     if config.method != "paper":
@@ -359,6 +359,43 @@ def denoise(
     backbone = adapt(model)
     _check_images(backbone, images)
     return Teacher(backbone, _views(views))(images, keyed_generator("views", seed)).patches
+
+
+def add_test_time_registers(
+    model: nn.Module, images: Float[Tensor, "batch 3 height width"], num_registers: int = 1
+) -> nn.Module:
+    """Moves a model's artifacts into added registers by a hook, in place and without training.
+
+    The cheapest repair, and not the best (`phreg.test_time`); `remove_registers` undoes it.
+
+    Args:
+        model: Any supported model; put in eval mode.
+        images: Normalised images to find the artifacts and their causes on, a few dozen at least, of the size
+            that the model is to be used at.
+        num_registers: Registers to add.
+
+    Returns:
+        The same model.
+
+    Raises:
+        PhregError: The model has no artifacts, or no hidden unit causes them, or it has registers already.
+    """
+    backbone = adapt(model)
+    backbone.eval()
+    _check_images(backbone, images)
+    if backbone.num_registers:
+        raise PhregError(
+            f"asked for test-time registers on {backbone.describe()}, which has {backbone.num_registers} "
+            "registers from phreg; call phreg.remove_registers(model) first"
+        )
+    sinks = locate(backbone, list(images.to(backbone.device).split(MEASURED_AT_ONCE)))
+    if sinks is None:
+        raise PhregError(
+            f"asked for test-time registers on {backbone.describe()}, whose norms on {len(images)} images "
+            "show no artifacts in any block; there is nothing to repair, unless more images show some"
+        )
+    _add_test_time_registers(backbone, sinks, num_registers)
+    return model
 
 
 def inspect(
@@ -581,6 +618,8 @@ def _add_registers(student: Backbone, sinks: Sinks | None, config: DistillConfig
 
 
 def _add_test_time_registers(student: Backbone, sinks: Sinks | None, count: int) -> None:
+    if count < 1:
+        raise PhregError(f"asked for {count} test-time registers; use 1 or more: artifacts are moved there")
     if sinks is None or not sinks.units:
         raise PhregError(
             f"asked for test-time registers on {student.describe()}, where no hidden unit was found to cause "

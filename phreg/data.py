@@ -100,13 +100,13 @@ class Crops:
     def _read(self, key: Key) -> tuple[int, UInt8[Tensor, "3 size size"], list[Skipped]]:
         """Reads an image, or the next readable one; tells which one, and what was skipped."""
         skipped: list[Skipped] = []
-        generator_key = (0, key[1]) if self.crop == "fixed" else key
         for offset in range(min(len(self), LONGEST_GAP)):
             index = (key[1] + offset) % len(self)
             name = self.source.name(index)
+            place = (0, index) if self.crop == "fixed" else key
             try:
                 square = self._square(
-                    self.source.read(index), name, keyed_generator("crop", self.seed, *generator_key)
+                    self.source.read(index), name, keyed_generator("crop", self.seed, *place)
                 )
             except DataError as error:
                 skipped.append(Skipped(name, str(error)))

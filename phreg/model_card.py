@@ -49,6 +49,7 @@ SETTINGS = (
     "target.teacher_readout",
     "target.student_readout",
     "loss.pooled",
+    "loss.relocation",
     "seed",
 )
 """Settings that a card tells, as far as the run has them."""
@@ -243,6 +244,8 @@ def _results(run: Mapping[str, Any], pictures: Sequence[Illustration]) -> Iterat
         yield f"On {figures['images']} images {apart}."
     else:
         yield "Not measured."
+    if (run.get("gates") or {}).get("failures"):
+        yield f"**Failed its gates:** {'; '.join(run['gates']['failures'])}."
     if run.get("readout", "plain") != "plain":
         yield (
             f"Its dense features are meant to be read through the last block's {run['readout']} read-out; "

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from phreg.backbones.base import Backbone
+from phreg.backbones.base import Backbone, unit_movers
 from phreg.backbones.resolve import adapt
 from phreg.errors import PhregError
 
@@ -74,10 +74,14 @@ def add_registers(model: Model, count: int, init: Init = "randn", seed: int = 0)
 def remove_registers(model: Model) -> Model:
     """Takes phreg's registers out of a model again, in place; the exact inverse of `add_registers`.
 
+    Test-time registers go with their hooks.
+
     Returns:
         The same model. Without phreg registers it is left as it is.
     """
     backbone = model if isinstance(model, Backbone) else adapt(model)
+    for layer, key in unit_movers(backbone.model):
+        del layer._forward_pre_hooks[key]
     if backbone.num_registers:
         backbone.remove_registers()
     return model

@@ -347,8 +347,8 @@ def _attention_share(
         except UnsupportedModelError as error:
             logger.info("the sinks' share of attention is not known: %s", error)
             return None
-        layout = backbone.layout(images)
-        shares.append(torch.stack([(layout.patches(block) * mask).sum(1) for block in drawn]))
+        start = backbone.layout(images).num_tokens - mask.shape[1]
+        shares.append(torch.stack([(block[:, start:] * mask).sum(1) for block in drawn]))
     return tuple(torch.cat(shares, dim=1).mean(1).tolist())
 
 

@@ -19,11 +19,8 @@ from torch import Tensor, nn
 
 from phreg.backbones.base import Backbone
 from phreg.errors import PhregError
+from phreg.registers import remove_registers
 from phreg.sinks import Sinks
-
-RECORD = "_phreg_test_time"
-"""Attribute of a patched model that says which units are moved, as `Units`; a plain one, so that copies of
-the model carry it."""
 
 Units = dict[int, list[tuple[int, int]]]
 """By block: each unit, and the sign of its activation on sinks."""
@@ -78,25 +75,22 @@ def attach(backbone: Backbone, units: Mapping[Any, Sequence[Sequence[int]]]) -> 
                 backbone.num_registers,
             )
         )
-    setattr(backbone.model, RECORD, checked)
 
 
 def installed(backbone: Backbone) -> Units | None:
     """Says which units a model's test-time registers move; None where it has none."""
-    return getattr(backbone.model, RECORD, None)
+    found: Units = {}
+    for block in range(len(backbone.blocks)):
+        mlp = backbone.mlp(block)
+        for hook in mlp.down._forward_pre_hooks.values() if mlp is not None else ():
+            if isinstance(hook, MoveUnits):
+                found[block] = list(zip(hook.units, hook.signs, strict=True))
+    return found or None
 
 
 def uninstall(backbone: Backbone) -> None:
-    """Takes hooks and register out again."""
-    for block in installed(backbone) or ():
-        mlp = backbone.mlp(block)
-        assert mlp is not None  # units were found there
-        hooks = mlp.down._forward_pre_hooks
-        for key in [key for key, hook in hooks.items() if isinstance(hook, MoveUnits)]:
-            del hooks[key]
-    if hasattr(backbone.model, RECORD):
-        delattr(backbone.model, RECORD)
-    backbone.remove_registers()
+    """Takes hooks and registers out again, as `phreg.remove_registers` does."""
+    remove_registers(backbone)
 
 
 class MoveUnits:
@@ -110,6 +104,9 @@ class MoveUnits:
         num_prefix: Tokens before the registers.
         num_registers: Registers.
     """
+
+    moves_units = True
+    """By which `phreg.backbones.base.unit_movers` knows it."""
 
     def __init__(
         self, units: Sequence[int], signs: Sequence[int], num_prefix: int, num_registers: int

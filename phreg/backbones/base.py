@@ -417,6 +417,16 @@ def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor], described: str
             own[name].copy_(tensor)
 
 
+def unit_movers(model: nn.Module) -> list[tuple[nn.Module, int]]:
+    """Finds the hooks of test-time registers (`phreg.test_time`): the layer of each, and its key there."""
+    return [
+        (layer, key)
+        for layer in model.modules()
+        for key, hook in layer._forward_pre_hooks.items()
+        if hasattr(hook, "moves_units")
+    ]
+
+
 def prefixed(module: nn.Module, prefix: str) -> list[str]:
     """Names a module's parameters as seen from its owner: `prefix` + the module's own names."""
     return [f"{prefix}.{name}" for name, _ in module.named_parameters()]

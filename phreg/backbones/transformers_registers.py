@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
+from phreg.backbones.base import unit_movers
 from phreg.errors import PhregError
 from phreg.storage import ADAPTER_FILE, FORMAT_VERSION, MODEL_FORMAT, write_file
 
@@ -204,14 +205,19 @@ def save_patched(
         state_dict: Tensors to write in place of the model's own.
 
     Raises:
-        PhregError: The model has no registers, or the folder holds a stock model, which would be taken for
-            it.
+        PhregError: The model has no registers or test-time ones, or the folder holds a stock model, which
+            would be taken for it.
     """
     registers = next((module for module in model.modules() if isinstance(module, Registers)), None)
     if registers is None:
         raise PhregError(
             f"asked to save {type(model).__name__}, part of a model whose registers lie outside of it; "
             "save the whole model"
+        )
+    if unit_movers(model):
+        raise PhregError(
+            f"asked to save {type(model).__name__} with test-time registers, whose hooks are no weights and "
+            'would be lost; share the adapter of phreg.distill(method="test-time"), which phreg.load reads'
         )
     stock = [
         name for name in ("config.json", "model.safetensors", "pytorch_model.bin") if (folder / name).exists()

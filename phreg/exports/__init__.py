@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from phreg import __version__
+from phreg import __version__, test_time
 from phreg.backbones.base import Backbone
 from phreg.backbones.resolve import Base, weights_sha256
 from phreg.checkpoint import LIBRARIES
@@ -138,6 +138,11 @@ def _stock(backbone: Backbone, format: str) -> StockFormat:
             f"{asked}, whose last block is read {backbone.readout}: stock classes have no such read-out, and "
             "would give other features. Set it to plain first (phreg.backbones.readout.set_readout), or "
             "share the phreg adapter."
+        )
+    if test_time.installed(backbone):
+        raise PhregError(
+            f"{asked}, whose test-time registers work by hooks, which no stock class has; share the phreg "
+            'adapter, which phreg.load reads, or make a model that any format takes: method = "relocate"'
         )
     stock = _module(format)
     reason = stock.why_not(backbone)
