@@ -428,7 +428,7 @@ class TimmBackbone(Backbone):
         (`ParallelScalingBlock`, `DiffParallelScalingBlock`), and for MLPs of other classes or with
         convolutions.
         """
-        mlp = getattr(self.model.blocks[index], "mlp", None)
+        mlp: Any = getattr(self.model.blocks[index], "mlp", None)
         if type(mlp) in (TimmMlp, GluMlp):
             return Mlp.of([mlp.fc1], mlp.fc2, mlp.norm)
         if type(mlp) is SwiGLU:
