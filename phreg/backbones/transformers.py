@@ -78,6 +78,8 @@ class TransformersBackbone(Backbone):
         super().__init__(model, spec)
         self.family = family
         self.tower_name = tower_name
+        self.image_processor: dict[str, Any] = {}
+        """The settings of the image processor that came with the model, where one did."""
         self._grid: tuple[int, int] | None = None  # of the images last run
 
     @property
@@ -171,22 +173,33 @@ class TransformersBackbone(Backbone):
             The image embedding of a model with a projection, else the pooler's output, else CLS after the
             norm, else the mean of the patches.
         """
-        layout = self.layout(images)
-        self._grid = layout.grid
-        inputs: dict[str, Any] = {"pixel_values": images}
-        if self.family.sizes == "keyword":
-            inputs["interpolate_pos_encoding"] = True
+        inputs = self._inputs(images)
         if isinstance(self.tower, BackboneMixin):  # else it returns feature maps only
             inputs["output_hidden_states"] = True
-        if self.family.name == "vit_mae":  # sorts patches by this noise
-            inputs["noise"] = torch.arange(layout.num_patches, device=images.device).expand(len(images), -1)
-        if self.family.name == "siglip2_vision_model":
-            inputs |= _cut_into_patches(images, layout.grid, self.spec.patch_size)
         with _every_patch_seen(self.tower.config):
             output = self.tower(**inputs, return_dict=True)
         pooled = self._pool(output)
         project = getattr(self.model, "visual_projection", None)
         return pooled if project is None else project(pooled)
+
+    def logits(self, images: Float[Tensor, "batch 3 height width"]) -> Tensor:
+        """Calls a classifier as its users do, at the images' size; a model without one is run."""
+        if not hasattr(self.model, "classifier"):
+            return self.run(images)
+        return self.model(**self._inputs(images)).logits
+
+    def _inputs(self, images: Float[Tensor, "batch 3 height width"]) -> dict[str, Any]:
+        """Puts together what the model takes for images, at their size."""
+        layout = self.layout(images)
+        self._grid = layout.grid
+        inputs: dict[str, Any] = {"pixel_values": images}
+        if self.family.sizes == "keyword":
+            inputs["interpolate_pos_encoding"] = True
+        if self.family.name == "vit_mae":  # sorts patches by this noise
+            inputs["noise"] = torch.arange(layout.num_patches, device=images.device).expand(len(images), -1)
+        if self.family.name == "siglip2_vision_model":
+            inputs |= _cut_into_patches(images, layout.grid, self.spec.patch_size)
+        return inputs
 
     def _pool(self, output: Mapping[str, Any]) -> Tensor:
         pooled, tokens = output.get("pooler_output"), output.get("last_hidden_state")
@@ -511,7 +524,8 @@ def load(folder: Path) -> TransformersBackbone:
         ) from error
     backbone = adapt(model.eval())
     _check_loaded(backbone, found, asked)
-    backbone.spec = replace(backbone.spec, **_normalisation(folder, asked))
+    backbone.image_processor = _image_processor(folder, asked)
+    backbone.spec = replace(backbone.spec, **_normalisation(backbone.image_processor))
     return backbone
 
 
@@ -570,14 +584,19 @@ def _check_loaded(backbone: TransformersBackbone, found: Mapping[str, Iterable[s
             )
 
 
-def _normalisation(folder: Path, asked: str) -> dict[str, Triple]:
-    """Reads mean and standard deviation from the image processor's file, where there is one that has them."""
+def _image_processor(folder: Path, asked: str) -> dict[str, Any]:
+    """Reads the settings of the image processor, where there is one."""
     for name in ("preprocessor_config.json", "processor_config.json"):
         if (folder / name).is_file():
             settings = _read_json(folder / name, asked)
-            settings = settings.get("image_processor", settings)
-            if settings.get("image_mean") and settings.get("image_std"):
-                return {"mean": tuple(settings["image_mean"]), "std": tuple(settings["image_std"])}
+            return settings.get("image_processor", settings)
+    return {}
+
+
+def _normalisation(settings: Mapping[str, Any]) -> dict[str, Triple]:
+    """Finds mean and standard deviation in the settings of an image processor that has them."""
+    if settings.get("image_mean") and settings.get("image_std"):
+        return {"mean": tuple(settings["image_mean"]), "std": tuple(settings["image_std"])}
     return {}
 
 
