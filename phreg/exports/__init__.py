@@ -50,7 +50,7 @@ class Equality:
         difference: Largest absolute difference of any output: all tokens after the final norm, pooled, and,
             at the model's own size, what calling it returns.
         relative: The same, relative to the largest value of that output.
-        claimed: Whether `relative` is within the format's tolerance, so that the export stands for the model there.
+        claimed: Whether `relative` is within the tolerance, so that the export stands for the model there.
     """
 
     size: tuple[int, int]
@@ -181,8 +181,8 @@ def _measure(
     sizes: Sequence[tuple[int, int]],
     tolerance: float = TOLERANCE,
 ) -> list[Equality]:
-    # Converted to another library's class, a model has its own notion of what is pooled and what is a head: what
-    # it answers is then compared at every size.
+    # Libraries differ in what they count as the head and what they call pooled. Where one's model became
+    # another's, what calling it returns is compared instead, at every size.
     converted = exported.spec.library != backbone.spec.library
     weight = next(backbone.model.parameters())
     exported.to(weight.device, weight.dtype)

@@ -1,7 +1,7 @@
 """Converts image towers of open_clip to timm: its own vision transformer, and timm's models that it wraps.
 
-open_clip's tower has timm's blocks under other names. A timm trunk is what it is; its projection, which open_clip
-keeps beside it, becomes its head.
+open_clip's tower has timm's blocks under other names. A timm trunk stays what it is; its projection, which
+open_clip keeps beside it, becomes its head.
 """
 
 from typing import Any, cast
@@ -26,7 +26,7 @@ def why_not(backbone: Backbone) -> str | None:
             return "its head is more than a projection, and that of a timm model is not"
         return None
     block = tower.transformer.resblocks[0]
-    if not isinstance(block, ResidualAttentionBlock):
+    if type(block) is not ResidualAttentionBlock:
         return f"its blocks are open_clip's {type(block).__name__}, which timm does not have"
     if tower.attn_pool is not None:
         return "its pooler (CoCa's attention) has no counterpart in timm"
@@ -63,7 +63,7 @@ def tower(backbone: Backbone) -> Tower:
         "depth": len(native.blocks),
         "num_heads": spec.num_heads,
         "mlp_ratio": ratio(block.mlp.c_fc.out_features, spec.width),
-        "init_values": 1e-5 if isinstance(block.ls_1, nn.Module) and hasattr(block.ls_1, "gamma") else None,
+        "init_values": 1e-5 if hasattr(block.ls_1, "gamma") else None,
         "class_token": True,
         "reg_tokens": native.num_registers,
         "no_embed_class": True,
@@ -79,6 +79,11 @@ def tower(backbone: Backbone) -> Tower:
         preparation=_preparation(tower),
         tolerance=tolerance(eps),
     )
+
+
+def answer(backbone: Backbone, images: Tensor) -> Tensor:
+    """Encodes images as the model does."""
+    return backbone.run(images)
 
 
 def activation(layer: nn.Module) -> str | None:

@@ -1,7 +1,7 @@
 """Converts vision towers of transformers to timm.
 
-Where blocks, norms and tokens are is known from `phreg.backbones.transformers_families`; here stands only what
-timm calls them.
+Where blocks, norms and tokens are is known from `phreg.backbones.transformers_families`; here stands only
+what timm calls them.
 
     ViT, DeiT, ViTMSN, ViTMAE, I-JEPA, DINOv2, CLIP, MetaCLIP 2, SigLIP  ─► VisionTransformer
     DINOv3  ─► Eva          SigLIP 2, which takes any aspect ratio  ─► NaFlexVit
@@ -12,10 +12,8 @@ Not converted are models of which timm could build a part only, such as a classi
 from typing import Any, cast
 
 import torch
-import transformers
 from torch import Tensor, nn
 from transformers.backbone_utils import BackboneMixin
-from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
 
 from phreg.backbones.transformers import TransformersBackbone
 from phreg.exports.towers import (
@@ -41,6 +39,17 @@ ACTIVATIONS = {
 
 KINDS = {"dinov2": "dinov2", "dinov2_with_registers": "reg4_dinov2", "siglip_vision_model": "siglip_224"}
 """Family -> how the name of its timm model ends; `224` elsewhere."""
+
+_CLIP = ("bicubic", 1.0, "center")
+PREPARATION = {
+    "clip_vision_model": _CLIP,
+    "metaclip_2_vision_model": _CLIP,
+    "siglip_vision_model": ("bicubic", 1.0, "squash"),
+    "dinov2": ("bicubic", 224 / 256, "center"),
+    "dinov2_with_registers": ("bicubic", 224 / 256, "center"),
+    "deit": ("bicubic", 224 / 256, "squash"),
+}
+"""Family -> interpolation, `crop_pct` and `crop_mode` of its images; the others are squashed, bilinearly."""
 
 RESAMPLING = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
 """What timm calls pillow's filters."""
@@ -84,7 +93,7 @@ def _why_not_eva(backbone: TransformersBackbone) -> str | None:
 
 
 def tower(backbone: TransformersBackbone) -> Tower:
-    """Converts the image's path through a model that `why_not` lets pass, classifier or projection included."""
+    """Converts the image's path through a model that `why_not` lets pass, with classifier or projection."""
     match backbone.family.name:
         case "dinov3_vit":
             name, arguments, tensors = _eva(backbone)
@@ -108,6 +117,11 @@ def tower(backbone: TransformersBackbone) -> Tower:
         labels=_labels(backbone),
         tolerance=tolerance(_eps(backbone)),
     )
+
+
+def answer(backbone: TransformersBackbone, images: Tensor) -> Tensor:
+    """Calls the model as its users do: logits, an embedding in the joint space, or the pooled output."""
+    return backbone.logits(images)
 
 
 # -- the three classes of timm -------------------------------------------------------------------------------
@@ -288,19 +302,18 @@ def _labels(backbone: TransformersBackbone) -> list[str] | None:
 
 
 def _preparation(backbone: TransformersBackbone) -> dict[str, Any]:
-    """Says how images are prepared: as the model's own image processor does, else as its library's does."""
-    kind = cast(Any, backbone.tower.config).model_type
-    kind = kind.removesuffix("_vision_model").removesuffix("_with_registers")
-    stock: Any = getattr(transformers, IMAGE_PROCESSOR_MAPPING_NAMES[kind]["torchvision"])
-    names = ("resample", "size", "do_center_crop", "crop_size")
-    found = {name: backbone.image_processor.get(name, getattr(stock, name, None)) for name in names}
-    size, crop = found["size"] or {}, found["crop_size"]
-    if isinstance(size, int):
-        size = {"shortest_edge": size}
-    side = size.get("shortest_edge") or size.get("height")
-    cut = crop.get("height") if isinstance(crop, dict) else crop
+    """Says how images are prepared: as the model's own image processor does, else as its family's."""
+    kind, settings = backbone.family.name, backbone.image_processor
+    interpolation, crop_pct, crop_mode = PREPARATION.get(kind, ("bilinear", 1.0, "squash"))
+    if settings.get("size"):
+        size, cut = settings["size"], settings.get("crop_size") if settings.get("do_center_crop") else None
+        if isinstance(size, int):  # as older processors wrote it
+            size = {"height" if crop_mode == "squash" else "shortest_edge": size}
+        side = size.get("shortest_edge") or size["height"]
+        crop_pct = ((cut["height"] if isinstance(cut, dict) else cut) or side) / side
+        crop_mode = "squash" if "height" in size else "center"
     return {
-        "interpolation": RESAMPLING[int(found["resample"])],
-        "crop_pct": cut / side if found["do_center_crop"] and cut and side else 1.0,
-        "crop_mode": "squash" if "height" in size else "center",
+        "interpolation": RESAMPLING.get(settings.get("resample"), interpolation),
+        "crop_pct": crop_pct,
+        "crop_mode": crop_mode,
     }

@@ -7,9 +7,9 @@ written as one of timm's, and the text tower as it is:
     the whole   ───────────────► open_clip_config.json ─"timm_model_name": "local-dir:…/this folder"
                                  open_clip_model.safetensors
 
-open_clip passes `timm_model_name` on to timm, which reads the registers from the config.json that it finds there.
-The price is that the folder knows its own path: moved, it needs a new one in that one line, or on the hub
-`hf-hub:owner/name`.
+open_clip passes `timm_model_name` on to timm, which reads the registers from the config.json that it finds
+there. The price is that the folder knows its own path: moved, it needs a new one in that one line, or on the
+hub `hf-hub:owner/name`.
 """
 
 import logging
@@ -64,8 +64,8 @@ def why_not(backbone: Backbone) -> str | None:
         return (
             f"its text tower is a {type(text).__name__}, which open_clip could not build without its origin"
         )
-    block = text.transformer.resblocks[0]
-    if not isinstance(block, ResidualAttentionBlock) or activation(block.mlp.gelu) is None:
+    block: Any = text.transformer.resblocks[0]
+    if type(block) is not ResidualAttentionBlock or activation(block.mlp.gelu) is None:
         return "its text tower has blocks whose settings cannot be read off them"
     return None
 
@@ -76,7 +76,7 @@ def contents(backbone: Backbone) -> Contents:
     image = timm.contents(backbone)
     named, files = _tokenizer(backbone)
     config = {
-        "embed_dim": len(_text_features(model)),
+        "embed_dim": _joint_width(_text(model)),
         "quick_gelu": activation(_text(model).transformer.resblocks[0].mlp.gelu) == "quick_gelu",
         "custom_text": isinstance(model, CustomTextCLIP),
         "vision_cfg": {"timm_model_name": f"local-dir:{FOLDER}", **_image_settings(backbone, image)},
@@ -165,9 +165,11 @@ def _text(model: Any) -> Any:
     return model.text if isinstance(model, CustomTextCLIP) else model
 
 
-def _text_features(model: Any) -> Tensor:
-    """Makes a text feature, to see how wide the joint space is."""
-    return model.encode_text(model.logit_scale.new_zeros(1, model.context_length).long())[0]
+def _joint_width(text: Any) -> int:
+    projection = text.text_projection
+    if projection is None:
+        return text.token_embedding.embedding_dim
+    return projection.out_features if isinstance(projection, nn.Linear) else projection.shape[1]
 
 
 def _text_settings(text: Any) -> dict[str, Any]:
@@ -203,14 +205,14 @@ def _tokenizer(backbone: Backbone) -> tuple[dict[str, Any], dict[str, bytes]]:
     Raises:
         LoadError: It is on the hub, and cannot be fetched.
     """
-    origin = cast(NativeTower | TimmTower, backbone).origin
+    origin = cast(NativeTower | TimmTower, backbone).origin or ""
     known = (open_clip.get_model_config(origin) or {}).get("text_cfg", {}) if origin else {}
     settings = {name: known[name] for name in TOKENIZER if known.get(name)}
     if "hf_tokenizer_name" not in settings:
         if cast(Any, backbone.model).vocab_size != BPE_WORDS:
             log.warning(
-                "the tokenizer of %s is not known, since the model was not loaded from where it is named; the "
-                "exported folder has none, so tokenize texts as before",
+                "the tokenizer of %s is not known, since the model was not loaded from where it is named; "
+                "the exported folder has none, so tokenize texts as before",
                 backbone.describe(),
             )
         return settings, {}

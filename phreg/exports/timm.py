@@ -1,15 +1,15 @@
 """The timm format: a folder that plain `timm.create_model("local-dir:…", pretrained=True)` loads.
 
-A patched timm model is one that timm could have built (see `phreg.backbones.timm`), so its tensors are written as
-they are, and the registers are among its construction arguments. Vision towers of other libraries become such
-models first (see `phreg.exports.towers`); a text tower beside one is left out, as timm has none.
+A patched timm model is one that timm could have built (see `phreg.backbones.timm`), so its tensors are
+written as they are, and the registers are among its construction arguments. Vision towers of other libraries
+become such models first (see `phreg.exports.towers`); a text tower beside one is left out, as timm has none.
 
     timm model ────────────────────────────────┬──► config.json, model.safetensors
     tower of transformers or open_clip ──build─┘
 
-The config is put together here, and not by timm's `save_for_hf`, which writes `num_classes` among those arguments,
-where transformers' wrapper stumbles over it, and the tag and licence of the architecture's default weights for a
-model whose weights are others.
+The config is put together here, and not by timm's `save_for_hf`, which writes `num_classes` among those
+arguments, where transformers' wrapper stumbles over it, and the tag and licence of the architecture's default
+weights for a model whose weights are others.
 """
 
 import importlib
@@ -48,6 +48,10 @@ class Converter(Protocol):
 
     def tower(self, backbone: Backbone) -> Tower:
         """Converts the image's path through the model."""
+        ...
+
+    def answer(self, backbone: Backbone, images: Tensor) -> Tensor:
+        """Calls the model as its users do, at the images' size."""
         ...
 
 
@@ -124,11 +128,11 @@ def load(folder: Path) -> Backbone:
 
 
 def answer(backbone: Backbone, images: Tensor) -> Tensor:
-    """Calls the model as its users do: logits, an embedding in CLIP's space, or what it gives in their place."""
+    """Calls the model as its users do: logits, an embedding in the joint space, or the pooled output."""
     if isinstance(backbone, TimmBackbone):
         with backbone._taking((images.shape[-2], images.shape[-1])):
             return backbone.model(images)
-    return backbone.logits(images) if hasattr(backbone, "logits") else backbone.run(images)
+    return _converter(backbone).answer(backbone, images)
 
 
 def _converter(backbone: Backbone) -> Converter:

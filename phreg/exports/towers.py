@@ -1,12 +1,12 @@
 """Vision towers in timm's words: the timm model that computes what a tower of another library computes.
 
-A converter, one module per library (`from_transformers`, `from_open_clip`), renames and joins weights, and says
-what timm should build to hold them. What all of them share is here: how a sequence begins, and how a tower becomes
-a timm model.
+A converter, one module per library (`from_transformers`, `from_open_clip`), renames and joins weights, and
+says what timm should build to hold them. What both share is here: how a sequence begins, and how a tower
+becomes a timm model.
 
-    backbone ──converter──► Tower: architecture, arguments, tensors ──build──► the timm model, weights inside
+    backbone ──converter──► Tower (architecture, arguments, tensors) ──build──► timm model, weights inside
 
-Nothing is trusted to have come out right: whoever exports a tower compares it with the model that it came from.
+Nothing is trusted to have come out right: the export is compared with the model that it came from.
 """
 
 import math
@@ -33,7 +33,7 @@ CLIP_EPS = 1e-5
 
 LOOSE = 1e-4
 """Tolerance where a model's norms add less to the variance than timm's least, 1e-6, which is no argument of
-timm's: a ViT of transformers adds 1e-12. On a real ViT-Ti that moves tokens by 1.5e-5 of the largest value."""
+timm's: a ViT of transformers adds 1e-12. On a real ViT-Ti that moves tokens by 1.5e-5 of the largest."""
 
 
 @dataclass(frozen=True)
