@@ -4,7 +4,7 @@ It serves folders as model repositories through the download protocol: model inf
 of files with their commit, ETag and ranges. Every commit stays available, as on the hub, and switches make it
 fail in the ways that the hub and the network fail.
 
-    commit(id, folder) ──► Repository ◄── GET /api/models/ID/revision/REV, GET /api/models/ID/tree/REV
+    commit(id, folder) ──► Repository ◄── GET /api/models/ID, …/ID/revision/REV, …/ID/tree/REV
                                       ◄── HEAD and GET /ID/resolve/REV/FILE
 
 The fixture `hub` points the client at it, with a cache of its own. A test module gets it by
@@ -126,6 +126,8 @@ class _Handler(BaseHTTPRequestHandler):
         if self.server.failing:
             return self._send(500, b"")
         match path.strip("/").split("/"):
+            case ["api", "models", owner, name]:
+                return self._answer_about(f"{owner}/{name}", "main", "revision")
             case ["api", "models", owner, name, "revision" | "tree" as what, revision]:
                 return self._answer_about(f"{owner}/{name}", revision, what)
             case [owner, name, "resolve", revision, *file]:

@@ -120,6 +120,11 @@ def export(
     return figures
 
 
+def why_not(backbone: Backbone, format: str) -> str | None:
+    """Says why a model's class cannot take one of `Format`; None where it can."""
+    return _module(format).why_not(backbone)
+
+
 # -- formats -------------------------------------------------------------------------------------------------
 
 
@@ -142,7 +147,7 @@ def _stock(backbone: Backbone, format: str) -> StockFormat:
 
 
 def _alternative(backbone: Backbone, format: str) -> str:
-    others = [name for name in get_args(Format) if name != format and not _module(name).why_not(backbone)]
+    others = [name for name in get_args(Format) if name != format and not why_not(backbone, name)]
     if others:
         return f"It can be exported as {' or '.join(others)}."
     return "No other format takes it; share the phreg adapter, which phreg.load reads."

@@ -25,7 +25,7 @@ def why_not(backbone: Backbone) -> str | None:
         if set(dict(tower.head.named_children())) - {"drop", "proj"}:
             return "its head is more than a projection, and that of a timm model is not"
         return None
-    block = tower.transformer.resblocks[0]
+    block: Any = tower.transformer.resblocks[0]
     if type(block) is not ResidualAttentionBlock:
         return f"its blocks are open_clip's {type(block).__name__}, which timm does not have"
     if tower.attn_pool is not None:
@@ -86,7 +86,7 @@ def answer(backbone: Backbone, images: Tensor) -> Tensor:
     return backbone.run(images)
 
 
-def activation(layer: nn.Module) -> str | None:
+def activation(layer: Any) -> str | None:
     """Names one of open_clip's activations as timm does; None where timm has none such."""
     if isinstance(layer, nn.GELU):
         return "gelu_tanh" if layer.approximate == "tanh" else "gelu"

@@ -313,7 +313,7 @@ def _preparation(backbone: TransformersBackbone) -> dict[str, Any]:
         crop_pct = ((cut["height"] if isinstance(cut, dict) else cut) or side) / side
         crop_mode = "squash" if "height" in size else "center"
     return {
-        "interpolation": RESAMPLING.get(settings.get("resample"), interpolation),
+        "interpolation": RESAMPLING.get(settings.get("resample", -1), interpolation),
         "crop_pct": crop_pct,
         "crop_mode": crop_mode,
     }
