@@ -25,6 +25,9 @@ from phreg.exports.base import TOLERANCE
 SIZES = {192: "tiny", 384: "small", 768: "base", 1024: "large", 1152: "so400m", 1280: "huge", 1536: "giant"}
 """Width -> what timm calls models of that width."""
 
+FIRST = ("patch_embed.proj", "embeds.proj")
+"""What timm calls the layer that sees pixels."""
+
 EPS = 1e-6
 """What timm's norms add to the variance, but for those of its CLIP models."""
 
@@ -67,7 +70,7 @@ def build(tower: Tower, spec: Spec) -> TimmBackbone:
         "pool_size": None,
         "mean": spec.mean,
         "std": spec.std,
-        "first_conv": "patch_embed.proj",
+        "first_conv": next(name for name in FIRST if f"{name}.weight" in tower.tensors),
         "classifier": "head",
         "label_names": tower.labels,
         **tower.preparation,
