@@ -48,7 +48,8 @@ class Equality:
     Attributes:
         size: Image size in pixels, (height, width).
         difference: Largest absolute difference of any output: all tokens after the final norm, pooled, and,
-            at the model's own size, what calling it returns.
+            at the model's own size, what calling it returns; of a model that another library now builds, what
+            calling it returns, at every size, in place of pooled.
         relative: The same, relative to the largest value of that output.
         claimed: Whether `relative` is within the tolerance, so that the export stands for the model there.
     """
