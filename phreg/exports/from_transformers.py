@@ -37,7 +37,7 @@ ACTIVATIONS = {
 }
 """What timm calls an activation."""
 
-KINDS = {"dinov2": "dinov2", "dinov2_with_registers": "reg4_dinov2", "siglip_vision_model": "siglip_224"}
+KINDS = {"dinov2": "dinov2", "dinov2_with_registers": "dinov2", "siglip_vision_model": "siglip_224"}
 """Family -> how the name of its timm model ends; `224` elsewhere."""
 
 _CLIP = ("bicubic", 1.0, "center")
