@@ -243,7 +243,8 @@ def export(
     Args:
         model: A run, an adapter, or a patched model instance.
         path: Folder to write; it must not hold anything.
-        format: `timm` (timm models) or `transformers` (DINOv2, as DINOv2 with registers).
+        format: `timm` (most models), `transformers` (DINOv2, as DINOv2 with registers) or `open_clip` (its
+            own, text tower included).
         revision: Hub commit, branch or tag of the adapter.
 
     Returns:

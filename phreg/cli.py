@@ -146,7 +146,7 @@ def export(
     model: Annotated[Positional[str], arg(metavar="RUN")],
     /,
     output: Path,
-    format: Literal["timm", "transformers"],
+    format: Literal["timm", "transformers", "open_clip"],
     revision: Annotated[str | None, arg(metavar="COMMIT")] = None,
 ) -> None:
     """Write a patched model in a stock format, which loads where phreg is not installed; checked on writing.
@@ -154,7 +154,7 @@ def export(
     Args:
         model: Run, adapter folder, or hub id of an adapter.
         output: Folder to write.
-        format: timm, or transformers (DINOv2 becomes DINOv2 with registers).
+        format: timm, transformers (DINOv2 becomes DINOv2 with registers), or open_clip.
         revision: Hub commit, branch or tag to pin.
     """
     from phreg import api

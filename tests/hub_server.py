@@ -5,7 +5,7 @@ of files with their commit, ETag and ranges. It takes pushes: a repository and a
 files come through the LFS protocol (not through Xet), and a commit names them. Every commit stays available,
 as on the hub, and switches make it fail in the ways that the hub and the network fail.
 
-    commit(id, folder) ──► Repository ◄── GET /api/models/ID/revision/REV, GET /api/models/ID/tree/REV
+    commit(id, folder) ──► Repository ◄── GET /api/models/ID, …/ID/revision/REV, …/ID/tree/REV
                                  ▲    ◄── HEAD and GET /ID/resolve/REV/FILE
     POST repos/create, branch, preupload ── POST ID.git/info/lfs, PUT lfs/SHA256 ── POST commit/REV
 

@@ -46,7 +46,7 @@ WEIGHTS = (
 """The files that may hold its weights, best first."""
 
 
-def adapt(model: nn.Module) -> Backbone:
+def adapt(model: nn.Module) -> "NativeTower | TimmTower":
     """Wraps an open_clip model or its bare image tower; nothing about the model changes.
 
     Raises:
@@ -101,6 +101,9 @@ class NativeTower(Backbone):
         model: The user's model: the tower itself, or the CLIP that holds it.
         tower: The vision transformer.
         prefix: What the tower's parameter names open with in the model.
+
+    Attributes:
+        origin: What open_clip calls the model's config, where it was loaded by that; the model keeps none.
     """
 
     def __init__(self, model: nn.Module, tower: Any, prefix: str) -> None:
@@ -118,6 +121,7 @@ class NativeTower(Backbone):
             std=std,
         )
         super().__init__(model, spec)
+        self.origin: str | None = None
         self.tower = tower
         self._prefix = prefix
 
@@ -286,12 +290,16 @@ class TimmTower(Backbone):
         model: The user's model: the tower itself, or the CLIP that holds it.
         tower: open_clip's wrapper: a trunk and a head.
         prefix: What the tower's parameter names open with in the model.
+
+    Attributes:
+        origin: What open_clip calls the model's config, where it was loaded by that; the model keeps none.
     """
 
     def __init__(self, model: nn.Module, tower: Any, prefix: str) -> None:
         trunk: Any = timm_adapter.adapt(tower.trunk)
         mean, std = _normalisation(tower)
         super().__init__(model, replace(trunk.spec, library="open_clip", mean=mean, std=std))
+        self.origin: str | None = None
         self.tower = tower
         self.trunk = trunk
         self._prefix = prefix
@@ -421,7 +429,9 @@ def load(folder: Path, arch: str | None = None) -> Backbone:
         raise _unreadable(asked, error) from error
     except (SafetensorError, pickle.UnpicklingError, EOFError) as error:
         raise _unreadable(asked, error) from error
-    return adapt(model.eval())
+    backbone = adapt(model.eval())
+    backbone.origin = arch or f"local-dir:{folder}"
+    return backbone
 
 
 def _unreadable(asked: str, error: Exception) -> LoadError:

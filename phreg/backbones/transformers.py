@@ -78,6 +78,8 @@ class TransformersBackbone(Backbone):
         super().__init__(model, spec)
         self.family = family
         self.tower_name = tower_name
+        self.image_processor: dict[str, Any] = {}
+        """The settings of the image processor that came with the model, where one did."""
         self._grid: tuple[int, int] | None = None  # of the images last run
 
     @property
@@ -547,7 +549,8 @@ def load(folder: Path) -> TransformersBackbone:
         ) from error
     backbone = adapt(model.eval())
     _check_loaded(backbone, found, asked)
-    backbone.spec = replace(backbone.spec, **_normalisation(folder, asked))
+    backbone.image_processor = _image_processor(folder, asked)
+    backbone.spec = replace(backbone.spec, **_normalisation(backbone.image_processor))
     return backbone
 
 
@@ -609,14 +612,19 @@ def _check_loaded(backbone: TransformersBackbone, found: Mapping[str, Iterable[s
             )
 
 
-def _normalisation(folder: Path, asked: str) -> dict[str, Triple]:
-    """Reads mean and standard deviation from the image processor's file, where there is one that has them."""
+def _image_processor(folder: Path, asked: str) -> dict[str, Any]:
+    """Reads the settings of the image processor, where there is one."""
     for name in ("preprocessor_config.json", "processor_config.json"):
         if (folder / name).is_file():
             settings = _read_json(folder / name, asked)
-            settings = settings.get("image_processor", settings)
-            if settings.get("image_mean") and settings.get("image_std"):
-                return {"mean": tuple(settings["image_mean"]), "std": tuple(settings["image_std"])}
+            return settings.get("image_processor", settings)
+    return {}
+
+
+def _normalisation(settings: Mapping[str, Any]) -> dict[str, Triple]:
+    """Finds mean and standard deviation in the settings of an image processor that has them."""
+    if settings.get("image_mean") and settings.get("image_std"):
+        return {"mean": tuple(settings["image_mean"]), "std": tuple(settings["image_std"])}
     return {}
 
 

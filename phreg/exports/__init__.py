@@ -31,19 +31,15 @@ from phreg.backbones.base import Backbone
 from phreg.backbones.resolve import Base, weights_sha256
 from phreg.checkpoint import LIBRARIES
 from phreg.errors import LoadError, PhregError, UnsupportedModelError
-from phreg.exports.base import Contents, StockFormat
+from phreg.exports.base import FOLDER, TOLERANCE, Contents, StockFormat
 from phreg.seeding import keyed_generator
 from phreg.storage import EXPORT_FILE, FORMAT_VERSION
 
-Format = Literal["timm", "transformers"]
+Format = Literal["timm", "transformers", "open_clip"]
 """The formats there are."""
 
 RECORD = EXPORT_FILE
 """The file, unknown to stock loaders, that says what was exported and how equal it is."""
-
-TOLERANCE = 1e-5
-"""Largest difference that counts as equal, relative to the largest value: the rounding of fp32 over a deep
-network. Both models run the same kernels on the same weights, so the difference is mostly zero."""
 
 
 @dataclass(frozen=True)
@@ -53,9 +49,10 @@ class Equality:
     Attributes:
         size: Image size in pixels, (height, width).
         difference: Largest absolute difference of any output: all tokens after the final norm, pooled, and,
-            at the model's own size, what calling it returns.
+            at the model's own size, what calling it returns; of a model that another library now builds, what
+            calling it returns, at every size, in place of pooled.
         relative: The same, relative to the largest value of that output.
-        claimed: Whether `relative` is within `TOLERANCE`, so that the export stands for the model there.
+        claimed: Whether `relative` is within the tolerance, so that the export stands for the model there.
     """
 
     size: tuple[int, int]
@@ -95,7 +92,8 @@ def export(
     for size in sizes:
         backbone.check_size(size)
     with _appearing(folder.resolve()) as unfinished:
-        _write(stock.contents(backbone), unfinished)
+        contents = stock.contents(backbone)
+        _write(contents, unfinished)
         try:
             exported = stock.load(unfinished)
         except (LoadError, UnsupportedModelError) as error:
@@ -103,11 +101,12 @@ def export(
                 _another(backbone, format, f"what was written does not load: {error}")
             ) from error
         sha256 = weights_sha256(exported.disk_state())  # as loaded: measuring may change its precision
-        figures = _measure(backbone, exported, stock, [backbone.spec.input_size, *sizes])
+        measured = [backbone.spec.input_size, *sizes]
+        figures = _measure(backbone, exported, stock, measured, contents.tolerance)
         if not figures[0].claimed:
             found = (
                 f"at its own size, the model loaded back differs by {figures[0].relative:.1e} of the largest "
-                f"value, and {TOLERANCE:.0e} would count as equal"
+                f"value, and {contents.tolerance:.0e} would count as equal"
             )
             raise PhregError(_another(backbone, format, found))
         record = {
@@ -117,12 +116,18 @@ def export(
             "base": asdict(base),
             "registers": backbone.num_registers,
             "sha256": sha256,
-            "tolerance": TOLERANCE,
+            "tolerance": contents.tolerance,
             "equality": [asdict(figure) for figure in figures],
             "versions": {"phreg": __version__} | {name: version(name) for name in LIBRARIES},
         }
         (unfinished / RECORD).write_text(json.dumps(record, indent=2), encoding="utf-8")
+        _write_settings(contents, unfinished, folder.resolve())
     return figures
+
+
+def why_not(backbone: Backbone, format: str) -> str | None:
+    """Says why a model's class cannot take one of `Format`; None where it can."""
+    return _module(format).why_not(backbone)
 
 
 # -- formats -------------------------------------------------------------------------------------------------
@@ -152,7 +157,7 @@ def _stock(backbone: Backbone, format: str) -> StockFormat:
 
 
 def _alternative(backbone: Backbone, format: str) -> str:
-    others = [name for name in get_args(Format) if name != format and not _module(name).why_not(backbone)]
+    others = [name for name in get_args(Format) if name != format and not why_not(backbone, name)]
     if others:
         return f"It can be exported as {' or '.join(others)}."
     return "No other format takes it; share the phreg adapter, which phreg.load reads."
@@ -185,8 +190,15 @@ def _other_sizes(backbone: Backbone) -> list[tuple[int, int]]:
 
 
 def _measure(
-    backbone: Backbone, exported: Backbone, stock: StockFormat, sizes: Sequence[tuple[int, int]]
+    backbone: Backbone,
+    exported: Backbone,
+    stock: StockFormat,
+    sizes: Sequence[tuple[int, int]],
+    tolerance: float = TOLERANCE,
 ) -> list[Equality]:
+    # Libraries differ in what they count as the head and what they call pooled. Where one's model became
+    # another's, what calling it returns is compared instead, at every size.
+    converted = exported.spec.library != backbone.spec.library
     weight = next(backbone.model.parameters())
     exported.to(weight.device, weight.dtype)
     figures = []
@@ -194,9 +206,11 @@ def _measure(
         for size in sizes:
             images = torch.randn(2, 3, *size, generator=keyed_generator("export", *size)).to(weight)
             pairs = list(zip(_outputs(exported, images), _outputs(backbone, images), strict=True))
-            if size == backbone.spec.input_size:
+            if converted:
+                pairs.pop()
+            if converted or size == backbone.spec.input_size:
                 pairs.append((stock.answer(exported, images), stock.answer(backbone, images)))
-            figures.append(_compare(size, pairs))
+            figures.append(_compare(size, pairs, tolerance))
     return figures
 
 
@@ -208,7 +222,9 @@ def _outputs(backbone: Backbone, images: Float[Tensor, "batch 3 height width"]) 
     return backbone.final_norm(found[last]), pooled
 
 
-def _compare(size: tuple[int, int], pairs: Sequence[tuple[Tensor, Tensor]]) -> Equality:
+def _compare(
+    size: tuple[int, int], pairs: Sequence[tuple[Tensor, Tensor]], tolerance: float = TOLERANCE
+) -> Equality:
     differences, relative = [], []
     for found, expected in pairs:
         difference = (found - expected).abs().max().double()
@@ -217,7 +233,7 @@ def _compare(size: tuple[int, int], pairs: Sequence[tuple[Tensor, Tensor]]) -> E
         relative.append(difference / largest.clamp_min(torch.finfo(torch.float32).tiny))
     # torch's maximum, unlike Python's, is NaN where any is, and NaN is never within the tolerance.
     worst = torch.stack(relative).max().item()
-    return Equality(size, torch.stack(differences).max().item(), worst, worst <= TOLERANCE)
+    return Equality(size, torch.stack(differences).max().item(), worst, worst <= tolerance)
 
 
 @contextmanager
@@ -236,10 +252,20 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def _write(contents: Contents, folder: Path) -> None:
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in contents.tensors.items()}
-    save_file(plain, folder / "model.safetensors", metadata={"format": "pt"})
+    for file, tensors in {"model.safetensors": contents.tensors, **contents.more_tensors}.items():
+        plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(plain, folder / file, metadata={"format": "pt"})
+    for name, content in contents.files.items():
+        (folder / name).write_bytes(content)
+    _write_settings(contents, folder, folder)
+
+
+def _write_settings(contents: Contents, folder: Path, place: Path) -> None:
+    """Writes the settings into a folder that will be found at `place`."""
+    path = json.dumps(str(place))[1:-1]
     for name, settings in contents.settings.items():
-        (folder / name).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        text = json.dumps(settings, indent=2).replace(FOLDER, path)
+        (folder / name).write_text(text + "\n", encoding="utf-8")
 
 
 @contextmanager
