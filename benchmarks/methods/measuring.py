@@ -42,11 +42,8 @@ MEASURED = 5
 TRAINING = 500
 """Most images that a method trains on."""
 
-REFERENCES = {
-    "60 views": ViewsConfig(count=60, max_shift=0.2),
-    "all views": ViewsConfig(count=50, max_shift=0.15),
-}
-"""Averages of the raw model over different views; `all views` are the 50 of a 14x14 grid, or its count."""
+REFERENCES = {"all views": ViewsConfig(count=50, max_shift=0.15)}
+"""Averages of the raw model over different views; there are 50 on a 14x14 grid, so that 60 would repeat some."""
 
 
 # -- images --------------------------------------------------------------------------------------------------
@@ -62,7 +59,9 @@ def split(folder: str | Path) -> tuple[list[Path], list[Path]]:
     """Splits a folder's numbered images into those to train on and those to measure on, in order of path."""
     paths = sorted(path for path in Path(folder).resolve().rglob("*") if path.suffix.lower() in SUFFIXES)
     numbered = [(path, at) for path in paths if (at := number(path)) is not None]
-    return [path for path, at in numbered if at % MEASURED], [path for path, at in numbered if not at % MEASURED]
+    return [path for path, at in numbered if at % MEASURED], [
+        path for path, at in numbered if not at % MEASURED
+    ]
 
 
 def training_list(paths: Sequence[Path], seed: int, to: Path, limit: int = TRAINING) -> Path:
@@ -94,7 +93,9 @@ def average(backbone: Backbone, images: Tensor, config: ViewsConfig, key: int) -
     random = keyed_generator("reference", key)
     chosen = torch.stack(
         [
-            torch.cat([torch.zeros(1, dtype=torch.long), 1 + torch.randperm(len(every) - 1, generator=random)])
+            torch.cat(
+                [torch.zeros(1, dtype=torch.long), 1 + torch.randperm(len(every) - 1, generator=random)]
+            )
             for _ in images
         ]
     )[:, : config.count]
@@ -195,7 +196,9 @@ def yardstick(
     norms = outliers(raw, images, show=1)
     last = len(raw.blocks) - 1
     were = [
-        outlier_mask(raw.layout(part).to_grid(raw.block_tokens(part, [last])[last]).norm(dim=-1), norms.blocks[-1].gap)
+        outlier_mask(
+            raw.layout(part).to_grid(raw.block_tokens(part, [last])[last]).norm(dim=-1), norms.blocks[-1].gap
+        )
         for part in images
     ]
     names = hashlib.sha256("\n".join(path.name for path in paths).encode()).hexdigest()
@@ -230,12 +233,16 @@ def figures(stick: Yardstick, model: Backbone, target: TargetConfig) -> dict[str
         beyond += int(outlier_mask(norms, stick.gap).sum())
         total += norms.numel()
     if stick.labels is not None:
-        for images, labels in zip(stick.images, stick.labels.split([len(part) for part in stick.images]), strict=True):
+        for images, labels in zip(
+            stick.images, stick.labels.split([len(part) for part in stick.images]), strict=True
+        ):
             output = model.model(images)
             right += int((getattr(output, "logits", output).argmax(1) == labels).sum())
     moved = drift(torch.cat(pooled), stick.pooled)
     set_readout(model, target.student_readout)
-    agreement = against(stick, lambda images, _: model(images, target.layer, target.norm), target.teacher_readout)
+    agreement = against(
+        stick, lambda images, _: model(images, target.layer, target.norm), target.teacher_readout
+    )
     set_readout(model, "plain")
     return {
         "outlier_rate": beyond / total,
@@ -246,7 +253,9 @@ def figures(stick: Yardstick, model: Backbone, target: TargetConfig) -> dict[str
 
 
 @torch.no_grad()
-def against(stick: Yardstick, read: Callable[[Tensor, int], Features | Tensor], readout: str) -> dict[str, Any]:
+def against(
+    stick: Yardstick, read: Callable[[Tensor, int], Features | Tensor], readout: str
+) -> dict[str, Any]:
     """Mean cosine of patch features to each reference: over all, former outliers, and the ring about those."""
     found = {}
     sizes = [len(part) for part in stick.images]
@@ -277,7 +286,12 @@ def metering() -> Iterator[dict[str, float]]:
     A teacher's forwards run in inference mode and a student's with gradients; what finds the sinks reads the
     model by other ways and is in the seconds alone.
     """
-    cost: dict[str, float] = {"seconds": 0.0, "cpu_seconds": 0.0, "teacher_forwards": 0, "student_forwards": 0}
+    cost: dict[str, float] = {
+        "seconds": 0.0,
+        "cpu_seconds": 0.0,
+        "teacher_forwards": 0,
+        "student_forwards": 0,
+    }
 
     def count(module: torch.nn.Module, args: tuple[Any, ...]) -> None:
         if isinstance(module, Backbone) and args:
