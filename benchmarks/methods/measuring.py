@@ -26,11 +26,11 @@ from torch import Tensor
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from phreg.analysis.norms import Gap, NormReport, outlier_mask, outliers
-from phreg.api import batches
 from phreg.backbones.base import Backbone, Features
 from phreg.backbones.readout import set_readout
 from phreg.backbones.resolve import weights_sha256
 from phreg.config import DistillConfig, TargetConfig, ViewsConfig
+from phreg.data import centre_crops
 from phreg.evaluation.consistency import AgreementMeter, drift
 from phreg.images import SUFFIXES, open_images
 from phreg.seeding import keyed_generator
@@ -190,7 +190,7 @@ def yardstick(
 ) -> Yardstick:
     """Measures the raw model once, on centre crops of all measured images."""
     raw.eval()
-    images = list(batches(raw, open_images([str(path) for path in paths]), size))
+    images = list(centre_crops(raw, open_images([str(path) for path in paths]), size))
     if sum(map(len, images)) != len(paths):
         raise SystemExit("some measured images cannot be read; remove them, so that all methods see the same")
     norms = outliers(raw, images, show=1)
