@@ -27,7 +27,7 @@ from phreg import __version__
 from phreg.checkpoint import LIBRARIES, write_text
 from phreg.errors import GateError, PhregError
 
-LOWER_IS_BETTER = frozenset({"rmse", "abs_rel", "log10", "outlier_rate"})
+LOWER_IS_BETTER = frozenset({"rmse", "abs_rel", "log10", "outlier_rate", "artifact_seeds"})
 """Figures of which less is better; of all others more is."""
 
 IN_UNITS = frozenset({"rmse", "abs_rel", "log10", "pearson"})

@@ -25,6 +25,7 @@ TASKS = {
     "linear-segmentation": "phreg.evaluation.linear_segmentation",
     "dense-nn": "phreg.evaluation.dense_nn",
     "consistency": "phreg.evaluation.steadiness",
+    "object-discovery": "phreg.evaluation.object_discovery",
 }
 
 
