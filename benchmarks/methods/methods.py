@@ -28,7 +28,11 @@ METHODS: dict[str, Settings] = {
 def from_block(first: int | None, depth: int) -> Settings:
     """Unlocks embeddings as the defaults do, but blocks only from `first` on (None: all of them)."""
     return {
-        "unlock.roles": ("pos_embed", "patch_embed", *(f"block.{index}" for index in range(first or 0, depth)))
+        "unlock.roles": (
+            "pos_embed",
+            "patch_embed",
+            *(f"block.{index}" for index in range(first or 0, depth)),
+        )
     }
 
 

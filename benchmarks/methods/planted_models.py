@@ -1,4 +1,4 @@
-"""Planted models: small vision transformers of three builds, with sinks that content sets off, and clean twins.
+"""Planted models: small vision transformers of three builds, with sinks set off by content, and clean twins.
 
 Each is an ordinary timm `VisionTransformer` whose weights are worked out on the spot, of the scale that those
 of trained networks have, so that phreg's default settings apply (the demonstration model's are larger).
@@ -9,7 +9,7 @@ of trained networks have, so that phreg's default settings apply (the demonstrat
 
 All three have the same plant, as DINOv2's sinks are set off by background, in another place in each view:
 
-    position embedding ── faint mark at 1 patch in 25 ─┐
+    position embedding ── faint mark at 5 of 100 patches ─┐
     pixels ── flat patch, little content ──────────────┴► LayerNorm turns the mark up ──► block 0 notes it
     block 3: one hidden unit reads the note ──► one channel, huge ──► the token's content is drowned
 
@@ -148,13 +148,18 @@ def _filters() -> Tensor:
     chosen = [(white, v, h, TEXTURE * (v + h) or BRIGHTNESS) for v, h in frequencies[:48]]
     chosen += [(hue, v, h, COLOUR * (1 + v + h)) for hue in (red_blue, green) for v, h in frequencies[:6]]
     return torch.stack(
-        [gain * torch.einsum("c,h,w->chw", hue / hue.norm(), waves[v], waves[h]) for hue, v, h, gain in chosen]
+        [
+            gain * torch.einsum("c,h,w->chw", hue / hue.norm(), waves[v], waves[h])
+            for hue, v, h, gain in chosen
+        ]
     )
 
 
 def _position_embedding(to: _Directions) -> Tensor:
     """What all patches share, four frequencies along each axis, and the marks."""
-    row, col = (axis.flatten() for axis in torch.meshgrid(torch.arange(GRID), torch.arange(GRID), indexing="ij"))
+    row, col = (
+        axis.flatten() for axis in torch.meshgrid(torch.arange(GRID), torch.arange(GRID), indexing="ij")
+    )
     angles = torch.outer(torch.cat([row, col]).double(), torch.arange(1, 5) * torch.pi / (2 * GRID))
     waves = torch.cat([*angles.sin().chunk(2), *angles.cos().chunk(2)], 1)
     marked = ((7 * row + 3 * col) % 25 == 3).double()
@@ -198,7 +203,11 @@ def _block(kind: str, index: int, to: _Directions, *, planted: bool) -> dict[str
     block = f"blocks.{index}."
     return {
         f"{block}attn.qkv.weight": torch.cat([queries, keys, READ * normal(WIDTH, WIDTH) @ room]),
-        f"{block}attn.proj.weight": (FIRST if index == NOTE_BLOCK else 1) * scale * ATTENTION * room @ normal(WIDTH, WIDTH),
+        f"{block}attn.proj.weight": (FIRST if index == NOTE_BLOCK else 1)
+        * scale
+        * ATTENTION
+        * room
+        @ normal(WIDTH, WIDTH),
         f"{block}mlp.fc1.weight": torch.cat([up, gate]) if gated else up,
         f"{block}mlp.fc1.bias": torch.cat([bias, gate_bias]) if gated else bias,
         f"{block}mlp.fc2.weight": down,
@@ -209,7 +218,9 @@ def _block(kind: str, index: int, to: _Directions, *, planted: bool) -> dict[str
 
 
 def photographs(folder: Path, count: int = 600) -> Path:
-    """Writes numbered crops of scikit-image's photographs, those of `NNN % 5 == 0` from other ones than the rest.
+    """Writes numbered crops of scikit-image's photographs.
+
+    Those of `NNN % 5 == 0` are from other photographs than the rest.
 
     Returns:
         The folder; what is there already stays.
