@@ -26,10 +26,10 @@ from torch import Tensor
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from phreg.analysis.norms import Gap, NormReport, outlier_mask, outliers
-from phreg.backbones.base import Backbone, Features
+from phreg.backbones.base import Backbone
 from phreg.backbones.readout import set_readout
 from phreg.backbones.resolve import weights_sha256
-from phreg.config import DistillConfig, TargetConfig, ViewsConfig
+from phreg.config import TargetConfig, ViewsConfig, resolve
 from phreg.data import centre_crops
 from phreg.evaluation.consistency import AgreementMeter, drift
 from phreg.images import SUFFIXES, open_images
@@ -59,9 +59,8 @@ def split(folder: str | Path) -> tuple[list[Path], list[Path]]:
     """Splits a folder's numbered images into those to train on and those to measure on, in order of path."""
     paths = sorted(path for path in Path(folder).resolve().rglob("*") if path.suffix.lower() in SUFFIXES)
     numbered = [(path, at) for path in paths if (at := number(path)) is not None]
-    return [path for path, at in numbered if at % MEASURED], [
-        path for path, at in numbered if not at % MEASURED
-    ]
+    measured = [path for path, at in numbered if at % MEASURED == 0]
+    return [path for path, at in numbered if at % MEASURED], measured
 
 
 def training_list(paths: Sequence[Path], seed: int, to: Path, limit: int = TRAINING) -> Path:
@@ -91,14 +90,8 @@ def average(backbone: Backbone, images: Tensor, config: ViewsConfig, key: int) -
     grid = backbone.layout(images).grid
     every = shifts(config, grid)
     random = keyed_generator("reference", key)
-    chosen = torch.stack(
-        [
-            torch.cat(
-                [torch.zeros(1, dtype=torch.long), 1 + torch.randperm(len(every) - 1, generator=random)]
-            )
-            for _ in images
-        ]
-    )[:, : config.count]
+    orders = torch.stack([1 + torch.randperm(len(every) - 1, generator=random) for _ in images])
+    chosen = F.pad(orders, (1, 0))[:, : config.count]  # the image as it is first
     white = [(1 - mean) / std for mean, std in zip(backbone.spec.mean, backbone.spec.std, strict=True)]
     margin = tuple(every[:, :2].amax(0).tolist())
     drawn = every[chosen]
@@ -194,13 +187,9 @@ def yardstick(
     if sum(map(len, images)) != len(paths):
         raise SystemExit("some measured images cannot be read; remove them, so that all methods see the same")
     norms = outliers(raw, images, show=1)
-    last = len(raw.blocks) - 1
-    were = [
-        outlier_mask(
-            raw.layout(part).to_grid(raw.block_tokens(part, [last])[last]).norm(dim=-1), norms.blocks[-1].gap
-        )
-        for part in images
-    ]
+    last, gap = len(raw.blocks) - 1, norms.blocks[-1].gap
+    tokens = [raw.layout(part).to_grid(raw.block_tokens(part, [last])[last]) for part in images]
+    were = [outlier_mask(part.norm(dim=-1), gap) for part in tokens]
     names = hashlib.sha256("\n".join(path.name for path in paths).encode()).hexdigest()
     weights = weights_sha256((twin or raw).disk_state())
     return Yardstick(
@@ -221,7 +210,7 @@ def yardstick(
 
 @torch.no_grad()
 def figures(stick: Yardstick, model: Backbone, target: TargetConfig) -> dict[str, Any]:
-    """Measures a model in fp32: its outliers, pooled output and classes plainly read, its patches as trained."""
+    """Measures a model in fp32: plainly read but for its patches, which are read as they were trained."""
     model.eval()
     last = len(model.blocks) - 1
     beyond = total = right = 0
@@ -233,15 +222,14 @@ def figures(stick: Yardstick, model: Backbone, target: TargetConfig) -> dict[str
         beyond += int(outlier_mask(norms, stick.gap).sum())
         total += norms.numel()
     if stick.labels is not None:
-        for images, labels in zip(
-            stick.images, stick.labels.split([len(part) for part in stick.images]), strict=True
-        ):
+        sizes = [len(part) for part in stick.images]
+        for images, labels in zip(stick.images, stick.labels.split(sizes), strict=True):
             output = model.model(images)
             right += int((getattr(output, "logits", output).argmax(1) == labels).sum())
     moved = drift(torch.cat(pooled), stick.pooled)
     set_readout(model, target.student_readout)
     agreement = against(
-        stick, lambda images, _: model(images, target.layer, target.norm), target.teacher_readout
+        stick, lambda images, _: model(images, target.layer, target.norm).patches, target.teacher_readout
     )
     set_readout(model, "plain")
     return {
@@ -253,14 +241,11 @@ def figures(stick: Yardstick, model: Backbone, target: TargetConfig) -> dict[str
 
 
 @torch.no_grad()
-def against(
-    stick: Yardstick, read: Callable[[Tensor, int], Features | Tensor], readout: str
-) -> dict[str, Any]:
-    """Mean cosine of patch features to each reference: over all, former outliers, and the ring about those."""
+def against(stick: Yardstick, read: Callable[[Tensor, int], Tensor], readout: str) -> dict[str, Any]:
+    """Mean cosine of patch features to each reference: over all, former outliers, and the ring about them."""
     found = {}
     sizes = [len(part) for part in stick.images]
-    features = [read(images, place) for place, images in enumerate(stick.images)]
-    patches = [part.patches if isinstance(part, Features) else part for part in features]
+    patches = [read(images, place) for place, images in enumerate(stick.images)]
     for name, whole in stick.references(readout).items():
         outlying, beside = AgreementMeter(), AgreementMeter()
         for part, reference, mask in zip(patches, whole.split(sizes), stick.were, strict=True):
@@ -317,7 +302,4 @@ def _cpu_seconds() -> float:
 
 def target_of(settings: dict[str, Any], *, clip: bool) -> TargetConfig:
     """Says which features a method distils."""
-    from phreg.config import resolve
-
-    config: DistillConfig = resolve(overrides=settings, clip=clip)
-    return config.target
+    return resolve(overrides=settings, clip=clip).target

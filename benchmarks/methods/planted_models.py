@@ -1,4 +1,4 @@
-"""Planted models: small vision transformers of three builds, with sinks that content sets off, and clean twins.
+"""Planted models: small vision transformers of three builds, with sinks set off by content, and clean twins.
 
 Each is an ordinary timm `VisionTransformer` whose weights are worked out on the spot, of the scale that those
 of trained networks have, so that phreg's default settings apply (the demonstration model's are larger).
@@ -9,7 +9,7 @@ of trained networks have, so that phreg's default settings apply (the demonstrat
 
 All three have the same plant, as DINOv2's sinks are set off by background, in another place in each view:
 
-    position embedding ── faint mark at 1 patch in 25 ─┐
+    position embedding ── faint mark at 5 of 100 patches ─┐
     pixels ── flat patch, little content ──────────────┴► LayerNorm turns the mark up ──► block 0 notes it
     block 3: one hidden unit reads the note ──► one channel, huge ──► the token's content is drowned
 
@@ -218,7 +218,9 @@ def _block(kind: str, index: int, to: _Directions, *, planted: bool) -> dict[str
 
 
 def photographs(folder: Path, count: int = 600) -> Path:
-    """Writes numbered crops of scikit-image's photographs, those of `NNN % 5 == 0` from other ones than the rest.
+    """Writes numbered crops of scikit-image's photographs.
+
+    Those of `NNN % 5 == 0` are from other photographs than the rest.
 
     Returns:
         The folder; what is there already stays.

@@ -33,6 +33,7 @@ import phreg
 from phreg.api import open_model
 from phreg.backbones.base import Backbone
 from phreg.backbones.resolve import adapt
+from phreg.config import TargetConfig
 from phreg.errors import PhregError
 from phreg.trainer import keep_freed_memory
 
@@ -59,9 +60,7 @@ def store(path: Path, protocol: dict[str, Any], rows: dict[str, Row]) -> None:
         fcntl.flock(lock, fcntl.LOCK_EX)
         known = read(path) or {"protocol": protocol, "rows": {}}
         if known["protocol"] != json.loads(json.dumps(protocol)):
-            raise SystemExit(
-                f"{path} is of another model, other images or another protocol; choose another --output"
-            )
+            raise SystemExit(f"{path} is of another model, images or protocol; choose another --output")
         merged = known["rows"] | rows
         known["rows"] = {key: merged[key] for key in sorted(merged, key=_order)}
         unfinished = Path(f"{path}.{os.getpid()}.tmp")
@@ -85,9 +84,7 @@ class Bench:
         photos = options.images or planted_models.photographs(options.output.parent / ".photographs")
         self.training, measured = measuring.split(photos)
         if not self.training or not measured:
-            raise SystemExit(
-                f"found no images in {photos} whose names start with numbers, some divisible by 5"
-            )
+            raise SystemExit(f"found no images in {photos} named by numbers, some of them divisible by 5")
         self.raw = self.open()
         self.size = self.changes.get("size", self.raw.spec.input_size[0])
         self.stick = measuring.yardstick(
@@ -135,9 +132,7 @@ class Bench:
         settings = self.settings(name)
         row: Row = {"method": name, "seed": seed, "settings": settings, "environment": environment()}
         if name == "raw":
-            return row | {
-                "figures": measuring.figures(self.stick, self.raw, measuring.target_of({}, clip=False))
-            }
+            return row | {"figures": measuring.figures(self.stick, self.raw, TargetConfig())}
         if name == "teacher":
             return row | self._teacher(seed)
         return row | self._distilled(settings, seed)
@@ -149,10 +144,7 @@ class Bench:
                 lambda images, place: phreg.denoise(self.raw.model, images, seed=1000 * seed + place),
                 "plain",
             )
-        return {
-            "figures": {"outlier_rate": None, "pooled": None, "top1": None, "cosine": cosine},
-            "cost": cost,
-        }
+        return {"figures": {"cosine": cosine}, "cost": cost}  # it is no model, and has no other figures
 
     def _distilled(self, settings: dict[str, Any], seed: int) -> Row:
         model: Any = self.open().model if self.kind else self.source
@@ -202,7 +194,8 @@ def table(results: dict[str, Any]) -> str:
     head = ("all", "former outliers", "ring", "worst 1 %")
     text = [
         f"Cosine to: {references[0]}.\n",
-        f"| method | seeds | outliers, % | {' | '.join(head)} | pooled | worst | top-1, % | CPU s | teacher forwards |",
+        f"| method | seeds | outliers, % | {' | '.join(head)} | pooled | worst | top-1, % | CPU s | "
+        "teacher forwards |",
         "|---|---|---|" + "---|" * 9,
     ]
     for name, found in by_name.items():
@@ -232,7 +225,7 @@ def table(results: dict[str, Any]) -> str:
 
 
 def _spread(rows: Sequence[Row], scale: float, digits: int, *keys: str) -> str:
-    """Mean and standard deviation over seeds, of what lies at some keys; a dash where there is nothing."""
+    """Mean and standard deviation over seeds of what lies at some keys; a dash where there is nothing."""
     values = []
     for row in rows:
         value: Any = row
@@ -241,7 +234,7 @@ def _spread(rows: Sequence[Row], scale: float, digits: int, *keys: str) -> str:
         if value is not None:
             values.append(scale * value)
     if not values:
-        return "–"
+        return "-"
     mean = f"{statistics.mean(values):.{digits}f}"
     return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
 
@@ -254,39 +247,29 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "model", nargs="?", help="anything phreg opens, or planted:dinov2, planted:clip, planted:siglip"
-    )
-    parser.add_argument(
-        "--images", type=Path, help="folder of images named NNN…; planted models have photographs"
-    )
-    parser.add_argument(
-        "--labels", choices=["index-in-name"], help="the NNN are the classes of the model's classifier"
-    )
+    parser.add_argument("model", nargs="?", help="anything that phreg opens, or planted:KIND")
+    parser.add_argument("--images", type=Path, help="folder of images named NNN…; planted: has its own")
+    parser.add_argument("--labels", choices=["index-in-name"], help="the NNN are the model's classes")
     parser.add_argument("--output", type=Path)
-    parser.add_argument(
-        "--methods", type=lambda text: text.split(","), default=list(DEFAULT), help=", ".join(methods.ROWS)
-    )
+    parser.add_argument("--methods", type=_names, default=list(DEFAULT), help=", ".join(methods.ROWS))
     parser.add_argument("--seeds", type=int, default=3, help="how many seeds, from 0")
     parser.add_argument("--seed", type=int, action="append", help="these seeds instead")
-    parser.add_argument(
-        "--set", type=_setting, action="append", default=[], help="KEY=JSON, a setting for all methods"
-    )
+    parser.add_argument("--set", type=_setting, action="append", default=[], help="KEY=JSON, for all methods")
     parser.add_argument("--table", type=Path, help="only print this result file")
-    parser.add_argument(
-        "--merge", type=Path, nargs="+", help="only put these result files together into --output"
-    )
+    parser.add_argument("--merge", type=Path, nargs="+", help="only merge these into --output")
     options = parser.parse_args(arguments)
     unknown = sorted(set(options.methods) - set(methods.ROWS))
     if unknown:
         parser.error(f"--methods: no method {', '.join(unknown)}; there are {', '.join(methods.ROWS)}")
-    if options.table is None and (
-        options.output is None or (options.model is None and options.merge is None)
-    ):
+    if not options.table and not (options.output and (options.model or options.merge)):
         parser.error("give MODEL and --output, or --table FILE, or --merge FILES and --output")
     if options.model and not options.model.startswith("planted:") and options.images is None:
         parser.error("--images: give a folder of images; only planted models have photographs of their own")
     return options
+
+
+def _names(text: str) -> list[str]:
+    return text.split(",")
 
 
 def _setting(text: str) -> tuple[str, Any]:
