@@ -22,6 +22,7 @@ from torch import Tensor, fake_quantize_per_channel_affine, nn
 
 from phreg.config import Config
 from phreg.evaluation import classification
+from phreg.evaluation.classification import Settings as Classification
 from phreg.evaluation.features import FeatureReader
 from phreg.evaluation.records import Metrics
 
@@ -29,7 +30,7 @@ from phreg.evaluation.records import Metrics
 class Settings(Config):
     """Classification before and after int8 dynamic quantisation."""
 
-    classification: classification.Settings = classification.Settings()
+    classification: Classification = Classification()
     """What is measured twice."""
 
 
@@ -87,7 +88,7 @@ def round_weight(weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
     return fake_quantize_per_channel_affine(weight.float(), scale, zero, 0, -127, 127).to(weight.dtype)
 
 
-def round_input(inputs: Float[Tensor, "batch *_"]) -> Float[Tensor, "batch *_"]:
+def round_input(inputs: Float[Tensor, "batch ..."]) -> Float[Tensor, "batch ..."]:
     """Rounds each image's numbers to 256 steps, which reach from the least to the greatest and hold 0."""
     values = inputs.float()
     flat = values.flatten(1)

@@ -9,8 +9,8 @@ few, as DINO evaluates features on DAVIS (Caron et al. 2021, arXiv 2104.14294, s
                  └────────────────────────────── labels of patches ──bilinear──► masks ──► J and F
 
 Read are folders in the layout of DAVIS 2017: JPEGImages/480p/SEQUENCE/*.jpg, Annotations/480p/SEQUENCE/*.png
-of object numbers, and a file of sequence names. As in its semi-supervised benchmark, first and last frame of a
-sequence do not count, and every object counts the same, whatever its sequence.
+of object numbers, and a file of sequence names. As in its semi-supervised benchmark, first and last frame of
+a sequence do not count, and every object counts the same, whatever its sequence.
 """
 
 from collections import deque
