@@ -33,8 +33,8 @@ def test_inputs_take_256_steps_an_image_whatever_the_others(seed, offset):
     # Half a step, and another half at the ends, where zero was rounded to a step.
     assert ((rounded - inputs).abs() <= 1.001 * ((high - low) / 255)[:, None, None]).all()
     assert all(len(image.unique()) <= 256 for image in rounded)
-    alone = torch.cat([round_input(inputs[:1]), 1000 * inputs[1:]])
-    assert torch.equal(round_input(alone)[0], rounded[0])
+    beside_larger = torch.cat([inputs[:1], 1000 * inputs[1:]])
+    assert torch.equal(round_input(beside_larger)[0], rounded[0])
 
 
 def test_linear_layers_compute_with_integers_and_come_back_to_the_bit():
