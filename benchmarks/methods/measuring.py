@@ -43,7 +43,7 @@ TRAINING = 500
 """Most images that a method trains on."""
 
 REFERENCES = {"all views": ViewsConfig(count=50, max_shift=0.15)}
-"""Averages of the raw model over different views; there are 50 on a 14x14 grid, so that 60 would repeat some."""
+"""Averages of the raw model over different views; a 14x14 grid has 50, so that 60 would repeat some."""
 
 
 # -- images --------------------------------------------------------------------------------------------------

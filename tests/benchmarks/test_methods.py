@@ -64,7 +64,7 @@ def test_a_seed_draws_its_own_training_images(numbered, tmp_path):
 @pytest.mark.parametrize("kind", planted_models.BUILDS)
 def test_planted_models_have_sinks_and_their_twins_none(kind, crops):
     model, twin = (adapt(planted_models.build(kind, planted=planted)) for planted in (True, False))
-    images = list(run.measuring.batches(model, measuring.open_images(list(map(str, crops))), 160))
+    images = list(run.measuring.centre_crops(model, measuring.open_images(list(map(str, crops))), 160))
     before, clean = outliers(model, images), outliers(twin, images)
     assert clean.outlier_rate == 0
     assert 0.005 < before.outlier_rate < 0.04  # the plant: flat ones of the 5 % of patches with a mark
