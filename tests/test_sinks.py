@@ -188,11 +188,12 @@ def test_sinks_that_no_unit_makes_are_blamed_on_none(tiny, cause):
 @pytest.mark.real
 def test_one_unit_makes_the_corner_sinks_of_a_real_vit(real_model, real_data):
     from phreg import api
+    from phreg.data import centre_crops
     from phreg.images import Subset, open_images
 
     backbone, _ = api.open_model(str(real_model))
     source = open_images(real_data / "imagenet_samples")
-    images = list(api.batches(backbone, Subset(source, range(0, len(source), len(source) // 64)[:64]), 224))
+    images = list(centre_crops(backbone, Subset(source, range(0, len(source), len(source) // 64)[:64]), 224))
     found = locate(backbone, images)
     assert names(found.units) == {(7, 417)}
     assert found.explained > 0.99
