@@ -12,6 +12,7 @@ from phreg import api, cli
 from phreg.errors import LoadError
 
 QUICK = {
+    "force": True,  # the tiny models have no artifacts
     "steps": 2,
     "batch_size": 2,
     "views": {"count": 3, "max_shift": 0.25},
