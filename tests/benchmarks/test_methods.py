@@ -123,10 +123,12 @@ def test_rows_are_kept_and_a_rerun_makes_only_what_is_missing(saved, photos, tmp
     flags = [
         str(saved), "--images", str(photos), "--output", str(output), "--seed", "0", "--set", "steps=1",
         "--set", "force=true", "--set", "size=32", "--set", "data.workers=0", "--set", "views.count=1",
+        "--set", "batch_size=9",
     ]  # fmt: skip
     run.main([*flags, "--methods", "raw,no-registers"])
     stored = json.loads(output.read_text())
     assert list(stored["rows"]) == ["raw/0", "no-registers/0"]
+    assert "refused" not in stored["rows"]["no-registers/0"], stored["rows"]["no-registers/0"]["refused"]
     assert stored["rows"]["no-registers/0"]["cost"]["steps"] == 1
     # One epoch's batch of the nine training images, each with one view.
     assert stored["rows"]["no-registers/0"]["cost"]["teacher_forwards"] == 9
@@ -141,5 +143,5 @@ def test_rows_are_kept_and_a_rerun_makes_only_what_is_missing(saved, photos, tmp
     assert made == ["relocate"]
     assert "| no-registers | 1 |" in capsys.readouterr().out
 
-    with pytest.raises(SystemExit, match="another protocol"):
+    with pytest.raises(SystemExit, match="images or protocol"):
         run.main([*flags, "--set", "seed=1", "--methods", "raw"])
