@@ -58,8 +58,9 @@ class Reading(Config):
     """Side of the windows through which the canvas is read; unset reads it whole."""
     stride: PositiveInt | None = None
     """Distance of windows; unset means two thirds of a window."""
-    source: Literal["tokens", "queries", "keys", "values"] = "tokens"
-    """What is read: a block's output, or the queries, keys or values of its attention, heads merged."""
+    source: Literal["tokens", "queries", "keys", "values", "joint"] = "tokens"
+    """What is read: a block's output, the queries, keys or values of its attention, heads merged, or tokens in
+    the space that a CLIP-type model shares with text."""
     layer: int | None = None
     """Block that is read, 0-based or negative from the end; unset means the last."""
     norm: bool = True
@@ -322,7 +323,11 @@ class FeatureReader:
         backbone, index = self.backbone, self.backbone.block_index(reading.layer)
         layout = backbone.layout(images)
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
-            if reading.source == "tokens":
+            if reading.source == "joint":
+                with backbone.tap([index]) as found:
+                    pooled = backbone.run(images)
+                tokens = backbone.to_joint(backbone.final_norm(found[index]))
+            elif reading.source == "tokens":
                 with backbone.tap([index]) as found:
                     pooled = backbone.run(images)
                 tokens = backbone.final_norm(found[index]) if reading.norm else found[index]

@@ -23,6 +23,7 @@ from phreg.evaluation.records import Metrics
 TASKS = {
     "classification": "phreg.evaluation.classification",
     "linear-segmentation": "phreg.evaluation.linear_segmentation",
+    "zero-shot-segmentation": "phreg.evaluation.zero_shot_segmentation",
     "dense-nn": "phreg.evaluation.dense_nn",
     "consistency": "phreg.evaluation.steadiness",
 }
