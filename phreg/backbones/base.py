@@ -249,15 +249,15 @@ class Backbone(nn.Module, ABC):
         """
 
     def to_joint(self, tokens: Float[Tensor, "batch tokens width"]) -> Float[Tensor, "batch tokens dim"]:
-        """Takes tokens behind the final norm to the space that a CLIP-type model shares with text, one by one.
+        """Takes tokens behind the final norm, each by itself, to the space shared with text (CLIP, SigLIP).
 
         Raises:
             PhregError: It has no such space, or tokens get there only together.
         """
         if self.projection is None:
             raise PhregError(
-                f"tokens matched with text asked of {self.describe()}, which has no projection from its tokens "
-                "to a space shared with text; use a CLIP or SigLIP model, its text tower included"
+                f"tokens matched with text asked of {self.describe()}, which has no projection from its "
+                "tokens to a space shared with text; use a CLIP or SigLIP model, its text tower included"
             )
         return tokens @ self.projection
 

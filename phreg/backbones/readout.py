@@ -47,8 +47,8 @@ def set_readout(backbone: Backbone, readout: Readout) -> None:
     if readout != "plain" and backbone.projection is None:
         raise PhregError(
             f"read-out {readout} asked of {backbone.describe()}, which has no projection from its tokens to "
-            "a space shared with text; leave target.teacher_readout and target.student_readout, or the head of "
-            "zero-shot tasks, at plain"
+            "a space shared with text; leave target.teacher_readout and target.student_readout, or the head "
+            "of zero-shot tasks, at plain"
         )
     block, last = backbone.blocks[-1], len(backbone.blocks) - 1
     overrides: dict[nn.Module, Callable[..., Tensor]] = {}

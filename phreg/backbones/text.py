@@ -95,7 +95,7 @@ def _open_clip_tokenizer(backbone: Backbone) -> Tokenizer:
             raise _missing(backbone, error) from error
     tokenizer = SimpleTokenizer(context_length=model.context_length)
     if getattr(model, "vocab_size", None) != tokenizer.vocab_size:
-        raise PhregError(
+        raise LoadError(
             f"texts asked of an instance of {backbone.describe()}, which does not say what its tokenizer is; "
             "give the model by name or folder"
         )
@@ -106,6 +106,11 @@ def _transformers_tokenizer(backbone: Backbone) -> Tokenizer:
     from transformers import AutoTokenizer
 
     config: Any = backbone.model.config
+    if not config.name_or_path:
+        raise LoadError(
+            f"texts asked of an instance of {backbone.describe()}, which does not say where its tokenizer "
+            "is; give the model by name or folder, or make it by from_pretrained"
+        )
     try:
         if Path(config.name_or_path).is_dir():
             _fetch(Path(config.name_or_path))

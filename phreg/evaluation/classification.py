@@ -1,4 +1,4 @@
-"""Classification from global features: neighbours, a linear probe, the model's own classifier, or class names.
+"""Classification from global features: neighbours, a linear probe, the model's own classifier, class names.
 
 This is the regression gate: a retrofit that repairs patches must not cost what CLS and pooled output know.
 
@@ -45,8 +45,8 @@ class Settings(Config):
     """Classification from frozen global features."""
 
     methods: tuple[Literal["knn", "linear", "head", "zero-shot"], ...] = ("knn", "linear")
-    """What classifies: neighbours, a linear probe, the model's own head, or class names (CLIP-type models). The first
-    is the headline."""
+    """What classifies: neighbours, a linear probe, the model's own head, or class names (CLIP, SigLIP). The
+    first is the headline."""
     features: tuple[Feature, ...] = ("pooled",)
     """What neighbours and probe are given. The first is the headline."""
     labels: str | None = None
@@ -88,12 +88,13 @@ def run(reader: FeatureReader, data: str, settings: Settings, seed: int) -> Metr
     """
     figures: dict[str, float] = {}
     detail: dict[str, dict[str, float]] = {}
-    whole = open_labelled(data, labels=settings.labels) if set(settings.methods) <= UNTRAINED else None
-    train, test = (None, whole) if whole is not None else _divide(data, settings, seed)
-    assert test is not None
+    train, test = (
+        (None, _tested(data, settings))
+        if set(settings.methods) <= UNTRAINED
+        else _divide(data, settings, seed)
+    )
     seen = _read(reader, test, settings, "test images", head="head" in settings.methods)
-    trained = train is not None and not set(settings.methods) <= UNTRAINED
-    learned = _read(reader, train, settings, "training images", head=False) if train and trained else None
+    learned = _read(reader, train, settings, "training images", head=False) if train else None
     for method in settings.methods:
         if method == "head":
             assert seen.logits is not None
@@ -198,10 +199,13 @@ def _vocabulary(classes: tuple[str, ...], words: str | None) -> Vocabulary:
             )
         return find_vocabulary(classes, words)
     names = imagenet_names()
-    if not all(label.isdigit() and int(label) < len(names) for label in classes):
+    numbers = all(label.isdigit() and int(label) < len(names) for label in classes)
+    # All of ImageNet's folders, which are numbered in the order of their WordNet ids, as its classes are.
+    folders = len(classes) == len(names) and all(re.fullmatch(r"n\d{8}", label) for label in classes)
+    if not (numbers or folders):
         raise DataError(
-            f"words=imagenet asked for classes such as {classes[0]}, expected numbers 0 to {len(names) - 1}; "
-            "number the images' classes in labels.csv"
+            f"words=imagenet asked for {len(classes)} classes such as {classes[0]}, expected numbers 0 to "
+            f"{len(names) - 1}, or ImageNet's {len(names)} folders; number the classes in labels.csv"
         )
     return Vocabulary("imagenet", tuple((name,) for name in names))
 
@@ -219,6 +223,13 @@ SCORES: dict[str, Callable[[Tensor, Tensor, Tensor, int, Settings], Tensor]] = {
     "linear": _linear,
 }
 """Scores of test images (images, classes), by method."""
+
+
+def _tested(data: str, settings: Settings) -> Labelled:
+    """Test images where nothing is learned: the validation split, or all there are."""
+    found = open_labelled(data, "val", labels=settings.labels) or open_labelled(data, labels=settings.labels)
+    assert found is not None
+    return found
 
 
 def _divide(data: str, settings: Settings, seed: int) -> tuple[Labelled, Labelled]:

@@ -59,8 +59,8 @@ class Reading(Config):
     stride: PositiveInt | None = None
     """Distance of windows; unset means two thirds of a window."""
     source: Literal["tokens", "queries", "keys", "values", "joint"] = "tokens"
-    """What is read: a block's output, the queries, keys or values of its attention, heads merged, or tokens in
-    the space that a CLIP-type model shares with text."""
+    """What is read: a block's output, the queries, keys or values of its attention, heads merged, or tokens
+    in the space that a CLIP-type model shares with text."""
     layer: int | None = None
     """Block that is read, 0-based or negative from the end; unset means the last."""
     norm: bool = True

@@ -48,7 +48,7 @@ class Queries(NamedTuple):
     embeddings: Float[Tensor, "words dim"]
     classes: Int64[Tensor, " words"]
 
-    def best(self, scores: Float[Tensor, "words *places"]) -> Float[Tensor, "classes *places"]:
+    def best(self, scores: Float[Tensor, "words ..."]) -> Float[Tensor, "classes ..."]:
         """Takes the best word of each class."""
         count = int(self.classes.max()) + 1
         return torch.stack([scores[self.classes == number].amax(0) for number in range(count)])

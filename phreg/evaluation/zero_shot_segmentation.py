@@ -10,9 +10,9 @@ text poorly as they are (`plain`); `maskclip`, `sclip`, `clearclip` and `naclip`
 takes a token to its joint space but an attention pooling; its head is `plain`, where each patch is pooled
 alone, which is the value path of that pooling (MaskCLIP does so with ResNets). The others are refused.
 
-The protocol is that of PH-Reg (arXiv 2505.21501, table S.5) but for windows, which are averaged patch by patch
-before they are resampled, not after. Pearson's correlation of a class's cosines with its mask is taken over
-the counted pixels of each picture that shows the class, and averaged over pictures, then over classes.
+The protocol is that of PH-Reg (arXiv 2505.21501, table S.5) but for windows, which are averaged patch by
+patch before they are resampled, not after. Pearson's correlation of a class's cosines with its mask is taken
+over the counted pixels of each picture that shows the class, and averaged over pictures, then over classes.
 """
 
 import copy
@@ -56,7 +56,7 @@ class Settings(Config):
     reading: Reading = Reading(size=448, window=336, stride=112)
     """Canvas of the pictures, and windows; source, layer, norm and unit are set by the task."""
     head: Head = "maskclip"
-    """How the last block is read: plain, maskclip, sclip, clearclip, naclip, or student: as phreg trained it."""
+    """How the last block is read; student is as phreg trained the model, plain is as it came."""
     words: str | None = None
     """A list of words for classes: one of phreg's by name, or a TOML file; unset finds it by the classes."""
     template: str | None = None
@@ -140,13 +140,13 @@ def with_head(backbone: Backbone, head: Head) -> Backbone:
 
 
 def choose_classes(
-    cosines: Float[Tensor, "words *places"],
+    cosines: Float[Tensor, "words ..."],
     queries: Queries,
     temperature: float,
     threshold: float = 0.0,
     *,
     background: int | None = None,
-) -> Int64[Tensor, "*places"]:
+) -> Int64[Tensor, "..."]:
     """Chooses the class of the most probable word; softmax(cosine / temperature) over all words.
 
     Args:
