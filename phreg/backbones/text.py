@@ -84,7 +84,8 @@ def _open_clip_tokenizer(backbone: Backbone) -> Tokenizer:
     import open_clip
     from open_clip.tokenizer import SimpleTokenizer
 
-    origin, model = getattr(backbone, "origin", None), backbone.model
+    origin: str | None = getattr(backbone, "origin", None)
+    model: Any = backbone.model
     if origin is not None:
         scheme, _, folder = origin.partition(":")
         try:
