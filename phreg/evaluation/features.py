@@ -46,6 +46,10 @@ Observer = Callable[[str, int, int], None]
 """Told what is being done, how much of it is done, and how much there is."""
 
 
+OUTPUTS = ("tokens", "joint")
+"""Sources that are read off what a block puts out; the others, off what enters it."""
+
+
 class Reading(Config):
     """What is read of a model, and on which canvas. Sizes are rounded to whole patches of the model."""
 
@@ -59,8 +63,9 @@ class Reading(Config):
     """Side of the windows through which the canvas is read; unset reads it whole."""
     stride: PositiveInt | None = None
     """Distance of windows; unset means two thirds of a window."""
-    source: Literal["tokens", "queries", "keys", "values"] = "tokens"
-    """What is read: a block's output, or the queries, keys or values of its attention, heads merged."""
+    source: Literal["tokens", "queries", "keys", "values", "joint"] = "tokens"
+    """What is read: a block's output, the queries, keys or values of its attention, heads merged, or tokens
+    in the space that a CLIP-type model shares with text."""
     layer: int | None = None
     """Block that is read, 0-based or negative from the end; unset means the last."""
     norm: bool = True
@@ -354,17 +359,21 @@ class FeatureReader:
         backbone, layout = self.backbone, self.backbone.layout(images)
         indices = [backbone.block_index(reading.layer) for reading in readings]
         asked = list(zip(indices, readings, strict=True))
-        left = sorted({index for index, reading in asked if reading.source == "tokens"})
-        entered = sorted({index for index, reading in asked if reading.source != "tokens"})
+        left = sorted({index for index, reading in asked if reading.source in OUTPUTS})
+        entered = sorted({index for index, reading in asked if reading.source not in OUTPUTS})
         found = []
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
             with backbone.tap(left) as outputs, _entering(backbone.blocks, entered) as inputs:
                 pooled = backbone.run(images)
             for index, reading in asked:
-                if reading.source != "tokens":
+                if reading.source not in OUTPUTS:
                     found.append(_project(backbone, index, inputs[index], reading))
                     continue
-                tokens = backbone.final_norm(outputs[index]) if reading.norm else outputs[index]
+                normed = reading.norm or reading.source == "joint"
+                tokens = backbone.final_norm(outputs[index]) if normed else outputs[index]
+                if reading.source == "joint":
+                    found.append(backbone.to_joint(tokens))
+                    continue
                 if backbone.readout != "plain" and backbone.projection is not None:
                     tokens = tokens @ backbone.projection
                 found.append(tokens)

@@ -24,6 +24,7 @@ TASKS = {
     "classification": "phreg.evaluation.classification",
     "linear-segmentation": "phreg.evaluation.linear_segmentation",
     "linear-depth": "phreg.evaluation.linear_depth",
+    "zero-shot-segmentation": "phreg.evaluation.zero_shot_segmentation",
     "dense-nn": "phreg.evaluation.dense_nn",
     "video-propagation": "phreg.evaluation.video_propagation",
     "quantised": "phreg.evaluation.quantised",
