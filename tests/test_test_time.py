@@ -4,6 +4,7 @@ import copy
 import io
 import pickle
 
+import jaxtyping
 import pytest
 import torch
 from families import FAMILIES
@@ -91,7 +92,8 @@ def test_other_sizes_work(family):
 
 
 @pytest.mark.slow
-def test_a_model_with_them_compiles_into_one_graph(tiny):
+def test_a_model_with_them_compiles_into_one_graph(tiny, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as users have it
     backbone = adapt(tiny())
     test_time.install(backbone, UNITS)
     images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
