@@ -75,7 +75,7 @@ class RegisterVisionTransformer(VisionTransformer):
     def _embeds(self, x: Tensor) -> Tensor:
         x = super()._embeds(x)
         # ln_pre norms every token by itself, so this is the same as insertion ahead of it.
-        registers = self.ln_pre(self.registers.to(x.dtype)).expand(len(x), -1, -1)
+        registers = self.ln_pre(self.registers.to(x.dtype)).expand(x.shape[0], -1, -1)
         return torch.cat([x[:, :1], registers, x[:, 1:]], dim=1)
 
     def _pool(self, x: Tensor) -> tuple[Tensor, Tensor]:

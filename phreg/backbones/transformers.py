@@ -2,13 +2,14 @@
 
 The facts of each architecture stand in one table (`transformers_families`), and one class reads it; how
 registers get into a model and out again is in `transformers_registers`. A tower, the module that turns pixels
-into tokens, is the model itself or a child of it:
+into tokens, is the model itself or a part of it:
 
     images ─► tower: embeddings ─► blocks ─► norm, pooler ─► (visual_projection) ─► pooled
 
 A patched model keeps its class, its heads and the shapes of its outputs, but for `output_attentions`, which
 shows registers. It saves itself in a format of its own. That holds from the model given to `adapt` downwards,
-so a whole CLIPModel should be patched as such, not through its tower.
+so a whole CLIPModel or LlavaForConditionalGeneration should be patched as such, not through its tower: a
+tower cannot know what it is part of, and the whole would save itself as stock.
 """
 
 import json
@@ -37,13 +38,9 @@ from phreg.backbones.transformers_families import FAMILIES, HEADS, REFUSED, TOWE
 from phreg.backbones.transformers_registers import (
     HANDLES,
     REGISTERS,
-    Insert,
-    PadMask,
-    Place,
     Registers,
     SavePatched,
-    Strip,
-    StripStates,
+    attach,
     disk_names,
 )
 from phreg.backbones.transformers_registers import save_patched as save_patched
@@ -127,16 +124,7 @@ class TransformersBackbone(Backbone):
             )
         tower, blocks = self.tower, self.blocks
         registers = Registers(tokens.to(next(blocks[0].parameters())), self.spec.num_prefix)
-        tower.add_module(REGISTERS, registers.train(tower.training))
-        place = Place(self.spec.num_prefix, len(tokens))
-        entrance = tower.get_submodule(self.family.pre_norm) if self.family.pre_norm else blocks[0]
-        vars(tower)[HANDLES] = [
-            entrance.register_forward_pre_hook(Insert(tower)),
-            # Ahead of the hooks that collect hidden states, which come with the first call that wants some.
-            blocks[-1].register_forward_hook(Strip(place), prepend=True),
-            self._collector().register_forward_hook(StripStates(place)),
-            *(block.register_forward_pre_hook(PadMask(place), with_kwargs=True) for block in blocks),
-        ]
+        attach(tower, registers.train(tower.training), self.entrance, blocks, self.collector)
         for module in self._models_that_save():
             vars(module)["save_pretrained"] = SavePatched(module, tower)
 
@@ -149,8 +137,14 @@ class TransformersBackbone(Backbone):
         for module in self._models_that_save():
             vars(module).pop("save_pretrained", None)
 
-    def _collector(self) -> nn.Module:
-        """Finds the module that returns hidden states: the innermost model around the blocks."""
+    @property
+    def entrance(self) -> nn.Module:
+        """The module before which registers come in: the pre-norm, or the first block."""
+        return self.tower.get_submodule(self.family.pre_norm or f"{self.family.blocks}.0")
+
+    @property
+    def collector(self) -> nn.Module:
+        """The module that returns hidden states: the innermost model around the blocks."""
         parts = self.family.blocks.split(".")
         around = [self.tower.get_submodule(".".join(parts[:end])) for end in range(len(parts))]
         return [module for module in around if isinstance(module, PreTrainedModel)][-1]
@@ -179,7 +173,9 @@ class TransformersBackbone(Backbone):
         if isinstance(self.tower, BackboneMixin):  # else it returns feature maps only
             inputs["output_hidden_states"] = True
         if self.family.name == "vit_mae":  # sorts patches by this noise
-            inputs["noise"] = torch.arange(layout.num_patches, device=images.device).expand(len(images), -1)
+            inputs["noise"] = torch.arange(layout.num_patches, device=images.device).expand(
+                images.shape[0], -1
+            )
         if self.family.name == "siglip2_vision_model":
             inputs |= _cut_into_patches(images, layout.grid, self.spec.patch_size)
         with _every_patch_seen(self.tower.config):
@@ -411,7 +407,7 @@ def _tell_size(embeddings: nn.Module, side: int, num_patches: int, num_positions
 
 
 def adapt(model: nn.Module) -> TransformersBackbone:
-    """Wraps a vision model of transformers, or an image-text model or classifier that has one as its child.
+    """Wraps a vision model of transformers, or a larger model around one: image-text, language, classifier.
 
     Raises:
         UnsupportedModelError: It is none that phreg can patch.
@@ -453,10 +449,8 @@ def _family(module: nn.Module) -> Family | None:
 
 
 def _tower_name(model: nn.Module) -> str | None:
-    """Finds the vision tower: the model itself, or a child of it."""
-    if _family(model):
-        return ""
-    return next((name for name, child in model.named_children() if _family(child)), None)
+    """Finds the vision tower: the model itself, or a part of it at any depth."""
+    return next((name for name, module in model.named_modules() if _family(module)), None)
 
 
 def _why_not(model: nn.Module) -> str:
@@ -465,9 +459,6 @@ def _why_not(model: nn.Module) -> str:
     kind = model.config.model_type
     if kind in REFUSED:
         return REFUSED[kind]
-    inner = next((name for name, module in model.named_modules() if _family(module)), None)
-    if inner:
-        return f"its vision model lies deeper; give that: model.{inner}"
     return f"its architecture, {kind}, is none that phreg knows to keep a token for each patch to the end"
 
 

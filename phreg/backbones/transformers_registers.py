@@ -47,7 +47,7 @@ class Registers(nn.Module):
 
     def forward(self, sequence: Float[Tensor, "batch tokens width"]) -> Float[Tensor, "batch longer width"]:
         """Inserts the registers into a sequence."""
-        registers = self.tokens.to(sequence.dtype).expand(len(sequence), -1, -1)
+        registers = self.tokens.to(sequence.dtype).expand(sequence.shape[0], -1, -1)
         before, after = sequence[:, : self.num_prefix], sequence[:, self.num_prefix :]
         return torch.cat([before, registers, after], dim=1)
 
@@ -148,6 +148,33 @@ class PadMask:
             mask = self.place.open_up(mask, -2, mask.amax(-2, keepdim=True).expand(-1, -1, count, -1))
         seen = 0 if mask.is_floating_point() else 1  # added to scores, or a flag
         return self.place.open_up(mask, -1, mask.new_full((*mask.shape[:-1], count), seen))
+
+
+def attach(
+    tower: nn.Module,
+    registers: Registers,
+    entrance: nn.Module,
+    blocks: Sequence[nn.Module],
+    collector: nn.Module,
+) -> None:
+    """Gives a tower its registers, and the hooks that let them in and out.
+
+    Args:
+        tower: The module that turns pixels into tokens.
+        registers: Become its child.
+        entrance: The module before which they come in: the pre-norm, or the first block.
+        blocks: The transformer blocks, first to last.
+        collector: The module that returns hidden states.
+    """
+    tower.add_module(REGISTERS, registers)
+    place = Place(registers.num_prefix, registers.tokens.shape[1])
+    vars(tower)[HANDLES] = [
+        entrance.register_forward_pre_hook(Insert(tower)),
+        # Ahead of the hooks that collect hidden states, which come with the first call that wants some.
+        blocks[-1].register_forward_hook(Strip(place), prepend=True),
+        collector.register_forward_hook(StripStates(place)),
+        *(block.register_forward_pre_hook(PadMask(place), with_kwargs=True) for block in blocks),
+    ]
 
 
 @dataclass(frozen=True, repr=False)

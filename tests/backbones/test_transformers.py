@@ -15,7 +15,8 @@ from transformers import PreTrainedModel
 from transformers.models.siglip2.image_processing_siglip2 import convert_image_to_patches
 
 from phreg.backbones import transformers as adapter
-from phreg.backbones.transformers import adapt, load
+from phreg.backbones.transformers import adapt, load, load_patched
+from phreg.backbones.transformers_registers import PadMask, Place
 from phreg.errors import LoadError, PhregError, UnsupportedModelError
 from phreg.registers import add_registers, remove_registers
 
@@ -109,20 +110,42 @@ def test_other_models_are_refused_with_the_reason(model, reason: str) -> None:
         adapt(instance)
 
 
-def test_inside_a_language_model_the_vision_tower_is_taken_and_the_whole_points_to_it() -> None:
+def llava(model_class: type[nn.Module]) -> nn.Module:
     text = hf.LlamaConfig(**{key: TEXT[key] for key in ("vocab_size", "hidden_size", "intermediate_size")})
     text.num_hidden_layers, text.num_attention_heads, text.num_key_value_heads = 1, 4, 4
     config = hf.LlavaConfig(vision_config=hf.CLIPVisionConfig(**VISION), text_config=text, image_token_id=3)
-    model = build(hf.LlavaModel, config)
-    before = model.get_image_features(images()).pooler_output
-    with pytest.raises(UnsupportedModelError, match=r"give that: model\.model\.vision_tower"):
-        adapt(hf.LlavaForConditionalGeneration(config))
+    return build(model_class, config)
 
-    add_registers(model.vision_tower, 4)
+
+@pytest.mark.parametrize(
+    ("model_class", "tower"),
+    [(hf.LlavaModel, "vision_tower"), (hf.LlavaForConditionalGeneration, "model.vision_tower")],
+)
+def test_a_language_model_is_patched_in_its_vision_tower_however_deep(
+    model_class: type[nn.Module], tower: str
+) -> None:
+    model = llava(model_class)
+    before = model.get_image_features(images()).pooler_output
+
+    add_registers(model, 4)
     after = model.get_image_features(images()).pooler_output
 
+    assert model.get_submodule(tower).registers.tokens.shape == (1, 4, 32)
     assert [state.shape for state in after] == [state.shape for state in before]
     assert not torch.equal(after[0], before[0])
+
+
+@torch.no_grad()
+def test_a_patched_language_model_saves_itself_whole(tmp_path: Path) -> None:
+    model = add_registers(llava(hf.LlavaForConditionalGeneration), 4)
+
+    model.save_pretrained(tmp_path)
+
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["phreg.json", "phreg.safetensors"]
+    again = load_patched(tmp_path).model
+    assert type(again) is hf.LlavaForConditionalGeneration
+    tokens = torch.tensor([[0, *[3] * 16, 5]])
+    assert torch.equal(again(tokens, images()[:1]).logits, model(tokens, images()[:1]).logits)
 
 
 # -- running
@@ -302,7 +325,7 @@ def test_padding_stays_unseen_with_registers(implementation: str) -> None:
     ids=["flags", "numbers", "scores", "one-row"],
 )
 def test_a_mask_makes_room_where_the_registers_are(mask: torch.Tensor, expected: list) -> None:
-    pad = adapter.PadMask(adapter.Place(start=1, count=2))
+    pad = PadMask(Place(start=1, count=2))
 
     args, _ = pad(nn.Identity(), (torch.zeros(1, 2, 4), mask), {})
 
@@ -310,7 +333,7 @@ def test_a_mask_makes_room_where_the_registers_are(mask: torch.Tensor, expected:
 
 
 def test_a_mask_that_cannot_grow_is_refused_with_a_way_out() -> None:
-    pad = adapter.PadMask(adapter.Place(start=1, count=2))
+    pad = PadMask(Place(start=1, count=2))
 
     with pytest.raises(PhregError, match="set_attn_implementation"):
         pad(nn.Identity(), (torch.zeros(1, 2, 4),), {"attention_mask": object()})
