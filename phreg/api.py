@@ -25,6 +25,7 @@ from phreg.backbones import resolve
 from phreg.backbones.base import Backbone
 from phreg.backbones.readout import set_readout
 from phreg.backbones.resolve import Base, adapt, weights_sha256
+from phreg.backbones.saved import load_patched
 from phreg.checkpoint import (
     SAVED_FORMAT,
     RunFolder,
@@ -214,7 +215,9 @@ def export(
     Args:
         model: A run, an adapter, or a patched model instance.
         path: Folder to write; it must not hold anything.
-        format: `timm` (timm models) or `transformers` (DINOv2, as DINOv2 with registers).
+        format: `timm` (timm models), `transformers` (DINOv2, as DINOv2 with registers), `remote-code` (any
+            model of transformers, with the code to load it), `onnx`, `merged` (for `phreg.load` without the
+            base) or `adapter` (for `phreg.load` with it).
         revision: Hub commit, branch or tag of the adapter.
 
     Returns:
@@ -223,15 +226,11 @@ def export(
     Raises:
         PhregError: The format cannot carry this model; the message names those that can.
     """
+    backbone, base = open_model(model, revision)
     if not isinstance(model, nn.Module) and os.fspath(model) != "demo":
         found = resolve.locate(model, revision)
-        readout = "plain" if found.library else read_adapter(found.folder).get("readout", "plain")
-        if readout != "plain":
-            raise PhregError(
-                f"asked to export {model} as {format}, but its dense features are read by {readout}, which "
-                "no stock format carries; load it with phreg.load"
-            )
-    backbone, base = open_model(model, revision)
+        if found.library is None:
+            set_readout(backbone, read_adapter(found.folder).get("readout", "plain"))
     return exports.export(backbone, Path(path), format, base=base)
 
 
@@ -316,10 +315,8 @@ def open_model(source: Model, revision: str | None = None) -> tuple[Backbone, Ba
 def _open_adapter(folder: Path, into: nn.Module | None) -> tuple[Backbone, Base]:
     description = read_adapter(folder)
     if description["format"] == SAVED_FORMAT:
-        from phreg.backbones.transformers import load_patched
-
         backbone = load_patched(folder)
-        return backbone, Base(str(folder), "transformers", None, weights_sha256(backbone.disk_state()))
+        return backbone, Base(str(folder), backbone.spec.library, None, weights_sha256(backbone.disk_state()))
     base = Base(**description["base"])
     if into is None and base.source == "instance":
         raise LoadError(

@@ -37,7 +37,7 @@ from phreg.errors import CheckpointError, LoadError, PhregError
 
 FORMAT = "phreg-adapter"
 SAVED_FORMAT = "phreg-model"
-"""What a patched transformers model's own `save_pretrained` writes: all weights, and the class's config."""
+"""What the `merged` export and a patched transformers model's own `save_pretrained` write: all weights."""
 FORMAT_VERSION = 1
 LIBRARIES = ("torch", "timm", "transformers", "open_clip_torch")
 """Packages whose versions an adapter records."""
@@ -274,6 +274,7 @@ def apply_adapter(folder: Path, backbone: Backbone) -> None:
         if description["registers"]:
             backbone.insert_registers(torch.zeros(description["registers"], backbone.spec.width))
         backbone.load_disk_state(tensors)
+        backbone.adapter = folder
     except PhregError as error:
         # The base is the user's: a refused adapter leaves it as it was.
         if backbone.num_registers:

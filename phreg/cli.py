@@ -142,7 +142,7 @@ def export(
     model: Annotated[Positional[str], arg(metavar="RUN")],
     /,
     output: Path,
-    format: Literal["timm", "transformers"],
+    format: Literal["timm", "transformers", "remote-code", "onnx", "merged", "adapter"],
     revision: Annotated[str | None, arg(metavar="COMMIT")] = None,
 ) -> None:
     """Write a patched model in a stock format, which loads where phreg is not installed; checked on writing.
@@ -150,7 +150,9 @@ def export(
     Args:
         model: Run, adapter folder, or hub id of an adapter.
         output: Folder to write.
-        format: timm, or transformers (DINOv2 becomes DINOv2 with registers).
+        format: timm; transformers (DINOv2 becomes DINOv2 with registers); remote-code (any model of
+            transformers, with the code to load it); onnx; merged (all weights) or adapter (the changed ones),
+            both for phreg.load.
         revision: Hub commit, branch or tag to pin.
     """
     from phreg import api

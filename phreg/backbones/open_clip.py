@@ -17,6 +17,7 @@ import pickle
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import open_clip
@@ -45,8 +46,11 @@ WEIGHTS = (
 )
 """The files that may hold its weights, best first."""
 
+UNBUILDABLE = (OSError, RuntimeError, TypeError, ValueError, LookupError, AssertionError)
+"""What open_clip raises for a config that it can make no model of."""
 
-def adapt(model: nn.Module) -> Backbone:
+
+def adapt(model: nn.Module) -> "NativeTower | TimmTower":
     """Wraps an open_clip model or its bare image tower; nothing about the model changes.
 
     Raises:
@@ -97,11 +101,16 @@ class RegisterVisionTransformer(VisionTransformer):
 class NativeTower(Backbone):
     """open_clip's own vision transformer, alone or inside a CLIP.
 
+    Attributes:
+        config: What open_clip built the model of, which an instance does not tell; None for an instance.
+
     Args:
         model: The user's model: the tower itself, or the CLIP that holds it.
         tower: The vision transformer.
         prefix: What the tower's parameter names open with in the model.
     """
+
+    config: dict[str, Any] | None = None
 
     def __init__(self, model: nn.Module, tower: Any, prefix: str) -> None:
         mean, std = _normalisation(tower)
@@ -268,11 +277,16 @@ class _Attention:
 class TimmTower(Backbone):
     """A timm model that open_clip wraps as an image tower; its trunk is the timm adapter's.
 
+    Attributes:
+        config: What open_clip built the model of, which an instance does not tell; None for an instance.
+
     Args:
         model: The user's model: the tower itself, or the CLIP that holds it.
         tower: open_clip's wrapper: a trunk and a head.
         prefix: What the tower's parameter names open with in the model.
     """
+
+    config: dict[str, Any] | None = None
 
     def __init__(self, model: nn.Module, tower: Any, prefix: str) -> None:
         trunk: Any = timm_adapter.adapt(tower.trunk)
@@ -390,11 +404,37 @@ def load(folder: Path, arch: str | None = None) -> Backbone:
         else:
             noted = _preprocessing(folder, arch)
             model = open_clip.create_model(arch, pretrained=str(weights), force_preprocess_cfg=noted)
-    except (OSError, RuntimeError, TypeError, ValueError, LookupError, AssertionError) as error:
+    except UNBUILDABLE as error:
         raise _unreadable(asked, error) from error
     except (SafetensorError, pickle.UnpicklingError, EOFError) as error:
         raise _unreadable(asked, error) from error
-    return adapt(model.eval())
+    backbone = adapt(model.eval())
+    if arch is None:
+        backbone.config = json.loads((folder / CONFIG).read_bytes())
+    else:
+        noted = getattr(backbone.tower, "preprocess_cfg", {})
+        backbone.config = {"model_cfg": open_clip.get_model_config(arch), "preprocess_cfg": noted}
+    return backbone
+
+
+def build(name: str, config: dict[str, Any]) -> "NativeTower | TimmTower":
+    """Builds a model of random weights in fp32, of what `open_clip_config.json` says.
+
+    Raises:
+        LoadError: open_clip cannot make a model of it.
+    """
+    with TemporaryDirectory() as folder:
+        (Path(folder) / CONFIG).write_text(json.dumps(config), encoding="utf-8")
+        try:
+            model = open_clip.create_model(f"local-dir:{folder}", load_weights=False)
+        except UNBUILDABLE as error:
+            raise LoadError(
+                f"open_clip {open_clip.__version__} cannot build the {name} of this config ({error}); save "
+                "it again with this version of open_clip"
+            ) from error
+    backbone = adapt(model)
+    backbone.config = config
+    return backbone
 
 
 def _unreadable(asked: str, error: Exception) -> LoadError:

@@ -113,6 +113,10 @@ class Adapter(Protocol):
         """Builds the model in a local folder."""
         ...
 
+    def build(self, name: str, config: dict[str, Any]) -> Backbone:
+        """Builds a model of random weights, of a class and the library's own config."""
+        ...
+
 
 @dataclass(frozen=True)
 class Base:
@@ -174,14 +178,14 @@ def adapt(model: nn.Module) -> Backbone:
     packages = {module.partition(".")[0] for module in modules}
     for library in LAYOUTS:
         if library in packages:
-            return _adapter(library).adapt(model)
+            return library_adapter(library).adapt(model)
     raise UnsupportedModelError(
         f"cannot add registers to {type(model).__name__}: its class is of {type(model).__module__}; "
         "supported are vision transformers of transformers, timm and open_clip: see phreg/backbones/README.md"
     )
 
 
-def _adapter(library: Library) -> Adapter:
+def library_adapter(library: Library) -> Adapter:
     """Imports the adapter of a library, and the library with it."""
     return cast(Adapter, importlib.import_module(f"phreg.backbones.{library}"))
 
@@ -213,7 +217,7 @@ def load(
     _check_weights(found, found.library)
     try:
         if found.arch is None:
-            backbone = _adapter(found.library).load(found.folder)
+            backbone = library_adapter(found.library).load(found.folder)
         else:
             from phreg.backbones import open_clip
 

@@ -26,7 +26,6 @@ import transformers
 from huggingface_hub.errors import StrictDataclassError
 from jaxtyping import Float
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import CONFIG_MAPPING, AutoModel, PreTrainedModel
@@ -506,26 +505,20 @@ def load(folder: Path) -> TransformersBackbone:
     return backbone
 
 
-def load_patched(folder: Path) -> TransformersBackbone:
-    """Builds a patched model from what its own `save_pretrained` wrote: fp32, eval mode, tensors only.
+def build(name: str, config: dict[str, Any]) -> TransformersBackbone:
+    """Builds a model of random weights in fp32, of the name of its class and its config.
 
     Raises:
-        LoadError: The folder cannot be read, or its tensors are not those of the class.
+        LoadError: They do not belong together, or to this version of transformers.
     """
-    asked = f"patched model in {folder}"
-    description = _read_json(folder / "phreg.json", asked)
     try:
-        config = CONFIG_MAPPING[description["config"]["model_type"]].from_dict(description["config"])
-        backbone = adapt(getattr(transformers, description["class"])(config).float().eval())
-        backbone.insert_registers(torch.zeros(description["num_registers"], backbone.spec.width))
-        tensors = load_file(folder / "phreg.safetensors")
-        missing = sorted(backbone.disk_state().keys() - tensors.keys())
-        if missing:
-            raise LoadError(f"{asked} lacks {missing[:3]}; save or copy it again")
-        backbone.load_disk_state(tensors)
-    except (*LOAD_FAILURES, LookupError, AttributeError, PhregError) as error:
-        raise LoadError(f"{asked} cannot be loaded ({error}); save or copy it again") from error
-    return backbone
+        described = CONFIG_MAPPING[config["model_type"]].from_dict(config)
+        return adapt(getattr(transformers, name)(described).float())
+    except (*LOAD_FAILURES, LookupError, AttributeError) as error:
+        raise LoadError(
+            f"{name} cannot be built of the config of a {config.get('model_type')} ({error}); save it again "
+            "with this version of transformers"
+        ) from error
 
 
 def _model_class(config: Mapping[str, Any]) -> Any:

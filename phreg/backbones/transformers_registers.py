@@ -249,7 +249,8 @@ def save_patched(
         )
     folder.mkdir(parents=True, exist_ok=True)
     tensors = disk_names(model, model.state_dict() if state_dict is None else state_dict)
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    # Copies, since tied weights are two names of one tensor, which safetensors does not write.
+    plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     description = {
         "format": "phreg-model",
         "format_version": 1,

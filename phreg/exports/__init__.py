@@ -31,11 +31,14 @@ from phreg.backbones.base import Backbone
 from phreg.backbones.resolve import Base
 from phreg.checkpoint import LIBRARIES
 from phreg.errors import LoadError, PhregError, UnsupportedModelError
-from phreg.exports.base import Contents, StockFormat
+from phreg.exports.base import Contents, Reader, StockFormat
 from phreg.seeding import keyed_generator
 
-Format = Literal["timm", "transformers"]
-"""The formats there are."""
+Format = Literal["timm", "transformers", "remote-code", "onnx", "merged", "adapter"]
+"""The formats there are, the ones that ask least of whoever loads them first."""
+
+CARRY_READOUT: frozenset[Format] = frozenset({"onnx", "merged", "adapter"})
+"""Formats that carry a dense read-out of the last block; stock classes have none."""
 
 RECORD = "phreg_export.json"
 """The file, unknown to stock loaders, that says what was exported and how equal it is."""
@@ -79,7 +82,7 @@ def export(
         format: One of `Format`.
         base: What the model was made from, for the record.
         sizes: Image sizes to measure besides the model's own, (height, width); None means a smaller and a
-            larger one.
+            larger one, where the export takes any.
 
     Returns:
         How equal the folder's model is to this one, at the model's own size first.
@@ -89,9 +92,7 @@ def export(
             folder's model would be another. Nothing is left behind then.
     """
     stock = _stock(backbone, format)
-    if sizes is None:
-        sizes = _other_sizes(backbone)
-    for size in sizes:
+    for size in sizes or ():
         backbone.check_size(size)
     with _appearing(folder.resolve()) as unfinished:
         _write(stock.contents(backbone), unfinished)
@@ -101,7 +102,11 @@ def export(
             raise PhregError(
                 _another(backbone, format, f"what was written does not load: {error}")
             ) from error
-        figures = _measure(backbone, exported, stock, [backbone.spec.input_size, *sizes])
+        any_size = exported.spec.any_size if isinstance(exported, Backbone) else exported.any_size
+        if sizes and not any_size:
+            raise PhregError(_another(backbone, format, "it takes the model's own size alone"))
+        others = _other_sizes(backbone) if sizes is None and any_size else sizes or ()
+        figures = _measure(backbone, exported, stock, [backbone.spec.input_size, *others])
         if not figures[0].claimed:
             found = (
                 f"at its own size, the model loaded back differs by {figures[0].relative:.1e} of the largest "
@@ -129,11 +134,11 @@ def _stock(backbone: Backbone, format: str) -> StockFormat:
     asked = f"asked to export {backbone.describe()} as {format!r}"
     if format not in get_args(Format):
         raise PhregError(f"{asked}; the formats there are: {', '.join(get_args(Format))}")
-    if backbone.readout != "plain":
+    if backbone.readout != "plain" and format not in CARRY_READOUT:
         raise PhregError(
             f"{asked}, whose last block is read {backbone.readout}: stock classes have no such read-out, and "
-            "would give other features. Set it to plain first (phreg.backbones.readout.set_readout), or "
-            "share the phreg adapter."
+            "would give other features. Set it to plain first (phreg.backbones.readout.set_readout). "
+            f"{_alternative(backbone, format)}"
         )
     stock = _module(format)
     reason = stock.why_not(backbone)
@@ -143,7 +148,13 @@ def _stock(backbone: Backbone, format: str) -> StockFormat:
 
 
 def _alternative(backbone: Backbone, format: str) -> str:
-    others = [name for name in get_args(Format) if name != format and not _module(name).why_not(backbone)]
+    others = [
+        name
+        for name in get_args(Format)
+        if name != format
+        and (backbone.readout == "plain" or name in CARRY_READOUT)
+        and not _module(name).why_not(backbone)
+    ]
     if others:
         return f"It can be exported as {' or '.join(others)}."
     return "No other format takes it; share the phreg adapter, which phreg.load reads."
@@ -160,7 +171,7 @@ def _another(backbone: Backbone, format: str, found: str) -> str:
 
 def _module(format: str) -> StockFormat:
     """Imports a format, and with it its library, which takes seconds."""
-    return cast(StockFormat, importlib.import_module(f"phreg.exports.{format}"))
+    return cast(StockFormat, importlib.import_module(f"phreg.exports.{format.replace('-', '_')}"))
 
 
 # -- equality ------------------------------------------------------------------------------------------------
@@ -176,14 +187,18 @@ def _other_sizes(backbone: Backbone) -> list[tuple[int, int]]:
 
 
 def _measure(
-    backbone: Backbone, exported: Backbone, stock: StockFormat, sizes: Sequence[tuple[int, int]]
+    backbone: Backbone, exported: Backbone | Reader, stock: StockFormat, sizes: Sequence[tuple[int, int]]
 ) -> list[Equality]:
     weight = next(backbone.model.parameters())
-    exported.to(weight.device, weight.dtype)
+    if isinstance(exported, Backbone):
+        exported.to(weight.device, weight.dtype)
     figures = []
     with _evaluating(backbone.model), torch.no_grad():
         for size in sizes:
             images = torch.randn(2, 3, *size, generator=keyed_generator("export", *size)).to(weight)
+            if not isinstance(exported, Backbone):
+                figures.append(_compare(size, list(zip(exported(images), backbone(images), strict=True))))
+                continue
             pairs = list(zip(_outputs(exported, images), _outputs(backbone, images), strict=True))
             if size == backbone.spec.input_size:
                 pairs.append((stock.answer(exported, images), stock.answer(backbone, images)))
@@ -227,10 +242,14 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def _write(contents: Contents, folder: Path) -> None:
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in contents.tensors.items()}
-    save_file(plain, folder / "model.safetensors", metadata={"format": "pt"})
+    # Copies, since tied weights are two names of one tensor, which safetensors does not write.
+    plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in contents.tensors.items()}
+    if plain:
+        save_file(plain, folder / contents.weights, metadata={"format": "pt"})
     for name, settings in contents.settings.items():
         (folder / name).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    for name, write in contents.files.items():
+        write(folder / name)
 
 
 @contextmanager

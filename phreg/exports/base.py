@@ -4,21 +4,42 @@ A format is three functions that write nothing: why a model cannot take it, what
 how the stock library alone reads such a folder.
 """
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor
 
-from phreg.backbones.base import Backbone
+from phreg.backbones.base import Backbone, Features
+
+
+@runtime_checkable
+class Reader(Protocol):
+    """A model that is no backbone any more, and still gives its features.
+
+    Attributes:
+        any_size: Whether it takes other sizes than the model's own.
+    """
+
+    any_size: bool
+
+    def __call__(self, images: Tensor) -> Features:
+        """Reads dense and pooled features of normalised images."""
+        ...
 
 
 class Contents(NamedTuple):
-    """What a stock folder holds."""
+    """What a folder holds."""
 
-    tensors: dict[str, Tensor]
-    """The weights, named as the stock class names them on disk: `model.safetensors`."""
-    settings: dict[str, dict[str, Any]]
-    """Everything else, as JSON, by file name."""
+    tensors: Mapping[str, Tensor]
+    """The weights, named as the class names them on disk; none where they are in a file of another kind."""
+    settings: Mapping[str, dict[str, Any]]
+    """What is written as JSON, by file name."""
+    files: Mapping[str, Callable[[Path], Any]] = MappingProxyType({})
+    """Everything else: by file name, what writes it, given its path."""
+    weights: str = "model.safetensors"
+    """The file of the weights."""
 
 
 @runtime_checkable
@@ -33,8 +54,8 @@ class StockFormat(Protocol):
         """Puts together what the folder of a model that can take this format holds."""
         ...
 
-    def load(self, folder: Path) -> Backbone:
-        """Reads such a folder by the stock library's own loader, in eval mode and fp32."""
+    def load(self, folder: Path) -> Backbone | Reader:
+        """Reads such a folder by its format's own loader, in eval mode and fp32."""
         ...
 
     def answer(self, backbone: Backbone, images: Tensor) -> Tensor:

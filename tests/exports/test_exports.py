@@ -273,13 +273,13 @@ def test_a_backbone_that_would_show_its_registers_is_refused(tmp_path):
 
 
 def test_a_format_that_a_model_cannot_take_names_those_it_can(vit, tmp_path):
-    with pytest.raises(PhregError, match=r"model of timm.*It can be exported as timm"):
+    with pytest.raises(PhregError, match=r"model of timm.*It can be exported as timm or onnx or merged\."):
         export(vit[0], tmp_path / "out", "transformers", base=vit[1])
     backbone, base = patched(TRANSFORMERS["clip-vision"])
     for asked, reason in (("timm", "model of transformers"), ("transformers", "only those of DINOv2")):
-        with pytest.raises(PhregError, match=rf"{reason}.*No other format takes it"):
+        with pytest.raises(PhregError, match=rf"{reason}.*exported as remote-code or onnx or merged\."):
             export(backbone, tmp_path / "out", asked, base=base)
-    with pytest.raises(PhregError, match="'gguf'; the formats there are: timm, transformers"):
+    with pytest.raises(PhregError, match="'gguf'; the formats there are: timm, transformers, remote-code"):
         export(backbone, tmp_path / "out", "gguf", base=base)
     assert not list(tmp_path.iterdir())
 
