@@ -28,6 +28,8 @@ from phreg.backbones.base import Backbone, Features
 from phreg.errors import LoadError, PhregError
 from phreg.exports.base import Contents
 
+logger = logging.getLogger(__name__)
+
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 """What writing and checking a graph takes: the extra `phreg[onnx]`."""
 
@@ -73,6 +75,10 @@ def contents(backbone: Backbone) -> Contents:
             found.append(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
             continue
         if difference <= NEAR:
+            if found:
+                logger.warning(
+                    "%s as ONNX takes images of %dx%d alone: %s", backbone.describe(), *own, found[0]
+                )
             described = {
                 "inputs": {"images": ["batch", 3, "height", "width"]},
                 "outputs": {"patches": ["batch", "rows", "cols", "dim"], "pooled": ["batch", "dim"]},

@@ -1,5 +1,6 @@
 """Every family in every format that goes by a table: the very model, or the reason why not."""
 
+import jaxtyping
 import pytest
 from families import FAMILIES
 
@@ -55,9 +56,11 @@ def cases():
 
 # onnxscript calls what it deprecates itself, on the way through torch's exporter.
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:onnxscript")
-@pytest.mark.parametrize(("family", "format"), cases())
+@pytest.mark.parametrize(("family", "format"), list(cases()))
 def test_a_family_is_exported_to_the_bit_or_refused_with_a_reason(family, format, tmp_path, monkeypatch):
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    if format == "onnx":  # as users have it; checking shapes would fix them
+        monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     backbone, base = resolve.load(FAMILIES[family]())
     add_registers(backbone, 3)
     reason = refusal(family, format)
