@@ -226,11 +226,18 @@ def export(
     Raises:
         PhregError: The format cannot carry this model; the message names those that can.
     """
-    backbone, base = open_model(model, revision)
+    readout = None  # an instance keeps the one that it has
     if not isinstance(model, nn.Module) and os.fspath(model) != "demo":
         found = resolve.locate(model, revision)
-        if found.library is None:
-            set_readout(backbone, read_adapter(found.folder).get("readout", "plain"))
+        readout = "plain" if found.library else read_adapter(found.folder).get("readout", "plain")
+        if readout != "plain" and format not in exports.CARRY_READOUT:
+            raise PhregError(
+                f"asked to export {model} as {format}, but its dense features are read by {readout}, which "
+                f"no stock class knows; export it as {' or '.join(sorted(exports.CARRY_READOUT))}"
+            )
+    backbone, base = open_model(model, revision)
+    if readout is not None:
+        set_readout(backbone, readout)
     return exports.export(backbone, Path(path), format, base=base)
 
 

@@ -104,12 +104,25 @@ class Session:
 
     Attributes:
         any_size: Whether it takes other multiples of the patch than its own size.
+
+    Raises:
+        LoadError: It cannot be read.
     """
 
     def __init__(self, file: Path) -> None:
-        import onnxruntime
+        from onnxruntime import InferenceSession
+        from onnxruntime.capi import onnxruntime_pybind11_state as native
 
-        self._session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+        # They have no base class of their own.
+        self._failures = tuple(
+            value
+            for value in vars(native).values()
+            if isinstance(value, type) and issubclass(value, Exception)
+        )
+        try:
+            self._session = InferenceSession(file, providers=["CPUExecutionProvider"])
+        except self._failures as error:
+            raise LoadError(f"onnxruntime cannot read the graph ({error})") from error
         self.any_size = isinstance(self._session.get_inputs()[0].shape[-1], str)
 
     def __call__(self, images: Float[Tensor, "batch 3 height width"]) -> Features:
@@ -120,7 +133,7 @@ class Session:
         """
         try:
             outputs: Any = self._session.run(["patches", "pooled"], {"images": images.cpu().numpy()})
-        except Exception as error:  # onnxruntime's errors have no base class of their own
+        except self._failures as error:
             raise LoadError(f"onnxruntime cannot run the graph ({error})") from error
         patches, pooled = (torch.from_numpy(output).to(images.device) for output in outputs)
         return Features(patches, pooled)

@@ -82,7 +82,7 @@ def test_the_read_out_is_in_the_description(tmp_path):
     merged = phreg.export(tmp_path / "out", tmp_path / "merged", format="merged")
     assert all(figure.claimed for figure in merged)
     assert json.loads((tmp_path / "merged" / "phreg.json").read_text())["readout"] == "value-only"
-    with pytest.raises(PhregError, match=r"read value-only.*exported as onnx or merged or adapter"):
+    with pytest.raises(PhregError, match=r"read by value-only.*export it as adapter or merged or onnx"):
         phreg.export(tmp_path / "run", tmp_path / "remote", format="remote-code")
 
 

@@ -106,7 +106,7 @@ def test_a_read_out_goes_along(clip_folder, tmp_path):
     set_readout(again, "value-only")
     assert torch.equal(again(pictures()).patches, expected)
     # and stays on the way through the folder into a format that cannot carry it, which says so
-    with pytest.raises(PhregError, match=r"read value-only.*exported as onnx or merged"):
+    with pytest.raises(PhregError, match=r"read by value-only.*export it as adapter or merged or onnx"):
         phreg.export(tmp_path / "out", tmp_path / "timm", format="timm")
 
 

@@ -11,7 +11,7 @@ from families import FAMILIES
 
 from phreg.backbones import resolve
 from phreg.backbones.readout import set_readout
-from phreg.errors import PhregError
+from phreg.errors import LoadError, PhregError
 from phreg.exports import export, onnx
 from phreg.registers import add_registers
 
@@ -104,6 +104,17 @@ def test_missing_packages_are_named_with_the_extra_that_brings_them(tmp_path, mo
     backbone, base = patched("timm/vit")
     with pytest.raises(PhregError, match=r"takes onnxscript, onnxruntime.*pip install 'phreg\[onnx\]'"):
         export(backbone, tmp_path / "out", "onnx", base=base)
+
+
+def test_a_file_that_is_no_graph_or_images_that_do_not_fit_are_one_clear_error(tmp_path):
+    (tmp_path / "model.onnx").write_bytes(b"half")
+    with pytest.raises(LoadError, match="onnxruntime cannot read the graph"):
+        onnx.load(tmp_path)
+    graph = torch.nn.Conv2d(3, 2, 8, 8)
+    arguments = {"input_names": ["images"], "output_names": ["patches"], "verbose": False}
+    torch.onnx.export(graph, (pictures(1),), tmp_path / "model.onnx", **arguments)
+    with pytest.raises(LoadError, match="onnxruntime cannot run the graph"):
+        onnx.load(tmp_path)(pictures(1, 16, 16))
 
 
 def test_a_bf16_model_is_refused(tmp_path):
