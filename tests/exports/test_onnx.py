@@ -1,7 +1,6 @@
 """ONNX: a graph that onnxruntime runs, at any batch and, where it can be, any size."""
 
 import json
-from types import SimpleNamespace
 
 import jaxtyping
 import onnxruntime
@@ -99,10 +98,11 @@ def test_a_graph_that_is_not_equal_at_other_sizes_is_made_for_one_and_says_so(tm
 
 
 def test_missing_packages_are_named_with_the_extra_that_brings_them(tmp_path, monkeypatch):
-    found = {"onnx": SimpleNamespace()}
-    monkeypatch.setattr(onnx.importlib.util, "find_spec", found.get)
+    monkeypatch.setattr(onnx, "PACKAGES", ("onnx", "no_such_package"))
     backbone, base = patched("timm/vit")
-    with pytest.raises(PhregError, match=r"takes onnxscript, onnxruntime.*pip install 'phreg\[onnx\]'"):
+    with pytest.raises(
+        PhregError, match=r"takes no_such_package, not installed.*pip install 'phreg\[onnx\]'"
+    ):
         export(backbone, tmp_path / "out", "onnx", base=base)
 
 
@@ -110,7 +110,7 @@ def test_a_file_that_is_no_graph_or_images_that_do_not_fit_are_one_clear_error(t
     (tmp_path / "model.onnx").write_bytes(b"half")
     with pytest.raises(LoadError, match="onnxruntime cannot read the graph"):
         onnx.load(tmp_path)
-    graph = torch.nn.Conv2d(3, 2, 8, 8)
+    graph = torch.nn.Conv2d(3, 2, 8, 8).eval()
     arguments = {"input_names": ["images"], "output_names": ["patches"], "verbose": False}
     torch.onnx.export(graph, (pictures(1),), tmp_path / "model.onnx", **arguments)
     with pytest.raises(LoadError, match="onnxruntime cannot run the graph"):
