@@ -111,7 +111,7 @@ class Session:
 
     def __init__(self, file: Path) -> None:
         from onnxruntime import InferenceSession
-        from onnxruntime.capi import onnxruntime_pybind11_state as native
+        from onnxruntime.capi import onnxruntime_pybind11_state as native  # pyright: ignore
 
         # They have no base class of their own.
         self._failures = tuple(
