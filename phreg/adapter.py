@@ -67,6 +67,8 @@ def apply_adapter(folder: Path, backbone: Backbone) -> None:
         target.load_disk_state(tensors)
         if record.get("test_time"):
             test_time.attach(backbone, record["test_time"])
+        if kind == "whole":
+            backbone.adapter = folder
     except PhregError as error:
         # The base is the user's: a refused adapter leaves it as it was.
         if backbone.num_registers:

@@ -28,7 +28,7 @@ from phreg.backbones import hub, resolve
 from phreg.backbones.base import Backbone
 from phreg.backbones.readout import set_readout
 from phreg.backbones.resolve import Base, adapt
-from phreg.checkpoint import RunFolder, read_adapter, save_adapter, start_run, write_text
+from phreg.checkpoint import RunFolder, save_adapter, start_run, write_text
 from phreg.config import DistillConfig, ViewsConfig
 from phreg.data import MEASURED_AT_ONCE, Crops, centre_crops, split, spread
 from phreg.errors import ConfigError, DataError, PhregError
@@ -48,7 +48,7 @@ from phreg.report.inspection import photos, write_inspection
 from phreg.saved import open_into, open_model, open_saved, record_of
 from phreg.seeding import keyed_generator
 from phreg.sinks import Sinks, locate
-from phreg.storage import ADAPTER_FORMAT, EXPORT_FILE
+from phreg.storage import OWN_FORMATS
 from phreg.teacher import Teacher
 from phreg.trainer import Outcome, StepRecord, start_accelerator, train
 from phreg.views import count_different
@@ -241,7 +241,9 @@ def export(
         model: A run, an adapter, or a patched model instance.
         path: Folder to write; it must not hold anything.
         format: `timm` (most models), `transformers` (DINOv2, as DINOv2 with registers) or `open_clip` (its
-            own, text tower included).
+            own, text tower included), which load as they are; `remote-code` (any model of transformers, with
+            the code to load it); `onnx`; `merged` (for `load` without the base) or `adapter` (for `load` with
+            it). See phreg/exports/README.md.
         revision: Hub commit, branch or tag of the adapter.
 
     Returns:
@@ -252,21 +254,14 @@ def export(
     """
     record: dict[str, Any] = {}
     if not isinstance(model, nn.Module) and os.fspath(model) != "demo":
-        found = resolve.locate(model, revision)
-        record = {} if found.library else read_adapter(found.folder)
-        readout = record.get("readout", "plain")
-        if readout != "plain":
-            raise PhregError(
-                f"asked to export {model} as {format}, but its dense features are read by {readout}, which "
-                "no stock format carries; load it with phreg.load"
-            )
+        record = record_of(resolve.locate(model, revision)) or {}
     backbone, base = open_model(model, revision)
-    sizes = exports.export(backbone, Path(path), format, base=base)
-    run = {key: record[key] for key in RECORDED if key in record}
-    if run:
-        written = json.loads((Path(path) / EXPORT_FILE).read_bytes()) | {"run": run}
-        write_text(Path(path) / EXPORT_FILE, json.dumps(written, indent=2))
-    return sizes
+    if record:  # an instance keeps the read-out that it has
+        set_readout(backbone, record.get("readout", "plain"))
+    # An adapter's own record tells of the run already.
+    told = {} if format == "adapter" else record.get("run") or record
+    run = {key: told[key] for key in RECORDED if key in told}
+    return exports.export(backbone, Path(path), format, base=base, run=run)
 
 
 @dataclass(frozen=True)
@@ -304,7 +299,7 @@ def push(
     Args:
         model: A run, an adapter, or an exported folder.
         repository: Hub id to push to, `owner/name`; created where there is none.
-        format: `adapter`, or a format of `export` that a run is written in first; None takes what `model` is.
+        format: A format of `export` that a run is written in first; None takes what `model` is.
         private: Whether nobody else may see the repository.
         revision: Branch to commit to, created where there is none; None means the main branch.
         dry_run: Folder to write what would be pushed to, instead of pushing.
@@ -315,7 +310,7 @@ def push(
     """
     found = resolve.locate(model)
     record = record_of(found)
-    kind = {ADAPTER_FORMAT: "adapter"}.get(record["format"], record["format"]) if record else None
+    kind = OWN_FORMATS.get(record["format"], record["format"]) if record else None
     with tempfile.TemporaryDirectory() as scratch:
         if format not in (None, kind):
             export(model, Path(scratch) / "export", format=format)

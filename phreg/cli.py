@@ -24,6 +24,7 @@ from tyro.extras import SubcommandApp
 
 from phreg import config
 from phreg.errors import ConfigError, GateError, PhregError
+from phreg.storage import ADAPTER_FORMAT, Format
 
 app = SubcommandApp()
 console = Console()
@@ -146,15 +147,17 @@ def export(
     model: Annotated[Positional[str], arg(metavar="RUN")],
     /,
     output: Path,
-    format: Literal["timm", "transformers", "open_clip"],
+    format: Format,
     revision: Annotated[str | None, arg(metavar="COMMIT")] = None,
 ) -> None:
-    """Write a patched model in a stock format, which loads where phreg is not installed; checked on writing.
+    """Write a patched model in another format, load it back, and check that it is the same model.
 
     Args:
         model: Run, adapter folder, or hub id of an adapter.
         output: Folder to write.
-        format: timm, transformers (DINOv2 becomes DINOv2 with registers), or open_clip.
+        format: timm, transformers (DINOv2 becomes DINOv2 with registers) and open_clip load as they are;
+            remote-code in transformers with the code that comes along, onnx in onnxruntime; merged (all
+            weights) and adapter (those that changed) by phreg.load.
         revision: Hub commit, branch or tag to pin.
     """
     from phreg import api
@@ -268,7 +271,7 @@ def push(
     model: Annotated[Positional[str], arg(metavar="RUN")],
     repository: Annotated[Positional[str], arg(metavar="OWNER/NAME")],
     /,
-    format: Annotated[str | None, arg(metavar="FORMAT")] = None,
+    format: Format | None = None,
     private: bool = False,
     revision: Annotated[str | None, arg(metavar="BRANCH")] = None,
     dry_run: Annotated[Path | None, arg(metavar="DIR")] = None,
@@ -278,7 +281,7 @@ def push(
     Args:
         model: Run, adapter, or exported folder.
         repository: Repository to push to; created where there is none.
-        format: adapter, or a format of `phreg export` to write a run in first; unset means what RUN is.
+        format: A format of `phreg export` to write a run in first; unset means what RUN is.
         private: Let nobody else see the repository.
         revision: Branch to commit to; unset means the main branch.
         dry_run: Write the folder that would be pushed, and push nothing.
@@ -470,7 +473,7 @@ def _described(shown: Any) -> list[tuple[str, str]]:
         ("equal at", ", ".join(sizes) or "-"),
         ("versions", ", ".join(f"{name} {number}" for name, number in shown.versions.items())),
     ]
-    if shown.format == "phreg-adapter":
+    if shown.format == ADAPTER_FORMAT:
         lines.append(("fits", fits[shown.fits]))
     return lines
 

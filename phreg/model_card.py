@@ -129,13 +129,11 @@ def model_card(
     run = record.get("run") or record
     base = record.get("base") or {"source": record.get("class", "a model"), "revision": None, "sha256": None}
     name = _name(base)
-    # A model saved whole has the number of its registers under another name.
-    count = record.get("registers", record.get("num_registers"))
     sections = [
         _front_matter(record, base, license),
-        f"# {name} with {count} registers",
-        f"`{name}` with {count} register tokens, retrofitted by self-distillation: tokens that take over the "
-        "artifacts which a large vision transformer otherwise writes over its patches.",
+        f"# {name} with {record['registers']} registers",
+        f"`{name}` with {record['registers']} register tokens, retrofitted by self-distillation: tokens that "
+        "take over the artifacts which a large vision transformer otherwise writes over its patches.",
         *_use(record, repository or "path/of/this/folder", name),
         *_origin(record, base, name, license),
         *_method(run),

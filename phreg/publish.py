@@ -24,7 +24,7 @@ from phreg.errors import LoadError, PushError
 from phreg.model_card import Illustration, License, model_card
 from phreg.report.html import read_pictures
 from phreg.saved import record_of
-from phreg.storage import ADAPTER_FILE, EXPORT_FILE, replacing
+from phreg.storage import ADAPTER_FILE, ADAPTER_FORMAT, EXPORT_FILE, MODEL_FORMAT, replacing
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ OURS = (ADAPTER_FILE, EXPORT_FILE)
 REPLACED = ("*.safetensors", "*.json", "*.py", "*.onnx", "report/*.png")
 """What an earlier push may have left that another format does not write."""
 
-OWN_FILES = {"phreg-adapter": "adapter.safetensors", "phreg-model": "phreg.safetensors"}
+OWN_FILES = {ADAPTER_FORMAT: "adapter.safetensors", MODEL_FORMAT: "phreg.safetensors"}
 """The file of tensors of phreg's own formats."""
 
 MAX_MAPS = 16

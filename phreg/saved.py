@@ -1,8 +1,12 @@
 """Reading back whatever phreg wrote: one table of formats, each with what reads it.
 
-    run, adapter ──phreg.json────────┐
-    exported folder ──phreg_export.json──┴► format ──FORMATS──► Backbone + Base
+    run, adapter, merged ──phreg.json──────┐
+    any other export ──phreg_export.json───┴► format ──FORMATS──► Backbone + Base
     any of them on the hub ──resolve.locate──► folder
+
+A model that was saved whole is built again of its library's config, and never by code from its folder:
+
+    config ──library──► model of random weights ──registers of zeros──► ──every tensor──► the patched model
 
 A new format is a row of `FORMATS` and a reader. What phreg did not write is a base model: see
 `phreg.backbones.resolve`.
@@ -10,14 +14,14 @@ A new format is a row of `FORMATS` and a reader. What phreg did not write is a b
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from phreg import demo
-from phreg.adapter import apply_adapter, fits
+from phreg import demo, test_time
+from phreg.adapter import apply_adapter, fits, read_tensors
 from phreg.backbones import resolve
 from phreg.backbones.base import Backbone
 from phreg.backbones.resolve import Base, Located, adapt, weights_sha256
@@ -179,11 +183,51 @@ def _read_adapter(found: Located) -> tuple[Backbone, Base]:
 
 
 def _read_patched(found: Located) -> tuple[Backbone, Base]:
-    """Builds a model that was saved whole by its own `save_pretrained`."""
-    from phreg.backbones.transformers import load_patched
+    """Builds a model that the `merged` export or a transformers model's own `save_pretrained` wrote whole."""
+    record, tensors = read_adapter(found.folder), read_tensors(found.folder / "phreg.safetensors")
+    try:
+        backbone = resolve.build(record["library"], record["class"], record["config"])
+        told = {name: tuple(record[name]) for name in ("mean", "std") if name in record}
+        backbone.spec = replace(backbone.spec, **told)
+        if tuple(record.get("input_size", backbone.spec.input_size)) != backbone.spec.input_size:
+            backbone.set_input_size(tuple(record["input_size"]))
+        if record["registers"]:
+            backbone.insert_registers(torch.zeros(record["registers"], backbone.spec.width))
+        missing = sorted(backbone.disk_state().keys() - tensors.keys())
+        if missing:
+            raise LoadError(f"it lacks {missing[:3]}")
+        backbone.load_disk_state(tensors)
+        if record.get("test_time"):
+            test_time.attach(backbone, record["test_time"])
+    except (TypeError, ValueError, LookupError, AttributeError, RuntimeError, PhregError) as error:
+        raise LoadError(
+            f"patched model in {found.folder} cannot be loaded ({error}); save or copy it again"
+        ) from error
+    backbone.eval()
+    return backbone, _whole(backbone, found)
 
-    backbone = load_patched(found.folder)
-    return backbone, Base(found.source, "transformers", found.revision, weights_sha256(backbone.disk_state()))
+
+def _read_remote_code(found: Located) -> tuple[Backbone, Base]:
+    """Builds the stock class under the code of the folder, which is not run."""
+    from phreg.backbones.transformers import load_remote_code
+
+    # The class in the folder, unlike the stock class, has no other names on disk than in memory.
+    _check_unchanged(found, weights_sha256(read_tensors(found.folder / "model.safetensors")))
+    backbone = load_remote_code(found.folder)
+    backbone.eval()
+    return backbone, _whole(backbone, found)
+
+
+def _refuse_graph(found: Located) -> tuple[Backbone, Base]:
+    raise LoadError(
+        f"asked for the model in {found.source}, which is a graph (onnx) and no model of a library any "
+        "more: run it with onnxruntime, or load the run or adapter that it was made from"
+    )
+
+
+def _whole(backbone: Backbone, found: Located) -> Base:
+    sha256 = weights_sha256(backbone.disk_state())
+    return Base(found.source, backbone.spec.library, found.revision, sha256)
 
 
 def _read_stock(found: Located) -> tuple[Backbone, Base]:
@@ -194,13 +238,17 @@ def _read_stock(found: Located) -> tuple[Backbone, Base]:
             "other kind, and a pickle may hold code: fetch it again, whole"
         )
     backbone, base = resolve.load(found)
-    expected = read_record(found.folder / EXPORT_FILE).get("sha256", base.sha256)
-    if base.sha256 != expected:
+    _check_unchanged(found, base.sha256)
+    return backbone, base
+
+
+def _check_unchanged(found: Located, sha256: str) -> None:
+    expected = read_record(found.folder / EXPORT_FILE).get("sha256", sha256)
+    if sha256 != expected:
         raise LoadError(
-            f"asked for the export in {found.source}, whose weights have sha256 {base.sha256[:12]}…, and "
+            f"asked for the export in {found.source}, whose weights have sha256 {sha256[:12]}…, and "
             f"{expected[:12]}… were written; it was changed since: fetch or export it again"
         )
-    return backbone, base
 
 
 FORMATS: dict[str, Reader] = {
@@ -208,5 +256,8 @@ FORMATS: dict[str, Reader] = {
     MODEL_FORMAT: _read_patched,
     "timm": _read_stock,
     "transformers": _read_stock,
+    "open_clip": _read_stock,
+    "remote-code": _read_remote_code,
+    "onnx": _refuse_graph,
 }
-"""Every format that `phreg.load` takes back, by the name in phreg.json or phreg_export.json."""
+"""What reads each format, by the name in phreg.json or phreg_export.json."""

@@ -89,15 +89,13 @@ def show(source: str | os.PathLike[str], *, revision: str | None = None, base: M
         )
     run = record.get("run") or record
     tensors, num_bytes = _count(found.folder)
-    # A model saved whole has the number of its registers under another name.
-    registers = record["registers"] if "registers" in record else record["num_registers"]
     return Shown(
         source=str(source),
         format=record["format"],
         format_version=record.get("format_version", 1),
         model_class=record["class"],
         base=Base(**record["base"]) if record.get("base") else None,
-        registers=registers,
+        registers=record["registers"],
         method=(run.get("recipe") or {}).get("method"),
         steps=(run.get("outcome") or {}).get("steps"),
         figures=tuple(table(run["figures"])) if run.get("figures") else (),

@@ -1,7 +1,7 @@
 """The folders phreg writes: what tells them, and how a file of theirs is written, whole or not at all.
 
     phreg.json          beside adapter.safetensors (an adapter) or phreg.safetensors (a model saved whole)
-    phreg_export.json   beside the files of a stock format
+    phreg_export.json   beside the files of any other format
 
 Every write goes to a temporary name first, is flushed to the disk and then renamed, so that a crash leaves
 the old file or the new one.
@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 ADAPTER_FILE = "phreg.json"
 """The file that makes a folder one of phreg's own formats, and names the format."""
@@ -24,7 +24,14 @@ ADAPTER_FORMAT = "phreg-adapter"
 """The tensors that differ from a base checkpoint."""
 
 MODEL_FORMAT = "phreg-model"
-"""What a patched transformers model's own `save_pretrained` writes: all tensors, and the class's config."""
+"""All tensors, and the config of the class: the `merged` export, which a patched transformers model's own
+`save_pretrained` writes too."""
+
+Format = Literal["timm", "transformers", "open_clip", "remote-code", "onnx", "merged", "adapter"]
+"""What a model is exported as, the formats that ask least of whoever loads them first."""
+
+OWN_FORMATS: dict[str, Format] = {ADAPTER_FORMAT: "adapter", MODEL_FORMAT: "merged"}
+"""phreg's own formats by the name in phreg.json."""
 
 FORMAT_VERSION = 1
 """Newest version of either file that this phreg reads, and the one that it writes."""

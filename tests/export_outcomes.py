@@ -1,17 +1,24 @@
-"""What becomes of every family in every stock format: the table, and a function that finds it out.
+"""What becomes of every family in every format: the table, and a function that finds it out.
 
-`outcome` is what anybody who writes the table down for readers calls; `EXPECTED` is what it should find.
+`outcome` finds it out, `EXPECTED` is what it should find, and `markdown` writes that down for readers:
+`python tests/export_outcomes.py` prints what stands in phreg/exports/README.md.
 """
 
+import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import torch
 from families import FAMILIES
 
 from phreg.backbones import resolve
+from phreg.backbones.base import Backbone
+from phreg.backbones.resolve import Base, weights_sha256
+from phreg.checkpoint import save_adapter
 from phreg.exports import export, why_not
 from phreg.registers import add_registers
+from phreg.saved import open_saved
+from phreg.storage import Format
 
 COUNT = 3
 """Registers added."""
@@ -38,16 +45,37 @@ class Outcome(NamedTuple):
 
 
 def outcome(family: str, format: str, folder: Path) -> Outcome:
-    """Exports a family's tiny model with registers into a new folder, unless the format refuses it."""
+    """Exports a family's tiny model with registers into a new folder, unless the format refuses it.
+
+    An adapter is exported from one; its base is the same model, merged without registers.
+    """
     backbone, base = resolve.load(FAMILIES[family]())
-    add_registers(backbone, COUNT)
+    if format == "adapter":
+        reason = why_not(backbone, "merged")
+        if reason:
+            return Outcome(REFUSED, 0.0, reason)
+        backbone, base = _from_adapter(backbone, base, folder.parent)
+    else:
+        add_registers(backbone, COUNT)
     reason = why_not(backbone, format)
     if reason:
         return Outcome(REFUSED, 0.0, reason)
     with torch.no_grad():
         figures = export(backbone, folder, format, base=base)
     claimed = [figure.relative for figure in figures if figure.claimed]
-    return Outcome(EVERY_SIZE if len(claimed) == len(figures) else OWN_SIZE, max(claimed), "")
+    several = len(claimed) == len(figures) > 1
+    return Outcome(EVERY_SIZE if several else OWN_SIZE, max(claimed), "")
+
+
+def _from_adapter(backbone: Backbone, base: Base, folder: Path) -> tuple[Backbone, Base]:
+    """Writes a model without registers, an adapter of it, and opens that."""
+    with torch.no_grad():
+        export(backbone, folder / "base", "merged", base=base)
+    before = {name: tensor.clone() for name, tensor in backbone.disk_state().items()}
+    base = Base(str(folder / "base"), backbone.spec.library, None, weights_sha256(before))
+    add_registers(backbone, COUNT)
+    save_adapter(folder / "adapter", backbone, base, before, {}, lambda _: "")
+    return open_saved(resolve.locate(folder / "adapter"))
 
 
 _STAGES = "feature maps of several blocks"
@@ -56,6 +84,11 @@ _POOLER = "its pooler .* has no counterpart in timm; take it off"
 _AIMV2 = "does not convert AIMv2"
 _ONLY_DINOV2 = "only those of DINOv2 have registers"
 _TEXT = "holds a text tower too"
+_UNNAMED = "an open_clip instance does not say what it was built from"
+_BACKBONE = "AutoBackbone takes no code"
+_IMAGE_BY_IMAGE = "image by image"
+_FIXED = {"transformers/aimv2": OWN_SIZE, "transformers/aimv2-vision": OWN_SIZE}
+"""Models of one size."""
 
 EXPECTED: dict[str, dict[str, str]] = {
     "timm": {
@@ -69,7 +102,7 @@ EXPECTED: dict[str, dict[str, str]] = {
         "transformers/dinov2-registers-classifier": Refused(_SIDE_BY_SIDE),
         "transformers/dinov2-registers-backbone": Refused(_STAGES),
         "transformers/dinov3": EVERY_SIZE,
-        "transformers/dinov3-gated": EVERY_SIZE,
+        "transformers/dinov3-gated": Refused("its activation is gelu, which timm's DINOv3 does not have"),
         "transformers/dinov3-backbone": Refused(_STAGES),
         "transformers/clip": OWN_SIZE,
         "transformers/clip-vision": OWN_SIZE,
@@ -118,6 +151,29 @@ EXPECTED: dict[str, dict[str, str]] = {
         "open_clip/coca": Refused("writes captions"),
         "open_clip/tower": Refused(f"{_TEXT}, and it is an image tower alone"),
     },
+    "remote-code": {
+        "timm/": Refused("model of timm"),
+        "open_clip/": Refused("model of open_clip"),
+        "transformers/": EVERY_SIZE,
+        **_FIXED,
+        "transformers/dinov2-backbone": Refused(_BACKBONE),
+        "transformers/dinov2-registers-backbone": Refused(_BACKBONE),
+        "transformers/dinov3-backbone": Refused(_BACKBONE),
+    },
+    "onnx": {
+        "timm/": EVERY_SIZE,
+        "timm/dinov3": OWN_SIZE,
+        "transformers/": EVERY_SIZE,
+        **_FIXED,
+        "transformers/vit-mae": OWN_SIZE,
+        "transformers/siglip2": Refused(_IMAGE_BY_IMAGE),
+        "transformers/siglip2-vision": Refused(_IMAGE_BY_IMAGE),
+        "transformers/siglip2-classifier": Refused(_IMAGE_BY_IMAGE),
+        "open_clip/": EVERY_SIZE,
+    },
+    # A tower of open_clip knows what it was built of if it was named; the test of `merged` has such a one.
+    "merged": {"timm/": EVERY_SIZE, "transformers/": EVERY_SIZE, **_FIXED, "open_clip/": Refused(_UNNAMED)},
+    "adapter": {"timm/": EVERY_SIZE, "transformers/": EVERY_SIZE, **_FIXED, "open_clip/": Refused(_UNNAMED)},
 }
 """Format -> family, or a library that stands for its other families -> what becomes of it."""
 
@@ -126,3 +182,41 @@ def expected(family: str, format: str) -> str:
     """Looks a family up in the table."""
     outcomes = EXPECTED[format]
     return outcomes.get(family) or outcomes[family[: family.index("/") + 1]]
+
+
+# -- for readers ---------------------------------------------------------------------------------------------
+
+SIGNS = {EVERY_SIZE: "yes", OWN_SIZE: "own size"}
+START, END = "<!-- python tests/export_outcomes.py -->", "<!-- end -->"
+"""What the table stands between in phreg/exports/README.md."""
+
+
+def markdown() -> str:
+    """Writes the table in Markdown; families of which the same becomes in every format share a row."""
+    formats = get_args(Format)
+    rows: dict[tuple[str, tuple[str, ...]], list[str]] = {}
+    for family in FAMILIES:
+        library, name = family.split("/")
+        found = tuple(_sign(expected(family, format)) for format in formats)
+        rows.setdefault((library, found), []).append(name)
+    lines = [f"| of | families | {' | '.join(f'`{format}`' for format in formats)} |", "|---" * 9 + "|"]
+    lines += [
+        f"| {library} | {', '.join(names)} | {' | '.join(found)} |"
+        for (library, found), names in rows.items()
+    ]
+    return "\n".join(lines)
+
+
+def _sign(should: str) -> str:
+    if isinstance(should, Refused):
+        return "if named" if should == _UNNAMED else "-"
+    return SIGNS[should]
+
+
+def readme() -> Path:
+    """Says where the table stands."""
+    return Path(__file__).parents[1] / "phreg" / "exports" / "README.md"
+
+
+if __name__ == "__main__":
+    sys.stdout.write(markdown() + "\n")

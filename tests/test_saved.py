@@ -20,8 +20,11 @@ from torch import nn
 import phreg
 from phreg import checkpoint
 from phreg.adapter import describe_tower, fit
+from phreg.backbones import resolve
 from phreg.backbones.resolve import Base, adapt, weights_sha256
 from phreg.errors import LoadError, PhregError, UnsupportedModelError
+from phreg.exports import export
+from phreg.saved import open_model
 
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 DINOV2 = {"mlp_ratio": 2, **TINY}
@@ -114,6 +117,88 @@ def test_an_export_comes_back_as_the_stock_model(format, place, hub, tmp_path):
         found, expected = found.pooler_output, expected.pooler_output
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)  # the rounding of fp32 over three blocks
     assert not loaded.training
+
+
+@pytest.mark.parametrize("place", ["folder", "hub"])
+@pytest.mark.parametrize("family", ["vit-classifier", "clip", "dinov2"])
+def test_a_remote_code_export_comes_back_as_the_stock_class_and_its_code_is_not_run(
+    family, place, hub, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    model = phreg.add_registers(families_transformers.FAMILIES[family](), 3)
+    phreg.export(model, tmp_path / "out", format="remote-code")
+    code = next((tmp_path / "out").glob("*.py"))
+    code.write_text(f"open({str(tmp_path / 'trace')!r}, 'w')\n" + code.read_text())
+    hub.commit("me/export", tmp_path / "out")
+    loaded = phreg.load(tmp_path / "out" if place == "folder" else "me/export")
+    assert type(loaded) is type(model)
+    found, expected = adapt(loaded), adapt(model)
+    assert torch.equal(found(IMAGES).patches, expected(IMAGES).patches)
+    assert torch.equal(found.run(IMAGES), expected.run(IMAGES))
+    assert not (tmp_path / "trace").exists()
+
+
+def test_a_remote_code_export_keeps_a_pooler_off_and_its_normalisation(tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    model = families_transformers.FAMILIES["vit"]()
+    model.pooler = None
+    backbone, base = resolve.load(model)
+    backbone.spec = replace(backbone.spec, mean=(0.1, 0.2, 0.3))
+    phreg.add_registers(backbone, 3)
+    export(backbone, tmp_path / "out", "remote-code", base=base)
+    again, _ = open_model(tmp_path / "out")
+    assert again.model.pooler is None
+    assert again.spec.mean == (0.1, 0.2, 0.3)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_registers": 2},
+        {"architectures": ["RegistersAutoModel"]},
+        {"architectures": []},
+        {"model_type": "registers_none"},
+    ],
+)
+def test_a_remote_code_export_that_was_tampered_with_is_one_clear_error(changes, tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    model = phreg.add_registers(families_transformers.FAMILIES["vit"](), 3)
+    phreg.export(model, tmp_path / "out", format="remote-code")
+    config = tmp_path / "out" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | changes))
+    with pytest.raises(LoadError, match="cannot be rebuilt without its code"):
+        phreg.load(tmp_path / "out")
+
+
+@pytest.mark.parametrize("place", ["folder", "hub"])
+def test_an_open_clip_export_comes_back_with_its_text_tower(place, hub, tmp_path):
+    model = phreg.add_registers(families_open_clip.FAMILIES["clip"](), 3)
+    phreg.export(model, tmp_path / "out", format="open_clip")
+    hub.commit("me/export", tmp_path / "out")
+    loaded = phreg.load(tmp_path / "out" if place == "folder" else "me/export")
+    found, expected = loaded.encode_image(IMAGES), model.encode_image(IMAGES)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)  # another class: fp32 over three blocks
+    words = torch.randint(1, 64, (2, 8), generator=torch.Generator().manual_seed(0))
+    assert torch.equal(loaded.encode_text(words), model.encode_text(words))
+
+
+def test_a_merged_model_comes_back_from_the_hub_with_what_the_config_does_not_say(hub, tmp_path):
+    backbone, base = resolve.load(families_transformers.FAMILIES["clip-vision"]())
+    backbone.spec = replace(backbone.spec, mean=(0.1, 0.2, 0.3))
+    phreg.add_registers(backbone, 3)
+    export(backbone, tmp_path / "out", "merged", base=base)
+    hub.commit("me/merged", tmp_path / "out")
+    again, found = open_model("me/merged")
+    assert torch.equal(again(IMAGES).patches, backbone(IMAGES).patches)
+    assert again.spec.mean == (0.1, 0.2, 0.3)
+    assert found.source == "me/merged"
+
+
+def test_a_merged_model_names_no_library_that_phreg_has_not(tmp_path):
+    phreg.export(phreg.add_registers(families_timm.FAMILIES["vit"](), 3), tmp_path / "out", format="merged")
+    tampered(tmp_path / "out", library="hub")
+    with pytest.raises(LoadError, match="library 'hub' is none of transformers, timm, open_clip"):
+        phreg.load(tmp_path / "out")
 
 
 def test_an_export_of_a_model_in_half_precision_comes_back(tmp_path):

@@ -17,6 +17,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -299,6 +300,9 @@ class Backbone(nn.Module, ABC):
 
     trained_readout: Readout = "plain"
     """How its last block was read when phreg trained it, which is how its dense features are meant."""
+
+    adapter: Path | None = None
+    """The adapter that made the model what it is; set by `phreg.adapter.apply_adapter`."""
 
     def tower_state(self) -> dict[str, Tensor]:
         """Returns the tensors of the embeddings and the blocks, as the tower alone names them on disk.

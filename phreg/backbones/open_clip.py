@@ -17,6 +17,7 @@ import pickle
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import open_clip
@@ -44,6 +45,9 @@ WEIGHTS = (
     "pytorch_model.bin",
 )
 """The files that may hold its weights, best first."""
+
+UNBUILDABLE = (OSError, RuntimeError, TypeError, ValueError, LookupError, AssertionError)
+"""What open_clip raises for a config that it can make no model of."""
 
 
 def adapt(model: nn.Module) -> "NativeTower | TimmTower":
@@ -75,7 +79,7 @@ class RegisterVisionTransformer(VisionTransformer):
     def _embeds(self, x: Tensor) -> Tensor:
         x = super()._embeds(x)
         # ln_pre norms every token by itself, so this is the same as insertion ahead of it.
-        registers = self.ln_pre(self.registers.to(x.dtype)).expand(len(x), -1, -1)
+        registers = self.ln_pre(self.registers.to(x.dtype)).expand(x.shape[0], -1, -1)
         return torch.cat([x[:, :1], registers, x[:, 1:]], dim=1)
 
     def _pool(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -104,6 +108,7 @@ class NativeTower(Backbone):
 
     Attributes:
         origin: What open_clip calls the model's config, where it was loaded by that; the model keeps none.
+        config: What open_clip built the model of, as `open_clip_config.json` has it; None for an instance.
     """
 
     def __init__(self, model: nn.Module, tower: Any, prefix: str) -> None:
@@ -122,6 +127,7 @@ class NativeTower(Backbone):
         )
         super().__init__(model, spec)
         self.origin: str | None = None
+        self.config: dict[str, Any] | None = None
         self.tower = tower
         self._prefix = prefix
 
@@ -294,6 +300,7 @@ class TimmTower(Backbone):
 
     Attributes:
         origin: What open_clip calls the model's config, where it was loaded by that; the model keeps none.
+        config: What open_clip built the model of, as `open_clip_config.json` has it; None for an instance.
     """
 
     def __init__(self, model: nn.Module, tower: Any, prefix: str) -> None:
@@ -301,6 +308,7 @@ class TimmTower(Backbone):
         mean, std = _normalisation(tower)
         super().__init__(model, replace(trunk.spec, library="open_clip", mean=mean, std=std))
         self.origin: str | None = None
+        self.config: dict[str, Any] | None = None
         self.tower = tower
         self.trunk = trunk
         self._prefix = prefix
@@ -441,12 +449,34 @@ def load(folder: Path, arch: str | None = None) -> Backbone:
         else:
             noted = _preprocessing(folder, arch)
             model = open_clip.create_model(arch, pretrained=str(weights), force_preprocess_cfg=noted)
-    except (OSError, RuntimeError, TypeError, ValueError, LookupError, AssertionError) as error:
+    except UNBUILDABLE as error:
         raise _unreadable(asked, error) from error
     except (SafetensorError, pickle.UnpicklingError, EOFError) as error:
         raise _unreadable(asked, error) from error
     backbone = adapt(model.eval())
     backbone.origin = arch or f"local-dir:{folder}"
+    noted = getattr(backbone.tower, "preprocess_cfg", {})
+    backbone.config = {"model_cfg": open_clip.get_model_config(backbone.origin), "preprocess_cfg": noted}
+    return backbone
+
+
+def build(name: str, config: dict[str, Any]) -> "NativeTower | TimmTower":
+    """Builds a model of random weights in fp32, of what `open_clip_config.json` says.
+
+    Raises:
+        LoadError: open_clip cannot make a model of it.
+    """
+    with TemporaryDirectory() as folder:
+        (Path(folder) / CONFIG).write_text(json.dumps(config), encoding="utf-8")
+        try:
+            model = open_clip.create_model(f"local-dir:{folder}", load_weights=False)
+        except UNBUILDABLE as error:
+            raise LoadError(
+                f"open_clip {open_clip.__version__} cannot build the {name} of this config ({error}); save "
+                "it again with this version of open_clip"
+            ) from error
+    backbone = adapt(model)
+    backbone.config = config
     return backbone
 
 

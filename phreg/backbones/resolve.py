@@ -115,6 +115,10 @@ class Adapter(Protocol):
         """Builds the model in a local folder."""
         ...
 
+    def build(self, name: str, config: dict[str, Any]) -> Backbone:
+        """Builds a model of random weights, of a class and the library's own config."""
+        ...
+
 
 @dataclass(frozen=True)
 class Base:
@@ -140,7 +144,7 @@ class Located:
     Attributes:
         folder: Where they are.
         source: What to give to `locate` to find them again.
-        library: The library whose layout they have; None for a phreg adapter.
+        library: The library whose layout they have; None for phreg's own formats, and for a graph.
         revision: The hub commit; None for a local folder.
         arch: The architecture, where the source names it (`open_clip:ARCH/TAG`).
     """
@@ -222,6 +226,17 @@ def _adapter(library: Library) -> Adapter:
     return cast(Adapter, importlib.import_module(f"phreg.backbones.{library}"))
 
 
+def build(library: str, name: str, config: dict[str, Any]) -> Backbone:
+    """Builds a model of random weights, of a class and its library's own config.
+
+    Raises:
+        LoadError: There is no such library, or it cannot make a model of them.
+    """
+    if library not in LAYOUTS:
+        raise LoadError(f"library {library!r} is none of {', '.join(LAYOUTS)}")
+    return _adapter(library).build(name, config)
+
+
 # -- sources ---------------------------------------------------------------------------------------------
 
 
@@ -245,7 +260,7 @@ def load(
         return backbone, _base(backbone, "instance", None)
     found = source if isinstance(source, Located) else locate(source, revision)
     if found.library is None:
-        raise LoadError(f"base model '{found.source}' is a phreg adapter or run; open it with phreg.load")
+        raise LoadError(f"base model '{found.source}' was written by phreg; open it with phreg.load")
     _check_weights(found, found.library)
     try:
         if found.arch is None:
@@ -358,6 +373,7 @@ def _locate_on_hub(
         hub.snapshot(repository, commit, EXPORTED_FILES)
         _refuse_links(folder)
         return Located(folder, source, library, commit)
+    assert library is not None  # of what phreg did not export
     for name in LAYOUTS[library].weights:
         files = _files(folder, name)
         # The config is named along with them because the client warns about patterns that match nothing.
@@ -378,14 +394,20 @@ def _refuse_links(folder: Path) -> None:
             )
 
 
-def _library(folder: Path, order: Sequence[Library], source: str) -> Library:
-    """Finds the library that a folder was exported for, else the first whose config it has."""
+def _library(folder: Path, order: Sequence[Library], source: str) -> Library | None:
+    """Finds the library that a folder was exported for, else the first whose config it has.
+
+    Returns:
+        The library; None for an export that none of them builds.
+    """
     exported = folder / EXPORT_FILE
     told = _read_json(exported).get("format") if exported.is_file() else None
     for library in sorted(order, key=lambda library: library != told):  # stable: the order stays otherwise
         config = folder / LAYOUTS[library].config
         if config.is_file() and LAYOUTS[library].key in _read_json(config):
             return library
+    if told:
+        return None
     wanted = ", ".join(
         f"{layout.config} with {layout.key} ({library})" for library, layout in LAYOUTS.items()
     )

@@ -20,6 +20,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import timm
@@ -160,6 +161,24 @@ def load(folder: Path) -> Backbone:
             "one is broken or belongs to another model, copy or download both again"
         ) from error
     return adapt(model.float().eval())
+
+
+def build(name: str, config: dict[str, Any]) -> Backbone:
+    """Builds a model of random weights in fp32, of what a timm folder's `config.json` says.
+
+    Raises:
+        LoadError: timm cannot make a model of it.
+    """
+    with TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(config), encoding="utf-8")
+        try:
+            model = timm.create_model(f"local-dir:{folder}", pretrained=False)
+        except UNBUILDABLE as error:
+            raise LoadError(
+                f"timm {timm.__version__} cannot build the {name} of this config ({_brief(error)}); "
+                "save it again with this version of timm"
+            ) from error
+    return adapt(model.float())
 
 
 def is_name(name: str) -> bool:

@@ -2,13 +2,14 @@
 
 The facts of each architecture stand in one table (`transformers_families`), and one class reads it; how
 registers get into a model and out again is in `transformers_registers`. A tower, the module that turns pixels
-into tokens, is the model itself or a child of it:
+into tokens, is the model itself or a part of it:
 
     images ─► tower: embeddings ─► blocks ─► norm, pooler ─► (visual_projection) ─► pooled
 
 A patched model keeps its class, its heads and the shapes of its outputs, but for `output_attentions`, which
 shows registers. It saves itself in a format of its own. That holds from the model given to `adapt` downwards,
-so a whole CLIPModel should be patched as such, not through its tower.
+so a whole CLIPModel or LlavaForConditionalGeneration should be patched as such, not through its tower: a
+tower cannot know what it is part of, and the whole would save itself as stock.
 """
 
 import json
@@ -37,13 +38,11 @@ from phreg.backbones.transformers_families import FAMILIES, HEADS, MLPS, REFUSED
 from phreg.backbones.transformers_registers import (
     HANDLES,
     REGISTERS,
-    Insert,
-    PadMask,
-    Place,
+    REMOTE_CLASS,
+    REMOTE_MODEL_TYPE,
     Registers,
     SavePatched,
-    Strip,
-    StripStates,
+    attach,
     disk_names,
 )
 from phreg.backbones.transformers_registers import save_patched as save_patched
@@ -148,15 +147,7 @@ class TransformersBackbone(Backbone):
             )
         tower, blocks = self.tower, self.blocks
         registers = Registers(tokens.to(next(blocks[0].parameters())), self.spec.num_prefix)
-        tower.add_module(REGISTERS, registers.train(tower.training))
-        place = Place(self.spec.num_prefix, len(tokens))
-        vars(tower)[HANDLES] = [
-            self.entrance.register_forward_pre_hook(Insert(tower)),
-            # Ahead of the hooks that collect hidden states, which come with the first call that wants some.
-            blocks[-1].register_forward_hook(Strip(place), prepend=True),
-            self._collector().register_forward_hook(StripStates(place)),
-            *(block.register_forward_pre_hook(PadMask(place), with_kwargs=True) for block in blocks),
-        ]
+        attach(tower, registers.train(tower.training), self.entrance, blocks, self.collector)
         for module in self._models_that_save():
             vars(module)["save_pretrained"] = SavePatched(module, tower)
 
@@ -169,8 +160,9 @@ class TransformersBackbone(Backbone):
         for module in self._models_that_save():
             vars(module).pop("save_pretrained", None)
 
-    def _collector(self) -> nn.Module:
-        """Finds the module that returns hidden states: the innermost model around the blocks."""
+    @property
+    def collector(self) -> nn.Module:
+        """The module that returns hidden states: the innermost model around the blocks."""
         parts = self.family.blocks.split(".")
         around = [self.tower.get_submodule(".".join(parts[:end])) for end in range(len(parts))]
         return [module for module in around if isinstance(module, PreTrainedModel)][-1]
@@ -216,7 +208,9 @@ class TransformersBackbone(Backbone):
         if isinstance(self.tower, BackboneMixin):  # else it returns feature maps only
             inputs["output_hidden_states"] = True
         if self.family.name == "vit_mae":  # sorts patches by this noise
-            inputs["noise"] = torch.arange(layout.num_patches, device=images.device).expand(len(images), -1)
+            inputs["noise"] = torch.arange(layout.num_patches, device=images.device).expand(
+                images.shape[0], -1
+            )
         if self.family.name == "siglip2_vision_model":
             inputs |= _cut_into_patches(images, layout.grid, self.spec.patch_size)
         return inputs
@@ -462,7 +456,7 @@ def _tell_size(embeddings: nn.Module, side: int, num_patches: int, num_positions
 
 
 def adapt(model: nn.Module) -> TransformersBackbone:
-    """Wraps a vision model of transformers, or an image-text model or classifier that has one as its child.
+    """Wraps a vision model of transformers, or a larger model around one: image-text, language, classifier.
 
     Raises:
         UnsupportedModelError: It is none that phreg can patch.
@@ -573,28 +567,46 @@ def load(folder: Path) -> TransformersBackbone:
     return backbone
 
 
-def load_patched(folder: Path) -> TransformersBackbone:
-    """Builds a patched model from what its own `save_pretrained` wrote: fp32, eval mode, tensors only.
+def build(name: str, config: dict[str, Any]) -> TransformersBackbone:
+    """Builds a model of random weights in fp32, of the name of its class and its config.
 
     Raises:
-        LoadError: The folder cannot be read, or its tensors are not those of the class.
+        LoadError: They do not belong together, or to this version of transformers.
     """
-    asked = f"patched model in {folder}"
-    description = _read_json(folder / "phreg.json", asked)
     try:
-        config = CONFIG_MAPPING[description["config"]["model_type"]].from_dict(description["config"])
-        named = getattr(transformers, description["class"])
+        described = CONFIG_MAPPING[config["model_type"]].from_dict(config)
+        named = getattr(transformers, name)
         if not (isinstance(named, type) and issubclass(named, PreTrainedModel)):
-            raise LoadError(f"{asked} names {description['class']!r}, which is no class of models")
-        backbone = adapt(named(config).float().eval())
-        backbone.insert_registers(torch.zeros(description["num_registers"], backbone.spec.width))
-        tensors = load_file(folder / "phreg.safetensors")
-        missing = sorted(backbone.disk_state().keys() - tensors.keys())
-        if missing:
-            raise LoadError(f"{asked} lacks {missing[:3]}; save or copy it again")
-        backbone.load_disk_state(tensors)
+            raise LoadError(f"{name!r} is no class of models of transformers")
+        return adapt(named(described).float())
+    except (*LOAD_FAILURES, LookupError, AttributeError) as error:
+        raise LoadError(
+            f"{name} cannot be built of the config of a {config.get('model_type')} ({error}); save it again "
+            "with this version of transformers"
+        ) from error
+
+
+def load_remote_code(folder: Path) -> TransformersBackbone:
+    """Builds a remote-code export of the stock class under its code, which is not run: fp32, eval mode.
+
+    Raises:
+        LoadError: The folder cannot be read, or its tensors are not those of the class with registers.
+    """
+    asked = f"model in {folder}"
+    config = _read_json(folder / "config.json", asked)
+    try:
+        (name,), kind = config["architectures"], config["model_type"].removeprefix(REMOTE_MODEL_TYPE)
+        backbone = build(name.removeprefix(REMOTE_CLASS), config | {"model_type": kind})
+        tensors = load_file(folder / "model.safetensors")
+        tower: Any = backbone.tower
+        if getattr(tower, "pooler", None) is not None and not any("pooler." in name for name in tensors):
+            tower.pooler = None  # as the checkpoint came
+        backbone.insert_registers(torch.zeros(config["num_registers"], backbone.spec.width))
+        backbone.model.load_state_dict(tensors)
     except (*LOAD_FAILURES, LookupError, AttributeError, PhregError) as error:
-        raise LoadError(f"{asked} cannot be loaded ({error}); save or copy it again") from error
+        raise LoadError(f"{asked} cannot be rebuilt without its code ({error}); export it again") from error
+    backbone.image_processor = _image_processor(folder, asked)
+    backbone.spec = replace(backbone.spec, **_normalisation(backbone.image_processor))
     return backbone
 
 

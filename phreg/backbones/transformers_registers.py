@@ -27,6 +27,9 @@ from phreg.backbones.base import unit_movers
 from phreg.errors import PhregError
 from phreg.storage import ADAPTER_FILE, FORMAT_VERSION, MODEL_FORMAT, write_file
 
+REMOTE_CLASS, REMOTE_MODEL_TYPE = "Registers", "registers_"
+"""What a stock class's name and its model type open with in the code of a remote-code export."""
+
 REGISTERS = "registers"
 """Name of the child that a patched tower has."""
 
@@ -49,7 +52,7 @@ class Registers(nn.Module):
 
     def forward(self, sequence: Float[Tensor, "batch tokens width"]) -> Float[Tensor, "batch longer width"]:
         """Inserts the registers into a sequence."""
-        registers = self.tokens.to(sequence.dtype).expand(len(sequence), -1, -1)
+        registers = self.tokens.to(sequence.dtype).expand(sequence.shape[0], -1, -1)
         before, after = sequence[:, : self.num_prefix], sequence[:, self.num_prefix :]
         return torch.cat([before, registers, after], dim=1)
 
@@ -152,6 +155,33 @@ class PadMask:
         return self.place.open_up(mask, -1, mask.new_full((*mask.shape[:-1], count), seen))
 
 
+def attach(
+    tower: nn.Module,
+    registers: Registers,
+    entrance: nn.Module,
+    blocks: Sequence[nn.Module],
+    collector: nn.Module,
+) -> None:
+    """Gives a tower its registers, and the hooks that let them in and out.
+
+    Args:
+        tower: The module that turns pixels into tokens.
+        registers: Become its child.
+        entrance: The module before which they come in: the pre-norm, or the first block.
+        blocks: The transformer blocks, first to last.
+        collector: The module that returns hidden states.
+    """
+    tower.add_module(REGISTERS, registers)
+    place = Place(registers.num_prefix, registers.tokens.shape[1])
+    vars(tower)[HANDLES] = [
+        entrance.register_forward_pre_hook(Insert(tower)),
+        # Ahead of the hooks that collect hidden states, which come with the first call that wants some.
+        blocks[-1].register_forward_hook(Strip(place), prepend=True),
+        collector.register_forward_hook(StripStates(place)),
+        *(block.register_forward_pre_hook(PadMask(place), with_kwargs=True) for block in blocks),
+    ]
+
+
 @dataclass(frozen=True, repr=False)
 class SavePatched:
     """Stands in for `save_pretrained` on a patched model, and so for `push_to_hub`, which calls it.
@@ -229,13 +259,14 @@ def save_patched(
         )
     folder.mkdir(parents=True, exist_ok=True)
     tensors = disk_names(model, model.state_dict() if state_dict is None else state_dict)
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    # Copies, since tied weights are two names of one tensor, which safetensors does not write.
+    plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     description = {
         "format": MODEL_FORMAT,
         "format_version": FORMAT_VERSION,
         "library": "transformers",
         "class": type(model).__name__,
-        "num_registers": registers.tokens.shape[1],
+        "registers": registers.tokens.shape[1],
         "config": json.loads(model.config.to_json_string(use_diff=False)),
         "versions": {name: version(name) for name in ("torch", "transformers")},
     }

@@ -1,24 +1,22 @@
-"""Patched models as folders that stock libraries load without phreg, proven equal before they are there.
+"""Patched models as folders that other libraries load without phreg, proven equal before they are there.
 
 A format (one module each) says what goes into the folder; the rest is the same for all. The folder is written
-beside its place, loaded back by the stock library's own loader, and run against the patched model on random
+beside its place, loaded back by the format's own loader, and run against the patched model on random
 images. Only if it is equal at the model's own size does it take its place; at other sizes it is measured, and
 claimed where it holds.
 
-    backbone ──contents──► .NAME.tmp/ ──stock loader──► model ──same images──► equal? ──► NAME/
+    backbone ──contents──► .NAME.tmp/ ──its loader──► model ──same images──► equal? ──► NAME/
                                                                                  no └──► nothing
 """
 
 import importlib
 import json
-import os
-import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal, cast, get_args
+from typing import Any, cast, get_args
 
 import torch
 from jaxtyping import Float
@@ -31,15 +29,12 @@ from phreg.backbones.base import Backbone
 from phreg.backbones.resolve import Base, weights_sha256
 from phreg.checkpoint import LIBRARIES
 from phreg.errors import LoadError, PhregError, UnsupportedModelError
-from phreg.exports.base import FOLDER, TOLERANCE, Contents, StockFormat
+from phreg.exports.base import FOLDER, TOLERANCE, Contents, Graph, StockFormat
 from phreg.seeding import keyed_generator
-from phreg.storage import EXPORT_FILE, FORMAT_VERSION
+from phreg.storage import ADAPTER_FILE, EXPORT_FILE, FORMAT_VERSION, Format, flush, replacing
 
-Format = Literal["timm", "transformers", "open_clip"]
-"""The formats there are."""
-
-RECORD = EXPORT_FILE
-"""The file, unknown to stock loaders, that says what was exported and how equal it is."""
+CARRY_HOOKS: frozenset[Format] = frozenset({"onnx", "merged", "adapter"})
+"""Formats that carry what works by hooks, as no stock class does: a dense read-out, test-time registers."""
 
 
 @dataclass(frozen=True)
@@ -68,8 +63,9 @@ def export(
     *,
     base: Base,
     sizes: Sequence[tuple[int, int]] | None = None,
+    run: Mapping[str, Any] | None = None,
 ) -> list[Equality]:
-    """Writes a patched model as a folder that its library, or another one, loads without phreg.
+    """Writes a patched model as a folder, and checks that the format's own loader makes the same model of it.
 
     Args:
         backbone: The patched model; left as it is.
@@ -77,7 +73,8 @@ def export(
         format: One of `Format`.
         base: What the model was made from, for the record.
         sizes: Image sizes to measure besides the model's own, (height, width); None means a smaller and a
-            larger one.
+            larger one, where the export takes any.
+        run: What to record of the run that made the model.
 
     Returns:
         How equal the folder's model is to this one, at the model's own size first.
@@ -87,9 +84,7 @@ def export(
             folder's model would be another. Nothing is left behind then.
     """
     stock = _stock(backbone, format)
-    if sizes is None:
-        sizes = _other_sizes(backbone)
-    for size in sizes:
+    for size in sizes or ():
         backbone.check_size(size)
     with _appearing(folder.resolve()) as unfinished:
         contents = stock.contents(backbone)
@@ -100,33 +95,55 @@ def export(
             raise PhregError(
                 _another(backbone, format, f"what was written does not load: {error}")
             ) from error
-        sha256 = weights_sha256(exported.disk_state())  # as loaded: measuring may change its precision
-        measured = [backbone.spec.input_size, *sizes]
-        figures = _measure(backbone, exported, stock, measured, contents.tolerance)
+        sha256 = None
+        if isinstance(exported, Backbone):
+            any_size = exported.spec.any_size
+            sha256 = weights_sha256(exported.disk_state())  # as loaded: measuring may change its precision
+        else:
+            any_size = exported.any_size
+        if sizes and not any_size:
+            raise PhregError(_another(backbone, format, "it takes the model's own size alone"))
+        others = _other_sizes(backbone) if sizes is None and any_size else sizes or ()
+        figures = _measure(backbone, exported, stock, [backbone.spec.input_size, *others], contents.tolerance)
         if not figures[0].claimed:
             found = (
                 f"at its own size, the model loaded back differs by {figures[0].relative:.1e} of the largest "
                 f"value, and {contents.tolerance:.0e} would count as equal"
             )
             raise PhregError(_another(backbone, format, found))
+        # phreg's own formats have a record already, which tells where it differs.
+        own = contents.settings.get(ADAPTER_FILE, {})
         record = {
             "format": format,
             "format_version": FORMAT_VERSION,
             "class": type(backbone.model).__name__,
             "base": asdict(base),
             "registers": backbone.num_registers,
-            "sha256": sha256,
             "tolerance": contents.tolerance,
             "equality": [asdict(figure) for figure in figures],
             "versions": {"phreg": __version__} | {name: version(name) for name in LIBRARIES},
+            **({"sha256": sha256} if sha256 else {}),
+            **({"run": dict(run)} if run else {}),
+            **own,
         }
-        (unfinished / RECORD).write_text(json.dumps(record, indent=2), encoding="utf-8")
         _write_settings(contents, unfinished, folder.resolve())
+        text = json.dumps(record, indent=2)
+        (unfinished / (ADAPTER_FILE if own else EXPORT_FILE)).write_text(text, encoding="utf-8")
     return figures
 
 
 def why_not(backbone: Backbone, format: str) -> str | None:
-    """Says why a model's class cannot take one of `Format`; None where it can."""
+    """Says why a model cannot take one of `Format`; None where it can."""
+    if format not in CARRY_HOOKS and backbone.readout != "plain":
+        return (
+            f"its last block is read {backbone.readout}, and stock classes, which have no such read-out, "
+            "would give other features; set it to plain (phreg.backbones.readout.set_readout), or keep it"
+        )
+    if format not in CARRY_HOOKS and test_time.installed(backbone):
+        return (
+            "its test-time registers work by hooks, which no stock class has; any format takes what "
+            'phreg.distill(method="relocate") makes'
+        )
     return _module(format).why_not(backbone)
 
 
@@ -138,22 +155,10 @@ def _stock(backbone: Backbone, format: str) -> StockFormat:
     asked = f"asked to export {backbone.describe()} as {format!r}"
     if format not in get_args(Format):
         raise PhregError(f"{asked}; the formats there are: {', '.join(get_args(Format))}")
-    if backbone.readout != "plain":
-        raise PhregError(
-            f"{asked}, whose last block is read {backbone.readout}: stock classes have no such read-out, and "
-            "would give other features. Set it to plain first (phreg.backbones.readout.set_readout), or "
-            "share the phreg adapter."
-        )
-    if test_time.installed(backbone):
-        raise PhregError(
-            f"{asked}, whose test-time registers work by hooks, which no stock class has; share the phreg "
-            'adapter, which phreg.load reads, or make a model that any format takes: method = "relocate"'
-        )
-    stock = _module(format)
-    reason = stock.why_not(backbone)
+    reason = why_not(backbone, format)
     if reason:
         raise PhregError(f"{asked}: {reason}. {_alternative(backbone, format)}")
-    return stock
+    return _module(format)
 
 
 def _alternative(backbone: Backbone, format: str) -> str:
@@ -174,7 +179,7 @@ def _another(backbone: Backbone, format: str, found: str) -> str:
 
 def _module(format: str) -> StockFormat:
     """Imports a format, and with it its library, which takes seconds."""
-    return cast(StockFormat, importlib.import_module(f"phreg.exports.{format}"))
+    return cast(StockFormat, importlib.import_module(f"phreg.exports.{format.replace('-', '_')}"))
 
 
 # -- equality ------------------------------------------------------------------------------------------------
@@ -191,25 +196,29 @@ def _other_sizes(backbone: Backbone) -> list[tuple[int, int]]:
 
 def _measure(
     backbone: Backbone,
-    exported: Backbone,
+    exported: Backbone | Graph,
     stock: StockFormat,
     sizes: Sequence[tuple[int, int]],
     tolerance: float = TOLERANCE,
 ) -> list[Equality]:
     # Libraries differ in what they count as the head and what they call pooled. Where one's model became
     # another's, what calling it returns is compared instead, at every size.
-    converted = exported.spec.library != backbone.spec.library
     weight = next(backbone.model.parameters())
-    exported.to(weight.device, weight.dtype)
+    converted = isinstance(exported, Backbone) and exported.spec.library != backbone.spec.library
+    if isinstance(exported, Backbone):
+        exported.to(weight.device, weight.dtype)
     figures = []
     with _evaluating(backbone.model), torch.no_grad():
         for size in sizes:
             images = torch.randn(2, 3, *size, generator=keyed_generator("export", *size)).to(weight)
-            pairs = list(zip(_outputs(exported, images), _outputs(backbone, images), strict=True))
-            if converted:
-                pairs.pop()
-            if converted or size == backbone.spec.input_size:
-                pairs.append((stock.answer(exported, images), stock.answer(backbone, images)))
+            if isinstance(exported, Backbone):
+                pairs = list(zip(_outputs(exported, images), _outputs(backbone, images), strict=True))
+                if converted:
+                    pairs.pop()
+                if converted or size == backbone.spec.input_size:
+                    pairs.append((stock.answer(exported, images), stock.answer(backbone, images)))
+            else:
+                pairs = list(zip(exported(images), backbone(images), strict=True))
             figures.append(_compare(size, pairs, tolerance))
     return figures
 
@@ -252,11 +261,12 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def _write(contents: Contents, folder: Path) -> None:
-    for file, tensors in {"model.safetensors": contents.tensors, **contents.more_tensors}.items():
-        plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    for file, tensors in contents.tensors.items():
+        # Copies, since tied weights are two names of one tensor, which safetensors does not write.
+        plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
         save_file(plain, folder / file, metadata={"format": "pt"})
-    for name, content in contents.files.items():
-        (folder / name).write_bytes(content)
+    for name, write in contents.files.items():
+        write(folder / name)
     _write_settings(contents, folder, folder)
 
 
@@ -275,24 +285,18 @@ def _appearing(folder: Path) -> Iterator[Path]:
     Raises:
         PhregError: There is something in `folder` already, or the disk does not take it.
     """
-    unfinished = folder.with_name(f".{folder.name}.tmp")
     try:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             what = "is not empty" if folder.is_dir() else "is a file"
             raise PhregError(f"asked to export to {folder}, which {what}; give a new or an empty folder")
-        shutil.rmtree(unfinished, ignore_errors=True)  # of an export that was killed
-        unfinished.mkdir(parents=True)
-        yield unfinished
-        for file in unfinished.iterdir():
-            with file.open("rb") as content:
-                os.fsync(content.fileno())
-        if folder.exists():
-            folder.rmdir()
-        unfinished.rename(folder)
+        with replacing(folder) as unfinished:
+            yield unfinished
+            for file in unfinished.iterdir():
+                flush(file)
+            if folder.exists():  # fails where something has come into it meanwhile
+                folder.rmdir()
     except (OSError, SafetensorError) as error:
         raise PhregError(
             f"asked to export to {folder}, which cannot be written ({error}); free space, or give another "
             "folder"
         ) from error
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)

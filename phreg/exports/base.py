@@ -1,17 +1,17 @@
-"""What the module of a stock format offers to `phreg.exports.export`.
+"""What the module of a format offers to `phreg.exports.export`.
 
-A format is three functions that write nothing: why a model cannot take it, what its folder would hold, and
-how the stock library alone reads such a folder.
+A format is four functions that write nothing: why a model cannot take it, what its folder would hold, how
+the format's own loader alone reads such a folder, and how its users call what comes of that.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor
 
-from phreg.backbones.base import Backbone
+from phreg.backbones.base import Backbone, Features
 
 TOLERANCE = 1e-5
 """Largest difference that counts as equal, relative to the largest value: the rounding of fp32 over a deep
@@ -20,20 +20,39 @@ network. Both models run the same kernels on the same weights, so the difference
 FOLDER = "{folder}"
 """Stands in a setting for the path of the folder that the setting is written to."""
 
+WEIGHTS = "model.safetensors"
+"""The file that stock libraries look for weights in."""
+
+Write = Callable[[Path], Any]
+"""Writes a file, given its path."""
+
 
 class Contents(NamedTuple):
-    """What a stock folder holds."""
+    """What a folder holds, by file name."""
 
-    tensors: dict[str, Tensor]
-    """The weights, named as the stock class names them on disk: `model.safetensors`."""
-    settings: dict[str, dict[str, Any]]
-    """Everything else, as JSON, by file name."""
+    tensors: Mapping[str, Mapping[str, Tensor]]
+    """Weights, named as the class that loads them names them on disk."""
+    settings: Mapping[str, Mapping[str, Any]]
+    """What is written as JSON. In `phreg.json` goes the record of the export too."""
+    files: Mapping[str, Write] = MappingProxyType({})
+    """Everything else."""
     tolerance: float = TOLERANCE
     """Largest difference that counts as equal; more where the stock class is known to round differently."""
-    more_tensors: Mapping[str, dict[str, Tensor]] = MappingProxyType({})
-    """Further weights, by file name."""
-    files: Mapping[str, bytes] = MappingProxyType({})
-    """Files to be copied, such as a tokenizer's, by name."""
+
+
+@runtime_checkable
+class Graph(Protocol):
+    """A model that is no backbone any more, and still gives its features.
+
+    Attributes:
+        any_size: Whether it takes other sizes than the model's own.
+    """
+
+    any_size: bool
+
+    def __call__(self, images: Tensor) -> Features:
+        """Reads dense and pooled features of normalised images."""
+        ...
 
 
 @runtime_checkable
@@ -48,8 +67,8 @@ class StockFormat(Protocol):
         """Puts together what the folder of a model that can take this format holds."""
         ...
 
-    def load(self, folder: Path) -> Backbone:
-        """Reads such a folder by the stock library's own loader, in eval mode and fp32."""
+    def load(self, folder: Path) -> Backbone | Graph:
+        """Reads such a folder by its format's own loader, in eval mode and fp32."""
         ...
 
     def answer(self, backbone: Backbone, images: Tensor) -> Tensor:

@@ -13,10 +13,11 @@ hub `hf-hub:owner/name`.
 """
 
 import logging
+import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-import open_clip
 from open_clip.coca_model import CoCa
 from open_clip.model import CLIP, CustomTextCLIP
 from open_clip.transformer import ResidualAttentionBlock, TextTransformer
@@ -27,7 +28,7 @@ from phreg.backbones import open_clip as adapter
 from phreg.backbones.base import Backbone
 from phreg.backbones.open_clip import NativeTower, TimmTower
 from phreg.exports import timm
-from phreg.exports.base import FOLDER, Contents
+from phreg.exports.base import FOLDER, WEIGHTS, Contents, Write
 from phreg.exports.from_open_clip import activation
 from phreg.exports.towers import ratio
 from phreg.seeding import keyed_generator
@@ -87,11 +88,12 @@ def contents(backbone: Backbone) -> Contents:
     if model.logit_scale.ndim:
         config["nonscalar_logit_scale"] = True
     return Contents(
-        tensors=image.tensors,
-        settings=image.settings
-        | {"open_clip_config.json": {"model_cfg": config, "preprocess_cfg": _preparation(backbone)}},
+        tensors={**image.tensors, "open_clip_model.safetensors": _tensors(backbone, image)},
+        settings={
+            **image.settings,
+            "open_clip_config.json": {"model_cfg": config, "preprocess_cfg": _preparation(backbone)},
+        },
         tolerance=image.tolerance,
-        more_tensors={"open_clip_model.safetensors": _tensors(backbone, image)},
         files=files,
     )
 
@@ -145,7 +147,7 @@ def _tensors(backbone: Backbone, image: Contents) -> dict[str, Tensor]:
         name: tensor for name, tensor in backbone.disk_state().items() if not name.startswith("visual.")
     }
     projection = _projection(backbone)
-    for name, tensor in image.tensors.items():
+    for name, tensor in image.tensors[WEIGHTS].items():
         if projection is None or not name.startswith("head."):
             tensors[f"visual.trunk.{name}"] = tensor
     return tensors | {f"visual.head.proj.{name}": tensor for name, tensor in (projection or {}).items()}
@@ -199,14 +201,14 @@ def _text_settings(text: Any) -> dict[str, Any]:
     return settings
 
 
-def _tokenizer(backbone: Backbone) -> tuple[dict[str, Any], dict[str, bytes]]:
+def _tokenizer(backbone: Backbone) -> tuple[dict[str, Any], dict[str, Write]]:
     """Finds the tokenizer's settings and files, where it is none of open_clip's own.
 
     Raises:
         LoadError: It is on the hub, and cannot be fetched.
     """
-    origin = cast(NativeTower | TimmTower, backbone).origin or ""
-    known = (open_clip.get_model_config(origin) or {}).get("text_cfg", {}) if origin else {}
+    tower = cast(NativeTower | TimmTower, backbone)
+    known = tower.config["model_cfg"]["text_cfg"] if tower.config else {}
     settings = {name: known[name] for name in TOKENIZER if known.get(name)}
     if "hf_tokenizer_name" not in settings:
         if cast(Any, backbone.model).vocab_size != BPE_WORDS:
@@ -216,9 +218,11 @@ def _tokenizer(backbone: Backbone) -> tuple[dict[str, Any], dict[str, bytes]]:
                 backbone.describe(),
             )
         return settings, {}
-    folder = Path(origin.removeprefix("local-dir:"))
-    found = [path for pattern in TOKENIZER_FILES for path in folder.glob(pattern)]
+    found: list[Path] = []
+    if tower.origin:
+        folder = Path(tower.origin.removeprefix("local-dir:"))
+        found = [path for pattern in TOKENIZER_FILES for path in folder.glob(pattern)]
     if not found:
         folder = hub.snapshot(settings["hf_tokenizer_name"], None, TOKENIZER_FILES)
         found = [path for pattern in TOKENIZER_FILES for path in folder.glob(pattern)]
-    return settings, {path.name: path.read_bytes() for path in found}
+    return settings, {path.name: partial(shutil.copyfile, path) for path in found}

@@ -25,7 +25,7 @@ from phreg.backbones import timm as adapter
 from phreg.backbones.base import Backbone
 from phreg.backbones.timm import TimmBackbone
 from phreg.exports import towers
-from phreg.exports.base import TOLERANCE, Contents
+from phreg.exports.base import TOLERANCE, WEIGHTS, Contents
 from phreg.exports.towers import Tower
 
 PROVENANCE = {"tag", "license", "description", "origin_url", "paper_name", "paper_ids", "notes"}
@@ -119,7 +119,7 @@ def _contents(backbone: TimmBackbone, tolerance: float) -> Contents:
             "num_classes": model.num_classes,
         },
     }
-    return Contents(backbone.disk_state(), {"config.json": config}, tolerance)
+    return Contents({WEIGHTS: backbone.disk_state()}, {"config.json": config}, tolerance=tolerance)
 
 
 def load(folder: Path) -> Backbone:

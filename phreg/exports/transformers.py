@@ -21,7 +21,7 @@ from torch import Tensor
 from phreg.backbones.base import Backbone
 from phreg.backbones.transformers import TransformersBackbone
 from phreg.backbones.transformers import load as load
-from phreg.exports.base import Contents
+from phreg.exports.base import WEIGHTS, Contents
 
 STOCK: dict[type, type[transformers.PreTrainedModel]] = {
     transformers.Dinov2Model: transformers.Dinov2WithRegistersModel,
@@ -83,11 +83,11 @@ def contents(backbone: Backbone) -> Contents:
         "dtype": str(registers.dtype).removeprefix("torch."),
     }
     config = transformers.Dinov2WithRegistersConfig(**settings)
-    files = {
+    settings_files = {
         "config.json": json.loads(config.to_json_string()),
         "preprocessor_config.json": _processor(backbone),
     }
-    return Contents(tensors, files)
+    return Contents({WEIGHTS: tensors}, settings_files)
 
 
 def answer(backbone: Backbone, images: Tensor) -> Tensor:

@@ -16,8 +16,10 @@ from transformers.models.siglip2.image_processing_siglip2 import convert_image_t
 
 from phreg.backbones import transformers as adapter
 from phreg.backbones.transformers import adapt, load
+from phreg.backbones.transformers_registers import PadMask, Place
 from phreg.errors import LoadError, PhregError, UnsupportedModelError
 from phreg.registers import add_registers, remove_registers
+from phreg.saved import open_model
 
 ROUNDING = {"rtol": 1e-4, "atol": 1e-5}
 """fp32 sums in another order differ by 1e-7 a block; values are of order 1, and mistakes change 1e-2."""
@@ -110,25 +112,51 @@ def test_other_models_are_refused_with_the_reason(model, reason: str) -> None:
         adapt(instance)
 
 
-def test_inside_a_language_model_the_only_vision_tower_is_taken_and_of_several_none() -> None:
+def llava(model_class: type[nn.Module]) -> nn.Module:
     text = hf.LlamaConfig(**{key: TEXT[key] for key in ("vocab_size", "hidden_size", "intermediate_size")})
     text.num_hidden_layers, text.num_attention_heads, text.num_key_value_heads = 1, 4, 4
     config = hf.LlavaConfig(vision_config=hf.CLIPVisionConfig(**VISION), text_config=text, image_token_id=3)
-    model = build(hf.LlavaModel, config)
-    before = model.get_image_features(images()).pooler_output
-    whole = adapt(hf.LlavaForConditionalGeneration(config))
-    assert whole.tower_name == "model.vision_tower"
-    whole.model.another = torch.nn.Sequential(hf.CLIPVisionModel(config.vision_config))
+    return build(model_class, config)
+
+
+def test_of_several_vision_towers_none_is_taken() -> None:
+    model = llava(hf.LlavaForConditionalGeneration)
+    model.another = torch.nn.Sequential(hf.CLIPVisionModel(hf.CLIPVisionConfig(**VISION)))
     with pytest.raises(
         UnsupportedModelError, match=r"several vision models; give one: .*, model\.another\.0"
     ):
-        adapt(whole.model)
+        adapt(model)
 
-    add_registers(model.vision_tower, 4)
+
+@pytest.mark.parametrize(
+    ("model_class", "tower"),
+    [(hf.LlavaModel, "vision_tower"), (hf.LlavaForConditionalGeneration, "model.vision_tower")],
+)
+def test_a_language_model_is_patched_in_its_vision_tower_however_deep(
+    model_class: type[nn.Module], tower: str
+) -> None:
+    model = llava(model_class)
+    before = model.get_image_features(images()).pooler_output
+
+    add_registers(model, 4)
     after = model.get_image_features(images()).pooler_output
 
+    assert model.get_submodule(tower).registers.tokens.shape == (1, 4, 32)
     assert [state.shape for state in after] == [state.shape for state in before]
     assert not torch.equal(after[0], before[0])
+
+
+@torch.no_grad()
+def test_a_patched_language_model_saves_itself_whole(tmp_path: Path) -> None:
+    model = add_registers(llava(hf.LlavaForConditionalGeneration), 4)
+
+    model.save_pretrained(tmp_path)
+
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["phreg.json", "phreg.safetensors"]
+    again = open_model(tmp_path)[0].model
+    assert type(again) is hf.LlavaForConditionalGeneration
+    tokens = torch.tensor([[0, *[3] * 16, 5]])
+    assert torch.equal(again(tokens, images()[:1]).logits, model(tokens, images()[:1]).logits)
 
 
 # -- running
@@ -353,7 +381,7 @@ def test_padding_stays_unseen_with_registers(implementation: str) -> None:
     ids=["flags", "numbers", "scores", "one-row"],
 )
 def test_a_mask_makes_room_where_the_registers_are(mask: torch.Tensor, expected: list) -> None:
-    pad = adapter.PadMask(adapter.Place(start=1, count=2))
+    pad = PadMask(Place(start=1, count=2))
 
     args, _ = pad(nn.Identity(), (torch.zeros(1, 2, 4), mask), {})
 
@@ -361,7 +389,7 @@ def test_a_mask_makes_room_where_the_registers_are(mask: torch.Tensor, expected:
 
 
 def test_a_mask_that_cannot_grow_is_refused_with_a_way_out() -> None:
-    pad = adapter.PadMask(adapter.Place(start=1, count=2))
+    pad = PadMask(Place(start=1, count=2))
 
     with pytest.raises(PhregError, match="set_attn_implementation"):
         pad(nn.Identity(), (torch.zeros(1, 2, 4),), {"attention_mask": object()})
@@ -563,7 +591,7 @@ def test_a_patched_model_saves_what_no_stock_loader_takes(name: str, tmp_path: P
     assert sorted(path.name for path in tmp_path.iterdir()) == ["phreg.json", "phreg.safetensors"]
     description = json.loads((tmp_path / "phreg.json").read_text())
     assert description["class"] == type(backbone.model).__name__
-    assert description["num_registers"] == 4
+    assert description["registers"] == 4
     assert description["config"]["model_type"] == backbone.model.config.model_type
     stored, expected = load_file(tmp_path / "phreg.safetensors"), backbone.disk_state()
     assert stored.keys() == expected.keys()

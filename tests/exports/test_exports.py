@@ -19,8 +19,9 @@ from phreg.backbones import resolve
 from phreg.backbones.readout import set_readout
 from phreg.checkpoint import read_adapter
 from phreg.errors import LoadError, PhregError
-from phreg.exports import RECORD, export
+from phreg.exports import export
 from phreg.registers import add_registers
+from phreg.storage import EXPORT_FILE
 
 DINOV2 = [name for name in TRANSFORMERS if name.startswith("dinov2")]
 COUNT = 3
@@ -197,7 +198,7 @@ def test_sizes_are_claimed_only_where_both_resample_positions_alike(family, tmp_
     # Stock Dinov2WithRegisters antialiases; so did the base if it was of that class, and not if it was a
     # Dinov2.
     assert others == [family.startswith("dinov2-registers")] * 2
-    assert [figure["claimed"] for figure in settings(tmp_path / "out", RECORD)["equality"]] == [
+    assert [figure["claimed"] for figure in settings(tmp_path / "out", EXPORT_FILE)["equality"]] == [
         native,
         *others,
     ]
@@ -273,11 +274,11 @@ def test_a_backbone_that_would_show_its_registers_is_refused(tmp_path):
 
 
 def test_a_format_that_a_model_cannot_take_names_those_it_can(vit, tmp_path):
-    with pytest.raises(PhregError, match=r"model of timm.*It can be exported as timm"):
+    with pytest.raises(PhregError, match=r"model of timm.*It can be exported as timm or onnx or merged\."):
         export(vit[0], tmp_path / "out", "transformers", base=vit[1])
     backbone, base = patched(TRANSFORMERS["aimv2-vision"])
     for asked, reason in (("timm", "AIMv2"), ("transformers", "only those of DINOv2"), ("open_clip", "text")):
-        with pytest.raises(PhregError, match=rf"{reason}.*No other format takes it"):
+        with pytest.raises(PhregError, match=rf"{reason}.*exported as remote-code or onnx or merged\."):
             export(backbone, tmp_path / "out", asked, base=base)
     with pytest.raises(PhregError, match="'gguf'; the formats there are: timm, transformers, "):
         export(backbone, tmp_path / "out", "gguf", base=base)
@@ -289,7 +290,7 @@ def test_a_dense_read_out_is_refused(tmp_path):
     nn.init.zeros_(backbone.model.head.bias)  # as those of CLIP that timm converts
     backbone, base = patched(lambda: backbone.model)
     set_readout(backbone, "value-only")
-    with pytest.raises(PhregError, match=r"read value-only.*Set it to plain first"):
+    with pytest.raises(PhregError, match=r"read value-only.*set it to plain .*exported as onnx or merged\."):
         export(backbone, tmp_path / "out", "timm", base=base)
     set_readout(backbone, "plain")
     assert export(backbone, tmp_path / "out", "timm", base=base)[0].difference == 0.0
@@ -351,7 +352,7 @@ def test_an_empty_folder_and_new_ones_are_written_whole(vit, tmp_path):
     (tmp_path / "empty").mkdir()
     for folder in (tmp_path / "empty", tmp_path / "new" / "deep"):
         export(vit[0], folder, "timm", base=vit[1])
-        assert {path.name for path in folder.iterdir()} == {"config.json", "model.safetensors", RECORD}
+        assert {path.name for path in folder.iterdir()} == {"config.json", "model.safetensors", EXPORT_FILE}
         assert [path.name for path in folder.parent.iterdir() if path.name.startswith(".")] == []
 
 
@@ -364,7 +365,7 @@ def test_what_a_killed_export_left_is_swept_away(vit, tmp_path):
 
 def test_the_record_says_what_was_exported_and_how_equal_it_is(vit, tmp_path):
     figures = export(vit[0], tmp_path / "out", "timm", base=vit[1])
-    record = settings(tmp_path / "out", RECORD)
+    record = settings(tmp_path / "out", EXPORT_FILE)
     assert record["base"]["sha256"] == vit[1].sha256
     assert (record["format"], record["registers"]) == ("timm", COUNT)
     assert [tuple(entry["size"]) for entry in record["equality"]] == [figure.size for figure in figures]

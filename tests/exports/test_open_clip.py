@@ -14,8 +14,9 @@ from torch import nn
 
 from phreg.backbones import resolve
 from phreg.errors import LoadError, PhregError
-from phreg.exports import RECORD, export
+from phreg.exports import export
 from phreg.registers import add_registers
+from phreg.storage import EXPORT_FILE
 
 COUNT = 3
 ROUNDING = 1e-5
@@ -200,7 +201,7 @@ def test_image_weights_are_shared_by_both_files_and_none_is_lost(tmp_path):
     image = load_file(tmp_path / "out" / "model.safetensors")
     assert torch.equal(whole["visual.trunk.reg_token"], image["reg_token"])
     assert torch.equal(whole["visual.head.proj.weight"], image["head.weight"])
-    assert json.loads((tmp_path / "out" / RECORD).read_text())["format"] == "open_clip"
+    assert json.loads((tmp_path / "out" / EXPORT_FILE).read_text())["format"] == "open_clip"
 
 
 # -- refusals ------------------------------------------------------------------------------------------------

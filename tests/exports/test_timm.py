@@ -17,8 +17,9 @@ from torch import nn
 
 from phreg.backbones import resolve
 from phreg.errors import PhregError
-from phreg.exports import RECORD, export, from_transformers, towers
+from phreg.exports import export, from_transformers, towers
 from phreg.registers import add_registers
+from phreg.storage import EXPORT_FILE
 
 COUNT = 3
 ROUNDING = 1e-5
@@ -250,8 +251,8 @@ def test_it_is_named_after_timms_own_model_of_that_size(tmp_path):
 def test_norms_that_timm_cannot_build_widen_the_tolerance_and_the_record_says_so(tmp_path):
     exported(TRANSFORMERS["vit-classifier"](), tmp_path / "vit")
     exported(vit(), tmp_path / "same")
-    assert settings(tmp_path / "vit", RECORD)["tolerance"] == 1e-4
-    assert settings(tmp_path / "same", RECORD)["tolerance"] == 1e-5
+    assert settings(tmp_path / "vit", EXPORT_FILE)["tolerance"] == 1e-4
+    assert settings(tmp_path / "same", EXPORT_FILE)["tolerance"] == 1e-5
 
 
 def test_a_bf16_model_is_exported_in_bf16(tmp_path):
