@@ -114,9 +114,7 @@ def test_a_read_out_goes_along(clip_folder, tmp_path):
 @pytest.mark.parametrize("format", ["merged", "onnx"])
 # onnxscript calls what it deprecates itself, on the way through torch's exporter.
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:onnxscript")
-def test_test_time_registers_go_along_and_other_formats_name_those_with_them(
-    format, tmp_path, monkeypatch
-):
+def test_test_time_registers_go_along_and_other_formats_name_those_with_them(format, tmp_path, monkeypatch):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # checked shapes are fixed in a graph
     backbone, base = resolve.load(FAMILIES["timm/vit"]())
     before = backbone(pictures()).patches
