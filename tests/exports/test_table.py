@@ -10,7 +10,15 @@ from phreg.exports import export
 from phreg.registers import add_registers
 
 BACKBONES = {"dinov2-backbone", "dinov2-registers-backbone", "dinov3-backbone"}
-FIXED = {"transformers/aimv2", "transformers/aimv2-vision", "timm/dinov3", "transformers/vit-mae"}
+FIXED = {
+    "transformers/aimv2",
+    "transformers/aimv2-vision",
+    "transformers/dinov2-registers",
+    "transformers/dinov2-registers-classifier",
+    "transformers/dinov2-registers-backbone",
+    "transformers/vit-mae",
+    "timm/dinov3",
+}
 """Families, or in ONNX their graphs, that take their own size alone."""
 
 QUICK = {
