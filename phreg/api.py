@@ -11,7 +11,7 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -29,22 +29,22 @@ from phreg.backbones.base import Backbone
 from phreg.backbones.readout import set_readout
 from phreg.backbones.resolve import Base, adapt
 from phreg.checkpoint import RunFolder, save_adapter, start_run, write_text
-from phreg.config import DataConfig, DistillConfig, ViewsConfig
-from phreg.data import BrokenImages, Crops, holdout, normalise
+from phreg.config import DistillConfig, ViewsConfig
+from phreg.data import MEASURED_AT_ONCE, Crops, centre_crops, split, spread
 from phreg.errors import ConfigError, DataError, PhregError
 from phreg.evaluation.feature_cache import GIGABYTE, FeatureCache
 from phreg.evaluation.features import Observer as Progress
 from phreg.evaluation.records import Results
-from phreg.evaluation.retrofit import Comparison, compare
+from phreg.evaluation.retrofit import Comparison, compare, failed_gates
 from phreg.evaluation.suite import Suite, compare_models
 from phreg.evaluation.tasks import resolve_settings
 from phreg.exports import Equality
-from phreg.images import ImageSource, Subset, open_images
+from phreg.images import ImageSource, open_images
 from phreg.model_card import model_card
 from phreg.registers import add_registers
 from phreg.relocation import Relocation
-from phreg.report import figures
-from phreg.report.html import comparison_page, inspection_page, write_report
+from phreg.report.html import comparison_page, write_report
+from phreg.report.inspection import photos, write_inspection
 from phreg.saved import open_into, open_model, open_saved, record_of
 from phreg.seeding import keyed_generator
 from phreg.sinks import Sinks, locate
@@ -61,9 +61,6 @@ logger = logging.getLogger(__name__)
 
 RECORDED = ("size", "readout", "recipe", "outcome", "sinks", "gates", "figures")
 """What an export's record tells of the run."""
-
-MEASURED_AT_ONCE = 8
-"""Images per forward outside of training."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,10 +148,10 @@ def distill(
 
     student.eval().to(accelerator.device)
     original = copy.deepcopy(student).requires_grad_(False)
-    kept, measured, held_out = _split(source, config)
+    kept, measured, held_out = split(source, config)
     sinks = None
     if config.method != "paper":
-        seen = list(batches(original, _spread(kept, config.sinks.images), side))
+        seen = list(centre_crops(original, spread(kept, config.sinks.images), side))
         sinks = locate(original, seen)
         if sinks is None and not config.force:
             return _nothing_to_repair(run, student, base, accelerator, seen)
@@ -167,13 +164,13 @@ def distill(
 
     comparison = None
     if accelerator.is_main_process:
-        looked_at = list(batches(student, measured, side))
+        looked_at = list(centre_crops(student, measured, side))
         if looked_at:
             comparison = _compare(original, student, looked_at, config, base, held_out=held_out)
         set_readout(original, "plain")
         set_readout(student, "plain")
-        photos = _photos(student, looked_at) if looked_at else []
-        _save(run, student, original, base, config, outcome, sinks, comparison, photos)
+        shown = photos(student, looked_at) if looked_at else []
+        _save(run, student, original, base, config, outcome, sinks, comparison, shown)
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return Distilled(
@@ -182,7 +179,7 @@ def distill(
         sinks=sinks,
         outcome=outcome,
         comparison=comparison,
-        failures=_failures(comparison, config),
+        failures=failed_gates(comparison, config.gate) if comparison else [],
         main_process=accelerator.is_main_process,
     )
 
@@ -260,7 +257,7 @@ def export(
         record = record_of(resolve.locate(model, revision)) or {}
     backbone, base = open_model(model, revision)
     if record:  # an instance keeps the read-out that it has
-        set_readout(backbone, record.get("readout", "plain"))
+        set_readout(backbone, backbone.trained_readout)
     # An adapter's own record tells of the run already.
     told = {} if format == "adapter" else record.get("run") or record
     run = {key: told[key] for key in RECORDED if key in told}
@@ -422,10 +419,10 @@ def inspect(
     else:
         side = size or backbone.spec.input_size[0]
         backbone.check_size((side, side))
-        looked_at = list(batches(backbone, _spread(open_images(images), count), side))
+        looked_at = list(centre_crops(backbone, spread(open_images(images), count), side))
     report = outliers(backbone, looked_at)
     if output is not None:
-        _write_inspection(Path(output), base.source, backbone, looked_at, report)
+        write_inspection(Path(output), base.source, backbone, looked_at, report)
     return report
 
 
@@ -520,27 +517,6 @@ def _named(models: Sequence[Model], instance: str = "instance") -> dict[str, Mod
     }
 
 
-def batches(
-    backbone: Backbone, source: ImageSource, size: int
-) -> Iterator[Float[Tensor, "batch 3 size size"]]:
-    """Reads images for measuring: centre crops, normalised for a model, on its device.
-
-    Unreadable images are left out and warned of; too many stop it, as in training.
-    """
-    crops = Crops(source, size, crop="centre")
-    broken = BrokenImages(len(source), DataConfig().max_broken)
-    readable: list[Tensor] = []
-    for index in range(len(source)):
-        image = crops.batch([(0, index)])
-        broken.add(image)
-        if not image.skipped:
-            readable.append(image.images)
-        if readable and (len(readable) == MEASURED_AT_ONCE or index + 1 == len(source)):
-            pixels = torch.cat(readable).to(backbone.device)
-            readable = []
-            yield normalise(pixels, backbone.spec.mean, backbone.spec.std)
-
-
 def _check_images(backbone: Backbone, images: Any) -> None:
     """Refuses what is no batch of normalised images, before it fails somewhere inside."""
     if isinstance(images, Tensor):
@@ -561,18 +537,6 @@ def _views(settings: dict[str, Any]) -> ViewsConfig:
         {f"views.{key}": value for key, value in settings.items()}, source="views"
     )
     return checked.views
-
-
-def _split(source: ImageSource, config: DistillConfig) -> tuple[ImageSource, ImageSource, bool]:
-    """Images to train on, to measure on, and whether they are kept apart: fewer than 5 serve as both."""
-    count = config.measure.images
-    limit = len(source) if config.data.limit == "all" else config.data.limit
-    if config.measure.source is not None:
-        return _spread(source, limit), _spread(open_images(config.measure.source), count), True
-    train_on, measure_on = holdout(len(source), count)
-    if measure_on:
-        return _spread(Subset(source, train_on), limit), Subset(source, measure_on), True
-    return _spread(source, limit), _spread(source, count), not count
 
 
 def _retrofit(
@@ -630,40 +594,9 @@ def _nothing_to_repair(
     """Leaves the model as it is, and shows in the run's report that it has no artifacts."""
     if accelerator.is_main_process:
         report = outliers(student, seen)
-        _write_inspection(run.report, base.source, student, seen, report)
+        write_inspection(run.report, base.source, student, seen, report)
     accelerator.wait_for_everyone()
     return Distilled(student.model, run.path, None, None, None, [], accelerator.is_main_process)
-
-
-def _failures(comparison: Comparison | None, config: DistillConfig) -> list[str]:
-    """Says what became worse than the gates allow."""
-    if comparison is None:
-        return []
-    rates = [report.outlier_rate for report in comparison.norms]
-    before, after = comparison.agreement
-    checks = [
-        (
-            rates[1] > rates[0] + config.gate.outlier_rate,
-            f"the outlier rate rose from {rates[0]:.4f} to {rates[1]:.4f}, by more than gate.outlier_rate = "
-            f"{config.gate.outlier_rate:g}",
-        ),
-        (
-            after.mean < before.mean - config.gate.agreement,
-            f"agreement with {comparison.reference} fell from {before.mean:.4f} to {after.mean:.4f}, by more "
-            f"than gate.agreement = {config.gate.agreement:g}",
-        ),
-        (
-            comparison.drift.mean < config.gate.drift,
-            f"the pooled output drifted to a cosine of {comparison.drift.mean:.4f} to the original's, below "
-            f"gate.drift = {config.gate.drift:g}: what reads it (a classifier, zero-shot text) will suffer",
-        ),
-    ]
-    return [message for failed, message in checks if failed]
-
-
-def _spread(source: ImageSource, count: int) -> ImageSource:
-    """Takes up to so many images, spread evenly over those there are."""
-    return Subset(source, range(0, len(source), max(1, len(source) // max(1, count)))[:count])
 
 
 def _compare(
@@ -704,9 +637,9 @@ def _save(
     outcome: Outcome,
     sinks: Sinks | None,
     comparison: Comparison | None,
-    photos: Sequence[Any],
+    shown: Sequence[Any],
 ) -> None:
-    failures = _failures(comparison, config)
+    failures = failed_gates(comparison, config.gate) if comparison else []
     record = {
         "size": config.size,
         "readout": config.target.student_readout,
@@ -722,27 +655,5 @@ def _save(
     if comparison:
         run.report.mkdir(exist_ok=True)
         title = f"{base.source}, before and after {config.registers} registers"
-        write_report(run.report / "report.html", comparison_page(title, comparison, photos))
+        write_report(run.report / "report.html", comparison_page(title, comparison, shown))
         write_text(run.report / "figures.json", json.dumps(comparison.to_json(), indent=2))
-
-
-@torch.no_grad()
-def _write_inspection(
-    folder: Path, name: str, backbone: Backbone, looked_at: Sequence[Tensor], report: NormReport
-) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / "inspect.json", json.dumps({"model": name} | report.to_json(), indent=2))
-    photos = _photos(backbone, looked_at)
-    features = torch.cat([backbone(images).patches.float().cpu() for images in looked_at[: len(report.maps)]])
-    write_report(folder / "report.html", inspection_page(name, report, photos, features[: len(report.maps)]))
-    figures.save_png(folder / "positions.png", figures.position_map(report.position_histogram))
-    figures.save_png(folder / "norms.png", figures.norm_quantiles(report))
-    low, high = report.maps.min().item(), report.maps[:, report.focus].max().item()
-    for number, norms in enumerate(report.maps[:, report.focus], start=1):
-        figures.save_png(folder / f"norms-{number:02}.png", figures.norm_map(norms, low, high))
-
-
-def _photos(backbone: Backbone, looked_at: Sequence[Tensor], count: int = 8) -> list[Any]:
-    """The first images as they look, 8-bit RGB."""
-    first = torch.cat(list(looked_at[:count]))[:count].cpu()
-    return [figures.photo(image, backbone.spec.mean, backbone.spec.std) for image in first]

@@ -26,11 +26,16 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from phreg.backbones.base import Backbone
+from phreg.config import DataConfig, DistillConfig
 from phreg.errors import DataError
-from phreg.images import ImageSource, some, unreadable
+from phreg.images import ImageSource, Subset, open_images, some, unreadable
 from phreg.seeding import keyed_generator
 
 logger = logging.getLogger(__name__)
+
+MEASURED_AT_ONCE = 8
+"""Images per forward outside of training."""
 
 LONGEST_GAP = 1000
 """Unreadable images in a row before the search for a readable one is given up."""
@@ -218,6 +223,27 @@ def holdout(num_images: int, count: int) -> tuple[list[int], list[int]]:
     return sorted(set(range(num_images)) - set(held)), held
 
 
+def split(source: ImageSource, config: DistillConfig) -> tuple[ImageSource, ImageSource, bool]:
+    """Splits a run's images into those to train on and those to measure on.
+
+    Returns:
+        Both, and whether they are kept apart: fewer than 5 images serve as both.
+    """
+    count = config.measure.images
+    limit = len(source) if config.data.limit == "all" else config.data.limit
+    if config.measure.source is not None:
+        return spread(source, limit), spread(open_images(config.measure.source), count), True
+    train_on, measure_on = holdout(len(source), count)
+    if measure_on:
+        return spread(Subset(source, train_on), limit), Subset(source, measure_on), True
+    return spread(source, limit), spread(source, count), not count
+
+
+def spread(source: ImageSource, count: int) -> ImageSource:
+    """Takes up to so many images, spread evenly over those there are."""
+    return Subset(source, range(0, len(source), max(1, len(source) // max(1, count)))[:count])
+
+
 # --- Loading: batches ahead of time --------------------------------------------------------------------
 
 
@@ -323,3 +349,27 @@ class BrokenImages:
                 f"--data.max-broken {self._max_broken:g} allows:\n  {reasons}\n"
                 "replace them, or raise --data.max-broken"
             )
+
+
+# --- Measuring: a few images, as they are ---------------------------------------------------------------
+
+
+def centre_crops(
+    backbone: Backbone, source: ImageSource, size: int
+) -> Iterator[Float[Tensor, "batch 3 size size"]]:
+    """Reads images for measuring: centre crops, normalised for a model, on its device.
+
+    Unreadable images are left out and warned of; too many stop it, as in training.
+    """
+    crops = Crops(source, size, crop="centre")
+    broken = BrokenImages(len(source), DataConfig().max_broken)
+    readable: list[Tensor] = []
+    for index in range(len(source)):
+        image = crops.batch([(0, index)])
+        broken.add(image)
+        if not image.skipped:
+            readable.append(image.images)
+        if readable and (len(readable) == MEASURED_AT_ONCE or index + 1 == len(source)):
+            pixels = torch.cat(readable).to(backbone.device)
+            readable = []
+            yield normalise(pixels, backbone.spec.mean, backbone.spec.std)

@@ -60,7 +60,6 @@ ADVICE = (
 
 
 @runtime_checkable
-@runtime_checkable
 class ImageSource(Protocol):
     """Images by number. Immutable and picklable; files are opened anew for each read, in any process."""
 

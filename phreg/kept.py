@@ -65,7 +65,7 @@ class KeptTargets:
         return self.folder / f"{index:08}.safetensors"
 
     def _write(
-        self, index: int, patches: Float[Tensor, "rows cols dim"], pooled: Float[Tensor, " dim"]
+        self, index: int, patches: Float[Tensor, "rows cols dim"], pooled: Float[Tensor, " pooled"]
     ) -> None:
         """Writes a file that is there whole or not at all; it can be made again, so nothing is flushed."""
         path = self._path(index)

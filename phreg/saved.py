@@ -88,6 +88,7 @@ def open_saved(found: Located) -> tuple[Backbone, Base]:
             f"registers of phreg; load it with {found.library}"
         )
     backbone, base = FORMATS[record["format"]](found)
+    backbone.trained_readout = record.get("readout", "plain")
     broken = [name for name, tensor in backbone.disk_state().items() if not torch.isfinite(tensor).all()]
     if broken:
         raise LoadError(

@@ -270,8 +270,9 @@ def _name_units(backbone: Backbone, batches: Sequence[Images], found: _Found, bl
     if levels is None:
         return ()
     excess = levels.outlier - levels.ordinary
-    write = mlp.down.weight.double() @ excess
-    shares = excess * (mlp.down.weight.double().T @ write) / write.square().sum().clamp_min(1e-30)
+    down = mlp.down.weight.cpu().double()
+    write = down @ excess
+    shares = excess * (down.T @ write) / write.square().sum().clamp_min(1e-30)
     order = shares.argsort(descending=True)
     needed = 1 + int((shares[order].cumsum(0) < COVERED).sum())
     return tuple(
@@ -281,7 +282,7 @@ def _name_units(backbone: Backbone, batches: Sequence[Images], found: _Found, bl
 
 
 class _Levels(NamedTuple):
-    """Hidden units of one block, in fp64."""
+    """Hidden units of one block, in fp64, on the CPU."""
 
     outlier: Float[Tensor, " hidden"]
     """Mean over outliers."""
@@ -301,9 +302,9 @@ def _levels(
         _, hidden, mask = found.run(backbone, images, (), blocks)
         counts += torch.tensor([int(mask.sum()), int((~mask).sum())])
         for block, value in hidden.items():
-            inside, outside = value[mask].double(), value[~mask].double()
+            inside, outside = value[mask].float(), value[~mask].float()
             part = torch.stack([inside.sum(0), outside.sum(0), inside.square().sum(0)])
-            sums[block] = sums.get(block, 0) + part
+            sums[block] = sums.get(block, 0) + part.cpu().double()
     if not counts.all():
         return {}
     levels = {}
@@ -325,9 +326,9 @@ def _triggers(
     with _hooked(backbone.entrance, lambda _module, args: entered.append(args[0])):
         for images in batches:
             _, _, mask = found.run(backbone, images, ())
-            entry = backbone.layout(images).patches(entered.pop()).double()
-            totals.append(torch.einsum("bp,bpw->pw", mask.double(), entry))
-            counts.append(mask.sum(0))
+            entry = backbone.layout(images).patches(entered.pop()).float()
+            totals.append(torch.einsum("bp,bpw->pw", mask.float(), entry).cpu().double())
+            counts.append(mask.sum(0).cpu())
     total, count = torch.stack(totals).sum(0), torch.stack(counts).sum(0)
     order = count.argsort(descending=True, stable=True)
     order = order[count[order] > 0]
@@ -383,8 +384,8 @@ def _chain(
             objective = (at_causes[:, list(weights)] * scale).sum()
             gradients = torch.autograd.grad(objective, [hidden[place] for place in hidden])
         for place, gradient in zip(hidden, gradients, strict=True):
-            excess = layout.patches(hidden[place]).double()[mask] - levels[place].ordinary
-            share = (excess * layout.patches(gradient).double()[mask]).sum(0)
+            excess = layout.patches(hidden[place]).float()[mask].cpu().double() - levels[place].ordinary
+            share = (excess * layout.patches(gradient).float()[mask].cpu().double()).sum(0)
             shares[place] = shares.get(place, 0) + share
         count += int(mask.sum())
     whole = sum(weights[unit.index] * (unit.level - unit.ordinary) for unit in causes if unit.level)

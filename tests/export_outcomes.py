@@ -104,7 +104,7 @@ EXPECTED: dict[str, dict[str, str]] = {
         "transformers/dinov2-registers-classifier": Refused(_SIDE_BY_SIDE),
         "transformers/dinov2-registers-backbone": Refused(_STAGES),
         "transformers/dinov3": EVERY_SIZE,
-        "transformers/dinov3-gated": Refused("its activation is gelu, which timm's DINOv3 does not have"),
+        "transformers/dinov3-gated": EVERY_SIZE,
         "transformers/dinov3-backbone": Refused(_STAGES),
         "transformers/clip": OWN_SIZE,
         "transformers/clip-vision": OWN_SIZE,

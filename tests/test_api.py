@@ -15,6 +15,7 @@ QUICK = {
     "measure": {"images": 2, "views": 3},
     "device": "cpu",
     "data": {"workers": 0},
+    "force": True,  # tiny random models have no artifacts
 }
 
 
@@ -203,3 +204,53 @@ def test_resume_needs_nothing_but_the_run_and_an_unfinished_run_says_how_to_fini
         path.unlink()
     with pytest.raises(LoadError, match="--resume"):
         phreg.load(run)
+
+
+def test_a_clean_model_is_returned_untouched_with_the_verdict_unless_forced(tiny, photos, tmp_path):
+    model = tiny()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    unforced = QUICK | {"force": False}
+    result = api.distill(model, photos, tmp_path / "run", steps=1, **unforced)
+    assert result.model is model
+    assert (result.sinks, result.outcome, result.comparison, result.failures) == (None, None, None, [])
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert not (tmp_path / "run" / "model").exists()
+    assert "No artifacts found" in (tmp_path / "run" / "report" / "report.html").read_text()
+    forced = api.distill(tiny(), photos, tmp_path / "forced", steps=1, **QUICK)
+    assert forced.outcome.steps == 1
+    assert forced.model.num_prefix_tokens == 5
+
+
+def test_the_demonstrations_sinks_are_named_in_the_run_and_their_relocation_is_logged(photos, tmp_path):
+    settings = QUICK | {"force": False, "sinks": {"images": 8}}
+    result = api.distill("demo", photos, tmp_path / "run", steps=1, **settings)
+    assert {(unit.block, unit.index) for unit in result.sinks.units} == {(3, 57), (3, 148)}
+    written = json.loads((tmp_path / "run" / "model" / "phreg.json").read_text())
+    assert written["sinks"] == result.sinks.to_json()
+    assert json.loads((tmp_path / "run" / "log.jsonl").read_text())["terms"]["relocation"] > 0
+
+
+def test_a_run_that_fails_a_gate_says_so_in_words_in_its_record_and_on_its_card(tiny, photos, tmp_path):
+    tight = {"drift": 1.0, "agreement": 0.0, "outlier_rate": 0.0}
+    training = {"optim": {"lr": 0.1, "schedule": "constant"}, "gate": tight}
+    result = api.distill(tiny(), photos, tmp_path / "run", steps=3, **QUICK, **training)
+    assert any("gate.drift = 1" in failure for failure in result.failures)
+    written = json.loads((tmp_path / "run" / "model" / "phreg.json").read_text())
+    assert written["gates"] == {"passed": False, "failures": result.failures}
+    card = (tmp_path / "run" / "model" / "README.md").read_text()
+    assert "**Failed its gates:** " in card
+    assert all(failure in card for failure in result.failures)
+
+
+def test_a_run_within_its_gates_is_marked_so_and_one_not_measured_neither_way(tiny, photos, tmp_path):
+    loose = QUICK | {"gate": {"drift": 0.0, "agreement": 1.0, "outlier_rate": 1.0}}
+    for name, images, passed in (("measured", 2, True), ("not", 0, None)):
+        settings = loose | {"measure": {"images": images, "views": 3}}
+        result = api.distill(tiny(), photos, tmp_path / name, steps=1, **settings)
+        assert result.failures == []
+        written = json.loads((tmp_path / name / "model" / "phreg.json").read_text())
+        assert written["gates"] == {"passed": passed, "failures": []}
+        assert "Failed its gates" not in (tmp_path / name / "model" / "README.md").read_text()

@@ -33,6 +33,7 @@ QUICK = [
     "cpu",
     "--registers",
     2,
+    "--force",
 ]
 
 
@@ -115,3 +116,21 @@ def test_every_setting_is_a_flag_with_its_description():
 def test_help_is_there(arguments, capsys):
     assert phreg(*arguments) == 0
     assert "usage: phreg" in capsys.readouterr().out
+
+
+def test_a_failed_gate_ends_in_status_3_and_keeps_the_adapter(saved, photos, tmp_path, capsys):
+    asked = ["distill", saved, "--images", photos, "--output", tmp_path / "run", "--steps", 3, *QUICK]
+    assert phreg(*asked, "--optim.lr", 0.1, "--gate.drift", 1.0) == 3
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "Gate failed: the pooled output drifted" in printed
+    assert "The adapter is kept" in printed
+    assert (tmp_path / "run" / "model" / "adapter.safetensors").is_file()
+
+
+def test_nothing_to_repair_is_a_verdict_and_no_failure(saved, photos, tmp_path, capsys):
+    asked = ["distill", saved, "--images", photos, "--output", tmp_path / "run", "--steps", 1, *QUICK[:-1]]
+    assert phreg(*asked) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "Nothing to repair" in printed
+    assert "phreg.load" not in printed, "there is nothing to load"
+    assert not (tmp_path / "run" / "model").exists()

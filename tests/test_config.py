@@ -16,7 +16,7 @@ def test_all_problems_are_told_at_once_by_dotted_key_with_near_misses():
     assert "num_register: unknown key; did you mean registers?" in text
     assert "views.cuont: unknown key; did you mean views.count?" in text
     assert "optim.lr: should be a valid number, found 'fast'" in text
-    assert "method: should be 'distill' or 'paper', found 'papr'" in text
+    assert "method: should be 'relocate', 'paper' or 'test-time', found 'papr'" in text
 
 
 def test_steps_and_epochs_exclude_each_other():
@@ -32,6 +32,18 @@ def test_flags_win_over_recipe_wins_over_method_wins_over_defaults(tmp_path):
     assert resolved.optim.lr == 1e-3
     assert resolved.loss.pooled == 0, "the paper has no global term"
     assert config.resolve(None).loss.pooled > 0, "phreg's own method guards the global output"
+
+
+def test_the_default_method_relocates_and_runs_for_eight_epochs_unless_told_otherwise():
+    resolved = config.resolve()
+    assert resolved.method == "relocate"
+    assert (resolved.epochs, resolved.steps) == (8, None)
+    assert resolved.register_init == "triggers"
+    assert config.resolve(None, {"steps": 5}).epochs is None
+    assert config.resolve(None, {"method": "test-time"}).registers == 1
+    paper = config.resolve(None, {"method": "paper"})
+    assert (paper.epochs, paper.register_init, paper.target.keep) == (1, "randn", False)
+    assert paper.data.limit == "all"
 
 
 def test_the_paper_means_other_settings_for_clip():

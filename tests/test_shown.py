@@ -12,6 +12,7 @@ from phreg import api, cli
 from phreg.errors import LoadError
 
 QUICK = {
+    "force": True,  # the tiny models have no artifacts
     "steps": 2,
     "batch_size": 2,
     "views": {"count": 3, "max_shift": 0.25},
@@ -38,7 +39,7 @@ def test_a_run_is_told_with_its_base_method_figures_and_size(run, saved):
     shown = phreg.show(run.run)
     assert (shown.format, shown.format_version) == ("phreg-adapter", 1)
     assert (shown.model_class, shown.registers) == ("VisionTransformer", 3)
-    assert (shown.method, shown.steps) == ("distill", 2)
+    assert (shown.method, shown.steps) == ("relocate", 2)
     assert shown.base.source == str(saved)
     assert list(shown.figures) == run.comparison.rows()
     assert (shown.tensors, shown.num_bytes) == bytes_of(run.run / "model")
@@ -79,7 +80,7 @@ def test_an_export_is_told_with_the_sizes_it_stands_for_and_the_run_it_came_of(r
     hub.commit("me/out", tmp_path / "out")
     for source in (tmp_path / "out", "me/out"):
         shown = phreg.show(source)
-        assert (shown.format, shown.method) == ("timm", "distill")
+        assert (shown.format, shown.method) == ("timm", "relocate")
         assert shown.sizes == tuple((size.size, size.claimed) for size in sizes)
         assert list(shown.figures) == run.comparison.rows()
         assert (shown.tensors, shown.num_bytes) == bytes_of(tmp_path / "out")
@@ -106,7 +107,7 @@ def test_the_command_prints_lines_and_json(run, capsys):
     printed = " ".join(capsys.readouterr().out.split())
     for part in (
         "phreg-adapter, version 1",
-        "distill, 2 steps",
+        "relocate, 2 steps",
         "the base at hand is the one",
         "outlier rate",
     ):

@@ -29,6 +29,8 @@ QUICK = {
     "data": {"workers": 0},
     "device": "cpu",
     "registers": 2,
+    "force": True,  # tiny random models have no artifacts
+    "gate": {"drift": 0.0, "agreement": 1.0, "outlier_rate": 1.0},  # and may be changed at will
 }
 
 
@@ -90,6 +92,8 @@ def test_reader_processes_do_not_change_the_run(tiny, photos, tmp_path):
         {},
         {"optim": {"ema": 0.9, "accumulate": 2, "clip_norm": 0.5}},
         {"unlock": {"roles": ["pos_embed"], "lora": {"rank": 2, "blocks": 1}}},
+        {"target": {"keep": False}},
+        {"data": {"workers": 0, "limit": 4}},  # from the third step on, targets are read, not made
     ],
 )
 def test_a_run_that_stopped_and_resumed_has_the_weights_of_one_that_did_not(
@@ -106,7 +110,10 @@ def test_a_run_that_stopped_and_resumed_has_the_weights_of_one_that_did_not(
     with pytest.raises(Interrupted, match="--resume"):
         run(tiny(), photos, tmp_path / "parts", steps=6, **extra)
     monkeypatch.undo()
+    kept = extra.get("target", {}).get("keep", True)
+    assert (tmp_path / "parts" / "targets").is_dir() == kept, "a killed run leaves them to the next"
     run(tiny(), photos, tmp_path / "parts", steps=6, resume=True, **extra)
+    assert not (tmp_path / "parts" / "targets").exists()
     assert equal(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
     steps = [json.loads(line)["step"] for line in (tmp_path / "parts" / "log.jsonl").read_text().splitlines()]
     assert steps == [1, 2, 3, 4, 5, 6]
@@ -142,6 +149,7 @@ def flags(saved, photos, output, steps):
         "cpu",
         "--checkpoint-every",
         1,
+        "--force",
     ]
 
 

@@ -28,6 +28,7 @@ from phreg.errors import PhregError
 from phreg.tokens import TokenLayout
 
 Library = Literal["transformers", "timm", "open_clip"]
+Readout = Literal["plain", "naclip", "value-only", "clearclip", "sclip"]
 
 
 class Features(NamedTuple):
@@ -77,6 +78,11 @@ class Attention(Protocol):
     """
 
     scale: float
+
+    @property
+    def module(self) -> nn.Module:
+        """The attention itself, whose first argument is normed tokens."""
+        ...
 
     def norm(self, tokens: Tensor) -> Tensor:
         """Applies the norm before attention."""
@@ -243,6 +249,19 @@ class Backbone(nn.Module, ABC):
         Such are several MLPs side by side, one fused with attention, or one whose layers are wrapped (PEFT).
         """
 
+    def to_joint(self, tokens: Float[Tensor, "batch tokens width"]) -> Float[Tensor, "batch tokens dim"]:
+        """Takes tokens behind the final norm, each by itself, to the space shared with text (CLIP, SigLIP).
+
+        Raises:
+            PhregError: It has no such space, or tokens get there only together.
+        """
+        if self.projection is None:
+            raise PhregError(
+                f"tokens matched with text asked of {self.describe()}, which has no projection from its "
+                "tokens to a space shared with text; use a CLIP or SigLIP model, its text tower included"
+            )
+        return tokens @ self.projection
+
     def set_input_size(self, size: int | tuple[int, int]) -> None:
         """Resamples the stored position embedding once, so that `size` becomes the model's own size.
 
@@ -276,11 +295,14 @@ class Backbone(nn.Module, ABC):
     # -- what follows for every library
     # --------------------------------------------------------------------------------
 
-    readout: Literal["plain", "naclip", "value-only"] = "plain"
+    readout: Readout = "plain"
     """How the last block is read; set by `phreg.backbones.readout.set_readout`."""
 
     adapter: Path | None = None
     """The adapter that made the model what it is; set by `phreg.adapter.apply_adapter`."""
+
+    trained_readout: Readout = "plain"
+    """How its last block was read when phreg trained it, which is how its dense features are meant."""
 
     def tower_state(self) -> dict[str, Tensor]:
         """Returns the tensors of the embeddings and the blocks, as the tower alone names them on disk.

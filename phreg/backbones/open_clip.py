@@ -260,6 +260,7 @@ class _Attention:
     """The parts of torch's multi-head attention, whose three projections are one matrix."""
 
     def __init__(self, attention: nn.MultiheadAttention, norm: nn.Module) -> None:
+        self.module: nn.Module = attention
         self._attention = attention
         self._norm = norm
         self.scale: float = attention.head_dim**-0.5
@@ -334,6 +335,21 @@ class TimmTower(Backbone):
         if linear is None:
             return self.trunk.projection
         return linear.weight.T if linear.bias is None and self.tower.trunk.attn_pool is None else None
+
+    def to_joint(self, tokens: Float[Tensor, "batch tokens width"]) -> Float[Tensor, "batch tokens dim"]:
+        """Takes tokens to the joint space; those of SigLIP each through its attention pooling alone.
+
+        Pooled by itself a token gets all the attention, and goes through values, output projection and MLP.
+
+        Raises:
+            PhregError: There is neither a projection nor such a pooling.
+        """
+        trunk = self.tower.trunk
+        if getattr(trunk, "attn_pool", None) is None:
+            return super().to_joint(tokens)
+        # Not by timm's `forward_head`, which would take a token that is alone for a register and drop it.
+        pooled = trunk.fc_norm(trunk.attn_pool(tokens.flatten(0, 1).unsqueeze(1)))
+        return self.tower.head(trunk.head(trunk.head_drop(pooled))).unflatten(0, tokens.shape[:2])
 
     @property
     def num_registers(self) -> int:

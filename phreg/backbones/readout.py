@@ -1,30 +1,33 @@
 """Dense read-outs of CLIP-type models: other ways through the last block, after which patches match text.
 
-A CLIP's last block was trained to fill CLS, and its patches match text poorly. Both read-outs leave out the
-block's residual and its MLP. The model itself is changed, so whatever runs it, its own library or phreg,
-gets the read-out; meanwhile its pooled output means nothing. Final norm and projection come after, in
-`Backbone.forward`.
+A CLIP's last block was trained to fill CLS, and its patches match text poorly. What these read-outs change is
+whom a patch listens to: those whose keys or queries are like its own, or itself alone. All but SCLIP's also
+leave out the block's residual and its MLP. The model itself is changed, so whatever runs it, its own library
+or phreg, gets the read-out; meanwhile its pooled output means nothing. Final norm and projection come after,
+in `Backbone.forward`.
 
-    plain        x + attention(norm(x)), + MLP naclip       out(softmax(keys·keys * scale + omega) · values)
-    omega: a Gaussian of patches' distances value-only   out(values)
+    plain        x + attention(norm(x)), + MLP
+    naclip       out(softmax(keys·keys * scale + omega) · values)     omega: a Gaussian of patches' distances
+    value-only   out(values)
+    clearclip    out(softmax(queries·queries * scale) · values)
+    sclip        x + out((softmax(queries·queries * scale) + softmax(keys·keys * scale)) · values), + MLP
 
 NACLIP is Hajimiri et al., arXiv 2404.08181; value-only is MaskCLIP, Zhou et al., arXiv 2112.01071; PH-Reg
-(arXiv 2505.21501) distils the first into the second.
+(arXiv 2505.21501) distils the first into the second. ClearCLIP is Lan et al., arXiv 2407.12442; SCLIP is Wang
+et al., arXiv 2312.01597, whose two attentions are added, not averaged.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from phreg.backbones.base import Attention, Backbone
+from phreg.backbones.base import Attention, Backbone, Readout
 from phreg.errors import PhregError
-
-Readout = Literal["plain", "naclip", "value-only"]
 
 GAUSSIAN_STD = 5.0
 """Standard deviation of NACLIP's Gaussian, in patches."""
@@ -35,7 +38,7 @@ def set_readout(backbone: Backbone, readout: Readout) -> None:
 
     Args:
         backbone: A model with a projection from tokens to the joint space.
-        readout: `naclip`, `value-only`, or `plain`: as the model came.
+        readout: One of those above; `plain` is as the model came.
 
     Raises:
         PhregError: The model is not of CLIP's type, or `naclip` cannot see its grid; nothing has changed
@@ -44,17 +47,21 @@ def set_readout(backbone: Backbone, readout: Readout) -> None:
     if readout != "plain" and backbone.projection is None:
         raise PhregError(
             f"read-out {readout} asked of {backbone.describe()}, which has no projection from its tokens to "
-            "a space shared with text; leave target.teacher_readout and target.student_readout at plain"
+            "a space shared with text; leave target.teacher_readout and target.student_readout, or the head "
+            "of zero-shot tasks, at plain"
         )
     block, last = backbone.blocks[-1], len(backbone.blocks) - 1
     overrides: dict[nn.Module, Callable[..., Tensor]] = {}
-    if readout == "value-only":
-        overrides = {block: DenseForward(backbone.attention(last), grid=None)}
+    if readout in ("value-only", "clearclip"):
+        overrides = {block: DenseForward(backbone.attention(last), readout)}
     elif readout == "naclip":
         grid = GridForward(_patch_convolution(backbone))
-        overrides = {block: DenseForward(backbone.attention(last), grid), grid.convolution: grid}
+        overrides = {block: DenseForward(backbone.attention(last), readout, grid), grid.convolution: grid}
+    elif readout == "sclip":
+        attention = backbone.attention(last)
+        overrides = {attention.module: CorrelativeForward(attention)}
     for module in backbone.model.modules():
-        if isinstance(vars(module).get("forward"), DenseForward | GridForward):
+        if isinstance(vars(module).get("forward"), DenseForward | GridForward | CorrelativeForward):
             del module.forward
     for module, forward in overrides.items():
         module.forward = forward
@@ -80,24 +87,60 @@ class GridForward:
 
 @dataclass
 class DenseForward:
-    """A last block's `forward`: NACLIP's where there is a grid, the values alone where there is none."""
+    """A last block's `forward` that gives what its attention does, without residual and MLP."""
 
     attention: Attention
-    grid: GridForward | None
+    readout: Readout
+    grid: GridForward | None = None
+    """Where there is one, patches near each other attend more."""
 
     def __call__(
         self, tokens: Float[Tensor, "batch tokens width"], *_: Any, **__: Any
     ) -> Float[Tensor, "batch tokens width"]:
         """Reads tokens that enter the block."""
-        normed = self.attention.norm(tokens)
-        heads = self.attention.values(normed)
+        bias = None
         if self.grid is not None:
-            keys = self.attention.keys(normed)
-            omega = _omega(self.grid.shape, tokens.shape[1], keys.device, keys.dtype)
-            heads = nn.functional.scaled_dot_product_attention(
-                keys, keys, heads, omega, scale=self.attention.scale
-            )
-        return self.attention.out(heads.transpose(1, 2).flatten(2))
+            bias = _omega(self.grid.shape, tokens.shape[1], tokens.device, tokens.dtype)
+        return _mix(self.attention, self.attention.norm(tokens), self.readout, bias)
+
+
+@dataclass
+class CorrelativeForward:
+    """An attention's `forward` that is SCLIP's; the block around it stays as it is."""
+
+    attention: Attention
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Takes and returns what the attention does, normed tokens first, without its weights."""
+        module = self.attention.module
+        output = type(module).forward(module, *args, **kwargs)  # its form differs between libraries
+        mixed = _mix(self.attention, (*args, *kwargs.values())[0], "sclip")
+        return (mixed, *(None for _ in output[1:])) if isinstance(output, tuple) else mixed
+
+
+def _mix(
+    attention: Attention,
+    normed: Float[Tensor, "batch tokens width"],
+    readout: Readout,
+    bias: Tensor | None = None,
+) -> Float[Tensor, "batch tokens width"]:
+    """Mixes the values of tokens by how much their queries, keys or both are like each other."""
+    values = attention.values(normed)
+    if readout == "value-only":
+        heads = values
+    else:
+        projections = {
+            "naclip": (attention.keys,),
+            "clearclip": (attention.queries,),
+            "sclip": (attention.queries, attention.keys),
+        }[readout]
+        mask = None if bias is None else bias.to(values.dtype)  # which under autocast is not the tokens'
+        mixed = [
+            nn.functional.scaled_dot_product_attention(part, part, values, mask, scale=attention.scale)
+            for part in (project(normed) for project in projections)
+        ]
+        heads = sum(mixed[1:], start=mixed[0])
+    return attention.out(heads.transpose(1, 2).flatten(2))
 
 
 def gaussian_bias(

@@ -527,6 +527,7 @@ class _Attention:
     """
 
     def __init__(self, attention: Any, norm: nn.Module) -> None:
+        self.module: nn.Module = attention
         self._attention = attention
         self._norm = norm
         self.scale: float = attention.scale

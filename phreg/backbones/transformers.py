@@ -107,6 +107,20 @@ class TransformersBackbone(Backbone):
         layer = getattr(self.model, "visual_projection", None)
         return None if layer is None else layer.weight.T
 
+    def to_joint(self, tokens: Float[Tensor, "batch tokens width"]) -> Float[Tensor, "batch tokens dim"]:
+        """Takes tokens to the joint space; those of SigLIP each through its attention pooling alone.
+
+        Pooled by itself a token gets all the attention, and goes through values, output projection and MLP.
+
+        Raises:
+            PhregError: There is neither a projection nor such a pooling.
+        """
+        pool = getattr(self.tower, "head", None)
+        if pool is None:
+            return super().to_joint(tokens)
+        pooled = pool(tokens.flatten(0, 1).unsqueeze(1)).unflatten(0, tokens.shape[:2])
+        return pooled if self.projection is None else pooled @ self.projection
+
     # -- registers
 
     @property
@@ -327,6 +341,11 @@ class SelfAttention:
     num_heads: int
     scale: float
     rotate: Callable[[Tensor], Tensor]
+
+    @property
+    def module(self) -> nn.Module:
+        """The attention itself, whose first argument is normed tokens."""
+        return self.projections
 
     def queries(self, tokens: Tensor) -> Tensor:
         """Projects normed tokens to queries."""

@@ -1,19 +1,23 @@
-"""Classification from global features: nearest neighbours, a linear probe, and the model's own classifier.
+"""Classification from global features: neighbours, a linear probe, the model's own classifier, class names.
 
 This is the regression gate: a retrofit that repairs patches must not cost what CLS and pooled output know.
 
     training images ──► CLS, pooled, patch mean ──┬─ k nearest neighbours, by cosine ─┐
                                                   └─ logistic regression ─────────────┼─► top-1, top-5
-    test images ─────► CLS, pooled, patch mean, logits of the model's own head ───────┘
+    test images ─────► CLS, pooled, patch mean, logits of the model's own head ───────┤
+    class names ─────► text embeddings of a CLIP-type model, compared with pooled ────┘
 
 k-NN is that of Wu et al. 2018 (arXiv 1805.01978), as DINO and DINOv2 evaluate it: votes weighted by
 exp(cosine / temperature). The probe is multinomial logistic regression with an L2 penalty, on standardised
 features, solved by L-BFGS to convergence; there is no schedule to tune.
 
 The data is divided into `train` and `val`, or else by the seed, class by class. The model's own head needs no
-training images: its classes are numbered as the labels are, e.g. 0 to 999 for ImageNet.
+training images: its classes are numbered as the labels are, e.g. 0 to 999 for ImageNet. Nor does zero-shot
+classification, which takes the class whose name, in 80 prompts, is nearest (Radford et al. 2021, arXiv
+2103.00020).
 """
 
+import re
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
@@ -23,12 +27,14 @@ from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize, one_hot
 
+from phreg.backbones.text import imagenet_names, text_encoder
 from phreg.config import Config, Fraction
 from phreg.errors import DataError, PhregError
 from phreg.evaluation.datasets import Labelled, open_labelled
 from phreg.evaluation.features import FeatureReader, Reading
 from phreg.evaluation.metrics import top_k
 from phreg.evaluation.records import Metrics
+from phreg.evaluation.vocabulary import Vocabulary, embed_vocabulary, find_vocabulary
 from phreg.images import Subset
 from phreg.seeding import keyed_generator
 
@@ -38,12 +44,18 @@ Feature = Literal["cls", "pooled", "patch-mean"]
 class Settings(Config):
     """Classification from frozen global features."""
 
-    methods: tuple[Literal["knn", "linear", "head"], ...] = ("knn", "linear")
-    """What classifies: neighbours, a linear probe, the model's own head. The first is the headline."""
+    methods: tuple[Literal["knn", "linear", "head", "zero-shot"], ...] = ("knn", "linear")
+    """What classifies: neighbours, a linear probe, the model's own head, or class names (CLIP, SigLIP). The
+    first is the headline."""
     features: tuple[Feature, ...] = ("pooled",)
     """What neighbours and probe are given. The first is the headline."""
     labels: str | None = None
     """File of labels for a flat folder: CSV lines of file,class, or JSON; unset means labels.csv in it."""
+    words: str | None = None
+    """What classes are called, for zero-shot: imagenet (open_clip's names, classes numbered 0 to 999), a list
+    of phreg's, or a TOML file of class = ["word", "synonym"]; unset means as in the data."""
+    template: str | None = None
+    """Sentence around a class's name, with {} for it; unset means open_clip's 80 for ImageNet."""
     reading: Reading = Reading(fit="crop")
     """Canvas of the images."""
     val_share: Fraction = 0.2
@@ -54,6 +66,10 @@ class Settings(Config):
     """Temperature of votes."""
     penalty: NonNegativeFloat = 1e-3
     """L2 penalty of the probe, times half the squared weights, beside the mean cross-entropy."""
+
+
+UNTRAINED = frozenset({"head", "zero-shot"})
+"""Methods that need no training images."""
 
 
 class Globals(NamedTuple):
@@ -72,9 +88,11 @@ def run(reader: FeatureReader, data: str, settings: Settings, seed: int) -> Metr
     """
     figures: dict[str, float] = {}
     detail: dict[str, dict[str, float]] = {}
-    whole = open_labelled(data, labels=settings.labels) if settings.methods == ("head",) else None
-    train, test = (None, whole) if whole is not None else _divide(data, settings, seed)
-    assert test is not None
+    train, test = (
+        (None, _tested(data, settings))
+        if set(settings.methods) <= UNTRAINED
+        else _divide(data, settings, seed)
+    )
     seen = _read(reader, test, settings, "test images", head="head" in settings.methods)
     learned = _read(reader, train, settings, "training images", head=False) if train else None
     for method in settings.methods:
@@ -82,6 +100,12 @@ def run(reader: FeatureReader, data: str, settings: Settings, seed: int) -> Metr
             assert seen.logits is not None
             _check_head(seen.logits, test, reader)
             _add(figures, "head", seen.logits, test.labels)
+            continue
+        if method == "zero-shot":
+            scores = zero_shot_scores(reader, seen.features["pooled"], test.classes, settings)
+            _add(figures, "zero_shot", scores, test.labels)
+            if not detail:
+                detail["top1"] = _per_class(scores, test)
             continue
         assert train is not None
         assert learned is not None
@@ -150,6 +174,42 @@ def linear_scores(
     return ((queries - mean) / std @ weight.T + bias).detach()
 
 
+def zero_shot_scores(
+    reader: FeatureReader, pooled: Float[Tensor, "images dim"], classes: tuple[str, ...], settings: Settings
+) -> Float[Tensor, "images _"]:
+    """Computes the cosine of images and class names, each name's synonyms averaged.
+
+    Raises:
+        DataError: A class has no name but a number.
+        PhregError: The model has no text tower.
+    """
+    queries = embed_vocabulary(
+        _vocabulary(classes, settings.words), text_encoder(reader.backbone), settings.template, "mean"
+    )
+    return normalize(pooled, dim=1) @ queries.embeddings.cpu().T
+
+
+def _vocabulary(classes: tuple[str, ...], words: str | None) -> Vocabulary:
+    """Finds what classes are called; ImageNet's all count, whether or not there are images of each."""
+    if words != "imagenet":
+        if words is None and all(re.fullmatch(r"\d+|n\d{8}", label) for label in classes):
+            raise DataError(
+                f"zero-shot asked for of {len(classes)} classes without names, such as {classes[0]}; set "
+                "words=imagenet where they are ImageNet's, numbered 0 to 999, or give a TOML file of names"
+            )
+        return find_vocabulary(classes, words)
+    names = imagenet_names()
+    numbers = all(label.isdigit() and int(label) < len(names) for label in classes)
+    # All of ImageNet's folders, which are numbered in the order of their WordNet ids, as its classes are.
+    folders = len(classes) == len(names) and all(re.fullmatch(r"n\d{8}", label) for label in classes)
+    if not (numbers or folders):
+        raise DataError(
+            f"words=imagenet asked for {len(classes)} classes such as {classes[0]}, expected numbers 0 to "
+            f"{len(names) - 1}, or ImageNet's {len(names)} folders; number the classes in labels.csv"
+        )
+    return Vocabulary("imagenet", tuple((name,) for name in names))
+
+
 def _knn(bank: Tensor, labels: Tensor, queries: Tensor, num_classes: int, settings: Settings) -> Tensor:
     return knn_scores(bank, labels, queries, num_classes, settings.neighbours, settings.temperature)
 
@@ -163,6 +223,13 @@ SCORES: dict[str, Callable[[Tensor, Tensor, Tensor, int, Settings], Tensor]] = {
     "linear": _linear,
 }
 """Scores of test images (images, classes), by method."""
+
+
+def _tested(data: str, settings: Settings) -> Labelled:
+    """Test images where nothing is learned: the validation split, or all there are."""
+    found = open_labelled(data, "val", labels=settings.labels) or open_labelled(data, labels=settings.labels)
+    assert found is not None
+    return found
 
 
 def _divide(data: str, settings: Settings, seed: int) -> tuple[Labelled, Labelled]:

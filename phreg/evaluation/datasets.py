@@ -2,6 +2,7 @@
 
     classification   ROOT/[train|val/]CLASS/*.jpg · ROOT/*.jpg + labels.csv or .json · a Hugging Face dataset
     segmentation     images and index masks in one of `LAYOUTS`, told apart by their folders
+    boxes            see `box_datasets`
 
 Whatever lies on disk, a reader gets classes numbered from 0 and `IGNORE` (255) for what is not counted. Files
 are listed at once and decoded one by one; what is wrong with one is an error that names it.

@@ -19,7 +19,7 @@ import shutil
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -37,6 +37,15 @@ logger = logging.getLogger(__name__)
 FORMAT_VERSION = 1
 GRIDS, GLOBALS, INDEX = "grids.f16", "globals.safetensors", "index.json"
 GIGABYTE = 10**9
+
+
+@runtime_checkable
+class Stamped(Protocol):
+    """A source of images that tells its own pictures from others."""
+
+    def stamps(self) -> Iterable[tuple[Any, ...]]:
+        """Tells each picture from others, and from changed ones, without reading it."""
+        ...
 
 
 class StoredFeatures(Sequence["Dense"]):
@@ -201,6 +210,8 @@ def _stamps(source: ImageSource) -> Iterator[tuple[Any, ...]]:
         case Subset():
             stamps = list(_stamps(source.source))
             yield from (stamps[index] for index in source.indices)
+        case Stamped():
+            yield from source.stamps()
         case _:
             raise DataError(
                 f"cannot keep features of {type(source).__name__}: a change to its pictures would not be "

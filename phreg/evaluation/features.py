@@ -11,11 +11,12 @@ Windows begin at whole patches, so where they overlap their patches coincide and
 linear head commutes with averaging, it sees what sliding-window inference would give it.
 
 Registers never leave the block stack, and the CLS and register tokens are not in the grid. A task gets a
-`FeatureReader`, which reads in one of three ways:
+`FeatureReader`, which reads in one of four ways:
 
-    reader.stream(source, reading)     one `Dense` an image, nothing kept
-    reader.features(source, reading)   the same as a sequence, kept on disk by `feature_cache` for other seeds
-    reader(images, reading)            a batch already on the device, e.g. after augmentation
+    reader.stream(source, reading)         one `Dense` an image, nothing kept
+    reader.stream_each(source, readings)   the same for several layers or sources, by one forward
+    reader.features(source, reading)       the same kept on disk by `feature_cache`, for other seeds
+    reader(images, reading)                a batch already on the device, e.g. after augmentation
 """
 
 import math
@@ -45,6 +46,10 @@ Observer = Callable[[str, int, int], None]
 """Told what is being done, how much of it is done, and how much there is."""
 
 
+OUTPUTS = ("tokens", "joint")
+"""Sources that are read off what a block puts out; the others, off what enters it."""
+
+
 class Reading(Config):
     """What is read of a model, and on which canvas. Sizes are rounded to whole patches of the model."""
 
@@ -58,8 +63,9 @@ class Reading(Config):
     """Side of the windows through which the canvas is read; unset reads it whole."""
     stride: PositiveInt | None = None
     """Distance of windows; unset means two thirds of a window."""
-    source: Literal["tokens", "queries", "keys", "values"] = "tokens"
-    """What is read: a block's output, or the queries, keys or values of its attention, heads merged."""
+    source: Literal["tokens", "queries", "keys", "values", "joint"] = "tokens"
+    """What is read: a block's output, the queries, keys or values of its attention, heads merged, or tokens
+    in the space that a CLIP-type model shares with text."""
     layer: int | None = None
     """Block that is read, 0-based or negative from the end; unset means the last."""
     norm: bool = True
@@ -187,8 +193,27 @@ class FeatureReader:
         Raises:
             DataError: A picture cannot be read; a figure over the rest would not be comparable.
         """
-        for placed in self._batches(source, reading, what):
-            yield from self._read_placed(placed, reading)
+        for (dense,) in self.stream_each(source, [reading], what):
+            yield dense
+
+    def stream_each(
+        self, source: ImageSource, readings: Sequence[Reading], what: str = "reading"
+    ) -> Iterator[tuple[Dense, ...]]:
+        """Reads pictures in several ways at once, by one forward where no windows are asked for.
+
+        Args:
+            source: The pictures.
+            readings: What is read; the first says on which canvas.
+            what: What this is for, told to the observer.
+
+        Yields:
+            One `Dense` a reading, for each picture in order.
+
+        Raises:
+            DataError: A picture cannot be read; a figure over the rest would not be comparable.
+        """
+        for placed in self._batches(source, readings[0], what):
+            yield from self._read_placed(placed, readings)
 
     def logits(
         self, source: ImageSource, reading: Reading, what: str = "classifying"
@@ -234,7 +259,7 @@ class FeatureReader:
         self.backbone.check_size((images.shape[-2], images.shape[-1]))
         rows, cols = images.shape[-2] // patch[0], images.shape[-1] // patch[1]
         if reading.window is None:
-            return self._forward(images, reading)
+            return self._forward(images, [reading])[0]
         size = self._snap(reading.window)
         window = min(size[0] // patch[0], rows), min(size[1] // patch[1], cols)
         step = self._snap(reading.stride or reading.window * 2 // 3)
@@ -251,7 +276,7 @@ class FeatureReader:
                 top * patch[0] : (top + window[0]) * patch[0],
                 left * patch[1] : (left + window[1]) * patch[1],
             ]
-            seen = self._forward(shown, reading)
+            seen = self._forward(shown, [reading])[0]
             around = (0, 0, left, cols - left - window[1], top, rows - top - window[0])
             total = total + nn.functional.pad(seen.grids, around)
             count = count + nn.functional.pad(torch.ones_like(seen.grids[:1, :, :, :1]), around)
@@ -306,52 +331,81 @@ class FeatureReader:
     ) -> list[tuple[Tensor, Placement]]:
         return [self.place(source.read(number), reading) for number in numbers]
 
-    def _read_placed(self, placed: Sequence[tuple[Tensor, Placement]], reading: Reading) -> Iterator[Dense]:
+    def _read_placed(
+        self, placed: Sequence[tuple[Tensor, Placement]], readings: Sequence[Reading]
+    ) -> Iterator[tuple[Dense, ...]]:
         """Reads placed pictures in their order, those of one canvas together."""
-        read: dict[int, Dense] = {}
+        read: dict[int, tuple[Dense, ...]] = {}
+        whole = readings[0].window is None
         for canvas in {placement.canvas for _, placement in placed}:
             group = [number for number, (_, placement) in enumerate(placed) if placement.canvas == canvas]
-            batch = self(self.normalise(torch.stack([placed[number][0] for number in group])), reading)
-            parts = (part.cpu() for part in batch)
-            for number, grid, pooled, cls in zip(group, *parts, strict=True):
-                read[number] = Dense(grid, pooled, cls, placed[number][1])
+            images = self.normalise(torch.stack([placed[number][0] for number in group]))
+            if whole:
+                self.backbone.check_size(canvas)
+            batches = (
+                self._forward(images, readings) if whole else [self(images, reading) for reading in readings]
+            )
+            on_cpu = [DenseBatch(*(part.cpu() for part in batch)) for batch in batches]
+            for place, number in enumerate(group):
+                read[number] = tuple(
+                    Dense(batch.grids[place], batch.pooled[place], batch.cls[place], placed[number][1])
+                    for batch in on_cpu
+                )
         yield from (read[number] for number in range(len(placed)))
 
     @torch.no_grad()
-    def _forward(self, images: Tensor, reading: Reading) -> DenseBatch:
-        backbone, index = self.backbone, self.backbone.block_index(reading.layer)
-        layout = backbone.layout(images)
+    def _forward(self, images: Tensor, readings: Sequence[Reading]) -> list[DenseBatch]:
+        """Runs the model once and reads it in every way asked for."""
+        backbone, layout = self.backbone, self.backbone.layout(images)
+        indices = [backbone.block_index(reading.layer) for reading in readings]
+        asked = list(zip(indices, readings, strict=True))
+        left = sorted({index for index, reading in asked if reading.source in OUTPUTS})
+        entered = sorted({index for index, reading in asked if reading.source not in OUTPUTS})
+        found = []
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
-            if reading.source == "tokens":
-                with backbone.tap([index]) as found:
-                    pooled = backbone.run(images)
-                tokens = backbone.final_norm(found[index]) if reading.norm else found[index]
+            with backbone.tap(left) as outputs, _entering(backbone.blocks, entered) as inputs:
+                pooled = backbone.run(images)
+            for index, reading in asked:
+                if reading.source not in OUTPUTS:
+                    found.append(_project(backbone, index, inputs[index], reading))
+                    continue
+                normed = reading.norm or reading.source == "joint"
+                tokens = backbone.final_norm(outputs[index]) if normed else outputs[index]
+                if reading.source == "joint":
+                    found.append(backbone.to_joint(tokens))
+                    continue
                 if backbone.readout != "plain" and backbone.projection is not None:
                     tokens = tokens @ backbone.projection
-            else:
-                with _entering(backbone.blocks[index]) as found:
-                    pooled = backbone.run(images)
-                tokens = _project(backbone, index, found[0], reading)
-        tokens = tokens.float()
-        grids = layout.to_grid(tokens)
-        cls = tokens[:, 0] if layout.num_prefix else grids.mean((1, 2))
-        return DenseBatch(normalize(grids, dim=-1) if reading.unit else grids, pooled.float(), cls)
+                found.append(tokens)
+        batches = []
+        for tokens, reading in zip((tokens.float() for tokens in found), readings, strict=True):
+            grids = layout.to_grid(tokens)
+            cls = tokens[:, 0] if layout.num_prefix else grids.mean((1, 2))
+            grids = normalize(grids, dim=-1) if reading.unit else grids
+            batches.append(DenseBatch(grids, pooled.float(), cls))
+        return batches
 
 
 @contextmanager
-def _entering(block: nn.Module) -> Iterator[list[Tensor]]:
-    """Collects the tokens that enter a block, registers included, while the model runs."""
-    found: list[Tensor] = []
+def _entering(blocks: Sequence[nn.Module], indices: Sequence[int]) -> Iterator[dict[int, Tensor]]:
+    """Collects the tokens that enter blocks, by index, registers included, while the model runs."""
+    found: dict[int, Tensor] = {}
 
-    def collect(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        found.append((*args, *kwargs.values())[0])
+    def collector(index: int) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        def collect(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            found[index] = (*args, *kwargs.values())[0]
+
+        return collect
 
     # Behind any hook that inserts the registers ahead of the first block.
-    handle = block.register_forward_pre_hook(collect, with_kwargs=True)
+    handles = [
+        blocks[index].register_forward_pre_hook(collector(index), with_kwargs=True) for index in indices
+    ]
     try:
         yield found
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
 
 
 def _project(backbone: Backbone, index: int, tokens: Tensor, reading: Reading) -> Tensor:

@@ -27,10 +27,12 @@ from phreg import __version__
 from phreg.checkpoint import LIBRARIES, write_text
 from phreg.errors import GateError, PhregError
 
-LOWER_IS_BETTER = frozenset({"rmse", "abs_rel", "log10", "outlier_rate"})
+LOWER_IS_BETTER = frozenset(
+    {"rmse", "artifact_rmse", "abs_rel", "log10", "outlier_rate", "artifact_seeds", "lost_top1"}
+)
 """Figures of which less is better; of all others more is."""
 
-IN_UNITS = frozenset({"rmse", "abs_rel", "log10", "pearson"})
+IN_UNITS = frozenset({"rmse", "artifact_rmse", "abs_rel", "log10", "pearson"})
 """Figures that are no shares; tables show all others in per cent."""
 
 

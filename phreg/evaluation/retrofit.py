@@ -19,7 +19,7 @@ from torch import Tensor
 from phreg.analysis.norms import NormReport, outlier_mask, outliers
 from phreg.backbones.base import Backbone
 from phreg.backbones.readout import set_readout
-from phreg.config import TargetConfig
+from phreg.config import GateConfig, TargetConfig
 from phreg.evaluation.consistency import Agreement, AgreementMeter, Drift, drift
 
 # Nothing is bound by these shapes: the last batch may be smaller than the others.
@@ -148,6 +148,30 @@ def compare(
         drift=drift(pooled[1], pooled[0]),
         shown=(torch.cat(kept[0])[:show], torch.cat(kept[1])[:show]),
     )
+
+
+def failed_gates(comparison: Comparison, gate: GateConfig) -> list[str]:
+    """Says in words what became worse than the gates allow."""
+    rates = [report.outlier_rate for report in comparison.norms]
+    before, after = comparison.agreement
+    checks = [
+        (
+            rates[1] > rates[0] + gate.outlier_rate,
+            f"the outlier rate rose from {rates[0]:.4f} to {rates[1]:.4f}, by more than gate.outlier_rate = "
+            f"{gate.outlier_rate:g}",
+        ),
+        (
+            after.mean < before.mean - gate.agreement,
+            f"agreement with {comparison.reference} fell from {before.mean:.4f} to {after.mean:.4f}, by more "
+            f"than gate.agreement = {gate.agreement:g}",
+        ),
+        (
+            comparison.drift.mean < gate.drift,
+            f"the pooled output drifted to a cosine of {comparison.drift.mean:.4f} to the original's, below "
+            f"gate.drift = {gate.drift:g}: what reads it (a classifier, zero-shot text) will suffer",
+        ),
+    ]
+    return [message for failed, message in checks if failed]
 
 
 def _outliers_of(backbone: Backbone, images: Images, report: NormReport) -> Tensor:

@@ -24,6 +24,9 @@ def measure_segmentation(
     test: Segmentation,
     reading: Reading,
     score: Callable[[Dense], Float[Tensor, "classes rows cols"]],
+    *,
+    decide: Callable[[Tensor], Tensor] = lambda scores: scores.argmax(0),
+    watch: Callable[[Tensor, Tensor], None] = lambda _scores, _truth: None,
 ) -> Metrics:
     """Segments every picture and compares with its mask at the picture's own resolution.
 
@@ -32,6 +35,8 @@ def measure_segmentation(
         test: Pictures and masks.
         reading: How pictures are read.
         score: Scores the classes of each patch of a picture.
+        decide: Makes classes of the scores of pixels; the best scored, if not given.
+        watch: Shown the scores of each picture's pixels, and their true classes.
 
     Returns:
         `miou`, `mean_accuracy` and `pixel_accuracy`, and the accuracy of pixels where the baseline has
@@ -41,7 +46,9 @@ def measure_segmentation(
     meter, repaired = ConfusionMeter(len(test.classes)), ConfusionMeter(len(test.classes))
     for number, dense in enumerate(reader.stream(test.images, reading, "test images")):
         truth = dense.placement.cut(test.mask(number, dense.placement.picture_size))
-        predicted = dense.placement.restore(score(dense)).argmax(0).cpu()
+        scores = dense.placement.restore(score(dense))
+        watch(scores, truth)
+        predicted = decide(scores).cpu()
         meter.update(predicted, truth)
         if places is not None:
             there = dense.placement.restore(places[number][None].float(), "nearest")[0] > 0

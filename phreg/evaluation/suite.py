@@ -98,6 +98,7 @@ class Suite:
             "model": reader.identity,
             "reference": weights_sha256(reader.reference.disk_state()) if reader.reference else None,
             "readout": reader.backbone.readout,
+            "trained_readout": reader.backbone.trained_readout,
             "bf16": self.bf16,
             "seed": seed,
         }

@@ -23,8 +23,13 @@ from phreg.evaluation.records import Metrics
 TASKS = {
     "classification": "phreg.evaluation.classification",
     "linear-segmentation": "phreg.evaluation.linear_segmentation",
+    "linear-depth": "phreg.evaluation.linear_depth",
+    "zero-shot-segmentation": "phreg.evaluation.zero_shot_segmentation",
     "dense-nn": "phreg.evaluation.dense_nn",
+    "video-propagation": "phreg.evaluation.video_propagation",
+    "quantised": "phreg.evaluation.quantised",
     "consistency": "phreg.evaluation.steadiness",
+    "object-discovery": "phreg.evaluation.object_discovery",
 }
 
 

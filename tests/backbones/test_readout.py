@@ -28,32 +28,35 @@ class Block:
     """The weights that a dense read-out uses, dug out of one library's last block."""
 
     norm: nn.Module
+    queries: tuple[Tensor, Tensor]
     keys: tuple[Tensor, Tensor]
     values: tuple[Tensor, Tensor]
     out: nn.Module
+    mlp: nn.Module
+    mlp_norm: nn.Module
 
 
 def open_clip_block(model: nn.Module) -> Block:
     block = model.visual.transformer.resblocks[-1]
-    (_, key, value), (_, key_bias, value_bias) = (
+    (query, key, value), (query_bias, key_bias, value_bias) = (
         block.attn.in_proj_weight.chunk(3),
         block.attn.in_proj_bias.chunk(3),
     )
-    return Block(block.ln_1, (key, key_bias), (value, value_bias), block.attn.out_proj)
+    weights = (query, query_bias), (key, key_bias), (value, value_bias)
+    return Block(block.ln_1, *weights, block.attn.out_proj, block.mlp, block.ln_2)
 
 
 def timm_block(model: nn.Module) -> Block:
     block = model.blocks[-1]
-    (_, key, value), (_, key_bias, value_bias) = block.attn.qkv.weight.chunk(3), block.attn.qkv.bias.chunk(3)
-    return Block(block.norm1, (key, key_bias), (value, value_bias), block.attn.proj)
+    weights = zip(block.attn.qkv.weight.chunk(3), block.attn.qkv.bias.chunk(3), strict=True)
+    return Block(block.norm1, *weights, block.attn.proj, block.mlp, block.norm2)
 
 
 def transformers_block(model: nn.Module) -> Block:
     block = model.vision_model.encoder.layers[-1]
-    key, value = block.self_attn.k_proj, block.self_attn.v_proj
-    return Block(
-        block.layer_norm1, (key.weight, key.bias), (value.weight, value.bias), block.self_attn.out_proj
-    )
+    attention = block.self_attn
+    weights = ((part.weight, part.bias) for part in (attention.q_proj, attention.k_proj, attention.v_proj))
+    return Block(block.layer_norm1, *weights, attention.out_proj, block.mlp, block.layer_norm2)
 
 
 def timm_clip() -> nn.Module:
@@ -107,11 +110,45 @@ def reference(block: Block, tokens: Tensor, ahead: int, grid: tuple[int, int] | 
     return block.out(mixed)
 
 
+def correlated(block: Block, tokens: Tensor, *projections: tuple[Tensor, Tensor]) -> Tensor:
+    """Computes out(sum of softmax(p·p / sqrt(width)) · values), head by head."""
+    normed = block.norm(tokens)
+    values = (normed @ block.values[0].T + block.values[1]).chunk(HEADS, dim=-1)
+    mixed = [torch.zeros_like(part) for part in values]
+    for weight, bias in projections:
+        for head, part in enumerate((normed @ weight.T + bias).chunk(HEADS, dim=-1)):
+            likeness = part @ part.transpose(1, 2) / math.sqrt(part.shape[-1])
+            mixed[head] = mixed[head] + likeness.softmax(-1) @ values[head]
+    return block.out(torch.cat(mixed, dim=-1))
+
+
 def omega(i: int, j: int, grid: tuple[int, int]) -> float:
     if i < 0 or j < 0:
         return 0.0
     (row, col), (other_row, other_col) = divmod(i, grid[1]), divmod(j, grid[1])
     return math.exp(-((row - other_row) ** 2 + (col - other_col) ** 2) / (2 * 5**2))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("num_registers", [0, 3])
+@pytest.mark.parametrize("readout", ["clearclip", "sclip"])
+def test_self_self_attention_equals_the_definition(library, readout, num_registers):
+    backbone = build(library, num_registers)
+    block, before_last = CLIPS[library][1](backbone.model), backbone.block_tokens(images(), [1])[1]
+    if readout == "clearclip":
+        tokens = correlated(block, before_last, block.queries)
+    else:
+        after = before_last + correlated(block, before_last, block.queries, block.keys)
+        tokens = after + block.mlp(block.mlp_norm(after))
+    expected = backbone.final_norm(tokens[:, 1 + num_registers :]) @ backbone.projection
+    plain = backbone(images())
+
+    set_readout(backbone, readout)
+
+    torch.testing.assert_close(backbone(images()).patches, expected.unflatten(1, GRID), **CLOSE)
+    torch.testing.assert_close(copy.deepcopy(backbone)(images()).patches, backbone(images()).patches)
+    set_readout(backbone, "plain")
+    torch.testing.assert_close(backbone(images()), plain, rtol=0, atol=0)  # undone exactly
 
 
 @torch.no_grad()

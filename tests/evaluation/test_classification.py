@@ -1,11 +1,15 @@
+import families_open_clip
 import numpy as np
+import open_clip
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from open_clip.model import CLIP
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
+from torch.nn.functional import normalize
 
 from phreg.backbones.resolve import adapt
 from phreg.errors import DataError, PhregError
@@ -117,3 +121,51 @@ def test_every_wrong_setting_is_listed():
         resolve_settings("classification", {"neighbors": 3, "penalty": "much"})
     assert "did you mean neighbours" in str(caught.value)
     assert "penalty" in str(caught.value)
+
+
+@pytest.fixture
+def clip_reader(tmp_path):
+    torch.manual_seed(0)
+    text = families_open_clip.TEXT | {"vocab_size": 49408, "context_length": 16}
+    model = CLIP(embed_dim=16, vision_cfg=families_open_clip.VISION, text_cfg=text)
+    return FeatureReader(
+        adapt(families_open_clip.shaken(model)), "clip", FeatureCache(tmp_path / "cache"), batch_size=4
+    )
+
+
+@torch.no_grad()
+def test_zero_shot_takes_the_class_whose_name_is_nearest(clip_reader, colours):
+    settings = Settings(methods=("zero-shot",), template="all {}")
+    found = classification.run(clip_reader, colours, settings, seed=0)
+
+    model = clip_reader.backbone.model
+    names = normalize(
+        model.encode_text(open_clip.tokenize(["all blue", "all red"], context_length=16)), dim=1
+    )
+    whole = classification.open_labelled(colours)
+    images = torch.stack(
+        [torch.from_numpy(np.array(whole.images.read(n))).permute(2, 0, 1) for n in range(12)]
+    )
+    scores = normalize(model.encode_image(clip_reader.normalise(images)), dim=1) @ names.T
+    assert found.figures["top1"] == found.figures["zero_shot_top1"]
+    assert found.figures["top1"] == float((scores.argmax(1) == whole.labels).double().mean())
+    assert found.notes["images"] == {"train": 0, "test": 12}
+
+
+def test_classes_without_names_need_words(clip_reader):
+    with pytest.raises(DataError, match="words=imagenet"):
+        classification._vocabulary(("0", "1"), None)
+    assert len(classification._vocabulary(("0", "1"), "imagenet").words) == 1000
+    with pytest.raises(DataError, match="2 classes such as cat"):
+        classification._vocabulary(("cat", "dog"), "imagenet")
+
+
+def test_what_needs_no_training_is_tested_on_the_validation_split(clip_reader, tmp_path):
+    for split, count in (("train", 3), ("val", 2)):
+        for name in ("blue", "red"):
+            (tmp_path / "split" / split / name).mkdir(parents=True)
+            for number in range(count):
+                Image.new("RGB", (32, 32), name).save(tmp_path / "split" / split / name / f"{number}.png")
+    settings = Settings(methods=("zero-shot",), template="{}")
+    found = classification.run(clip_reader, str(tmp_path / "split"), settings, seed=0)
+    assert found.notes == {"images": {"train": 0, "test": 4}, "classes": 2}

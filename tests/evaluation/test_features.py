@@ -65,6 +65,27 @@ def test_values_are_those_the_block_itself_computes(name, layer, tmp_path):
     torch.testing.assert_close(found.flatten(1, 2), backbone.layout(pixels).patches(expected))
 
 
+@pytest.mark.parametrize("window", [None, 16])
+def test_reading_in_several_ways_at_once_gives_what_each_gives_alone(reader, photos, window, monkeypatch):
+    source = open_images(photos)
+    readings = [
+        Reading(source="keys", layer=-2, unit=True, window=window),
+        Reading(layer=0, norm=False, window=window),
+        Reading(source="values", layer=-1, bias=False, window=window),
+    ]
+    alone = [list(reader.stream(source, reading)) for reading in readings]
+    runs, run = [], reader.backbone.run
+    monkeypatch.setattr(reader.backbone, "run", lambda pixels: runs.append(len(pixels)) or run(pixels))
+    together = list(reader.stream_each(source, readings))
+    for number, found in enumerate(together):
+        for which, dense in enumerate(found):
+            assert torch.equal(dense.grid, alone[which][number].grid)
+            assert torch.equal(dense.cls, alone[which][number].cls)
+            assert dense.placement == alone[which][number].placement
+    if window is None:
+        assert sum(runs) == len(source), "one forward for all"
+
+
 @pytest.mark.parametrize("source", ["queries", "keys", "values"])
 def test_without_bias_a_projection_is_its_weight_alone(reader, source):
     attention = reader.backbone.model.blocks[1].attn

@@ -1,0 +1,67 @@
+"""The methods that are compared, as settings of `phreg.distill`, and one-step-away variants of the default.
+
+A method without settings needs no distillation: `raw` is the model as it is, `teacher` its average over 10
+fresh views. Every row but those two says what it changes from `phreg distill`'s defaults, and nothing else.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+Settings = Mapping[str, Any]
+"""Settings of `phreg.distill`, by dotted key."""
+
+UNTRAINED = ("raw", "teacher")
+"""Rows that distil nothing."""
+
+METHODS: dict[str, Settings] = {
+    "test-time": {"method": "test-time"},
+    "paper": {"method": "paper", "epochs": 1},  # takes about as long as 8 epochs of kept targets
+    "no-registers": {"registers": 0},
+    "registers-only-distilled": {"loss.relocation": 0.0},
+    # Its pooled term wants the unmoved view alone, so a target is one forward.
+    "relocation-only": {"loss.cosine": 0.0, "loss.mse": 0.0, "views.count": 1},
+    "relocate": {},
+}
+"""Methods: settings that differ from the defaults."""
+
+
+def from_block(first: int | None, depth: int) -> Settings:
+    """Unlocks embeddings as the defaults do, but blocks only from `first` on (None: all of them)."""
+    return {
+        "unlock.roles": (
+            "pos_embed",
+            "patch_embed",
+            *(f"block.{index}" for index in range(first or 0, depth)),
+        )
+    }
+
+
+VARIANTS: dict[str, Settings | Callable[[int | None, int], Settings]] = {
+    "views-5": {"views.count": 5},
+    "views-20": {"views.count": 20},
+    "registers-1": {"registers": 1},
+    "registers-16": {"registers": 16},
+    "registers-randn": {"register_init": "randn"},
+    "images-125": {"data.limit": 125},
+    "images-250": {"data.limit": 250},
+    "epochs-2": {"epochs": 2},
+    "epochs-4": {"epochs": 4},
+    "epochs-16": {"epochs": 16},
+    "fill-reflect": {"views.fill": "reflect"},
+    "fill-mean": {"views.fill": "mean"},
+    "fill-valid-crop": {"views.fill": "valid-crop"},
+    "unlock-paper": {"unlock.roles": ("pos_embed", "patch_embed", "block.-1")},
+    "unlock-from-emergence": from_block,
+    "pooled-0": {"loss.pooled": 0.0},
+    "pooled-2": {"loss.pooled": 2.0},
+}
+"""Ablations of `relocate`, each one setting away; one needs to know the emergence block and the depth."""
+
+ROWS = (*UNTRAINED, *METHODS, *VARIANTS)
+"""Everything that `--methods` takes, in the order of the table."""
+
+
+def settings(name: str, emergence: int | None, depth: int) -> dict[str, Any]:
+    """Says what a method passes to `phreg.distill`, given the raw model's emergence block and depth."""
+    found = (METHODS | VARIANTS)[name]
+    return dict(found(emergence, depth) if callable(found) else found)

@@ -1,0 +1,147 @@
+"""benchmarks/methods: nothing measured is trained on, planted models are as planted, rows are kept."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from phreg.analysis.norms import outliers
+from phreg.backbones.resolve import adapt
+
+FOLDER = Path(__file__).parents[2] / "benchmarks" / "methods"
+
+sys.path.insert(0, str(FOLDER))
+import measuring  # noqa: E402
+import methods  # noqa: E402
+import planted_models  # noqa: E402
+
+# Other benchmarks have a run.py too.
+found = importlib.util.spec_from_file_location("methods_run", FOLDER / "run.py")
+run = importlib.util.module_from_spec(found)
+found.loader.exec_module(run)
+
+
+@pytest.fixture(scope="module")
+def crops(tmp_path_factory):
+    """Twelve measured photographs, as batches of one."""
+    folder = planted_models.photographs(tmp_path_factory.mktemp("crops"), 60)
+    return measuring.split(folder)[1]
+
+
+@pytest.fixture
+def numbered(photos):
+    """The twelve small pictures, in folders, and one that has no number."""
+    (photos / "more").mkdir()
+    for path in sorted(photos.glob("*.png"))[6:]:
+        path.rename(photos / "more" / f"{path.stem}_n0.png")
+    (photos / "cover.png").write_bytes((photos / "00.png").read_bytes())
+    return photos
+
+
+def test_no_measured_image_is_trained_on(numbered, tmp_path):
+    training, measured = measuring.split(numbered)
+    assert [measuring.number(path) for path in measured] == [0, 5, 10]
+    assert len(training) == 9
+    for seed in range(20):
+        listed = measuring.training_list(training, seed, tmp_path / "images.txt", limit=4).read_text()
+        paths = [Path(line) for line in listed.splitlines()]
+        assert len(set(paths)) == 4
+        assert not set(paths) & set(measured)
+
+
+def test_a_seed_draws_its_own_training_images(numbered, tmp_path):
+    training, _ = measuring.split(numbered)
+    draws = [
+        measuring.training_list(training, seed, tmp_path / "images.txt", limit=4).read_text()
+        for seed in (0, 1, 0)
+    ]
+    assert draws[0] == draws[2] != draws[1]
+
+
+@pytest.mark.parametrize("kind", planted_models.BUILDS)
+def test_planted_models_have_sinks_and_their_twins_none(kind, crops):
+    model, twin = (adapt(planted_models.build(kind, planted=planted)) for planted in (True, False))
+    images = list(run.measuring.centre_crops(model, measuring.open_images(list(map(str, crops))), 160))
+    before, clean = outliers(model, images), outliers(twin, images)
+    assert clean.outlier_rate == 0
+    assert 0.005 < before.outlier_rate < 0.04  # the plant: flat ones of the 5 % of patches with a mark
+    assert before.emergence_block == planted_models.SINK_BLOCK
+    # Content sets them off: no place has one in every image, and only marked places have any.
+    share = before.position_histogram
+    assert share.max() < 1
+    assert (share > 0).sum() <= 5
+
+
+def test_planted_builds_differ_as_their_families_do():
+    models = {kind: planted_models.build(kind) for kind in planted_models.BUILDS}
+    assert {kind: model.cls_token is not None for kind, model in models.items()} == {
+        "dinov2": True,
+        "clip": True,
+        "siglip": False,
+    }
+    assert models["siglip"].attn_pool is not None
+    assert adapt(models["clip"]).projection is not None
+    assert adapt(models["dinov2"]).mlp(0).up[0].out_features == 2 * planted_models.HIDDEN  # gated
+
+
+def test_a_reference_of_all_views_has_each_once_and_counts_a_patch_where_it_was_seen(tiny):
+    every = measuring.shifts(measuring.ViewsConfig(count=50, max_shift=0.15), (14, 14))
+    assert len(every) == len({tuple(view) for view in every.tolist()}) == 50
+    assert every[0].tolist() == [0, 0, 0]
+    # A patch that is the image's alone comes back from every view; the model is a patch embedding here.
+    backbone = adapt(tiny(depth=1))
+    for parameter in backbone.blocks[0].parameters():
+        parameter.data.zero_()
+    backbone.model.pos_embed.data.zero_()
+    images = torch.rand(1, 3, 8, 8).repeat_interleave(1, 0).tile(1, 1, 4, 4)
+    images = (
+        images + images.unflatten(3, (4, 8)).flip(-1).flatten(3)
+    ) / 2  # patches even, so mirroring is none
+    mean = measuring.average(backbone, images, measuring.ViewsConfig(count=9, max_shift=0.25), 0)
+    # fp32 sums of nine equal features
+    torch.testing.assert_close(mean, backbone(images).patches, rtol=0, atol=1e-5)
+
+
+def test_the_ring_is_what_touches_a_marked_patch():
+    mask = torch.zeros(1, 4, 4, dtype=torch.bool)
+    mask[0, 0, 0] = mask[0, 0, 1] = True
+    assert measuring.ring(mask)[0].int().tolist() == [[0, 0, 1, 0], [1, 1, 1, 0], [0, 0, 0, 0], [0, 0, 0, 0]]
+
+
+@pytest.mark.parametrize("name", [*methods.METHODS, *methods.VARIANTS])
+def test_every_method_is_one_that_phreg_takes(name):
+    config = measuring.resolve(overrides=methods.settings(name, emergence=1, depth=3))
+    assert config.method in ("relocate", "paper", "test-time")
+
+
+@pytest.mark.slow
+def test_rows_are_kept_and_a_rerun_makes_only_what_is_missing(saved, photos, tmp_path, monkeypatch, capsys):
+    output = tmp_path / "results" / "tiny.json"
+    flags = [
+        str(saved), "--images", str(photos), "--output", str(output), "--seed", "0", "--set", "steps=1",
+        "--set", "force=true", "--set", "size=32", "--set", "data.workers=0", "--set", "views.count=1",
+        "--set", "batch_size=9",
+    ]  # fmt: skip
+    run.main([*flags, "--methods", "raw,no-registers"])
+    stored = json.loads(output.read_text())
+    assert list(stored["rows"]) == ["raw/0", "no-registers/0"]
+    assert "refused" not in stored["rows"]["no-registers/0"], stored["rows"]["no-registers/0"]["refused"]
+    assert stored["rows"]["no-registers/0"]["cost"]["steps"] == 1
+    # One epoch's batch of the nine training images, each with one view.
+    assert stored["rows"]["no-registers/0"]["cost"]["teacher_forwards"] == 9
+
+    made = []
+    monkeypatch.setattr(
+        run.Bench,
+        "row",
+        lambda self, name, seed: made.append(name) or stored["rows"]["raw/0"] | {"method": name},
+    )
+    run.main([*flags, "--methods", "raw,no-registers,relocate"])
+    assert made == ["relocate"]
+    assert "| no-registers | 1 |" in capsys.readouterr().out
+
+    with pytest.raises(SystemExit, match="images or protocol"):
+        run.main([*flags, "--set", "seed=1", "--methods", "raw"])
