@@ -257,7 +257,7 @@ def export(
         record = record_of(resolve.locate(model, revision)) or {}
     backbone, base = open_model(model, revision)
     if record:  # an instance keeps the read-out that it has
-        set_readout(backbone, record.get("readout", "plain"))
+        set_readout(backbone, backbone.trained_readout)
     # An adapter's own record tells of the run already.
     told = {} if format == "adapter" else record.get("run") or record
     run = {key: told[key] for key in RECORDED if key in told}

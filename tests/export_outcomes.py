@@ -87,6 +87,8 @@ _TEXT = "holds a text tower too"
 _UNNAMED = "an open_clip instance does not say what it was built from"
 _BACKBONE = "AutoBackbone takes no code"
 _IMAGE_BY_IMAGE = "image by image"
+_ANTIALIASED = [f"transformers/dinov2-registers{what}" for what in ("", "-classifier", "-backbone")]
+"""Models whose way to resample positions torch's exporter cannot write down."""
 _FIXED = {"transformers/aimv2": OWN_SIZE, "transformers/aimv2-vision": OWN_SIZE}
 """Models of one size."""
 
@@ -165,6 +167,7 @@ EXPECTED: dict[str, dict[str, str]] = {
         "timm/dinov3": OWN_SIZE,
         "transformers/": EVERY_SIZE,
         **_FIXED,
+        **dict.fromkeys(_ANTIALIASED, OWN_SIZE),
         "transformers/vit-mae": OWN_SIZE,
         "transformers/siglip2": Refused(_IMAGE_BY_IMAGE),
         "transformers/siglip2-vision": Refused(_IMAGE_BY_IMAGE),

@@ -43,7 +43,7 @@ def contents(backbone: Backbone) -> Contents:
 def load(folder: Path) -> Backbone:
     """Reads the base again, puts the adapter onto it, and sets the read-out."""
     backbone, _ = open_saved(resolve.locate(folder))
-    set_readout(backbone, read_adapter(folder).get("readout", "plain"))
+    set_readout(backbone, backbone.trained_readout)
     return backbone
 
 

@@ -19,7 +19,6 @@ from phreg import test_time
 from phreg.backbones import resolve
 from phreg.backbones.base import Backbone
 from phreg.backbones.readout import set_readout
-from phreg.checkpoint import read_adapter
 from phreg.exports import timm as timm_format
 from phreg.exports.base import Contents
 from phreg.registers import remove_registers
@@ -60,7 +59,7 @@ def contents(backbone: Backbone) -> Contents:
 def load(folder: Path) -> Backbone:
     """Reads the folder as `phreg.load` does, and sets the read-out."""
     backbone, _ = open_saved(resolve.locate(folder))
-    set_readout(backbone, read_adapter(folder).get("readout", "plain"))
+    set_readout(backbone, backbone.trained_readout)
     return backbone
 
 
