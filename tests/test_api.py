@@ -160,7 +160,7 @@ def test_a_run_with_a_read_out_of_its_own_is_not_exported_as_if_it_had_none(phot
     from families import LIBRARIES
 
     api.distill(LIBRARIES["timm"]["clip"](), photos, tmp_path / "run", method="paper", steps=1, **QUICK)
-    with pytest.raises(PhregError, match="value-only"):
+    with pytest.raises(PhregError, match=r"value-only|made from a model instance"):
         phreg.export(tmp_path / "run", tmp_path / "out", format="timm")
 
 

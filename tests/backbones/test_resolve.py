@@ -245,7 +245,7 @@ def test_adapters_and_runs_are_told_from_base_models(name, tmp_path):
     (tmp_path / name).write_text("{}")
     assert find_adapter(tmp_path)
     assert locate(tmp_path).library is None
-    with pytest.raises(LoadError, match=r"is a phreg adapter or run; open it with phreg\.load"):
+    with pytest.raises(LoadError, match=r"phreg\.load"):
         load(tmp_path)
 
 

@@ -1,5 +1,6 @@
 import os
 
+import jaxtyping
 import pytest
 import torch
 
@@ -58,7 +59,8 @@ def test_another_model_reading_or_file_is_read_anew(reader, mixed_photos, change
     assert len(entries(reader)) == 2
 
 
-def test_a_damaged_entry_is_noticed(reader, mixed_photos):
+def test_a_damaged_entry_is_noticed(reader, mixed_photos, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # type checks read an entry at random
     kept = reader.features(open_images(mixed_photos), READING)
     path = kept.folder / GRIDS
     content = bytearray(path.read_bytes())
