@@ -64,7 +64,8 @@ class Unit:
         level: Its activation on the outliers it answers to.
         ordinary: Its mean activation on all other patches.
         share: For a cause, its share of what the MLP writes into outliers and not into others; for an
-            upstream unit, its share of what sets the causes off, to first order.
+            upstream unit, its share of what sets the causes off, to first order. Shares add up to 1 over all
+            units, those that work against it being negative, so that one alone can exceed 1.
     """
 
     block: int

@@ -4,7 +4,8 @@ import sys
 
 import pytest
 
-from phreg import cli, config
+from phreg import cli, config, load
+from phreg.errors import LoadError
 
 
 def phreg(*arguments):
@@ -134,3 +135,5 @@ def test_nothing_to_repair_is_a_verdict_and_no_failure(saved, photos, tmp_path, 
     assert "Nothing to repair" in printed
     assert "phreg.load" not in printed, "there is nothing to load"
     assert not (tmp_path / "run" / "model").exists()
+    with pytest.raises(LoadError, match="holds no model, since it found nothing to repair; use its base"):
+        load(tmp_path / "run")

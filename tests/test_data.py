@@ -102,6 +102,15 @@ def test_an_unreadable_image_is_replaced_by_the_next_readable_one_and_reported(h
     assert "it is empty" in batch.skipped[0].reason
 
 
+def test_the_fixed_crop_of_an_image_is_the_same_for_whichever_image_it_stands_in():
+    source = InMemory([Image.new("RGB", (1, 20_000)), noise((400, 20))])  # the first is unreadable
+    first = Crops(source, 224).batch([(0, 1)]).images[0]
+    for epoch in range(3):
+        asked, stood_in = Crops(source, 224, crop="fixed").batch([(epoch, 1), (epoch, 0)]).images
+        assert torch.equal(asked, first)
+        assert torch.equal(stood_in, first)
+
+
 def test_an_image_too_narrow_to_be_resampled_is_unreadable_not_a_memory_bomb():
     source = InMemory([Image.new("RGB", (1, 20_000)), noise()])
     batch = Crops(source, 224).batch([(0, 0)])  # 224 x 4,480,000 pixels: a gigapixel
