@@ -54,6 +54,7 @@ VARIANTS: dict[str, Settings | Callable[[int | None, int], Settings]] = {
     "unlock-from-emergence": from_block,
     "pooled-0": {"loss.pooled": 0.0},
     "pooled-2": {"loss.pooled": 2.0},
+    "ema": {"optim.ema": 0.98},  # 248 steps: an average over the last 50
 }
 """Ablations of `relocate`, each one setting away; one needs to know the emergence block and the depth."""
 
