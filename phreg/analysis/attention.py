@@ -5,20 +5,52 @@ everything done to them: norms, rotary positions, scale, mask. Listening there g
 and only the rows of the queries that are asked for are ever computed.
 
     block i ──► scaled_dot_product_attention(q, k, v) ──► as ever
-                              └──► softmax(q[rows] kᵀ) ──► weights of block i
+                              └──► softmax(q[rows] kᵀ) ──► weights of block i ──► maps over the patches
+
+Who looks is what a model reads its answer from: CLS and the registers; where there is no CLS, the patches,
+all of them taken together. What they look at are the patches.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional
 
 from phreg.backbones.base import Backbone
 from phreg.errors import UnsupportedModelError
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionReport:
+    """Where a model's special tokens look.
+
+    Attributes:
+        queries: Who looks: see `query_names`.
+        focus: Attention in the last block, mean over images and heads (Darcet et al. 2024, arXiv 2309.16588,
+            figure 16). What is missing to a sum of 1 falls on CLS and registers.
+        share: Block by block, the share of the first query's attention that falls on outliers, mean over
+            images and heads.
+        fair: The share that attention spread evenly over all tokens would give them.
+    """
+
+    queries: tuple[str, ...]
+    focus: Float[Tensor, "queries rows cols"]
+    share: tuple[float, ...]
+    fair: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the report as JSON can hold it."""
+        return {
+            "queries": list(self.queries),
+            "focus": self.focus.tolist(),
+            "share": list(self.share),
+            "fair": self.fair,
+        }
 
 
 @torch.no_grad()
@@ -45,6 +77,66 @@ def attention_weights(
     tokens = backbone.layout(images).num_tokens
     with _listening(queries, tokens, reduce) as found:
         backbone.run(images)
+    return heard(backbone, found)
+
+
+@torch.no_grad()
+def attention_maps(
+    backbone: Backbone, images: Float[Tensor, "batch 3 height width"]
+) -> Float[Tensor, "batch queries heads rows cols"]:
+    """Runs the model and returns where it looks in the last block, head by head, in fp32.
+
+    Args:
+        backbone: The model, in eval mode.
+        images: Normalised images on the model's device.
+
+    Returns:
+        The attention that `query_names` pay to each patch.
+
+    Raises:
+        UnsupportedModelError: The model computes attention in another way, which cannot be listened to.
+    """
+    with listening_to_maps(backbone, images) as found:
+        backbone.run(images)
+    return heard(backbone, found)[-1]
+
+
+def query_names(backbone: Backbone) -> tuple[str, ...]:
+    """Names the queries of attention maps: CLS, or without one `patches`, their mean; then the others."""
+    return backbone.special_tokens if backbone.class_tokens else ("patches", *backbone.special_tokens)
+
+
+@contextmanager
+def listening_to_maps(
+    backbone: Backbone, images: Float[Tensor, "batch 3 height width"]
+) -> Iterator[list[Tensor]]:
+    """Collects where the model looks while it runs, block by block: (batch, queries, heads, rows, cols)."""
+    layout = backbone.layout(images)
+    special = layout.num_tokens - layout.num_patches
+    from_patches = not backbone.class_tokens
+
+    def to_maps(weights: Tensor) -> Tensor:
+        if from_patches:
+            mean = weights[:, :, special:].mean(dim=2, keepdim=True)
+            weights = torch.cat([mean, weights[:, :, :special]], dim=2)
+        return weights[..., special:].transpose(1, 2).unflatten(-1, layout.grid)
+
+    queries = slice(None) if from_patches else slice(0, special)
+    with _listening(queries, layout.num_tokens, to_maps) as found:
+        yield found
+
+
+def heard(backbone: Backbone, found: list[Tensor]) -> list[Tensor]:
+    """Takes what each block let be heard.
+
+    Args:
+        backbone: The model that ran.
+        found: What was collected, in the order of the calls.
+
+    Raises:
+        UnsupportedModelError: There is less than a model of this depth gives: it computes attention in
+            another way.
+    """
     depth = len(backbone.blocks)
     if len(found) < depth:
         raise UnsupportedModelError(
@@ -53,6 +145,30 @@ def attention_weights(
             'attn_implementation="sdpa"; timm: fused attention on)'
         )
     return found[:depth]  # a pooling head attends after the blocks
+
+
+def attention_report(
+    queries: tuple[str, ...],
+    focus: Float[Tensor, "queries rows cols"],
+    first: Float[Tensor, "blocks images rows cols"],
+    outliers: Bool[Tensor, "images rows cols"],
+    num_tokens: int,
+) -> AttentionReport:
+    """Sums up what was heard, once it is known which patches are outliers.
+
+    Args:
+        queries: Who looks.
+        focus: Attention in the last block, mean over images and heads.
+        first: Attention of the first query in every block, mean over heads.
+        outliers: The patches whose share is wanted.
+        num_tokens: Tokens that attention is divided among, CLS and registers included.
+    """
+    return AttentionReport(
+        queries=queries,
+        focus=focus,
+        share=tuple((first * outliers).sum(dim=(2, 3)).mean(dim=1).tolist()),
+        fair=float(outliers.sum()) / len(outliers) / num_tokens,
+    )
 
 
 @contextmanager

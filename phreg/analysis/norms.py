@@ -9,13 +9,15 @@ the shortest.
     batches ──backbone──► tokens of each block ──┬──────────────► norms ──► gap? ──► rate, positions, maps
               (dropped once measured)            └─► final norm ► norms ──► gap? ──► rate
 
-Norms are kept, one float a patch; tokens are not. What a norm cannot show, such as an artifact that only
-points elsewhere, is not found here.
+Norms are kept, one float a token; tokens are not. CLS and registers are longer or shorter by nature, so they
+are measured apart and never counted. What a norm cannot show, such as an artifact that only points elsewhere,
+is not found here.
 """
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -27,6 +29,12 @@ from phreg.errors import DataError, PhregError
 
 QUANTILES = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
 """Quantiles of the norms that a report keeps for each block."""
+
+BINS = 50
+"""Bins of a histogram."""
+
+SHORTEST = 1e-6
+"""Norm, as a share of the longest, below which a log-spaced histogram tells tokens no longer apart."""
 
 MAX_SHARE = 0.2
 """Largest share of tokens that can be outliers; beyond it a model has two kinds of tokens, not artifacts."""
@@ -64,6 +72,39 @@ class Gap:
 
 
 @dataclass(frozen=True)
+class Histogram:
+    """How many values fall into each of `BINS` bins.
+
+    Attributes:
+        scale: Whether bins are equally wide (`linear`), or equally wide in the logarithm (`log`).
+        low: Where the first bin begins.
+        high: Where the last bin ends.
+        counts: Values in each bin, first to last.
+    """
+
+    scale: Literal["linear", "log"]
+    low: float
+    high: float
+    counts: tuple[int, ...]
+
+    @classmethod
+    def of(
+        cls, values: np.ndarray, scale: Literal["linear", "log"], limits: tuple[float, float] | None = None
+    ) -> "Histogram":
+        """Counts values, in log scale positive ones; limits of None are the smallest and the largest."""
+        logs = scale == "log"
+        counts, edges = np.histogram(np.log(values) if logs else values, BINS, limits)
+        low, high = np.exp(edges[[0, -1]]) if logs else edges[[0, -1]]
+        return cls(scale, float(low), float(high), tuple(counts.tolist()))
+
+    @property
+    def edges(self) -> tuple[float, ...]:
+        """Where the bins begin and end, one more than there are bins."""
+        spaced = np.geomspace if self.scale == "log" else np.linspace
+        return tuple(spaced(self.low, self.high, len(self.counts) + 1).tolist())
+
+
+@dataclass(frozen=True)
 class BlockNorms:
     """Norms of the patch tokens that one block puts out.
 
@@ -73,6 +114,9 @@ class BlockNorms:
         gap: The gap, or None where the norms show none.
         outlier_rate: Share of patch tokens beyond the gap.
         outlier_norm: Median norm of those; None where there are none.
+        bimodality: Bimodality of log norms; see `bimodality`.
+        linear: How many tokens have which norm.
+        log: The same in log norm.
     """
 
     block: int
@@ -80,11 +124,36 @@ class BlockNorms:
     gap: Gap | None
     outlier_rate: float
     outlier_norm: float | None
+    bimodality: float
+    linear: Histogram
+    log: Histogram
 
     @property
     def median(self) -> float:
         """Median norm of all patch tokens."""
         return self.quantiles[QUANTILES.index(0.5)]
+
+
+@dataclass(frozen=True)
+class TokenNorms:
+    """Norms of one token that is no patch, block by block.
+
+    Attributes:
+        name: `CLS`, `register 1`, …: see `Backbone.special_tokens`.
+        quantiles: Norms over images at `QUANTILES`, for each block, before the final norm.
+        normed: The same after the final norm.
+    """
+
+    name: str
+    quantiles: tuple[tuple[float, ...], ...]
+    normed: tuple[tuple[float, ...], ...]
+
+
+class Norms(NamedTuple):
+    """Norms of the tokens of some images, before and after the final norm, on the CPU."""
+
+    patches: Float[Tensor, "2 blocks images rows cols"]
+    special: Float[Tensor, "2 blocks images special"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,6 +164,7 @@ class NormReport:
         images: Number of images measured.
         blocks: Every measured block, first to last, before the final norm.
         normed: The same blocks, their tokens passed through the final norm.
+        tokens: CLS and registers, each by itself, in the same blocks.
         positions: Share of images whose patch is an outlier there, block by block, before the final norm.
         maps: Norms before the final norm of the first few images, block by block.
     """
@@ -102,6 +172,7 @@ class NormReport:
     images: int
     blocks: tuple[BlockNorms, ...]
     normed: tuple[BlockNorms, ...]
+    tokens: tuple[TokenNorms, ...]
     positions: Float[Tensor, "blocks rows cols"]
     maps: Float[Tensor, "shown blocks rows cols"]
 
@@ -141,10 +212,12 @@ class NormReport:
             "quantiles": list(QUANTILES),
             "blocks": [asdict(block) for block in self.blocks],
             "blocks_after_norm": [asdict(block) for block in self.normed],
+            "tokens": [asdict(token) for token in self.tokens],
             "position_histogram": self.position_histogram.tolist(),
         }
 
 
+@torch.no_grad()
 def outliers(
     backbone: Backbone,
     batches: Iterable[Float[Tensor, "_ 3 _ _"]],
@@ -171,27 +244,83 @@ def outliers(
         if layers is None
         else sorted({backbone.block_index(layer) for layer in layers})
     )
-    measured: list[Tensor] = []
+    measured = [
+        token_norms(backbone, images, backbone.block_tokens(images, wanted))
+        for images in of_one_size(backbone, batches)
+    ]
+    return norm_report(backbone, join(measured), wanted, show)
+
+
+def of_one_size(
+    backbone: Backbone, batches: Iterable[Float[Tensor, "_ 3 _ _"]]
+) -> Iterator[Float[Tensor, "_ 3 _ _"]]:
+    """Moves batches to the model's device, one at a time.
+
+    Raises:
+        DataError: There are no images, or their sizes differ.
+    """
+    first: tuple[int, int] | None = None
     for images in batches:
-        norms = _norms(backbone, images.to(backbone.device), wanted)
-        if measured and norms.shape[-2:] != measured[0].shape[-2:]:
-            grids = [f"{rows}x{cols}" for rows, cols in (measured[0].shape[-2:], norms.shape[-2:])]
+        grid = backbone.layout(images).grid
+        first = first or grid
+        if grid != first:
+            grids = [f"{rows}x{cols}" for rows, cols in (first, grid)]
             raise DataError(
                 f"norms asked for of images of one size, found patch grids of {' and '.join(grids)}; "
                 "resize the images to one size"
             )
-        measured.append(norms)
-    if not measured:
+        yield images.to(backbone.device)
+    if first is None:
         raise DataError(f"norms asked for of {backbone.describe()}, found no images; give at least one")
-    norms = torch.cat(measured, dim=2)  # (reading, block, image, rows, cols)
-    before, after = (tuple(map(_block_norms, wanted, reading)) for reading in norms)
-    masks = [outlier_mask(block, found.gap) for block, found in zip(norms[0], before, strict=True)]
+
+
+@torch.no_grad()
+def token_norms(backbone: Backbone, images: Float[Tensor, "_ 3 _ _"], tokens: Mapping[int, Tensor]) -> Norms:
+    """Measures what blocks put out for a batch of images, before and after the final norm.
+
+    Args:
+        backbone: The model.
+        images: The images.
+        tokens: Raw output of each block, as `Backbone.tap` collects it.
+    """
+    layout = backbone.layout(images)
+    patches, special = [], []
+    for _, block in sorted(tokens.items()):
+        stages = (block, backbone.final_norm(block))
+        patches.append(torch.stack([layout.to_grid(stage).float().norm(dim=-1) for stage in stages]))
+        special.append(
+            torch.stack([stage[:, : -layout.num_patches].float().norm(dim=-1) for stage in stages])
+        )
+    return Norms(torch.stack(patches, dim=1).cpu(), torch.stack(special, dim=1).cpu())
+
+
+def join(batches: Sequence[Norms]) -> Norms:
+    """Puts the norms of batches together."""
+    return Norms(*(torch.cat(parts, dim=2) for parts in zip(*batches, strict=True)))
+
+
+def norm_report(backbone: Backbone, norms: Norms, layers: Sequence[int], show: int) -> NormReport:
+    """Finds the outliers among norms, and sums all up.
+
+    Args:
+        backbone: The model that was measured.
+        norms: What was measured.
+        layers: Indices of the blocks that were.
+        show: Images, from the first on, whose norm maps are kept.
+    """
+    before, after = (tuple(map(_block_norms, layers, stage)) for stage in norms.patches)
+    masks = [outlier_mask(block, found.gap) for block, found in zip(norms.patches[0], before, strict=True)]
+    quantiles = np.quantile(norms.special.numpy(), QUANTILES, axis=2).transpose(3, 1, 2, 0).tolist()
     return NormReport(
-        images=norms.shape[2],
+        images=norms.patches.shape[2],
         blocks=before,
         normed=after,
+        tokens=tuple(
+            TokenNorms(name, *(tuple(map(tuple, stage)) for stage in stages))
+            for name, stages in zip(backbone.special_tokens, quantiles, strict=True)
+        ),
         positions=torch.stack([mask.float().mean(dim=0) for mask in masks]),
-        maps=norms[0, :, :show].transpose(0, 1).clone(),
+        maps=norms.patches[0, :, :show].transpose(0, 1).clone(),
     )
 
 
@@ -223,7 +352,7 @@ def outlier_threshold(norms: Float[Tensor, "*tokens"]) -> Gap | None:
     Raises:
         PhregError: A norm is not finite.
     """
-    logs = np.log(norms.double().cpu().numpy().ravel().clip(min=np.finfo(np.float32).tiny))
+    logs = _logs(norms)
     if not np.isfinite(logs).all():
         count = int((~np.isfinite(logs)).sum())
         raise PhregError(
@@ -246,6 +375,34 @@ def outlier_mask(norms: Float[Tensor, "*tokens"], gap: Gap | None) -> Bool[Tenso
     return norms > gap.threshold if gap.side == "high" else norms < gap.threshold
 
 
+def bimodality(norms: Float[Tensor, "*tokens"]) -> float:
+    """Measures how far log norms fall into two kinds, by Sarle's bimodality coefficient.
+
+    That is (g² + 1) / (k + 3 (n - 1)² / ((n - 2) (n - 3))), with g the skewness and k the excess kurtosis of
+    a sample of n (Pfister et al. 2013, Frontiers in Psychology 4:700). It is 1/3 for a normal distribution,
+    5/9 for a uniform one and 1 for two points. Above 5/9 two modes are likely, though a long tail counts too.
+
+    Args:
+        norms: Norms of one block's patch tokens, in any shape.
+
+    Returns:
+        The coefficient; 0 for fewer than four tokens, and where all log norms lie within `MIN_SPREAD`.
+    """
+    logs, count = _logs(norms), norms.numel()
+    if count < 4 or np.ptp(logs) <= MIN_SPREAD:
+        return 0.0
+    centred = (logs - logs.mean()) / logs.std()
+    skewness = np.mean(centred**3) * math.sqrt(count * (count - 1)) / (count - 2)
+    pairs = (count - 2) * (count - 3)
+    excess = (count - 1) / pairs * ((count + 1) * (np.mean(centred**4) - 3) + 6)
+    return float((skewness**2 + 1) / (excess + 3 * (count - 1) ** 2 / pairs))
+
+
+def _logs(norms: Tensor) -> np.ndarray:
+    """Takes logarithms; a norm of zero counts as the smallest float."""
+    return np.log(norms.double().cpu().numpy().ravel().clip(min=np.finfo(np.float32).tiny))
+
+
 def _widest_stretch(values: np.ndarray) -> tuple[float, float, float]:
     """Finds the most credible gap in the upper tail of sorted values.
 
@@ -264,26 +421,18 @@ def _widest_stretch(values: np.ndarray) -> tuple[float, float, float]:
     return float(credits[best]), float(starts[best]), float(ends[best])
 
 
-@torch.no_grad()
-def _norms(backbone: Backbone, images: Tensor, layers: Sequence[int]) -> Tensor:
-    """Norms of patch tokens, before and after the final norm: (2, blocks, batch, rows, cols), on the CPU."""
-    layout = backbone.layout(images)
-    tokens = backbone.block_tokens(images, layers)
-    readings = []
-    for layer in layers:
-        patches = layout.to_grid(tokens.pop(layer))
-        pair = (patches, backbone.final_norm(patches))
-        readings.append(torch.stack([reading.float().norm(dim=-1) for reading in pair]))
-    return torch.stack(readings, dim=1).cpu()
-
-
 def _block_norms(block: int, norms: Tensor) -> BlockNorms:
     gap = outlier_threshold(norms)
     mask = outlier_mask(norms, gap)
+    values = norms.double().numpy().ravel()
+    longest = max(values.max(), np.finfo(np.float32).tiny)
     return BlockNorms(
         block=block,
         quantiles=tuple(float(value) for value in np.quantile(norms.numpy(), QUANTILES)),
         gap=gap,
         outlier_rate=float(mask.float().mean()),
         outlier_norm=float(norms[mask].median()) if mask.any() else None,
+        bimodality=bimodality(norms),
+        linear=Histogram.of(values, "linear"),
+        log=Histogram.of(values.clip(min=SHORTEST * longest), "log"),
     )

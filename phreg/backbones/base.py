@@ -195,6 +195,11 @@ class Backbone(nn.Module, ABC):
         return None
 
     @property
+    def class_tokens(self) -> tuple[str, ...]:
+        """Names of the tokens ahead of all registers: `CLS`, and `distillation` where there is one."""
+        return ("CLS",)[: self.spec.num_prefix]
+
+    @property
     @abstractmethod
     def num_registers(self) -> int:
         """Registers phreg added."""
@@ -318,6 +323,17 @@ class Backbone(nn.Module, ABC):
     def device(self) -> torch.device:
         """Where the model's weights are."""
         return next(self.model.parameters()).device
+
+    @property
+    def special_tokens(self) -> tuple[str, ...]:
+        """Names of all tokens ahead of the patches, in order; native registers count before phreg's."""
+        count = self.spec.num_prefix + self.num_registers - len(self.class_tokens)
+        return (*self.class_tokens, *(f"register {number}" for number in range(1, count + 1)))
+
+    def owners(self, role: str) -> list[nn.Module]:
+        """Finds the modules that hold the parameters of a role."""
+        names = [name.rpartition(".")[0] for name in self.roles()[role]]
+        return [self.model.get_submodule(name) for name in dict.fromkeys(names)]
 
     def describe(self) -> str:
         """Names the model for messages."""

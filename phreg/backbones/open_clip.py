@@ -324,6 +324,11 @@ class TimmTower(Backbone):
         return self.trunk.entrance
 
     @property
+    def class_tokens(self) -> tuple[str, ...]:
+        """`CLS`, where the trunk has one."""
+        return self.trunk.class_tokens
+
+    @property
     def final_norm(self) -> nn.Module:
         """The norm after the last block."""
         return self.trunk.final_norm

@@ -172,9 +172,7 @@ def _omega(grid: tuple[int, int], num_tokens: int, device: torch.device, dtype: 
 
 def _patch_convolution(backbone: Backbone) -> nn.Conv2d:
     """Finds the convolution that makes patches; its output has the shape of the grid."""
-    owners = {name.rpartition(".")[0] for name in backbone.roles()["patch_embed"]}
-    modules = [backbone.model.get_submodule(owner) for owner in owners]
-    convolutions = [module for module in modules if isinstance(module, nn.Conv2d)]
+    convolutions = [module for module in backbone.owners("patch_embed") if isinstance(module, nn.Conv2d)]
     if len(convolutions) != 1:
         raise PhregError(
             f"read-out naclip asked of {backbone.describe()}, whose patches come from {len(convolutions)} "

@@ -274,6 +274,11 @@ class TimmBackbone(Backbone):
         return self.model.head.weight.T if self._is_clip else None
 
     @property
+    def class_tokens(self) -> tuple[str, ...]:
+        """`CLS`, where there is one: some models have native registers alone."""
+        return ("CLS",) if self._embed.cls_token is not None else ()
+
+    @property
     def num_registers(self) -> int:
         """Registers phreg added."""
         return self._added.count if self._added else 0

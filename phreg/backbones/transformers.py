@@ -121,6 +121,12 @@ class TransformersBackbone(Backbone):
         pooled = pool(tokens.flatten(0, 1).unsqueeze(1)).unflatten(0, tokens.shape[:2])
         return pooled if self.projection is None else pooled @ self.projection
 
+    @property
+    def class_tokens(self) -> tuple[str, ...]:
+        """`CLS` and DeiT's `distillation`, as far as the family has them."""
+        own = [path for path in self.family.cls if path != "embeddings.register_tokens"]
+        return ("CLS", "distillation")[: len(own)]
+
     # -- registers
 
     @property
