@@ -11,8 +11,8 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from phreg import config as configuration
 from phreg import demo, exports, publish, test_time
 from phreg.adapter import describe_tower
-from phreg.analysis.norms import NormReport, outliers
 from phreg.backbones import hub, resolve
 from phreg.backbones.base import Backbone
 from phreg.backbones.readout import set_readout
@@ -34,17 +33,20 @@ from phreg.data import MEASURED_AT_ONCE, Crops, centre_crops, split, spread
 from phreg.errors import ConfigError, DataError, PhregError
 from phreg.evaluation.feature_cache import GIGABYTE, FeatureCache
 from phreg.evaluation.features import Observer as Progress
-from phreg.evaluation.records import Results
+from phreg.evaluation.records import Results, versions
 from phreg.evaluation.retrofit import Comparison, compare, failed_gates
 from phreg.evaluation.suite import Suite, compare_models
 from phreg.evaluation.tasks import resolve_settings
 from phreg.exports import Equality
 from phreg.images import ImageSource, open_images
+from phreg.inspection.folder import write_inspection
+from phreg.inspection.images import labelled, larger
+from phreg.inspection.look import Inspection, look, of_survey
+from phreg.inspection.page import comparison_page
 from phreg.model_card import model_card
 from phreg.registers import add_registers
 from phreg.relocation import Relocation
-from phreg.report.html import comparison_page, write_report
-from phreg.report.inspection import photos, write_inspection
+from phreg.report.html import Origin, write_report
 from phreg.saved import open_into, open_model, open_saved, record_of
 from phreg.seeding import keyed_generator
 from phreg.sinks import Sinks, locate
@@ -58,6 +60,9 @@ Images = str | os.PathLike[str]
 Observer = Callable[[StepRecord, int], None]
 
 logger = logging.getLogger(__name__)
+
+LOOKED_AT = 8
+"""Batches that a report shows of a model with nothing to repair."""
 
 RECORDED = ("size", "readout", "recipe", "outcome", "sinks", "gates", "figures")
 """What an export's record tells of the run."""
@@ -169,8 +174,9 @@ def distill(
             comparison = _compare(original, student, looked_at, config, base, held_out=held_out)
         set_readout(original, "plain")
         set_readout(student, "plain")
-        shown = photos(student, looked_at) if looked_at else []
-        _save(run, student, original, base, config, outcome, sinks, comparison, shown)
+        _save(run, student, original, base, config, outcome, sinks, comparison)
+        if comparison is not None:
+            _report(run, student, original, base, config, sinks, comparison)
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return Distilled(
@@ -395,35 +401,46 @@ def inspect(
     model: Model,
     images: Images | Float[Tensor, "batch 3 height width"],
     *,
+    against: Sequence[Model] = (),
     output: str | os.PathLike[str] | None = None,
     size: int | None = None,
     count: int = 64,
-) -> NormReport:
-    """Looks for artifacts: patch tokens whose norm lies beyond the gap in the model's own distribution.
+    labels: Images | None = None,
+    queries: Sequence[str] = (),
+    device: str | None = None,
+    observe: Progress | None = None,
+) -> Inspection:
+    """Looks at a model from all sides: its artifacts, where they come from, what they hold.
 
     Args:
         model: A model in any form that `distill` takes, a run, or an adapter.
         images: Where images are, or a batch of normalised ones.
+        against: Models to compare it with, on the same images.
         output: Folder to write inspect.json, report.html and pictures to; None writes nothing.
-        size: Image side in pixels; None means the model's own.
+        size: Image side in pixels; None means each model's own.
         count: Images to look at, spread evenly over those there are.
+        labels: Labelled images, in any layout of the task `classification` (a folder a class), to ask what
+            single tokens know of an image's class; None leaves that out.
+        queries: Texts whose likeness to each patch is mapped, for models with a text tower.
+        device: Where to run; None means a GPU where there is one, and for an instance, where it is.
+        observe: Told of progress: what is done, how much of it, and how much there is.
+
+    Returns:
+        What was found; in a notebook it shows itself as the report.
 
     Raises:
-        PhregError: The model or the images cannot be read.
+        PhregError: A model or the images cannot be read.
     """
-    backbone, base = open_model(model)
-    backbone.eval()
-    if not isinstance(images, str | os.PathLike):
-        _check_images(backbone, images)
-        looked_at = list(images.to(backbone.device).split(MEASURED_AT_ONCE))
-    else:
-        side = size or backbone.spec.input_size[0]
-        backbone.check_size((side, side))
-        looked_at = list(centre_crops(backbone, spread(open_images(images), count), side))
-    report = outliers(backbone, looked_at)
+    looks = [
+        _look(name, given, images, size, count, labels, queries, device, observe or (lambda *_: None))
+        for name, given in _named([model, *against]).items()
+    ]
+    inspection = replace(looks[0], against=tuple(looks[1:]))
     if output is not None:
-        write_inspection(Path(output), base.source, backbone, looked_at, report)
-    return report
+        shown = {"images": images if isinstance(images, str | os.PathLike) else "given as a tensor"}
+        shown |= {"size": size, "count": count, "labels": labels, "queries": ", ".join(queries) or None}
+        write_inspection(Path(output), inspection, _origin("inspect", shown))
+    return inspection
 
 
 def evaluate(
@@ -517,6 +534,42 @@ def _named(models: Sequence[Model], instance: str = "instance") -> dict[str, Mod
     }
 
 
+def _look(
+    name: str,
+    model: Model,
+    images: Images | Tensor,
+    size: int | None,
+    count: int,
+    labels: Images | None,
+    queries: Sequence[str],
+    device: str | None,
+    observe: Progress,
+) -> Inspection:
+    """Looks at one of the models that `inspect` was asked about."""
+    backbone = open_model(model)[0].eval()
+    if device is not None or not isinstance(model, nn.Module):
+        backbone.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if isinstance(images, str | os.PathLike):
+        side = size or backbone.spec.input_size[0]
+        backbone.check_size((side, side))
+        chosen = spread(open_images(images), count)
+        looked_at, resampled = list(centre_crops(backbone, chosen, side)), larger(backbone, chosen)
+    else:
+        _check_images(backbone, images)
+        side = images.shape[-1]
+        looked_at = list(images.to(backbone.device).split(MEASURED_AT_ONCE))
+        resampled = looked_at[:1] if tuple(images.shape[-2:]) != backbone.spec.input_size else []
+    return look(
+        backbone,
+        name,
+        looked_at,
+        resampled=resampled,
+        labelled=labelled(backbone, os.fspath(labels), side) if labels is not None else None,
+        queries=queries,
+        observe=observe,
+    )
+
+
 def _check_images(backbone: Backbone, images: Any) -> None:
     """Refuses what is no batch of normalised images, before it fails somewhere inside."""
     if isinstance(images, Tensor):
@@ -530,6 +583,13 @@ def _check_images(backbone: Backbone, images: Any) -> None:
             f"{found}; normalise with mean {backbone.spec.mean} and standard deviation {backbone.spec.std}"
         )
     backbone.check_size((images.shape[-2], images.shape[-1]))
+
+
+def _origin(command: str, settings: Mapping[str, Any]) -> Origin:
+    """Says for a report how it was made; settings of None are left out."""
+    told = {name: os.fspath(value) if isinstance(value, os.PathLike) else str(value)
+            for name, value in settings.items() if value is not None}
+    return Origin(command=f"phreg {command}", settings=told, versions=versions())
 
 
 def _views(settings: dict[str, Any]) -> ViewsConfig:
@@ -593,8 +653,7 @@ def _nothing_to_repair(
 ) -> Distilled:
     """Leaves the model as it is, and shows in the run's report that it has no artifacts."""
     if accelerator.is_main_process:
-        report = outliers(student, seen)
-        write_inspection(run.report, base.source, student, seen, report)
+        write_inspection(run.report, look(student, base.source, seen[:LOOKED_AT]))
     accelerator.wait_for_everyone()
     return Distilled(student.model, run.path, None, None, None, [], accelerator.is_main_process)
 
@@ -637,7 +696,6 @@ def _save(
     outcome: Outcome,
     sinks: Sinks | None,
     comparison: Comparison | None,
-    shown: Sequence[Any],
 ) -> None:
     failures = failed_gates(comparison, config.gate) if comparison else []
     record = {
@@ -652,8 +710,27 @@ def _save(
     }
     tower = describe_tower(original)
     save_adapter(run.model, student, base, original.disk_state(), record, model_card, tower=tower)
-    if comparison:
-        run.report.mkdir(exist_ok=True)
-        title = f"{base.source}, before and after {config.registers} registers"
-        write_report(run.report / "report.html", comparison_page(title, comparison, shown))
-        write_text(run.report / "figures.json", json.dumps(comparison.to_json(), indent=2))
+
+
+def _report(
+    run: RunFolder,
+    student: Backbone,
+    original: Backbone,
+    base: Base,
+    config: DistillConfig,
+    sinks: Sinks | None,
+    comparison: Comparison,
+) -> None:
+    """Writes what the run changed: figures.json, and a page with the models side by side."""
+    run.report.mkdir(exist_ok=True)
+    write_text(run.report / "figures.json", json.dumps(comparison.to_json(), indent=2))
+    before, after = (
+        of_survey(side, name, surveyed, features, sinks=causes)
+        for side, name, surveyed, features, causes in zip(
+            (original, student), ("before", "after"), comparison.surveys, comparison.shown, (sinks, None),
+            strict=True,
+        )
+    )  # fmt: skip
+    title = f"{base.source}, before and after {config.registers} registers"
+    origin = Origin("phreg distill", configuration.flatten(config.model_dump(mode="json", exclude_none=True)), versions())
+    write_report(run.report / "report.html", comparison_page(title, comparison, before, after, origin))

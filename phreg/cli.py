@@ -114,31 +114,46 @@ def inspect(
     /,
     images: str,
     output: Path,
+    against: Annotated[tuple[str, ...], arg(metavar="MODEL…")] = (),
     size: Annotated[int | None, arg(metavar="PIXELS")] = None,
     count: int = 64,
+    labels: Annotated[str | None, arg(metavar="PATH")] = None,
+    queries: Annotated[tuple[str, ...], arg(metavar="TEXT…")] = (),
+    device: str | None = None,
 ) -> None:
-    """Look for artifacts: outlier rate per block, where they are, and norm maps.
+    """Look for artifacts: how many, where, what causes them, what they hold; one report, of one model or more.
 
     Args:
         model: Hub id, timm or open_clip name, local folder, run or adapter.
         images: Folder, text file of paths, tar shards or Hugging Face dataset.
         output: Folder to write inspect.json, pictures and report.html to.
-        size: Image side in pixels; unset means the model's own.
+        against: Models to set beside it, on the same images.
+        size: Image side in pixels; unset means each model's own.
         count: Images to look at.
+        labels: Labelled images, such as a folder of class folders, to ask what single tokens know of a class.
+        queries: Texts to map over the images shown, for models with a text tower.
+        device: Where to run; unset means a GPU where there is one.
     """
     from phreg import api
-    from phreg.report.verdict import verdict
+    from phreg.report.verdict import causes, verdict
 
-    with console.status("running the model …") if console.is_terminal else nullcontext():
-        report = api.inspect(model, images, output=output, size=size, count=count)
-    table = Table("block", "median norm", "outliers", "their norm", "outliers after the final norm")
-    for before, after in zip(report.blocks, report.normed, strict=True):
-        norm = f"{before.outlier_norm:.1f}" if before.outlier_norm is not None else "-"
-        rates = (f"{100 * side.outlier_rate:.2f} %" for side in (before, after))
-        rate, normed = rates
-        table.add_row(str(before.block), f"{before.median:.1f}", rate, norm, normed)
-    console.print(table)
-    console.print(verdict(report))
+    with Doing() as doing:
+        inspection = api.inspect(
+            model, images, against=against, output=output, size=size, count=count, labels=labels,
+            queries=queries, device=device, observe=doing,
+        )  # fmt: skip
+    for found in inspection.models:
+        table = Table(
+            "block", "median norm", "outliers", "their norm", "outliers after the final norm", title=found.name
+        )
+        for before, after in zip(found.norms.blocks, found.norms.normed, strict=True):
+            norm = f"{before.outlier_norm:.1f}" if before.outlier_norm is not None else "-"
+            rate, normed = (f"{100 * side.outlier_rate:.2f} %" for side in (before, after))
+            table.add_row(str(before.block), f"{before.median:.1f}", rate, norm, normed)
+        console.print(table)
+        console.print(verdict(found.norms), highlight=False)
+        if found.sinks is not None:
+            console.print(causes(found.sinks), highlight=False)
     console.print(f"Written: {output / 'report.html'}, inspect.json and pictures", highlight=False)
 
 

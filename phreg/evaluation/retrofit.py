@@ -3,9 +3,10 @@
 Before is the original model, after the patched one. The reference that agreement is measured against is the
 original averaged over many views or, for the demonstration model, the known truth.
 
-    original ──norms──► outlier rate and gap ─────────► where the original had outliers
-        └──many views──► reference ──┬── agreement of the original, and of the patched model
-    patched ──norms──► outlier rate  └── pooled outputs of both ──► drift
+    original ──survey──► outlier rate, and where the outliers are
+        └──many views──► reference ──► agreement of the original, and of the patched model
+    patched ──survey──► outlier rate
+    pooled outputs of both ──► drift
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +17,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from phreg.analysis.norms import NormReport, outlier_mask, outliers
+from phreg.analysis.norms import NormReport
+from phreg.analysis.survey import Survey, survey
 from phreg.backbones.base import Backbone
 from phreg.backbones.readout import set_readout
 from phreg.config import GateConfig, TargetConfig
@@ -44,7 +46,7 @@ class Comparison:
         images: Images measured on.
         held_out: Whether none of them was trained on.
         reference: What agreement is measured against, in words.
-        norms: Norms of patch tokens, before and after, plainly read.
+        surveys: What one look at either model tells, before and after, plainly read.
         agreement: Cosine to the reference, before and after; masked: where the original had outliers.
         drift: Cosine of the patched model's pooled output to the original's.
         shown: Dense features of the first few images, before and after, read as they were distilled.
@@ -53,10 +55,16 @@ class Comparison:
     images: int
     held_out: bool
     reference: str
-    norms: tuple[NormReport, NormReport]
+    surveys: tuple[Survey, Survey]
     agreement: tuple[Agreement, Agreement]
     drift: Drift
     shown: tuple[Grids, Grids]
+
+    @property
+    def norms(self) -> tuple[NormReport, NormReport]:
+        """Norms of patch tokens, before and after."""
+        before, after = self.surveys
+        return before.norms, after.norms
 
     def rows(self) -> list[Row]:
         """The table."""
@@ -118,24 +126,24 @@ def compare(
         target: Which block and read-outs were distilled; agreement is measured on those.
         described: What the reference is, in a few words.
         held_out: Whether none of the images was trained on.
-        show: Images whose features and norm maps are kept.
+        show: Images whose features and maps are kept.
     """
     sides = (original, patched)
     for side in sides:
         set_readout(side, "plain")
-    norms = outliers(original, batches, show=show), outliers(patched, batches, show=show)
+    surveys = survey(original, batches, show=show), survey(patched, batches, show=show)
     pooled = [torch.cat([side(images).pooled.float().cpu() for images in batches]) for side in sides]
-    were_outliers = [_outliers_of(original, images, norms[0]) for images in batches]
+    were_outliers = surveys[0].outliers.split([len(images) for images in batches])
 
     set_readout(original, target.teacher_readout)
     set_readout(patched, target.student_readout)
     meters = AgreementMeter(), AgreementMeter()
     kept: tuple[list[Tensor], list[Tensor]] = ([], [])
-    for number, images in enumerate(batches):
+    for number, (images, mask) in enumerate(zip(batches, were_outliers, strict=True)):
         truth = reference(images, number)
         features = [side(images, target.layer, target.norm).patches.float() for side in sides]
         for meter, grids, grid in zip(meters, kept, features, strict=True):
-            meter.update(grid, truth, were_outliers[number])
+            meter.update(grid, truth, mask.to(grid.device))
             grids.append(grid.cpu() if sum(map(len, grids)) < show else grid[:0].cpu())
     for side in sides:
         set_readout(side, "plain")
@@ -143,7 +151,7 @@ def compare(
         images=sum(map(len, batches)),
         held_out=held_out,
         reference=described,
-        norms=norms,
+        surveys=surveys,
         agreement=(meters[0].compute(), meters[1].compute()),
         drift=drift(pooled[1], pooled[0]),
         shown=(torch.cat(kept[0])[:show], torch.cat(kept[1])[:show]),
@@ -173,9 +181,3 @@ def failed_gates(comparison: Comparison, gate: GateConfig) -> list[str]:
     ]
     return [message for failed, message in checks if failed]
 
-
-def _outliers_of(backbone: Backbone, images: Images, report: NormReport) -> Tensor:
-    """Marks the patches that are outliers in the last block, by the gap that a report found there."""
-    last = len(backbone.blocks) - 1
-    tokens = backbone.block_tokens(images, [last])[last]
-    return outlier_mask(backbone.layout(images).to_grid(tokens).norm(dim=-1), report.blocks[-1].gap)

@@ -1,0 +1,30 @@
+"""Writes what was found about a model, and those it is compared with, into a folder.
+
+    inspect.json            every figure
+    report.html             the page
+    NAME.png                each chart of the page
+"""
+
+import json
+from pathlib import Path
+
+from phreg.checkpoint import write_text
+from phreg.inspection.look import Inspection
+from phreg.inspection.page import figures, inspection_page
+from phreg.report.canvas import save_png
+from phreg.report.html import Origin, write_report
+
+
+def write_inspection(folder: Path, inspection: Inspection, origin: Origin = Origin()) -> None:
+    """Writes the folder.
+
+    Args:
+        folder: Folder to write; files of these names are replaced.
+        inspection: What was found.
+        origin: How to make the report again.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / "inspect.json", json.dumps(inspection.to_json(), indent=2))
+    write_report(folder / "report.html", inspection_page(inspection, origin))
+    for drawn in figures(inspection.models):
+        save_png(folder / f"{drawn.name}.png", drawn.figure)

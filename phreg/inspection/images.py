@@ -1,0 +1,52 @@
+"""Reads the images that a model is looked at with: at its size, larger, and with their classes."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from phreg.backbones.base import Backbone
+from phreg.data import MEASURED_AT_ONCE, Crops, centre_crops, normalise, spread
+from phreg.errors import DataError
+from phreg.evaluation.datasets import open_labelled
+from phreg.images import ImageSource
+from phreg.inspection.look import Labelled
+
+LABELLED = 1000
+"""Images with classes that are read at most, spread evenly over those there are."""
+
+LARGER = 1.5
+"""How much larger than a model's own size images are, to see what resampling its positions does."""
+
+
+def larger(backbone: Backbone, source: ImageSource) -> list[Float[Tensor, "_ 3 size size"]]:
+    """Reads a few images at a size that is not the model's own; none where it takes no other."""
+    if not backbone.spec.any_size:
+        return []
+    patch, own = backbone.spec.patch_size[0], backbone.spec.input_size[0]
+    size = round(LARGER * own / patch) * patch
+    return list(centre_crops(backbone, spread(source, MEASURED_AT_ONCE), size))
+
+
+def labelled(backbone: Backbone, data: str, size: int) -> Labelled:
+    """Reads images with classes: see `phreg.evaluation.datasets.open_labelled`.
+
+    An unreadable image is replaced by the next one, with that one's class.
+
+    Raises:
+        DataError: There are none, or labels and images do not match.
+    """
+    found = open_labelled(data)
+    if found is None or not len(found.images):
+        raise DataError(f"labelled images asked for in {data}, found none; give a folder of class folders")
+    step = max(1, len(found.images) // LABELLED)
+    numbers = list(range(0, len(found.images), step))[:LABELLED]
+    crops = Crops(found.images, size, crop="centre")
+    batches, classes = [], []
+    for start in range(0, len(numbers), MEASURED_AT_ONCE):
+        batch = crops.batch([(0, number) for number in numbers[start : start + MEASURED_AT_ONCE]])
+        batches.append(
+            normalise(batch.images.to(backbone.device), backbone.spec.mean, backbone.spec.std)
+        )
+        classes.append(found.labels[batch.indices])
+    return Labelled(batches, torch.cat(classes))
+

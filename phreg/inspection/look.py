@@ -1,0 +1,253 @@
+"""Looks at a model from all sides: all that phreg can say of it from some images, as data.
+
+Each part is an analysis of its own (`phreg.analysis`, `phreg.sinks`); here is only the order, and what becomes
+of the answers.
+
+    images ──survey, one pass──► norms, attention, neighbours ──┬──► sinks and their causes
+       ├──tokens of the outliers found, and of others ──────────┴──► what they hold
+       ├──the same images larger──► what resampling the positions does
+       └──one blank image─────────► what registers cost
+"""
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int64, UInt8
+from torch import Tensor
+
+from phreg.analysis.complexity import Cost, Latency, complexity, latency
+from phreg.analysis.feature_maps import text_maps
+from phreg.analysis.interpolation import InterpolationEffect, Stripes, interpolation_effect, stripes
+from phreg.analysis.norms import NormReport
+from phreg.analysis.probes import (
+    GlobalProbe,
+    PositionProbe,
+    ReconstructionProbe,
+    global_probe,
+    position_probe,
+    reconstruction_probe,
+    sample_tokens,
+)
+from phreg.analysis.survey import Survey, survey
+from phreg.backbones.base import Backbone
+from phreg.errors import UnsupportedModelError
+from phreg.report.html import Report
+from phreg.report.maps import photo
+from phreg.sinks import Sinks, locate
+
+logger = logging.getLogger(__name__)
+
+# Nothing is bound by this shape: the last batch may be smaller than the others.
+Images = Float[Tensor, "_ 3 _ _"]
+Progress = Callable[[str, int, int], None]
+"""Told what is being looked at, how much of it is done, and how much there is."""
+
+PROBED = 8
+"""Images that it takes at least to train a probe on some and measure it on others."""
+
+TIMED = 5
+"""Times that a forward pass of one image is timed, for each number of registers."""
+
+
+class Labelled(NamedTuple):
+    """Images with their classes."""
+
+    batches: Sequence[Images]
+    classes: Int64[Tensor, " images"]
+
+
+@dataclass(frozen=True, eq=False)
+class Inspection:
+    """All that was found out about a model; shows itself as a report in a notebook.
+
+    Attributes:
+        name: What the model is called.
+        size: Height and width of the images, in pixels.
+        survey: Norms, attention and neighbours of its patch tokens, and the images shown.
+        photos: The images shown, as they look.
+        sinks: Where its artifacts emerge and what causes them; None where it has none.
+        position: What its tokens know of where they are; None of fewer than `PROBED` images.
+        reconstruction: What they know of their patch's pixels; None likewise.
+        classes: What single tokens know of the whole image; None without labelled images.
+        interpolation: What antialiasing does where its positions are resampled; None where they are not.
+        costs: What registers cost, counted.
+        latency: What they cost, measured.
+        texts: Cosine of each patch shown to each text asked about.
+        against: What was found out about the models it is compared with.
+    """
+
+    name: str
+    size: tuple[int, int]
+    survey: Survey
+    photos: tuple[UInt8[np.ndarray, "_height _width 3"], ...]
+    sinks: Sinks | None
+    position: PositionProbe | None = None
+    reconstruction: ReconstructionProbe | None = None
+    classes: GlobalProbe | None = None
+    interpolation: InterpolationEffect | None = None
+    costs: tuple[Cost, ...] = ()
+    latency: tuple[Latency, ...] = ()
+    texts: Mapping[str, Float[Tensor, "images rows cols"]] = field(default_factory=dict)
+    against: tuple["Inspection", ...] = ()
+
+    @property
+    def norms(self) -> NormReport:
+        """Norms of its tokens, block by block."""
+        return self.survey.norms
+
+    @property
+    def outlier_rate(self) -> float:
+        """Share of patch tokens that are outliers in the last block, before the final norm."""
+        return self.norms.outlier_rate
+
+    @property
+    def emergence_block(self) -> int | None:
+        """Index of the block where outliers emerge; None where there are none."""
+        return self.norms.emergence_block
+
+    @property
+    def stripes(self) -> Stripes:
+        """How regularly its outliers repeat along rows and columns."""
+        return stripes(self.norms.position_histogram)
+
+    @property
+    def models(self) -> tuple["Inspection", ...]:
+        """This model, and those it is compared with."""
+        return (self, *self.against)
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the figures, without maps, as JSON can hold them."""
+        parts = {
+            "sinks": self.sinks,
+            "stripes": self.stripes,
+            "position_probe": self.position,
+            "reconstruction_probe": self.reconstruction,
+            "class_probe": self.classes,
+            "interpolation": self.interpolation,
+        }
+        return {
+            "model": self.name,
+            "size": list(self.size),
+            **self.survey.to_json(),
+            **{name: part.to_json() if part is not None else None for name, part in parts.items()},
+            "cost": [cost.to_json() for cost in self.costs],
+            "latency": [time.to_json() for time in self.latency],
+            "against": [other.to_json() for other in self.against],
+        }
+
+    def report(self) -> Report:
+        """Makes the report page."""
+        from phreg.inspection.page import inspection_page  # which reads this class
+
+        return Report.of(inspection_page(self))
+
+    def _repr_html_(self) -> str:
+        return self.report()._repr_html_()
+
+
+@torch.no_grad()
+def look(
+    backbone: Backbone,
+    name: str,
+    batches: Sequence[Images],
+    *,
+    resampled: Sequence[Images] = (),
+    labelled: Labelled | None = None,
+    queries: Sequence[str] = (),
+    show: int = 8,
+    observe: Progress = lambda *_: None,
+) -> Inspection:
+    """Runs all analyses of a model.
+
+    Args:
+        backbone: The model, in eval mode; left as it is.
+        name: What to call it.
+        batches: Normalised images of one size, on the model's device.
+        resampled: Images at another size than the model's own, to see what resampling its positions does;
+            none leaves that out.
+        labelled: Images with classes, for the probe of what single tokens know of the whole image.
+        queries: Texts whose likeness to each patch is mapped; takes a whole image-text model.
+        show: Images, from the first on, that are kept to be shown.
+        observe: Told of progress.
+
+    Raises:
+        PhregError: There are no images, their sizes differ, a norm is not finite, or the model has no text
+            tower for the queries.
+    """
+
+    def stage(what: str) -> None:
+        observe(f"{name}: {what}", 0, 1)
+
+    def passing() -> Iterator[Images]:
+        for number, images in enumerate(batches, start=1):
+            yield images
+            observe(f"{name}: norms, attention, neighbours", number, len(batches))
+
+    surveyed = survey(backbone, passing(), show=show)
+    stage("sinks")
+    sinks = locate(backbone, batches, surveyed.norms)
+    stage("probes")
+    position = reconstruction = None
+    if surveyed.norms.images >= PROBED:
+        sample = sample_tokens(backbone, batches, surveyed.norms)
+        position, reconstruction = position_probe(sample), reconstruction_probe(sample)
+    classes = global_probe(backbone, *labelled, surveyed.norms) if labelled else None
+    stage("resampled positions")
+    effect = _interpolation(backbone, resampled)
+    stage("cost")
+    shown = torch.cat(list(batches[:show]))[:show]
+    drawn = text_maps(backbone, shown, queries) if queries else None
+    return replace(
+        of_survey(backbone, name, surveyed, sinks=sinks),
+        position=position,
+        reconstruction=reconstruction,
+        classes=classes,
+        interpolation=effect,
+        latency=latency(backbone, shown[:1], repeats=TIMED),
+        texts={} if drawn is None else dict(zip(queries, drawn.unbind(dim=1), strict=True)),
+    )
+
+
+def of_survey(
+    backbone: Backbone,
+    name: str,
+    surveyed: Survey,
+    features: Float[Tensor, "images rows cols dim"] | None = None,
+    *,
+    sinks: Sinks | None,
+) -> Inspection:
+    """Puts together what a survey alone tells, and what registers cost.
+
+    Args:
+        backbone: The model that was surveyed.
+        name: What to call it.
+        surveyed: The survey.
+        features: Features of the images shown, where the model is meant to be read in another way.
+        sinks: Its sinks, where they are known.
+    """
+    shown = surveyed.shown
+    if features is not None:
+        shown = tuple(replace(one, features=own) for one, own in zip(shown, features, strict=False))
+    height, width = shown[0].image.shape[-2:]
+    return Inspection(
+        name=name,
+        size=(height, width),
+        survey=replace(surveyed, shown=shown),
+        photos=tuple(photo(one.image, backbone.spec.mean, backbone.spec.std) for one in shown),
+        sinks=sinks,
+        costs=complexity(backbone, size=(height, width)),
+    )
+
+
+def _interpolation(backbone: Backbone, resampled: Sequence[Images]) -> InterpolationEffect | None:
+    if not resampled:
+        return None
+    try:
+        return interpolation_effect(backbone, resampled)
+    except UnsupportedModelError as error:
+        logger.info("the effect of antialiasing is left out: %s", error)
+        return None

@@ -1,0 +1,464 @@
+"""Lays out what was found about models as a report page, and as the pictures that go beside it.
+
+    Inspection, and those it is compared with ──inspection_page──┐
+                                                                 ├──► Page ──► report.html
+    Comparison, and an Inspection of either side ──comparison_page┘
+
+The maps of all models share their scales, and where models are equally wide, the basis of their colours.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from phreg.analysis.feature_maps import attention_limits, joint_limits, similarity_codes
+from phreg.analysis.norms import QUANTILES
+from phreg.analysis.positions import fixed_share
+from phreg.analysis.probes import ReconstructionFigures
+from phreg.evaluation.retrofit import Comparison
+from phreg.inspection.look import Inspection
+from phreg.report import charts, maps
+from phreg.report.canvas import png
+from phreg.report.html import MAX_SHOWN, Chart, ImageCard, Line, Origin, Page, Patches, Picture, Section
+from phreg.report.sink_chart import sink_chart
+from phreg.report.verdict import causes, outcome, verdict
+
+
+class Figures(NamedTuple):
+    """A chart before it is encoded."""
+
+    section: str
+    """Heading that it stands under."""
+    name: str
+    """What its file is called."""
+    figure: Figure
+    alt: str
+    caption: str
+
+
+def inspection_page(inspection: Inspection, origin: Origin = Origin()) -> Page:
+    """Builds the page about a model, beside those it is compared with.
+
+    Args:
+        inspection: What was found.
+        origin: How to make the report again.
+    """
+    models = inspection.models
+    return Page(
+        title=" against ".join(model.name for model in models),
+        verdict=" ".join(_verdict(model, named=len(models) > 1) for model in models),
+        note=f"Measured on {inspection.norms.images} images of {inspection.size[1]}x{inspection.size[0]} pixels.",
+        models=tuple(model.name for model in models),
+        lines=_lines(models),
+        layers=_layers(models),
+        images=_cards(models),
+        sections=_sections(models),
+        origin=origin,
+    )
+
+
+def comparison_page(
+    title: str, comparison: Comparison, before: Inspection, after: Inspection, origin: Origin = Origin()
+) -> Page:
+    """Builds the page about a model before and after.
+
+    Args:
+        title: What was patched.
+        comparison: Its figures.
+        before: What was found about the original.
+        after: What was found about the patched model.
+        origin: How to make the report again.
+    """
+    models = (before, after)
+    apart = "not trained on" if comparison.held_out else "that were trained on too"
+    figures = [Line(row.name, (row.before, row.after), row.lower_is_better) for row in comparison.rows()]
+    found = f" {causes(before.sinks)}" if before.sinks else ""
+    return Page(
+        title=title,
+        verdict=f"{outcome(comparison)}{found}",
+        note=f"Measured on {comparison.images} images {apart}.",
+        models=tuple(model.name for model in models),
+        lines=[*figures, *_lines(models)[1:]],
+        layers=_layers(models),
+        images=_cards(models),
+        sections=_sections(models),
+        origin=origin,
+    )
+
+
+def _verdict(model: Inspection, *, named: bool) -> str:
+    sentences = [verdict(model.norms), *([causes(model.sinks)] if model.sinks else [])]
+    return (f"{model.name}: " if named else "") + " ".join(sentences)
+
+
+# -- the table -----------------------------------------------------------------------------------------------
+
+
+def _lines(models: Sequence[Inspection]) -> list[Line]:
+    """The table; a figure that no model has is left out."""
+    sides = [_figures(model) for model in models]
+    lines = [
+        Line(name, [side[name] for side in sides], lower_is_better=BETTER.get(name)) for name in sides[0]
+    ]
+    return [line for line in lines if any(value is not None for value in line.values)]
+
+
+OUTLIER_RATE = "outlier rate, last block (share of patch tokens)"
+
+BETTER = {
+    OUTLIER_RATE: True,
+    "bimodality of log norms, last block": True,
+    "largest share of attention on outliers, over blocks": True,
+    "position told by ordinary tokens, top-1": False,
+    "distance of the position told, ordinary tokens, patches": True,
+    "pixels told by ordinary tokens, error relative to guessing": True,
+    "class told by CLS, top-1": False,
+}
+"""Figures of which lower is better (True) or higher (False); of the others neither is."""
+
+
+def _figures(model: Inspection) -> dict[str, float | None]:
+    """The figures of one model, None where one does not exist."""
+    norms, attention, neighbours = model.norms, model.survey.attention, model.survey.neighbours
+    block = norms.blocks[norms.focus]
+    told = {kind: getattr(model.position, kind, None) for kind in ("ordinary", "outliers")}
+    drawn = {kind: getattr(model.reconstruction, kind, None) for kind in ("ordinary", "outliers")}
+    classes = {entry.token: entry.mean for entry in model.classes.tokens} if model.classes else {}
+    some = bool(model.survey.outliers.any())
+    return {
+        OUTLIER_RATE: model.outlier_rate,
+        "block where outliers emerge, from 0": model.emergence_block,
+        "median norm of patch tokens": block.median,
+        "median norm of outliers": block.outlier_norm,
+        "bimodality of log norms, last block": norms.blocks[-1].bimodality,
+        "share of outliers at fixed positions": fixed_share(norms.position_histogram) if some else None,
+        "largest share of attention on outliers, over blocks": max(attention.share)
+        if attention and some
+        else None,
+        "cosine of outliers' patch embeddings to their neighbours'": neighbours.outliers and neighbours.outliers.mean,
+        "the same, other patches": neighbours.others.mean,
+        "share of outliers on low-information patches": neighbours.outliers_low_information,
+        "position told by ordinary tokens, top-1": told["ordinary"] and told["ordinary"].top1,
+        "position told by outliers, top-1": told["outliers"] and told["outliers"].top1,
+        "distance of the position told, ordinary tokens, patches": told["ordinary"] and told["ordinary"].distance,
+        "distance of the position told, outliers, patches": told["outliers"] and told["outliers"].distance,
+        "pixels told by ordinary tokens, error relative to guessing": _relative(drawn["ordinary"]),
+        "pixels told by outliers, error relative to guessing": _relative(drawn["outliers"]),
+        "class told by an ordinary token, top-1": classes.get("ordinary patch"),
+        "class told by an outlier, top-1": classes.get("outlier patch"),
+        "class told by CLS, top-1": classes.get("CLS"),
+        "parameters without registers, millions": model.costs[0].parameters / 1e6 if model.costs else None,
+        "GFLOPs per image without registers": model.costs[0].flops / 1e9 if model.costs else None,
+    }
+
+
+def _relative(figures: ReconstructionFigures | None) -> float | None:
+    return figures.error / figures.chance if figures and figures.chance else None
+
+
+# -- the images ----------------------------------------------------------------------------------------------
+
+
+def _queries(models: Sequence[Inspection]) -> tuple[str, ...]:
+    """Who looks, in any of the models."""
+    found = [model.survey.attention.queries for model in models if model.survey.attention]
+    return tuple(dict.fromkeys(query for queries in found for query in queries))
+
+
+def _texts(models: Sequence[Inspection]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(text for model in models for text in model.texts))
+
+
+def _layers(models: Sequence[Inspection]) -> dict[str, str]:
+    block = models[0].norms.blocks[models[0].norms.focus].block
+    widths = {model.survey.shown[0].features.shape[-1] for model in models}
+    basis = "one basis for all models" if len(widths) == 1 else "each model's own basis, aligned to the first"
+    return {
+        "norms": f"Norm of each patch token after block {block} of {models[0].name}, from dark to bright in "
+        "logarithms; one scale for all images and models.",
+        "features": f"Patch features after the last block: three principal components as red, green and blue; "
+        f"{basis}.",
+        "first component": "The first principal component of patch features, from blue to red over three "
+        "standard deviations either way.",
+        **{
+            f"attention of {query}": f"Where {query} looks in the last block, mean over heads, from dark to bright; "
+            "one scale for all images and models."
+            for query in _queries(models)
+        },
+        **{
+            f"text: {text}": f"Where patches are like “{text}”; one scale for all images and models."
+            for text in _texts(models)
+        },
+    }
+
+
+def _cards(models: Sequence[Inspection]) -> list[ImageCard]:
+    """One card for each image that all models show."""
+    count = min(MAX_SHOWN, *(len(model.survey.shown) for model in models))
+    layers = {
+        "norms": _norm_maps(models, count),
+        **_feature_maps(models, count),
+        **{f"attention of {query}": _attention_maps(models, query, count) for query in _queries(models)},
+        **{f"text: {text}": _text_maps(models, text, count) for text in _texts(models)},
+    }
+    return [
+        ImageCard(
+            photo=models[0].photos[index],
+            maps={name: [pictures[index] if pictures else None for pictures in sides] for name, sides in layers.items()},
+            patches=[_patches(model, index) for model in models],
+        )
+        for index in range(count)
+    ]
+
+
+def _norm_maps(models: Sequence[Inspection], count: int) -> list[list[Picture]]:
+    norms = [[shown.norms[model.norms.focus] for shown in model.survey.shown[:count]] for model in models]
+    low, high = joint_limits(*(grid for side in norms for grid in side))
+    return [
+        [
+            Picture(maps.norm_map(grid, low, high), f"{grid.min():.3g} (dark) to {grid.max():.3g} (bright)")
+            for grid in side
+        ]
+        for side in norms
+    ]
+
+
+def _feature_maps(models: Sequence[Inspection], count: int) -> dict[str, list[list[Picture]]]:
+    features = [torch.stack([shown.features for shown in model.survey.shown[:count]]) for model in models]
+    return {
+        "features": [[Picture(pixels) for pixels in side] for side in maps.pca_maps(*features)],
+        "first component": [[Picture(pixels) for pixels in side] for side in maps.component_maps(*features)],
+    }
+
+
+def _attention_maps(models: Sequence[Inspection], query: str, count: int) -> list[list[Picture] | None]:
+    """Mean over heads; None for a model that has no such query."""
+    seen = [_looks(model, query, count) for model in models]
+    high = attention_limits(*(grid for side in seen for grid in side or ())).high
+    return [side and [Picture(maps.share_map(grid, high)) for grid in side] for side in seen]
+
+
+def _looks(model: Inspection, query: str, count: int) -> list[Tensor] | None:
+    attention = model.survey.attention
+    if attention is None or query not in attention.queries:
+        return None
+    place = attention.queries.index(query)
+    drawn = [shown.attention for shown in model.survey.shown[:count]]
+    return [grid[place].mean(dim=0) for grid in drawn if grid is not None]
+
+
+def _text_maps(models: Sequence[Inspection], text: str, count: int) -> list[list[Picture] | None]:
+    known = [model.texts[text][:count] if text in model.texts else None for model in models]
+    low, high = joint_limits(*(grids for grids in known if grids is not None), trim=0.01)
+    return [
+        None
+        if grids is None
+        else [
+            Picture(maps.text_map(pixels, grid, low, high), f"cosine {grid.min():.3f} to {grid.max():.3f}")
+            for pixels, grid in zip(model.photos, grids, strict=False)
+        ]
+        for model, grids in zip(models, known, strict=True)
+    ]
+
+
+def _patches(model: Inspection, index: int) -> Patches:
+    shown = model.survey.shown[index]
+    return Patches(
+        codes=similarity_codes(shown.features).codes.numpy(),
+        norms=shown.norms[model.norms.focus].numpy(),
+        outliers=model.survey.outliers[index].numpy(),
+    )
+
+
+# -- the charts ----------------------------------------------------------------------------------------------
+
+
+def _sections(models: Sequence[Inspection]) -> list[Section]:
+    found: dict[str, list[Chart]] = {}
+    for drawn in figures(models):
+        found.setdefault(drawn.section, []).append(Chart(png(drawn.figure), drawn.alt, drawn.caption))
+    return [Section(title, pictures) for title, pictures in found.items()]
+
+
+def figures(models: Sequence[Inspection]) -> Iterator[Figures]:
+    """Draws the charts of some models, side by side."""
+    names = [model.name for model in models]
+    yield from _norm_figures(models, names)
+    yield from _position_figures(models, names)
+    yield from _attention_figures([model for model in models if model.survey.attention])
+    yield from _neighbour_figures(models, names)
+    for number, model in enumerate((model for model in models if model.sinks), start=1):
+        assert model.sinks is not None
+        yield Figures(
+            "Sinks",
+            f"sinks-{number}" if len(models) > 1 else "sinks",
+            sink_chart(model.sinks, model.name if len(models) > 1 else ""),
+            f"Chart of the sinks of {model.name}: {causes(model.sinks)}",
+            "Above: what sets the causes off, from block to block, and their shares. Below: how active these units "
+            "are on outliers and elsewhere, and how much attention outliers draw.",
+        )
+    yield from _probe_figures(models, names)
+    yield from _cost_figures(models, names)
+
+
+def _norm_figures(models: Sequence[Inspection], names: Sequence[str]) -> Iterator[Figures]:
+    reports = [model.norms for model in models]
+    fans = "bands hold 50, 90 and 98 % of the patch tokens, the line is the median, dots are the extremes"
+    tokens = [{token.name: _medians(token.quantiles) for token in report.tokens} for report in reports]
+    normed = [{token.name: _medians(token.normed) for token in report.tokens} for report in reports]
+    yield Figures(
+        "Norms", "norms", charts.norm_quantiles(*reports, names=names, tokens=tokens),
+        "Chart of norms from block to block",
+        f"Norms from block to block, before the final norm: {fans}, crosses separate outliers from the rest; "
+        "CLS and registers are lines of their own (medians over images).",
+    )  # fmt: skip
+    yield Figures(
+        "Norms", "norms-after-norm", charts.norm_quantiles(*reports, names=names, tokens=normed, normed=True),
+        "Chart of norms from block to block, after the final norm",
+        "The same, every block's tokens passed through the final norm.",
+    )  # fmt: skip
+    for scale in ("log", "linear"):
+        histograms = [[getattr(block, scale) for block in report.blocks] for report in reports]
+        yield Figures(
+            "Norms", f"norm-histograms-{scale}",
+            charts.norm_histograms(*histograms, names=names, tokens=tokens, log=scale == "log"),
+            f"Histograms of norms in each block, {scale} scale",
+            f"How many patch tokens have which norm ({scale} scale), block by block.",
+        )  # fmt: skip
+    if len(models) > 1:
+        yield Figures(
+            "Norms", "norm-series", charts.norm_series(*reports, names=names),
+            "Chart of norms and outlier rates, model by model",
+            f"The models side by side, each in the block where its outliers are clearest: {fans}.",
+        )  # fmt: skip
+
+
+def _medians(quantiles: Sequence[Sequence[float]]) -> list[float]:
+    return [block[QUANTILES.index(0.5)] for block in quantiles]
+
+
+def _position_figures(models: Sequence[Inspection], names: Sequence[str]) -> Iterator[Figures]:
+    histograms = [model.norms.position_histogram for model in models]
+    block = models[0].norms.blocks[models[0].norms.focus].block
+    yield Figures(
+        "Where", "positions", charts.position_map(*histograms, names=names), "Map of the positions of outliers",
+        f"Share of images with an outlier at each patch, block {block} of {models[0].name}.",
+    )  # fmt: skip
+    for number, model in enumerate((model for model in models if model.interpolation), start=1):
+        effect = model.interpolation
+        assert effect is not None
+        yield Figures(
+            "Where",
+            f"resampled-positions-{number}",
+            charts.stripes(
+                effect.antialiased.positions, effect.plain.positions, names=("antialiased", "not antialiased")
+            ),
+            f"Maps of outliers of {model.name}, its positions resampled with and without antialiasing",
+            f"Outliers of {model.name} on a grid of {effect.grid[0]}x{effect.grid[1]} instead of its own "
+            f"{effect.own_grid[0]}x{effect.own_grid[1]}, its position embedding resampled either way; its library "
+            f"{'antialiases' if effect.library_antialiases else 'does not antialias'}. Mean cosine between the two: "
+            f"{effect.cosine:.3f}. Stripes would show as even steps along the margins.",
+        )
+
+
+def _attention_figures(models: Sequence[Inspection]) -> Iterator[Figures]:
+    if not models:
+        return
+    reports = [model.survey.attention for model in models if model.survey.attention]
+    names = [model.name for model in models]
+    focus = [dict(zip(report.queries, report.focus, strict=True)) for report in reports]
+    yield Figures(
+        "Attention", "attention-focus", charts.attention_focus(*focus, names=names),
+        "Maps of where CLS and registers look in the last block, mean over images",
+        "Where CLS and each register look in the last block, mean over heads and images.",
+    )  # fmt: skip
+    if any(model.survey.outliers.any() for model in models):
+        shares, fair = [report.share for report in reports], [report.fair for report in reports]
+        yield Figures(
+            "Attention", "attention-share",
+            charts.attention_share(*shares, fair=fair, query=reports[0].queries[0], names=names),
+            "Chart of the share of attention that falls on outliers, block by block",
+            "Share of attention that falls on the model's own outliers; dotted: their share of all tokens.",
+        )  # fmt: skip
+
+
+def _neighbour_figures(models: Sequence[Inspection], names: Sequence[str]) -> Iterator[Figures]:
+    reports = [model.survey.neighbours for model in models]
+    kinds = [
+        {
+            kind: cosines.quantiles
+            for kind, cosines in (("outliers", report.outliers), ("others", report.others))
+            if cosines
+        }
+        for report in reports
+    ]
+    yield Figures(
+        "Neighbours", "neighbours", charts.neighbour_cosines(*kinds, names=names),
+        "Chart of the cosine of patch embeddings to their neighbours'",
+        "How alike a patch is to its four neighbours, by the patch embedding alone: outliers against others.",
+    )  # fmt: skip
+
+
+def _probe_figures(models: Sequence[Inspection], names: Sequence[str]) -> Iterator[Figures]:
+    section = "What tokens hold"
+    told = [
+        {kind: (100 * part.top1, 0.0) for kind in ("ordinary", "outliers") if (part := getattr(model.position, kind, None))}
+        for model in models
+    ]
+    if all(told):
+        yield Figures(
+            section, "probe-position", charts.probe_bars(*told, figure="position told, top-1, %", names=names),
+            "Chart of how well tokens tell their position",
+            "How often a linear probe tells a token's position exactly, on images it was not trained on.",
+        )  # fmt: skip
+    drawn = [
+        {kind: (100 * share, 0.0) for kind in ("ordinary", "outliers")
+         if (share := _relative(getattr(model.reconstruction, kind, None))) is not None}
+        for model in models
+    ]  # fmt: skip
+    if all(drawn):
+        yield Figures(
+            section, "probe-pixels",
+            charts.probe_bars(*drawn, figure="error of pixels told, % of guessing", names=names),
+            "Chart of how well tokens tell their patch's pixels",
+            "Error of a linear probe that tells a patch's pixels from its token; 100 % is the mean patch told every "
+            "time. Lower is better.",
+        )  # fmt: skip
+    classes = [
+        {entry.token: (100 * entry.mean, 100 * (entry.spread or 0.0)) for entry in model.classes.tokens}
+        for model in models
+        if model.classes
+    ]
+    if classes and len(classes) == len(models):
+        assert models[0].classes is not None
+        yield Figures(
+            section, "probe-class",
+            charts.probe_bars(
+                *classes, figure="class told, top-1, %", names=names, chance=100 * models[0].classes.chance
+            ),
+            "Chart of how well single tokens tell the class of their image",
+            "Accuracy of a linear probe that is given one token of an image; bars show the spread over seeds.",
+        )  # fmt: skip
+
+
+def _cost_figures(models: Sequence[Inspection], names: Sequence[str]) -> Iterator[Figures]:
+    if not all(model.costs for model in models):
+        return
+    counts = [cost.registers for cost in models[0].costs]
+    added = []
+    for model in models:
+        kinds = {
+            "parameters": [cost.parameters_added for cost in model.costs],
+            "FLOPs": [cost.flops_added for cost in model.costs],
+        }
+        if all(other.latency for other in models):
+            kinds["latency"] = [time.ratio - 1 for time in model.latency]
+        added.append(kinds)
+    yield Figures(
+        "Cost", "cost", charts.cost_lines(counts, *added, names=names), "Chart of what registers cost",
+        "What registers add to the model without any: parameters and FLOPs are counted, latency is measured here on "
+        "single images.",
+    )  # fmt: skip
