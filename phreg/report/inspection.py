@@ -11,8 +11,10 @@ from torch import Tensor
 from phreg.analysis.norms import NormReport
 from phreg.backbones.base import Backbone
 from phreg.checkpoint import write_text
-from phreg.report import figures
+from phreg.report.canvas import save_png
+from phreg.report.charts import norm_quantiles, position_map
 from phreg.report.html import inspection_page, write_report
+from phreg.report.maps import norm_map, photo
 
 
 @torch.no_grad()
@@ -33,14 +35,14 @@ def write_inspection(
     shown = photos(backbone, looked_at)
     features = torch.cat([backbone(images).patches.float().cpu() for images in looked_at[: len(report.maps)]])
     write_report(folder / "report.html", inspection_page(name, report, shown, features[: len(report.maps)]))
-    figures.save_png(folder / "positions.png", figures.position_map(report.position_histogram))
-    figures.save_png(folder / "norms.png", figures.norm_quantiles(report))
+    save_png(folder / "positions.png", position_map(report.position_histogram))
+    save_png(folder / "norms.png", norm_quantiles(report))
     low, high = report.maps.min().item(), report.maps[:, report.focus].max().item()
     for number, norms in enumerate(report.maps[:, report.focus], start=1):
-        figures.save_png(folder / f"norms-{number:02}.png", figures.norm_map(norms, low, high))
+        save_png(folder / f"norms-{number:02}.png", norm_map(norms, low, high))
 
 
 def photos(backbone: Backbone, looked_at: Sequence[Tensor], count: int = 8) -> list[Any]:
     """The first images as they look, 8-bit RGB."""
     first = torch.cat(list(looked_at[:count]))[:count].cpu()
-    return [figures.photo(image, backbone.spec.mean, backbone.spec.std) for image in first]
+    return [photo(image, backbone.spec.mean, backbone.spec.std) for image in first]
