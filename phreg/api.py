@@ -724,13 +724,9 @@ def _report(
     """Writes what the run changed: figures.json, and a page with the models side by side."""
     run.report.mkdir(exist_ok=True)
     write_text(run.report / "figures.json", json.dumps(comparison.to_json(), indent=2))
-    before, after = (
-        of_survey(side, name, surveyed, features, sinks=causes)
-        for side, name, surveyed, features, causes in zip(
-            (original, student), ("before", "after"), comparison.surveys, comparison.shown, (sinks, None),
-            strict=True,
-        )
-    )  # fmt: skip
+    surveys, features = comparison.surveys, comparison.shown
+    before = of_survey(original, "before", surveys[0], features[0], sinks=sinks)
+    after = of_survey(student, "after", surveys[1], features[1], sinks=None)
     title = f"{base.source}, before and after {config.registers} registers"
-    origin = Origin("phreg distill", configuration.flatten(config.model_dump(mode="json", exclude_none=True)), versions())
+    origin = _origin("distill", configuration.flatten(config.model_dump(mode="json", exclude_none=True)))
     write_report(run.report / "report.html", comparison_page(title, comparison, before, after, origin))

@@ -26,7 +26,9 @@ from torch import Tensor
 from phreg.analysis.norms import NormReport
 from phreg.checkpoint import write_text
 from phreg.evaluation.retrofit import Comparison, Row
-from phreg.report.figures import norm_map, norm_quantiles, pca_maps, png, position_map
+from phreg.report.canvas import png
+from phreg.report.charts import norm_quantiles, position_map
+from phreg.report.maps import norm_map, pca_maps
 from phreg.report.verdict import outcome, verdict
 
 MAX_SHOWN = 12
