@@ -213,8 +213,8 @@ class Card {
 /* What scrolls sideways must be reachable by keyboard; what does not must not stop the Tab key. */
 function reachable() {
   for (const box of document.querySelectorAll(".scroll")) {
-    box.toggleAttribute("tabindex", box.scrollWidth > box.clientWidth);
-    if (box.hasAttribute("tabindex")) box.tabIndex = 0;
+    if (box.scrollWidth > box.clientWidth) box.tabIndex = 0;
+    else box.removeAttribute("tabindex");
   }
 }
 
