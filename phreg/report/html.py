@@ -1,139 +1,246 @@
-"""Writes one small page about a model, alone or before and after: one file, nothing to fetch, no scripts.
+"""Writes the report page: one file to open by double click, with nothing to fetch.
 
-A page opens with its verdict in a sentence, then the figures, then pictures: for each image the photo beside
-its norm maps and PCA maps, and for the model its norms from block to block and the positions of its
-artifacts.
+A page is plain data: strings, numbers and 8-bit arrays. What is drawn and measured is done elsewhere; here it
+becomes a file. The page opens with its verdict, then the table, then the images, then the charts. A small
+script (viewer.js) moves the slider, switches layers, sorts the table, and works out how similar an image's
+patches are to the one pointed at, from short int8 codes of their features. The page allows that script and its
+style sheet by their hashes, pictures that it holds, and nothing else.
 
-    NormReport, features ──inspection_page──┐
-                                            ├──► Page ──write_report──► report.html
-    Comparison ───────────comparison_page───┘
+    page.html.j2, style.css, viewer.js ──┐
+    Page ────────────────────────────────┴──► Report ──► report.html, or a notebook's cell
 """
 
 import base64
+import hashlib
+import html
 import io
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from html.parser import HTMLParser
 from importlib import resources
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Bool, Float, Int8, UInt8
 from jinja2 import Environment, StrictUndefined
+from matplotlib import colormaps
 from PIL import Image
-from torch import Tensor
 
-from phreg.analysis.norms import NormReport
 from phreg.checkpoint import write_text
-from phreg.evaluation.retrofit import Comparison, Row
 from phreg.report.canvas import png
-from phreg.report.charts import norm_quantiles, position_map
-from phreg.report.maps import norm_map, pca_maps
-from phreg.report.verdict import outcome, verdict
 
 MAX_SHOWN = 12
 """Images on a page, at most, so that it stays small."""
 
-PHOTO_SIDE = 320
+PHOTO_SIDE = 448
 """Pixels of a photo's longer side on the page, at most."""
 
+PALETTE = "viridis"
+"""Colours of similarity maps: cosine 0 or less is dark, 1 is bright."""
+
+CHART_SCALE = 2
+"""Pixels of a chart for each pixel of the page, for sharp screens."""
+
 Photo = UInt8[np.ndarray, "_height _width 3"]
-Grids = Float[Tensor, "images rows cols dim"]
+
+
+# --- What a page shows ---------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Picture:
-    """A picture, as the page holds it.
+class Line:
+    """A line of the table.
 
     Attributes:
-        source: Data URI.
-        alt: What there is to see, for those who cannot.
-        caption: Line below the picture.
-        pixelated: Whether it is a map whose squares must stay sharp.
+        name: What was measured.
+        values: The figure of each model; None where it does not exist.
+        lower_is_better: None where neither is better.
     """
 
-    source: str
-    alt: str
-    caption: str
-    pixelated: bool = False
+    name: str
+    values: Sequence[float | None]
+    lower_is_better: bool | None = None
+
+    def change(self, model: int) -> float | None:
+        """How much a model's figure is above the first model's."""
+        first, other = self.values[0], self.values[model]
+        return None if first is None or other is None else other - first
+
+    def judgement(self, model: int) -> Literal["better", "worse", "same", ""]:
+        """Whether a model's figure is better than the first one's, as far as the table's digits tell."""
+        change = self.change(model)
+        if change is None:
+            return ""
+        if _number(self.values[model]) == _number(self.values[0]):
+            return "same"
+        if self.lower_is_better is None:
+            return ""
+        return "better" if (change < 0) == self.lower_is_better else "worse"
+
+
+@dataclass(frozen=True, eq=False)
+class Picture:
+    """A map of an image's patches, as one model sees them.
+
+    Attributes:
+        pixels: The map.
+        reading: How to read it, where the layer's caption does not say: "3.2 (dark) to 510 (bright)".
+    """
+
+    pixels: Photo
+    reading: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class Patches:
+    """What the page can tell of an image's patches in one model.
+
+    Attributes:
+        codes: Their features, shortened: the cosine of two codes is about that of the two features.
+        norms: Their norms, where known.
+        outliers: Whether each is an outlier, where known.
+    """
+
+    codes: Int8[np.ndarray, "rows cols channels"]
+    norms: Float[np.ndarray, "rows cols"] | None = None
+    outliers: Bool[np.ndarray, "rows cols"] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class ImageCard:
+    """An image, and what each model makes of it.
+
+    Attributes:
+        photo: The image, as the models see it.
+        maps: By name of the layer, the picture of each model; None where a model has none.
+        patches: For each model, what pointing at a patch shows; empty where nothing is known.
+        name: What the image is called.
+    """
+
+    photo: Photo
+    maps: Mapping[str, Sequence[Picture | None]]
+    patches: Sequence[Patches] = ()
+    name: str = ""
 
 
 @dataclass(frozen=True)
+class Chart:
+    """A chart.
+
+    Attributes:
+        png: The file, `CHART_SCALE` pixels for each of the page.
+        alt: What there is to see, for those who cannot.
+        caption: How to read it.
+    """
+
+    png: bytes = field(repr=False)
+    alt: str
+    caption: str
+
+
+@dataclass(frozen=True)
+class Section:
+    """Charts under a heading."""
+
+    title: str
+    charts: Sequence[Chart]
+    text: str = ""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a report comes from, so that it can be made again.
+
+    Attributes:
+        command: What was typed.
+        settings: What was set.
+        versions: Version of each package.
+    """
+
+    command: str = ""
+    settings: Mapping[str, str] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
 class Page:
     """What a report page shows, top to bottom.
 
     Attributes:
         title: What was looked at.
-        verdict: The outcome, in a sentence.
+        verdict: The outcome, in a sentence or two.
         note: What it was measured on.
-        rows: The table; where no row has an `after`, it shows one model.
-        images: The pictures of each image.
-        charts: The pictures of the model as a whole.
+        models: Names of the models; the first is what the others are compared with.
+        lines: The table.
+        layers: Caption of each layer of maps, by the name that `ImageCard.maps` has it under.
+        images: The images.
+        sections: The charts.
+        origin: Where the report comes from.
     """
 
     title: str
     verdict: str
-    note: str
-    rows: Sequence[Row]
-    images: Sequence[Sequence[Picture]]
-    charts: Sequence[Picture]
-
-    @property
-    def compares(self) -> bool:
-        """Whether it shows a model before and after."""
-        return any(row.after is not None for row in self.rows)
+    note: str = ""
+    models: Sequence[str] = ("model",)
+    lines: Sequence[Line] = ()
+    layers: Mapping[str, str] = field(default_factory=dict)
+    images: Sequence[ImageCard] = ()
+    sections: Sequence[Section] = ()
+    origin: Origin = Origin()
 
 
-def inspection_page(title: str, report: NormReport, photos: Sequence[Photo], features: Grids) -> Page:
-    """Builds the page about one model.
+# --- The file ------------------------------------------------------------------------------------------
 
-    Args:
+
+@dataclass(frozen=True)
+class Report:
+    """A page as it is written; the last value of a notebook's cell, it shows itself there.
+
+    Attributes:
         title: What was looked at.
-        report: Its norms.
-        photos: The first images that were measured, as they look.
-        features: Their patch features.
+        html: The whole page.
     """
-    found = report.blocks[report.focus]
-    rows = [
-        Row("outlier rate, last block (share of patch tokens)", report.outlier_rate, None, True),
-        Row("block where outliers emerge, from 0", report.emergence_block, None, True),
-        Row(f"median norm, block {found.block}", found.median, None, True),
-        Row(f"median norm of outliers, block {found.block}", found.outlier_norm, None, True),
-        Row(f"norm that separates them, block {found.block}", found.gap and found.gap.threshold, None, True),
-    ]
-    note = f"Measured on {report.images} images."
-    return Page(
-        title, verdict(report), note, rows, _image_rows(photos, [report], [features]), _charts([report])
-    )
 
+    title: str
+    html: str = field(repr=False)
 
-def comparison_page(title: str, comparison: Comparison, photos: Sequence[Photo]) -> Page:
-    """Builds the page about a model before and after.
+    @classmethod
+    def of(cls, page: Page) -> "Report":
+        """Renders a page."""
+        environment = Environment(
+            autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        )
+        environment.filters |= {
+            "number": _number,
+            "signed": _signed,
+            "png": lambda picture: _uri(png(picture.pixels), "png"),
+            "jpeg": _jpeg,
+            "chart": lambda chart: _uri(chart.png, "png"),
+            "size": _size,
+            "base64": lambda values: base64.b64encode(values.tobytes()).decode(),
+        }
+        style, script = _part("style.css"), _part("viewer.js")
+        text = environment.from_string(_part("page.html.j2")).render(
+            page=page, style=style, script=script, policy=_policy(style, script), palette=_palette()
+        )
+        return cls(page.title, text)
 
-    Args:
-        title: What was patched.
-        comparison: Its figures.
-        photos: The first images that were measured, as they look.
-    """
-    apart = "not trained on" if comparison.held_out else "that were trained on too"
-    return Page(
-        title=title,
-        verdict=outcome(comparison),
-        note=f"Measured on {comparison.images} images {apart}.",
-        rows=comparison.rows(),
-        images=_image_rows(photos, comparison.norms, comparison.shown),
-        charts=_charts(comparison.norms),
-    )
+    def save(self, path: str | Path) -> None:
+        """Writes the page as one HTML file, atomically."""
+        write_text(Path(path), self.html)
+
+    def _repr_html_(self) -> str:
+        """Shows the page in a frame of its own, whose script can reach nothing of the notebook."""
+        return (
+            f'<iframe sandbox="allow-scripts" title="{html.escape(self.title)}" width="100%" height="800" '
+            f'style="border: 0" srcdoc="{html.escape(self.html)}"></iframe>'
+        )
 
 
 def write_report(path: str | Path, page: Page) -> None:
     """Writes a page as one HTML file, atomically."""
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {"figure": _figure, "change": _change}
-    template = resources.files("phreg.report").joinpath("page.html.j2").read_text(encoding="utf-8")
-    write_text(Path(path), environment.from_string(template).render(page=page))
+    Report.of(page).save(path)
 
 
 def read_pictures(path: Path) -> list[tuple[str, bytes]]:
@@ -154,56 +261,25 @@ class _PictureReader(HTMLParser):
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         settings = dict(attrs)
         kind, _, data = (settings.get("src") or "").partition(",")
-        if tag == "img" and kind == "data:image/png;base64":
+        if tag == "img" and kind == "data:image/png;base64" and "data-photograph" not in settings:
             self.found.append((settings.get("alt") or "", base64.b64decode(data)))
 
 
-def _image_rows(
-    photos: Sequence[Photo], reports: Sequence[NormReport], features: Sequence[Grids]
-) -> list[list[Picture]]:
-    """Each image's photo, norm maps and PCA maps; the maps of an image share one scale and one basis."""
-    place = reports[0].focus
-    block = reports[0].blocks[place].block
-    low = min(report.blocks[place].quantiles[0] for report in reports)
-    high = max(report.blocks[place].quantiles[-1] for report in reports)
-    sides = ("before", "after") if len(reports) > 1 else ("",)
-    rows = []
-    shown = min(MAX_SHOWN, *(len(report.maps) for report in reports), *map(len, features))
-    for index, pixels in enumerate(photos[:shown]):
-        row = [Picture(_jpeg(pixels), f"Image {index + 1}, as the model sees it", f"image {index + 1}")]
-        for report, side in zip(reports, sides, strict=True):
-            norms = report.maps[index, place]
-            extent = f"{norms.min():.3g} (dark) to {norms.max():.3g} (bright)"
-            alt = f"Norms of the patch tokens of image {index + 1} {side}: {extent}"
-            row.append(_map(norm_map(norms, low, high), alt, f"norms, block {block} {side}"))
-        for colours, side in zip(pca_maps(*(grids[index] for grids in features)), sides, strict=True):
-            alt = f"Patch features of image {index + 1} {side}, first three principal components as colours"
-            row.append(_map(colours, alt, f"features {side}"))
-        rows.append(row)
-    return rows
+def _part(name: str) -> str:
+    return resources.files("phreg.report").joinpath(name).read_text(encoding="utf-8")
 
 
-def _charts(reports: Sequence[NormReport]) -> list[Picture]:
-    block = reports[0].blocks[reports[0].focus].block
-    words = " before and after" if len(reports) > 1 else ""
-    norms = (
-        "Norms of patch tokens from block to block: bands hold 50, 90 and 98 % of them, the line is the "
-        "median, dots are the extremes, crosses separate outliers from the rest."
+def _policy(style: str, script: str) -> str:
+    """Content-Security-Policy of a page that holds just this style sheet and this script."""
+    hashes = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in (style, script)]
+    return (
+        f"default-src 'none'; img-src data:; style-src 'sha256-{hashes[0]}'; "
+        f"script-src 'sha256-{hashes[1]}'; base-uri 'none'; form-action 'none'"
     )
-    positions = f"Share of images with an outlier at each patch, block {block}."
-    return [
-        Picture(_uri(png(norm_quantiles(*reports)), "png"), f"Chart of norms per block{words}", norms),
-        Picture(_uri(_positions(reports), "png"), f"Map of the positions of outliers{words}", positions),
-    ]
 
 
-def _positions(reports: Sequence[NormReport]) -> bytes:
-    place = reports[0].focus
-    return png(position_map(*(report.positions[place] for report in reports)))
-
-
-def _map(pixels: Photo, alt: str, caption: str) -> Picture:
-    return Picture(_uri(png(pixels), "png"), alt, caption.strip(), pixelated=True)
+def _palette() -> np.ndarray:
+    return (colormaps[PALETTE](np.linspace(0, 1, 256))[:, :3] * 255).round().astype(np.uint8)
 
 
 def _jpeg(pixels: Photo) -> str:
@@ -218,12 +294,15 @@ def _uri(data: bytes, kind: str) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
 
 
-def _figure(value: float | int | None) -> str:
+def _size(chart: Chart) -> tuple[int, int]:
+    """Width and height on the page, so that it is laid out before the picture is decoded."""
+    width, height = Image.open(io.BytesIO(chart.png)).size
+    return width // CHART_SCALE, height // CHART_SCALE
+
+
+def _number(value: float | None) -> str:
     return "none" if value is None else f"{value:.4g}"
 
 
-def _change(row: Row) -> str:
-    """Says whether a figure became better or worse, as far as the table's digits tell."""
-    if row.before is None or row.after is None or _figure(row.before) == _figure(row.after):
-        return ""
-    return "better" if (row.after < row.before) == row.lower_is_better else "worse"
+def _signed(value: float | None) -> str:
+    return "" if value is None else f"{value:+.3g}".replace("-", "\N{MINUS SIGN}")
