@@ -175,8 +175,6 @@ def distill(
         set_readout(original, "plain")
         set_readout(student, "plain")
         _save(run, student, original, base, config, outcome, sinks, comparison)
-        if comparison is not None:
-            _report(run, student, original, base, config, sinks, comparison)
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return Distilled(
@@ -587,8 +585,11 @@ def _check_images(backbone: Backbone, images: Any) -> None:
 
 def _origin(command: str, settings: Mapping[str, Any]) -> Origin:
     """Says for a report how it was made; settings of None are left out."""
-    told = {name: os.fspath(value) if isinstance(value, os.PathLike) else str(value)
-            for name, value in settings.items() if value is not None}
+    told = {
+        name: os.fspath(value) if isinstance(value, os.PathLike) else str(value)
+        for name, value in settings.items()
+        if value is not None
+    }
     return Origin(command=f"phreg {command}", settings=told, versions=versions())
 
 
@@ -710,6 +711,8 @@ def _save(
     }
     tower = describe_tower(original)
     save_adapter(run.model, student, base, original.disk_state(), record, model_card, tower=tower)
+    if comparison:
+        _report(run, student, original, base, config, sinks, comparison)
 
 
 def _report(

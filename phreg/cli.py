@@ -9,7 +9,7 @@ import sys
 import time
 import tomllib
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict, Union, get_args, get_origin
@@ -121,7 +121,7 @@ def inspect(
     queries: Annotated[tuple[str, ...], arg(metavar="TEXT…")] = (),
     device: str | None = None,
 ) -> None:
-    """Look for artifacts: how many, where, what causes them, what they hold; one report, of one model or more.
+    """Look for artifacts: how many, where, what causes them, what they hold; in one report.
 
     Args:
         model: Hub id, timm or open_clip name, local folder, run or adapter.
@@ -144,7 +144,12 @@ def inspect(
         )  # fmt: skip
     for found in inspection.models:
         table = Table(
-            "block", "median norm", "outliers", "their norm", "outliers after the final norm", title=found.name
+            "block",
+            "median norm",
+            "outliers",
+            "their norm",
+            "outliers after the final norm",
+            title=found.name,
         )
         for before, after in zip(found.norms.blocks, found.norms.normed, strict=True):
             norm = f"{before.outlier_norm:.1f}" if before.outlier_norm is not None else "-"

@@ -180,4 +180,3 @@ def failed_gates(comparison: Comparison, gate: GateConfig) -> list[str]:
         ),
     ]
     return [message for failed, message in checks if failed]
-

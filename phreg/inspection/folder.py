@@ -1,8 +1,8 @@
 """Writes what was found about a model, and those it is compared with, into a folder.
 
-    inspect.json            every figure
-    report.html             the page
-    NAME.png                each chart of the page
+inspect.json            every figure
+report.html             the page
+NAME.png                each chart of the page
 """
 
 import json
@@ -10,12 +10,13 @@ from pathlib import Path
 
 from phreg.checkpoint import write_text
 from phreg.inspection.look import Inspection
-from phreg.inspection.page import figures, inspection_page
+from phreg.inspection.figures import figures
+from phreg.inspection.page import inspection_page
 from phreg.report.canvas import save_png
-from phreg.report.html import Origin, write_report
+from phreg.report.html import UNKNOWN, Origin, write_report
 
 
-def write_inspection(folder: Path, inspection: Inspection, origin: Origin = Origin()) -> None:
+def write_inspection(folder: Path, inspection: Inspection, origin: Origin = UNKNOWN) -> None:
     """Writes the folder.
 
     Args:

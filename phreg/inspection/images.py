@@ -44,9 +44,6 @@ def labelled(backbone: Backbone, data: str, size: int) -> Labelled:
     batches, classes = [], []
     for start in range(0, len(numbers), MEASURED_AT_ONCE):
         batch = crops.batch([(0, number) for number in numbers[start : start + MEASURED_AT_ONCE]])
-        batches.append(
-            normalise(batch.images.to(backbone.device), backbone.spec.mean, backbone.spec.std)
-        )
+        batches.append(normalise(batch.images.to(backbone.device), backbone.spec.mean, backbone.spec.std))
         classes.append(found.labels[batch.indices])
     return Labelled(batches, torch.cat(classes))
-

@@ -1,7 +1,7 @@
 """Looks at a model from all sides: all that phreg can say of it from some images, as data.
 
-Each part is an analysis of its own (`phreg.analysis`, `phreg.sinks`); here is only the order, and what becomes
-of the answers.
+Each part is an analysis of its own (`phreg.analysis`, `phreg.sinks`); here is only the order, and what
+becomes of the answers.
 
     images ──survey, one pass──► norms, attention, neighbours ──┬──► sinks and their causes
        ├──tokens of the outliers found, and of others ──────────┴──► what they hold

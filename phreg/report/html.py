@@ -3,8 +3,8 @@
 A page is plain data: strings, numbers and 8-bit arrays. What is drawn and measured is done elsewhere; here it
 becomes a file. The page opens with its verdict, then the table, then the images, then the charts. A small
 script (viewer.js) moves the slider, switches layers, sorts the table, and works out how similar an image's
-patches are to the one pointed at, from short int8 codes of their features. The page allows that script and its
-style sheet by their hashes, pictures that it holds, and nothing else.
+patches are to the one pointed at, from short int8 codes of their features. The page allows that script and
+its style sheet by their hashes, pictures that it holds, and nothing else.
 
     page.html.j2, style.css, viewer.js ──┐
     Page ────────────────────────────────┴──► Report ──► report.html, or a notebook's cell
@@ -163,6 +163,10 @@ class Origin:
     versions: Mapping[str, str] = field(default_factory=dict)
 
 
+UNKNOWN = Origin()
+"""Of a report that does not say where it comes from."""
+
+
 @dataclass(frozen=True, eq=False)
 class Page:
     """What a report page shows, top to bottom.
@@ -187,7 +191,7 @@ class Page:
     layers: Mapping[str, str] = field(default_factory=dict)
     images: Sequence[ImageCard] = ()
     sections: Sequence[Section] = ()
-    origin: Origin = Origin()
+    origin: Origin = UNKNOWN
 
 
 # --- The file ------------------------------------------------------------------------------------------
