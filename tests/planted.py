@@ -69,7 +69,10 @@ class Planted(Backbone):
     def insert_registers(self, tokens: Tensor) -> None:
         raise NotImplementedError
 
-    remove_registers = roles = attention = insert_registers
+    remove_registers = attention = insert_registers
+
+    def roles(self) -> dict[str, list[str]]:
+        return {"patch_embed": ["embed.weight", "embed.bias"]}
 
     def mlp(self, index: int) -> None:
         return None

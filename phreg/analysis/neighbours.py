@@ -91,6 +91,7 @@ def patch_embeddings(
     found: list[Tensor] = []
 
     def keep(module: nn.Module, _args: Any, output: Tensor) -> None:
+        output = output.clone()  # some models add positions in place
         grid = output.movedim(1, -1) if isinstance(module, nn.Conv2d) else output
         found.append(grid.unflatten(1, layout.grid) if grid.dim() == 3 else grid)
 

@@ -92,9 +92,10 @@ class Histogram:
         cls, values: np.ndarray, scale: Literal["linear", "log"], limits: tuple[float, float] | None = None
     ) -> "Histogram":
         """Counts values, in log scale positive ones; limits of None are the smallest and the largest."""
-        logs = scale == "log"
-        counts, edges = np.histogram(np.log(values) if logs else values, BINS, limits)
-        low, high = np.exp(edges[[0, -1]]) if logs else edges[[0, -1]]
+        to, back = (np.log, np.exp) if scale == "log" else (np.asarray, np.asarray)
+        ends = to(np.array(limits or (values.min(), values.max())))
+        counts, edges = np.histogram(to(values), BINS, (ends[0], ends[1]))
+        low, high = back(edges[[0, -1]])
         return cls(scale, float(low), float(high), tuple(counts.tolist()))
 
     @property
@@ -392,9 +393,10 @@ def bimodality(norms: Float[Tensor, "*tokens"]) -> float:
     if count < 4 or np.ptp(logs) <= MIN_SPREAD:
         return 0.0
     centred = (logs - logs.mean()) / logs.std()
-    skewness = np.mean(centred**3) * math.sqrt(count * (count - 1)) / (count - 2)
+    squares = centred * centred  # many times faster than powers
+    skewness = np.mean(squares * centred) * math.sqrt(count * (count - 1)) / (count - 2)
     pairs = (count - 2) * (count - 3)
-    excess = (count - 1) / pairs * ((count + 1) * (np.mean(centred**4) - 3) + 6)
+    excess = (count - 1) / pairs * ((count + 1) * (np.mean(squares * squares) - 3) + 6)
     return float((skewness**2 + 1) / (excess + 3 * (count - 1) ** 2 / pairs))
 
 

@@ -159,15 +159,15 @@ def _read(
         attention=[block[:, 0].mean(dim=1).cpu() for block in maps],
         focus=None if last is None else last.mean(dim=2).sum(dim=0).cpu(),
     )
-    features = backbone.final_norm(layout.to_grid(tokens[depth - 1])).float()
-    examples = [
+    features = backbone.final_norm(layout.to_grid(tokens[depth - 1])[:show])
+    examples = [  # copies, since a view would keep its batch in memory
         Shown(
-            image=images[place].cpu(),
+            image=images[place].cpu().clone(),
             norms=norms.patches[0, :, place].clone(),
-            features=features[place].cpu(),
-            attention=None if last is None else last[place].cpu(),
+            features=features[place].float().cpu().clone(),
+            attention=None if last is None else last[place].cpu().clone(),
         )
-        for place in range(min(max(show, 0), len(images)))
+        for place in range(len(features))
     ]
     return reading, examples
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from planted import CORNERS, DEPTH, Planted, pictures
 
-from phreg.analysis.norms import outlier_mask, outlier_threshold, outliers
+from phreg.analysis.norms import bimodality, outlier_mask, outlier_threshold, outliers
 from phreg.errors import DataError, PhregError
 
 REAL = Path(__file__).parents[3] / "shared" / "data"
@@ -170,7 +170,89 @@ def test_registers_and_cls_are_not_counted():
     bare, with_registers = (
         outliers(Planted({2: (CORNERS, 100.0)}, registers=n), [pictures()]) for n in (0, 3)
     )
-    assert with_registers.to_json() == bare.to_json()
+    found, expected = with_registers.to_json(), bare.to_json()
+    assert len(found.pop("tokens")) == 4
+    assert len(expected.pop("tokens")) == 1
+    assert found == expected
+
+
+def test_cls_and_registers_are_measured_apart_from_patches_and_by_name():
+    report = outliers(Planted(registers=2), [pictures()], layers=[0, 3])
+    assert [token.name for token in report.tokens] == ["CLS", "register 1", "register 2"]
+    for token in report.tokens:
+        # The length of 16 values of 1e4, the same in every image, which the final norm's LayerNorm makes 0.
+        assert token.quantiles == ((4e4,) * 9,) * 2
+        assert token.normed == ((0.0,) * 9,) * 2
+    assert max(report.blocks[-1].quantiles) < 100
+
+
+def test_what_one_token_does_in_one_block_is_said_of_that_token_and_block():
+    backbone = Planted({2: ((), 0.0)}, registers=1)
+    backbone.blocks[2].at, backbone.blocks[2].strength = [1], 3e4  # in front of the patches: the register
+    cls, register = outliers(backbone, [pictures()]).tokens
+    assert {row[0] for row in cls.quantiles} == {4e4}
+    grown = math.sqrt(15 + 16) * 1e4  # one value of sixteen went from 1e4 to 4e4
+    assert [row[0] for row in register.quantiles] == pytest.approx([4e4, 4e4, grown, grown])
+
+
+@pytest.mark.parametrize("scale", ["linear", "log"])
+def test_a_histogram_counts_every_token_once_where_its_norm_lies(scale: str):
+    report = outliers(Planted({2: (CORNERS, 100.0)}), [pictures()])
+    histogram = getattr(report.blocks[-1], scale)
+    edges = np.array(histogram.edges)
+    assert len(edges) == len(histogram.counts) + 1
+    assert sum(histogram.counts) == 12 * 64
+    # The first and last norm, but for fp64 rounding in the logarithm.
+    assert edges[[0, -1]] == pytest.approx(np.array(report.blocks[-1].quantiles)[[0, -1]])
+    steps = np.diff(np.log(edges) if scale == "log" else edges)
+    np.testing.assert_allclose(steps, steps[0])
+    beyond = edges[:-1] > report.blocks[-1].gap.threshold
+    assert sum(np.array(histogram.counts)[beyond]) == 12 * 4
+
+
+def test_dead_tokens_fall_into_the_first_bin_of_a_histogram_that_still_shows_the_others():
+    backbone = Planted()
+    with torch.no_grad():
+        backbone.model.embed.weight.mul_(1e-30)
+        backbone.model.embed.bias.zero_()
+        for block in backbone.blocks:
+            block.at, block.strength = list(range(1, 61)), 2.0
+    histogram = outliers(backbone, [pictures()]).blocks[-1].log
+    assert histogram.low == pytest.approx(8e-6)
+    assert (histogram.counts[0], histogram.counts[-1]) == (4 * 12, 60 * 12)
+
+
+# Sample estimates from 20 000 norms; their own spread over seeds is below a hundredth.
+@pytest.mark.parametrize(
+    ("draw", "expected"),
+    [
+        (lambda rng: rng.normal(0, 0.3, 20_000), 1 / 3),
+        (lambda rng: rng.uniform(0, 1, 20_000), 5 / 9),
+        (lambda rng: rng.choice([0.0, 3.0], 20_000, p=[0.98, 0.02]), 1),
+    ],
+    ids=["normal", "uniform", "two points"],
+)
+def test_bimodality_is_what_it_is_known_to_be_of_log_norms(draw, expected: float):
+    norms = torch.from_numpy(np.exp(draw(np.random.default_rng(0))))
+    assert bimodality(norms) == pytest.approx(expected, abs=0.01)
+    # Log norms only move when norms are scaled; fp64.
+    assert bimodality(100 * norms) == pytest.approx(bimodality(norms))
+
+
+def test_bimodality_of_a_small_sample_is_that_of_its_bias_corrected_moments():
+    # Worked out by hand from logs 0, 0, 0, 1: g = 2, k = 4, 3 (n - 1)^2 / ((n - 2)(n - 3)) = 13.5.
+    assert bimodality(torch.tensor([0.0, 0.0, 0.0, 1.0]).exp()) == pytest.approx(5 / 17.5)
+
+
+@pytest.mark.parametrize("norms", [torch.full((100,), 7.0), torch.tensor([1.0, 2.0, 3.0]), torch.zeros(9)])
+def test_norms_of_one_size_and_too_few_are_not_bimodal(norms: torch.Tensor):
+    assert bimodality(norms) == 0
+
+
+def test_artifacts_make_a_block_more_bimodal():
+    report = outliers(Planted({2: (CORNERS, 100.0)}), [pictures()])
+    before, after = report.blocks[1].bimodality, report.blocks[2].bimodality
+    assert before < 5 / 9 < after
 
 
 def test_how_images_are_batched_does_not_matter():
