@@ -50,7 +50,7 @@ ACROSS = 6
 
 Positions = Float[Tensor, "rows cols"]
 
-Tokens = dict[str, Sequence[float]]
+Tokens = Mapping[str, Sequence[float]]
 """Median norm in each block of the tokens that are no patches, by name: `CLS`, `register 1`, …"""
 
 
