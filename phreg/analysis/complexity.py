@@ -40,7 +40,8 @@ class Cost:
 
     Attributes:
         registers: Registers that phreg adds; those that the model came with are in every row.
-        parameters: Parameters of the vision tower. A timm model that had position rows for CLS sheds them.
+        parameters: Parameters of the vision tower and its head. Those of timm that keep a position row for
+            CLS shed it when patched, so that the first register comes free.
         flops: Floating-point operations per image of the vision tower, its classifier left out; a
             multiply-add is two.
         parameters_added: Increase over no registers, as a share.
@@ -67,8 +68,10 @@ class Latency:
         low: Seconds per image, lower quartile over repeats.
         median: Seconds per image, median.
         high: Seconds per image, upper quartile.
-        ratio: Median over repeats of the time over that without registers in the same repeat: on a busy
-            machine steadier than the ratio of two medians.
+        ratio: Median over repeats of the time over that without registers in the same repeat, which on a busy
+            machine is steadier than the ratio of two medians.
+        ratio_low: Its lower quartile. Where 1 lies between the quartiles, noise hides any difference.
+        ratio_high: Its upper quartile.
     """
 
     registers: int
@@ -76,6 +79,8 @@ class Latency:
     median: float
     high: float
     ratio: float
+    ratio_low: float
+    ratio_high: float
 
     def to_json(self) -> dict[str, Any]:
         """Returns all of it as JSON can hold it."""
@@ -144,10 +149,14 @@ def latency(
             times[count].append(_seconds(models[count], images) / len(images))
     found = []
     for count in registers:
-        low, median, high = statistics.quantiles(times[count], n=4, method="inclusive")
-        ratios = [own / bare for own, bare in zip(times[count], times[0], strict=True)]
-        found.append(Latency(count, low, median, high, statistics.median(ratios)))
+        low, median, high = _quartiles(times[count])
+        ratios = _quartiles([own / bare for own, bare in zip(times[count], times[0], strict=True)])
+        found.append(Latency(count, low, median, high, ratios[1], ratios[0], ratios[2]))
     return tuple(found)
+
+
+def _quartiles(values: Sequence[float]) -> list[float]:
+    return statistics.quantiles(values, n=4, method="inclusive")
 
 
 def _count(backbone: Backbone, registers: int, image: Tensor) -> tuple[int, int]:

@@ -186,7 +186,7 @@ def sample_tokens(
 
 
 def position_probe(
-    sample: TokenSample, *, test_share: float = 0.25, penalty: float = 1e-3, seed: int = 0
+    sample: TokenSample, *, test_share: float = 0.25, penalty: float = 1e-2, seed: int = 0
 ) -> PositionProbe:
     """Trains a linear softmax from a token to its position, and tests it on other images.
 
@@ -222,7 +222,7 @@ def position_probe(
 
 
 def reconstruction_probe(
-    sample: TokenSample, *, test_share: float = 0.25, penalty: float = 1e-3, seed: int = 0
+    sample: TokenSample, *, test_share: float = 0.25, penalty: float = 1e-2, seed: int = 0
 ) -> ReconstructionProbe:
     """Fits a linear map from a token to the pixels of its patch, and tests it on other images.
 
