@@ -243,7 +243,7 @@ def test_one_model_has_its_maps_and_no_slider(visit: Visit, tmp_path: Path):
     tab = visit(tmp_path / "one.html")
     assert (seen(tab.locator(".stack"), 0.1), seen(tab.locator(".stack"), 0.9)) == (RED, RED)
     expect(tab.get_by_role("slider")).to_have_count(0)
-    expect(tab.get_by_role("status")).to_have_text("Patch in row 2, column 3. norm 9, an outlier")
+    expect(tab.get_by_role("status")).to_have_text("Patch in row 2, column 3; norm 9, an outlier")
 
 
 # -- similarity to a patch -----------------------------------------------------------------------------------
@@ -267,7 +267,7 @@ def test_pointing_at_a_patch_anywhere_shows_its_similarity_in_every_model(
     assert_similarity(tab, 2, 4)
     assert_similarity(tab, *OUTLIER, image=1)
     expect(tab.get_by_role("status").first).to_have_text(
-        "Patch in row 3, column 5. before: norm 17, no outlier; after: norm 6, no outlier"
+        "Patch in row 3, column 5; before: norm 17, no outlier; after: norm 6, no outlier"
     )
 
 
@@ -442,7 +442,8 @@ def test_without_scripts_the_first_maps_are_side_by_side_and_nothing_is_offered_
     expect(tab.get_by_text("With scripts allowed").first).to_be_visible()
     for hidden in ("slider", "radio"):
         expect(tab.get_by_role(hidden)).to_have_count(0)
-    expect(tab.locator("canvas").first).to_be_hidden()
+    for hidden in ("canvas", "#pointing"):
+        expect(tab.locator(hidden).first).to_be_hidden()
 
 
 def test_the_page_lets_nothing_else_in(browser: Browser, file: Path):
@@ -499,5 +500,5 @@ def test_eight_images_of_two_models_stay_under_ten_megabytes_and_open_fast(visit
     write(tmp_path / "large.html", page)
     assert (tmp_path / "large.html").stat().st_size < 10e6
     expect(visit(tmp_path / "large.html").get_by_role("status").last).to_have_text(
-        "Patch in row 19, column 19."
+        "Patch in row 19, column 19"
     )
