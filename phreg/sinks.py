@@ -340,7 +340,7 @@ def _attention_share(
     backbone: Backbone, batches: Sequence[Images], found: _Found
 ) -> tuple[float, ...] | None:
     """Measures the share of attention that falls on outliers, block by block."""
-    queries = slice(0, 1) if backbone.spec.num_prefix else slice(None)
+    queries = slice(0, 1) if backbone.class_tokens else slice(None)
     shares = []
     for images in batches:
         _, _, mask = found.run(backbone, images, ())

@@ -27,7 +27,7 @@ from torch.nn import functional
 
 from phreg.analysis.norms import Gap, outlier_mask, outlier_threshold
 from phreg.backbones.base import Backbone
-from phreg.errors import DataError, PhregError
+from phreg.errors import DataError, PhregError, UnsupportedModelError
 
 SHUFFLES = 999
 """Shuffled copies that a marginal is set against."""
@@ -205,8 +205,9 @@ def interpolation_effect(
 
     Raises:
         DataError: There are no images, or their sizes differ.
-        PhregError: There is no such block, or the model resamples no positions: the images have its own
-            size, it takes no other, its positions are rotary, or it is compiled.
+        PhregError: There is no such block, or the images have the model's own size.
+        UnsupportedModelError: The model resamples no positions: they are rotary or computed, or it is
+            compiled.
     """
     index = backbone.block_index(layer)
     norms: dict[bool, list[Tensor]] = {True: [], False: []}
@@ -298,7 +299,7 @@ def _nothing_resampled(backbone: Backbone, size: tuple[int, int]) -> PhregError:
     asked = f"the effect of resampled positions asked for of {backbone.describe()} at {size[0]}x{size[1]}"
     if size == backbone.spec.input_size:
         return PhregError(f"{asked}, its own size, where it resamples none; give images of another size")
-    return PhregError(
+    return UnsupportedModelError(
         f"{asked}, which resampled none: its positions are rotary or computed, or it is compiled; leave this "
         "check out, or give the model uncompiled"
     )

@@ -259,7 +259,7 @@ class TokenAccuracy:
     """How well one token tells the class of its image.
 
     Attributes:
-        token: Which one: `ordinary patch`, `outlier patch`, `CLS`, `prefix 2`, `register 1`.
+        token: Which one: `ordinary patch`, `outlier patch`, or as `Backbone.special_tokens` names it.
         images: Images that have one, trained and tested on.
         mean: Top-1 accuracy on held-out images, mean over seeds.
         spread: Standard deviation over seeds (n - 1); None of a single one.
@@ -395,7 +395,7 @@ def _one_each(
                 at = [int(places[torch.randint(len(places), (1,), generator=draw)]) for draw in draws]
                 picked[kind].append(patches[image, at])
                 present[kind].append(bool(mask.any()))
-            for place, name in enumerate(_names(layout)):
+            for place, name in enumerate(backbone.special_tokens):
                 picked.setdefault(name, []).append(tokens[image, place].expand(len(seeds), -1))
                 present.setdefault(name, []).append(True)
             seen += 1
@@ -404,12 +404,6 @@ def _one_each(
         {kind: torch.stack(rows, dim=1) if rows else empty for kind, rows in picked.items()},
         {kind: torch.tensor(flags, dtype=torch.bool) for kind, flags in present.items()},
     )
-
-
-def _names(layout: TokenLayout) -> list[str]:
-    """Names the tokens ahead of the patches: CLS, whatever else the model came with, phreg's registers."""
-    prefix = ["CLS", *(f"prefix {number}" for number in range(2, layout.num_prefix + 1))][: layout.num_prefix]
-    return prefix + [f"register {number}" for number in range(1, layout.num_registers + 1)]
 
 
 # -- reading and holding out --------------------------------------------------------------------------------

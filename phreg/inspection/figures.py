@@ -43,8 +43,8 @@ def figures(models: Sequence[Inspection]) -> Iterator[Figures]:
             f"sinks-{number}" if len(models) > 1 else "sinks",
             sink_chart(model.sinks, model.name if len(models) > 1 else ""),
             f"Chart of the sinks of {model.name}: {causes(model.sinks)}",
-            "Above: what sets the causes off, from block to block, and their shares. Below: how active these units "
-            "are on outliers and elsewhere, and how much attention outliers draw.",
+            "Above: what sets the causes off, from block to block, and their shares. Below: how active these "
+            "units are on outliers and elsewhere, and how much attention outliers draw.",
         )
     yield from _probe_figures(models, names)
     yield from _cost_figures(models, names)
@@ -90,7 +90,8 @@ def _position_figures(models: Sequence[Inspection], names: Sequence[str]) -> Ite
     histograms = [model.norms.position_histogram for model in models]
     block = models[0].norms.blocks[models[0].norms.focus].block
     yield Figures(
-        "Where", "positions", charts.position_map(*histograms, names=names), "Map of the positions of outliers",
+        "Where", "positions", charts.position_map(*histograms, names=names),
+        "Map of the positions of outliers",
         f"Share of images with an outlier at each patch, block {block} of {models[0].name}.",
     )  # fmt: skip
     for number, model in enumerate((model for model in models if model.interpolation), start=1):
@@ -104,9 +105,9 @@ def _position_figures(models: Sequence[Inspection], names: Sequence[str]) -> Ite
             ),
             f"Maps of outliers of {model.name}, its positions resampled with and without antialiasing",
             f"Outliers of {model.name} on a grid of {effect.grid[0]}x{effect.grid[1]} instead of its own "
-            f"{effect.own_grid[0]}x{effect.own_grid[1]}, its position embedding resampled either way; its library "
-            f"{'antialiases' if effect.library_antialiases else 'does not antialias'}. Mean cosine between the two: "
-            f"{effect.cosine:.3f}. Stripes would show as even steps along the margins.",
+            f"{effect.own_grid[0]}x{effect.own_grid[1]}, its position embedding resampled either way; its "
+            f"library {'antialiases' if effect.library_antialiases else 'does not antialias'}. Mean cosine "
+            f"between the two: {effect.cosine:.3f}. Stripes would show as even steps along the margins.",
         )
 
 
@@ -160,7 +161,8 @@ def _probe_figures(models: Sequence[Inspection], names: Sequence[str]) -> Iterat
     ]
     if all(told):
         yield Figures(
-            section, "probe-position", charts.probe_bars(*told, figure="position told, top-1, %", names=names),
+            section, "probe-position",
+            charts.probe_bars(*told, figure="position told, top-1, %", names=names),
             "Chart of how well tokens tell their position",
             "How often a linear probe tells a token's position exactly, on images it was not trained on.",
         )  # fmt: skip
@@ -174,8 +176,8 @@ def _probe_figures(models: Sequence[Inspection], names: Sequence[str]) -> Iterat
             section, "probe-pixels",
             charts.probe_bars(*drawn, figure="error of pixels told, % of guessing", names=names),
             "Chart of how well tokens tell their patch's pixels",
-            "Error of a linear probe that tells a patch's pixels from its token; 100 % is the mean patch told every "
-            "time. Lower is better.",
+            "Error of a linear probe that tells a patch's pixels from its token; 100 % is the mean patch told "
+            "every time. Lower is better.",
         )  # fmt: skip
     classes = [
         {entry.token: (100 * entry.mean, 100 * (entry.spread or 0.0)) for entry in model.classes.tokens}
@@ -190,7 +192,8 @@ def _probe_figures(models: Sequence[Inspection], names: Sequence[str]) -> Iterat
                 *classes, figure="class told, top-1, %", names=names, chance=100 * models[0].classes.chance
             ),
             "Chart of how well single tokens tell the class of their image",
-            "Accuracy of a linear probe that is given one token of an image; bars show the spread over seeds.",
+            "Accuracy of a linear probe that is given one token of an image; bars show the spread over "
+            "seeds.",
         )  # fmt: skip
 
 
@@ -209,8 +212,8 @@ def _cost_figures(models: Sequence[Inspection], names: Sequence[str]) -> Iterato
         added.append(kinds)
     yield Figures(
         "Cost", "cost", charts.cost_lines(counts, *added, names=names), "Chart of what registers cost",
-        "What registers add to the model without any: parameters and FLOPs are counted, latency is measured here on "
-        "single images.",
+        "What registers add to the model without any: parameters and FLOPs are counted, latency is measured "
+        "here on single images.",
     )  # fmt: skip
 
 

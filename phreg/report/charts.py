@@ -187,7 +187,7 @@ def _fan(axes: Axes, blocks: Sequence[BlockNorms], shade: str) -> None:
 
 
 def _token_lines(axes: Axes, places: Sequence[int], tokens: Tokens) -> None:
-    explained = {_kind(name): name for name in reversed(tokens)}  # the first of each kind
+    explained = {_kind(name): name for name in reversed(list(tokens))}  # the first of each kind
     for name, norms in tokens.items():
         shade, dashes = _token_style(name)
         text = _kind(name) if explained[_kind(name)] == name else None

@@ -3,8 +3,8 @@
 A page is plain data: strings, numbers and 8-bit arrays. What is drawn and measured is done elsewhere; here it
 becomes a file. The page opens with its verdict, then the table, then the images, then the charts. A small
 script (viewer.js) moves the slider, switches layers, sorts the table, and works out how similar an image's
-patches are to the one pointed at, from short int8 codes of their features. The page allows that script and
-its style sheet by their hashes, pictures that it holds, and nothing else.
+patches are to the one pointed at, from short int8 codes of their features. The page's policy allows that
+script and its style sheet, by their hashes, the pictures it holds, and nothing else.
 
     page.html.j2, style.css, viewer.js ──┐
     Page ────────────────────────────────┴──► Report ──► report.html, or a notebook's cell
@@ -59,10 +59,10 @@ class Line:
     """
 
     name: str
-    values: Sequence[float | None]
+    values: Sequence[float | int | None]
     lower_is_better: bool | None = None
 
-    def change(self, model: int) -> float | None:
+    def change(self, model: int) -> float | int | None:
         """How much a model's figure is above the first model's."""
         first, other = self.values[0], self.values[model]
         return None if first is None or other is None else other - first
@@ -304,9 +304,9 @@ def _size(chart: Chart) -> tuple[int, int]:
     return width // CHART_SCALE, height // CHART_SCALE
 
 
-def _number(value: float | None) -> str:
+def _number(value: float | int | None) -> str:
     return "none" if value is None else f"{value:.4g}"
 
 
-def _signed(value: float | None) -> str:
+def _signed(value: float | int | None) -> str:
     return "" if value is None else f"{value:+.3g}".replace("-", "\N{MINUS SIGN}")

@@ -191,8 +191,8 @@ class Card {
       model.draw(patch);
       return model.describe(patch);
     });
-    this.told.textContent =
-      `Patch in row ${this.row + 1}, column ${this.col + 1}. ` + facts.filter(Boolean).join("; ");
+    const place = `Patch in row ${this.row + 1}, column ${this.col + 1}`;
+    this.told.textContent = [place, ...facts.filter(Boolean)].join("; ");
     for (const surface of this.surfaces) this.mark(surface, places);
   }
 

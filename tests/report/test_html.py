@@ -1,3 +1,5 @@
+import base64
+import hashlib
 from collections.abc import Sequence
 from html.parser import HTMLParser
 from pathlib import Path
@@ -9,10 +11,25 @@ from planted import CORNERS, Planted, pictures
 
 from phreg.analysis.norms import outliers
 from phreg.evaluation.consistency import agreement, drift
-from phreg.evaluation.retrofit import Comparison, Row
-from phreg.report.html import MAX_SHOWN, Page, comparison_page, inspection_page, write_report
+from phreg.evaluation.retrofit import Comparison
+from phreg.report.html import (
+    MAX_SHOWN,
+    ImageCard,
+    Line,
+    Origin,
+    Page,
+    Picture,
+    Report,
+    Section,
+    comparison_page,
+    inspection_page,
+    read_pictures,
+    write_report,
+)
 
 VOID = {"meta", "img", "br", "link", "input"}
+SIDES = ("before", "after")
+MINUS = "\N{MINUS SIGN}"
 HOSTILE = "<script>alert('x')</script> & \"co\""
 
 
@@ -41,7 +58,7 @@ class Reading(HTMLParser):
     def handle_data(self, data: str) -> None:
         if data.strip():
             self.texts.append((self.open[-1], data.strip()))
-            if self.open[-1] in ("td", "th"):
+            if self.open[-1] in ("td", "th") or self.open[-2:] == ["button", "span"]:
                 self.cells[-1].append(data.strip())
 
     def all(self, tag: str) -> list[dict[str, str | None]]:
@@ -88,19 +105,24 @@ def inspected(title: str = "a model", count: int = 2) -> Page:
 def test_the_verdict_comes_first(path: Path):
     page = inspected()
     texts = read(path, page).texts
-    shown = [(tag, text) for tag, text in texts if tag not in ("title", "style")]
+    shown = [(tag, text) for tag, text in texts if tag not in ("title", "style", "script")]
     assert shown[:2] == [("h1", "a model"), ("p", page.verdict)]
 
 
-def test_a_page_fetches_nothing_and_runs_nothing(path: Path, comparison: Comparison):
+def test_a_page_fetches_nothing_and_runs_only_what_its_policy_names(path: Path, comparison: Comparison):
     reading = read(path, comparison_page("a model", comparison, photos(2)))
     text = path.read_text(encoding="utf-8")
     assert all(image["src"].startswith("data:image/") for image in reading.all("img"))
-    assert not reading.all("script") + reading.all("link") + reading.all("iframe")
-    assert "http:" not in text
-    assert "https:" not in text
-    assert "url(" not in text
-    assert "@import" not in text
+    assert not reading.all("link") + reading.all("iframe")
+    for word in ("http:", "https:", "url(", "@import", " onclick", ' style="'):
+        assert word not in text
+    (policy,) = [meta["content"] for meta in reading.all("meta") if "http-equiv" in meta]
+    assert policy.startswith("default-src 'none'; img-src data:;")
+    assert "unsafe" not in policy
+    for tag in ("script", "style"):
+        ((content,),) = [text.split(f"<{tag}>")[1].split(f"</{tag}>")[:1]]
+        digest = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
+        assert f"{tag}-src 'sha256-{digest}'" in policy
 
 
 def test_every_picture_says_what_it_shows(path: Path, comparison: Comparison):
@@ -111,27 +133,63 @@ def test_every_picture_says_what_it_shows(path: Path, comparison: Comparison):
     assert len({image["alt"] for image in images}) == len(images)
 
 
-def test_whatever_a_name_holds_is_shown_as_text(path: Path):
-    page = Page(HOSTILE, HOSTILE, HOSTILE, [Row(HOSTILE, 1.0, 2.0, False)], [], [])
-    reading = read(path, page)
-    assert not reading.all("script")
-    assert [tag for tag, text in reading.texts if text == HOSTILE] == ["title", "h1", "p", "p", "th"]
-
-
-def test_a_comparison_says_what_became_better_and_what_worse(path: Path):
-    rows = [
-        Row("falls, as it should", 0.02, 0.001, lower_is_better=True),
-        Row("falls, as it should not", 1.0, 0.9, lower_is_better=False),
-        Row("rises, as it should", 0.5, 0.6, lower_is_better=False),
-        Row("stays, to four digits", 0.123456, 0.123457, lower_is_better=False),
-        Row("is not there", None, 0.5, lower_is_better=False),
+def test_maps_and_charts_can_be_read_back_and_photographs_cannot(path: Path, comparison: Comparison):
+    write_report(path, comparison_page("a model", comparison, photos(2)))
+    found = read_pictures(path)
+    assert [alt.partition(":")[0] for alt, _ in found] == [
+        *(
+            f"{layer} of image {n}, {side}"
+            for n in (1, 2)
+            for layer in ("norms", "features")
+            for side in SIDES
+        ),
+        "Chart of norms per block before and after",
+        "Map of the positions of outliers before and after",
     ]
-    assert read(path, Page("t", "v", "", rows, [], [])).cells == [
+    assert all(content.startswith(b"\x89PNG") for _, content in found)
+
+
+def test_whatever_a_name_holds_is_shown_as_text(path: Path):
+    card = ImageCard(photos(1)[0], {HOSTILE: [Picture(photos(1)[0], HOSTILE)] * 2}, name=HOSTILE)
+    page = Page(
+        title=HOSTILE,
+        verdict=HOSTILE,
+        note=HOSTILE,
+        models=(HOSTILE, HOSTILE),
+        lines=[Line(HOSTILE, (1.0, 2.0))],
+        layers={HOSTILE: HOSTILE},
+        images=[card],
+        sections=[Section(HOSTILE, [], HOSTILE)],
+        origin=Origin(HOSTILE, {HOSTILE: HOSTILE}, {HOSTILE: "1"}),
+    )
+    reading = read(path, page)
+    assert len(reading.all("script")) == 1
+    assert [tag for tag, text in reading.texts if text == HOSTILE] == [
+        *("title", "h1", "p", "p"),  # title, verdict, note
+        *("span", "span", "th"),  # the table: two models, a line
+        *("p", "span", "span", "span"),  # an image: the layer's caption, the name, two sides
+        *("h2", "p"),
+        *("code", "dt", "dd"),
+    ]
+
+
+def test_a_comparison_says_by_how_much_and_what_became_better_and_what_worse(path: Path):
+    lines = [
+        Line("falls, as it should", (0.02, 0.001), lower_is_better=True),
+        Line("falls, as it should not", (1.0, 0.9), lower_is_better=False),
+        Line("rises, as it should", (0.5, 0.6), lower_is_better=False),
+        Line("stays, to four digits", (0.123456, 0.123457), lower_is_better=False),
+        Line("is neither good nor bad", (7, 5)),
+        Line("is not there", (None, 0.5), lower_is_better=False),
+    ]
+    page = Page("t", "v", models=SIDES, lines=lines)
+    assert read(path, page).cells == [
         ["figure", "before", "after", "change"],
-        ["falls, as it should", "0.02", "0.001", "better"],
-        ["falls, as it should not", "1", "0.9", "worse"],
-        ["rises, as it should", "0.5", "0.6", "better"],
-        ["stays, to four digits", "0.1235", "0.1235"],
+        ["falls, as it should", "0.02", "0.001", MINUS + "0.019 better"],
+        ["falls, as it should not", "1", "0.9", MINUS + "0.1 worse"],
+        ["rises, as it should", "0.5", "0.6", "+0.1 better"],
+        ["stays, to four digits", "0.1235", "0.1235", "same"],
+        ["is neither good nor bad", "7", "5", MINUS + "2"],
         ["is not there", "none", "0.5"],
     ]
 
@@ -149,7 +207,7 @@ def test_a_comparison_page_tells_both_outlier_rates(comparison: Comparison, path
     (sentence,) = [text for _, text in reading.texts if text.startswith("Artifacts went from 6.2 % to 0.0 %")]
     assert "the global output keeps a cosine of " in sentence
     assert "Measured on 12 images not trained on." in [text for _, text in reading.texts]
-    assert reading.cells[1][1:] == ["0.0625", "0", "better"]
+    assert reading.cells[1][1:] == ["0.0625", "0", MINUS + "0.0625 better"]
 
 
 def test_a_page_stays_small_however_many_and_large_the_photos(path: Path):
@@ -185,3 +243,22 @@ def test_a_report_replaces_the_one_before_and_leaves_nothing_else(path: Path):
     write_report(path, inspected())
     assert path.read_text(encoding="utf-8").startswith("<!doctype html>")
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_report_shows_itself_in_a_notebook_from_a_frame_that_it_cannot_leave():
+    report = Report.of(inspected(title='a "model"'))
+    reading = Reading(report._repr_html_())
+    (frame,) = reading.all("iframe")
+    assert frame["srcdoc"] == report.html
+    assert frame["title"] == 'a "model"'
+    assert frame["sandbox"] == "allow-scripts"
+    assert len(repr(report)) < 100
+
+
+def test_short_codes_keep_the_cosines_of_features(comparison: Comparison):
+    features = comparison.shown[0][0].flatten(0, 1)
+    codes = torch.from_numpy(comparison_page("t", comparison, photos(1)).images[0].patches[0].codes)
+    kept = torch.nn.functional.normalize(codes.flatten(0, 1).float(), dim=-1)
+    truth = torch.nn.functional.normalize(features, dim=-1)
+    # As many channels as the features have, each rounded to 1/127 of the largest: half a step in sixteen.
+    assert (kept @ kept.T - truth @ truth.T).abs().max() < 0.02
