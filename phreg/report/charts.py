@@ -203,7 +203,7 @@ def _token_style(name: str) -> tuple[str, str]:
     return TOKEN_STYLES.get(_kind(name), TOKEN_STYLES["register"])
 
 
-def _nested(axes: Axes, place: float, quantiles: Sequence[float], shade: str, *, vertical: bool) -> None:
+def _nested(axes: Axes, place: int, quantiles: Sequence[float], shade: str, *, vertical: bool) -> None:
     """Draws quantiles as bands within each other, with median and extremes."""
     for lower, upper, strength in BANDS:
         low, high = quantiles[lower], quantiles[upper]
