@@ -291,7 +291,7 @@ def attention_focus(*models: Mapping[str, Positions], names: Sequence[str] = ())
     across = min(ACROSS, max(map(len, models)))
     rows = [-(-len(queries) // across) for queries in models]
     high = attention_limits(*(focus for queries in models for focus in queries.values())).high
-    figure = Chart(1.3 + 1.6 * across, 1.75 * sum(rows))
+    figure = Chart(1.6 + 1.6 * across, 1.75 * sum(rows))
     grid = figure.subplots(sum(rows), across, squeeze=False)
     starts = np.cumsum([0, *rows])
     for queries, name, start, end in zip(

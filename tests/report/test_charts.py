@@ -47,24 +47,24 @@ TOKENS = {
 BLOCKS = [Histogram((1.0, 2.0, 4.0), (90, 10))] * DEPTH
 
 CHARTS = {
-    "norm_quantiles": lambda report, count: charts.norm_quantiles(*[report] * count, tokens=[TOKENS] * count),
-    "norm_histograms": lambda report, count: charts.norm_histograms(
-        *[BLOCKS] * count, tokens=[TOKENS] * count
+    "norm_quantiles": lambda r, n, **names: charts.norm_quantiles(*[r] * n, tokens=[TOKENS] * n, **names),
+    "norm_histograms": lambda _, n, **names: charts.norm_histograms(*[BLOCKS] * n, **names),
+    "norm_series": lambda r, n, **names: charts.norm_series(*[r] * n, **names),
+    "position_map": lambda r, n, **names: charts.position_map(*[r.position_histogram] * n, **names),
+    "stripes": lambda r, n, **names: charts.stripes(*[r.position_histogram] * n, **names),
+    "attention_focus": lambda r, n, **names: charts.attention_focus(
+        *[{"CLS": r.position_histogram}] * n, **names
     ),
-    "norm_series": lambda report, count: charts.norm_series(*[report] * count),
-    "position_map": lambda report, count: charts.position_map(*[report.position_histogram] * count),
-    "stripes": lambda report, count: charts.stripes(*[report.position_histogram] * count),
-    "attention_focus": lambda report, count: charts.attention_focus(
-        *[{"CLS": report.position_histogram}] * count
+    "attention_share": lambda _, n, **names: charts.attention_share(
+        *[[0.1, 0.2]] * n, fair=[0.02] * n, **names
     ),
-    "attention_share": lambda report, count: charts.attention_share(
-        *[[0.1, 0.2]] * count, fair=[0.02] * count
+    "neighbour_cosines": lambda _, n, **names: charts.neighbour_cosines(
+        *[{"others": quantiles(0.0, 1.0)}] * n, **names
     ),
-    "neighbour_cosines": lambda report, count: charts.neighbour_cosines(
-        *[{"others": quantiles(0, 1)}] * count
+    "probe_bars": lambda _, n, **names: charts.probe_bars(
+        *[{"CLS": (80.0, 1.0), "outliers": (60.0, 1.0)}] * n, figure="top-1, %", **names
     ),
-    "probe_bars": lambda report, count: charts.probe_bars(*[{"CLS": (80.0, 1.0)}] * count, figure="top-1, %"),
-    "cost_lines": lambda report, count: charts.cost_lines([0, 1], *[{"FLOPs": [0.0, 0.1]}] * count),
+    "cost_lines": lambda _, n, **names: charts.cost_lines([0, 1], *[{"FLOPs": [0.0, 0.1]}] * n, **names),
 }
 
 
@@ -88,11 +88,11 @@ def test_drawing_leaves_pyplot_and_its_global_state_alone():
 @pytest.mark.parametrize("count", [1, 2])
 @pytest.mark.parametrize("name", CHARTS)
 def test_every_chart_takes_one_model_or_several_and_nothing_written_is_cut_off(name, count, report):
-    figure = CHARTS[name](report, count)
+    figure = CHARTS[name](report, count, names=[LONG, f"{LONG} with registers"][:count])
     figure.draw_without_rendering()
     width, height = figure.get_size_inches()
     box = figure.get_tightbbox()
-    # Half a point for the rounding of letters to pixels.
+    # A pixel of slack for the rounding of letters.
     assert box.x0 > -0.01, box
     assert box.y0 > -0.01, box
     assert box.x1 < width + 0.01, box
@@ -233,7 +233,7 @@ def test_attention_shares_are_drawn_against_the_fair_share():
 
 def test_kinds_of_patches_keep_their_place_where_a_model_lacks_one():
     figure = charts.neighbour_cosines(
-        {"outliers": quantiles(0.5, 0.9), "others": quantiles(0, 0.8)}, {"others": quantiles(0.1, 0.7)}
+        {"outliers": quantiles(0.5, 0.9), "others": quantiles(0.0, 0.8)}, {"others": quantiles(0.1, 0.7)}
     )
     left, right = figure.axes
     assert [label.get_text() for label in left.get_yticklabels()] == ["outliers", "others"]
