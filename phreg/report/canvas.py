@@ -109,10 +109,11 @@ def legend_above(figure: Chart, *every: Axes) -> None:
     """Explains above all panels the lines and bars that have a label, each label once."""
     named = {text: handle for axes in every for text, handle in _labelled(axes).items()}
     if named:
-        room = 10 * figure.get_figwidth()  # letters that fit side by side
+        room = int(10 * figure.get_figwidth())  # letters side by side
         columns = len(named) if sum(len(text) + 6 for text in named) < room else 1
+        texts = [wrapped(text, room - 6) for text in named]
         look = {"frameon": False, "labelcolor": INK, "fontsize": FONT_SIZE}
-        figure.legend(list(named.values()), list(named), loc="outside upper center", ncols=columns, **look)
+        figure.legend(list(named.values()), texts, loc="outside upper center", ncols=columns, **look)
 
 
 def _labelled(axes: Axes) -> dict[str, Any]:

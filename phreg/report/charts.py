@@ -203,7 +203,7 @@ def _token_style(name: str) -> tuple[str, str]:
     return TOKEN_STYLES.get(_kind(name), TOKEN_STYLES["register"])
 
 
-def _nested(axes: Axes, place: float, quantiles: Sequence[float], shade: str, *, vertical: bool) -> None:
+def _nested(axes: Axes, place: int, quantiles: Sequence[float], shade: str, *, vertical: bool) -> None:
     """Draws quantiles as bands within each other, with median and extremes."""
     for lower, upper, strength in BANDS:
         low, high = quantiles[lower], quantiles[upper]
@@ -291,7 +291,7 @@ def attention_focus(*models: Mapping[str, Positions], names: Sequence[str] = ())
     across = min(ACROSS, max(map(len, models)))
     rows = [-(-len(queries) // across) for queries in models]
     high = attention_limits(*(focus for queries in models for focus in queries.values())).high
-    figure = Chart(1.3 + 1.6 * across, 1.75 * sum(rows))
+    figure = Chart(1.6 + 1.6 * across, 1.75 * sum(rows))
     grid = figure.subplots(sum(rows), across, squeeze=False)
     starts = np.cumsum([0, *rows])
     for queries, name, start, end in zip(
