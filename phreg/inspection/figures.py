@@ -176,8 +176,8 @@ def _probe_figures(models: Sequence[Inspection], names: Sequence[str]) -> Iterat
             section, "probe-pixels",
             charts.probe_bars(*drawn, figure="error of pixels told, % of guessing", names=names),
             "Chart of how well tokens tell their patch's pixels",
-            "Error of a linear probe that tells a patch's pixels from its token; 100 % is the mean patch told "
-            "every time. Lower is better.",
+            "Error of a linear probe that tells a patch's pixels from its token; 100 % is the mean patch told"
+            " every time. Lower is better.",
         )  # fmt: skip
     classes = [
         {entry.token: (100 * entry.mean, 100 * (entry.spread or 0.0)) for entry in model.classes.tokens}

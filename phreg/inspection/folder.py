@@ -9,8 +9,8 @@ import json
 from pathlib import Path
 
 from phreg.checkpoint import write_text
-from phreg.inspection.look import Inspection
 from phreg.inspection.figures import figures
+from phreg.inspection.look import Inspection
 from phreg.inspection.page import inspection_page
 from phreg.report.canvas import save_png
 from phreg.report.html import UNKNOWN, Origin, write_report

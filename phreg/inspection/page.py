@@ -45,7 +45,7 @@ def inspection_page(inspection: Inspection, origin: Origin = UNKNOWN) -> Page:
     return Page(
         title=" against ".join(model.name for model in models),
         verdict=" ".join(_verdict(model, named=len(models) > 1) for model in models),
-        note=f"Measured on {inspection.norms.images} images of {inspection.size[1]}x{inspection.size[0]} pixels.",
+        note=f"Measured on {inspection.norms.images} images. {_similarity(models)}",
         models=tuple(model.name for model in models),
         lines=_lines(models),
         layers=_layers(models),
@@ -74,7 +74,7 @@ def comparison_page(
     return Page(
         title=title,
         verdict=f"{outcome(comparison)}{found}",
-        note=f"Measured on {comparison.images} images {apart}.",
+        note=f"Measured on {comparison.images} images {apart}. {_similarity(models)}",
         models=tuple(model.name for model in models),
         lines=[*figures, *_lines(models)[1:]],
         layers=_layers(models),
@@ -172,13 +172,13 @@ def _layers(models: Sequence[Inspection]) -> dict[str, str]:
     return {
         "norms": f"Norm of each patch token after block {block} of {models[0].name}, from dark to bright in "
         "logarithms; one scale for all images and models.",
-        "features": f"Patch features after the last block: three principal components as red, green and blue; "
-        f"{basis}.",
+        "features": "Patch features after the last block: three principal components as red, green and "
+        f"blue; {basis}.",
         "first component": "The first principal component of patch features, from blue to red over three "
         "standard deviations either way.",
         **{
-            f"attention of {query}": f"Where {query} looks in the last block, mean over heads, from dark to bright; "
-            "one scale for all images and models."
+            f"attention of {query}": f"Where {query} looks in the last block, mean over heads, from dark to "
+            "bright; one scale for all images and models."
             for query in _queries(models)
         },
         **{
@@ -233,8 +233,8 @@ def _feature_maps(models: Sequence[Inspection], count: int) -> dict[str, list[li
 def _attention_maps(models: Sequence[Inspection], query: str, count: int) -> list[list[Picture] | None]:
     """Mean over heads; None for a model that has no such query."""
     seen = [_looks(model, query, count) for model in models]
-    high = attention_limits(*(grid for side in seen for grid in side or ())).high
-    return [side and [Picture(maps.share_map(grid, high)) for grid in side] for side in seen]
+    high = attention_limits(*(grid for side in seen if side for grid in side)).high
+    return [[Picture(maps.share_map(grid, high)) for grid in side] if side else None for side in seen]
 
 
 def _looks(model: Inspection, query: str, count: int) -> list[Tensor] | None:
@@ -258,6 +258,13 @@ def _text_maps(models: Sequence[Inspection], text: str, count: int) -> list[list
         ]
         for model, grids in zip(models, known, strict=True)
     ]
+
+
+def _similarity(models: Sequence[Inspection]) -> str:
+    """Says how true the cosines are that the page works out from codes."""
+    shown = [image.features for model in models for image in model.survey.shown[:MAX_SHOWN]]
+    error = max(similarity_codes(features).error for features in shown)
+    return f"Similarities on this page are those of shortened features, and true to within {error:.2f}."
 
 
 def _patches(model: Inspection, index: int) -> Patches:
