@@ -30,6 +30,10 @@ from phreg.storage import ADAPTER_FILE, FORMAT_VERSION, MODEL_FORMAT, write_file
 REMOTE_CLASS, REMOTE_MODEL_TYPE = "Registers", "registers_"
 """What a stock class's name and its model type open with in the code of a remote-code export."""
 
+REFUSAL = {"layer_types": ["registers, which take trust_remote_code=True"]}
+"""What a remote-code export has in its tower's config on disk: no type of layer that transformers has, so its
+own classes, which would leave the registers out, refuse the folder with these words."""
+
 REGISTERS = "registers"
 """Name of the child that a patched tower has."""
 
@@ -180,6 +184,21 @@ def attach(
         collector.register_forward_hook(StripStates(place)),
         *(block.register_forward_pre_hook(PadMask(place), with_kwargs=True) for block in blocks),
     ]
+
+
+def with_refusal(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Writes the refusal into a config: its own or, where it has one inside, the vision tower's."""
+    if "vision_config" in config:
+        return {**config, "vision_config": with_refusal(config["vision_config"])}
+    return {**config, **REFUSAL}
+
+
+def without_refusal(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Takes out what `with_refusal` wrote; a config without is copied."""
+    kept = {key: value for key, value in config.items() if key not in REFUSAL}
+    if "vision_config" in config:
+        kept["vision_config"] = without_refusal(config["vision_config"])
+    return kept
 
 
 @dataclass(frozen=True, repr=False)
