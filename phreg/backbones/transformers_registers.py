@@ -30,9 +30,8 @@ from phreg.storage import ADAPTER_FILE, FORMAT_VERSION, MODEL_FORMAT, write_file
 REMOTE_CLASS, REMOTE_MODEL_TYPE = "Registers", "registers_"
 """What a stock class's name and its model type open with in the code of a remote-code export."""
 
-REFUSAL = {"layer_types": ["registers, which take trust_remote_code=True"]}
-"""What a remote-code export has in its tower's config on disk: no type of layer that transformers has, so its
-own classes, which would leave the registers out, refuse the folder with these words."""
+REFUSAL = "registers, which take trust_remote_code=True"
+"""What stock classes, which would leave the registers out, say as they refuse a remote-code export."""
 
 REGISTERS = "registers"
 """Name of the child that a patched tower has."""
@@ -187,18 +186,23 @@ def attach(
 
 
 def with_refusal(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Writes the refusal into a config: its own or, where it has one inside, the vision tower's."""
+    """Makes the config of a model with registers one that its stock class does not take.
+
+    Beside the number in a field of the vision tower's config, its own or inside of it, stands the reason, and
+    configs of transformers check the types of their fields. Trainer, which reads the file as the config of no
+    model in particular, has no such field.
+    """
     if "vision_config" in config:
         return {**config, "vision_config": with_refusal(config["vision_config"])}
-    return {**config, **REFUSAL}
+    return {**config, "initializer_range": [config["initializer_range"], REFUSAL]}
 
 
 def without_refusal(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Takes out what `with_refusal` wrote; a config without is copied."""
-    kept = {key: value for key, value in config.items() if key not in REFUSAL}
-    if "vision_config" in config:
-        kept["vision_config"] = without_refusal(config["vision_config"])
-    return kept
+    """Undoes `with_refusal`; a config without a refusal is copied."""
+    value = config.get("initializer_range")
+    if isinstance(config.get("vision_config"), dict):
+        return {**config, "vision_config": without_refusal(config["vision_config"])}
+    return {**config, "initializer_range": value[0]} if isinstance(value, list) else dict(config)
 
 
 @dataclass(frozen=True, repr=False)

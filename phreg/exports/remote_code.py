@@ -67,7 +67,7 @@ import torch
 from torch import Tensor, nn
 from transformers import $config, $stock
 
-REFUSAL = $refusal
+REFUSAL = "$refusal"
 REGISTERS = "$registers"
 HANDLES = "$handles"
 
