@@ -194,15 +194,15 @@ def with_refusal(config: Mapping[str, Any]) -> dict[str, Any]:
     """
     if "vision_config" in config:
         return {**config, "vision_config": with_refusal(config["vision_config"])}
-    return {**config, "initializer_range": [config["initializer_range"], REFUSAL]}
+    return {**config, "num_channels": [config["num_channels"], REFUSAL]}
 
 
 def without_refusal(config: Mapping[str, Any]) -> dict[str, Any]:
     """Undoes `with_refusal`; a config without a refusal is copied."""
-    value = config.get("initializer_range")
+    value = config.get("num_channels")
     if isinstance(config.get("vision_config"), dict):
         return {**config, "vision_config": without_refusal(config["vision_config"])}
-    return {**config, "initializer_range": value[0]} if isinstance(value, list) else dict(config)
+    return {**config, "num_channels": value[0]} if isinstance(value, list) else dict(config)
 
 
 @dataclass(frozen=True, repr=False)

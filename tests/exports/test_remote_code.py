@@ -215,6 +215,13 @@ def test_the_stock_class_refuses_it_and_what_is_saved_of_it(tmp_path):
                 stock.from_pretrained(tmp_path / folder)
 
 
+def test_told_another_config_the_stock_class_says_that_it_leaves_registers_out(tmp_path):
+    exported("clip-vision", tmp_path / "out")
+    told = {"config": hf.CLIPVisionConfig(**VISION), "output_loading_info": True}
+    _, found = hf.CLIPVisionModel.from_pretrained(tmp_path / "out", **told)
+    assert set(found["unexpected_keys"]) == {"registers.tokens"}
+
+
 @pytest.mark.parametrize("family", [name for name in FAMILIES if not name.endswith("backbone")])
 def test_no_stock_config_takes_that_of_a_folder(family):
     backbone, _ = patched(FAMILIES[family])

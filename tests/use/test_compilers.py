@@ -4,6 +4,7 @@ import pickle
 
 import families_timm
 import families_transformers
+import jaxtyping
 import pytest
 import torch
 from torch import nn
@@ -28,7 +29,8 @@ def scores(model):
 @pytest.mark.slow
 @pytest.mark.parametrize("library", ["transformers", "timm"])
 @torch.no_grad()
-def test_generated_code_gives_what_the_model_gives_and_follows_its_registers(library):
+def test_generated_code_gives_what_the_model_gives_and_follows_its_registers(library, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as users have it
     torch.compiler.reset()
     model = classifier(library)
     compiled = torch.compile(model, fullgraph=True)

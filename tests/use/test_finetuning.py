@@ -91,6 +91,9 @@ def test_a_peft_adapter_comes_back_onto_the_patched_model(tuned, tmp_path):
     again = peft.PeftModel.from_pretrained(classifier(), tmp_path)
     assert not torch.equal(saved, untuned)
     assert torch.equal(scores(again), scores(tuned))
+    # PEFT drops what a model has no place for, and says nothing; the README warns of it.
+    onto_stock = peft.PeftModel.from_pretrained(FAMILIES["vit-classifier"](), tmp_path)
+    assert not [name for name, _ in onto_stock.named_parameters() if "registers" in name]
 
 
 def test_merged_it_saves_and_loads_with_its_registers_and_not_as_a_stock_model(tuned, tmp_path):
