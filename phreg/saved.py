@@ -88,6 +88,8 @@ def open_saved(found: Located) -> tuple[Backbone, Base]:
             f"registers of phreg; load it with {found.library}"
         )
     backbone, base = FORMATS[record["format"]](found)
+    if hasattr(backbone.model, "name_or_path"):  # which PEFT notes as the model that its adapter goes onto
+        vars(backbone.model)["name_or_path"] = found.source
     backbone.trained_readout = record.get("readout", "plain")
     broken = [name for name, tensor in backbone.disk_state().items() if not torch.isfinite(tensor).all()]
     if broken:

@@ -1,9 +1,10 @@
 """What becomes of every family in every format: the table, and a function that finds it out.
 
 `outcome` finds it out, `EXPECTED` is what it should find, and `markdown` writes that down for readers:
-`python tests/export_outcomes.py` prints what stands in phreg/exports/README.md.
+`python tests/export_outcomes.py` prints what stands in phreg/exports/README.md and, in short, in README.md.
 """
 
+import re
 import sys
 from pathlib import Path
 from typing import NamedTuple, get_args
@@ -181,6 +182,23 @@ EXPECTED: dict[str, dict[str, str]] = {
 """Format -> family, or a library that stands for its other families -> what becomes of it."""
 
 
+SAME_OPERATIONS = {"remote-code", "merged", "adapter"}
+"""Formats whose model has the very class of the patched one."""
+
+_OTHER_NORMS = {f"transformers/{name}" for name in ("vit-classifier", "ijepa", "vit-mae")}
+"""Models whose norms add 1e-12 to the variance, and timm's 1e-6."""
+
+
+def allowed(family: str, format: str) -> float:
+    """Says how far apart the two models may be at a claimed size, relative to the largest value.
+
+    fp32 over three blocks; onnxruntime's kernels sum in another order.
+    """
+    if format in SAME_OPERATIONS:
+        return 0
+    return 1e-5 if format == "onnx" else 5e-5 if format == "timm" and family in _OTHER_NORMS else 1e-6
+
+
 def expected(family: str, format: str) -> str:
     """Looks a family up in the table."""
     outcomes = EXPECTED[format]
@@ -191,7 +209,21 @@ def expected(family: str, format: str) -> str:
 
 SIGNS = {EVERY_SIZE: "yes", OWN_SIZE: "own size"}
 START, END = "<!-- python tests/export_outcomes.py -->", "<!-- end -->"
-"""What the table stands between in phreg/exports/README.md."""
+"""What the tables stand between in phreg/exports/README.md and README.md."""
+
+GROUPS = {
+    "DINOv2, classifiers and backbones too": "transformers/dinov2(-swiglu|-classifier|-backbone)?",
+    "DINOv2 with registers": "transformers/dinov2-registers.*",
+    "DINOv3": "transformers/dinov3.*",
+    "CLIP, MetaCLIP 2": "transformers/(clip|metaclip2).*",
+    "SigLIP": "transformers/siglip(-.*)?",
+    "SigLIP 2": "transformers/siglip2.*",
+    "ViT, DeiT, MSN, MAE, I-JEPA": "transformers/(vit|deit|ijepa).*",
+    "AIMv2": "transformers/aimv2.*",
+    "timm": "timm/.*",
+    "open_clip": "open_clip/.*",
+}
+"""Rows of the short table: what readers call them, and the families that they stand for."""
 
 
 def markdown() -> str:
@@ -210,16 +242,42 @@ def markdown() -> str:
     return "\n".join(lines)
 
 
+def short_markdown() -> str:
+    """Writes the table of the main README: a row for a group of families, and how equal a format is."""
+    formats = get_args(Format)
+    lines = [f"| | {' | '.join(f'`{format}`' for format in formats)} |", "|---" * (len(formats) + 1) + "|"]
+    for group, pattern in GROUPS.items():
+        families = [family for family in FAMILIES if re.fullmatch(pattern, family)]
+        cells = [_in_short({_sign(expected(family, format)) for family in families}) for format in formats]
+        lines.append(f"| {group} | {' | '.join(cells)} |")
+    largest = [
+        max(allowed(name, format) for name in FAMILIES if not isinstance(expected(name, format), Refused))
+        for format in formats
+    ]
+    lines.append(
+        f"| differs by at most | {' | '.join(f'{figure:.0e}' if figure else '0' for figure in largest)} |"
+    )
+    return "\n".join(lines)
+
+
+def _in_short(signs: set[str]) -> str:
+    """Puts what becomes of a group's families into one cell."""
+    if len(signs) == 1:
+        return signs.pop()
+    return "some" if "-" in signs else "some at own size"
+
+
 def _sign(should: str) -> str:
     if isinstance(should, Refused):
         return "if named" if should == _UNNAMED else "-"
     return SIGNS[should]
 
 
-def readme() -> Path:
-    """Says where the table stands."""
-    return Path(__file__).parents[1] / "phreg" / "exports" / "README.md"
+def shown() -> dict[Path, str]:
+    """Says where which table stands."""
+    root = Path(__file__).parents[1]
+    return {root / "phreg" / "exports" / "README.md": markdown(), root / "README.md": short_markdown()}
 
 
 if __name__ == "__main__":
-    sys.stdout.write(markdown() + "\n")
+    sys.stdout.write("\n\n".join(shown().values()) + "\n")

@@ -44,6 +44,7 @@ from phreg.backbones.transformers_registers import (
     SavePatched,
     attach,
     disk_names,
+    without_refusal,
 )
 from phreg.backbones.transformers_registers import save_patched as save_patched
 from phreg.errors import LoadError, PhregError, UnsupportedModelError
@@ -599,7 +600,7 @@ def load_remote_code(folder: Path) -> TransformersBackbone:
         LoadError: The folder cannot be read, or its tensors are not those of the class with registers.
     """
     asked = f"model in {folder}"
-    config = _read_json(folder / "config.json", asked)
+    config = without_refusal(_read_json(folder / "config.json", asked))
     try:
         (name,), kind = config["architectures"], config["model_type"].removeprefix(REMOTE_MODEL_TYPE)
         backbone = build(name.removeprefix(REMOTE_CLASS), config | {"model_type": kind})

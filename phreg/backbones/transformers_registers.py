@@ -30,6 +30,9 @@ from phreg.storage import ADAPTER_FILE, FORMAT_VERSION, MODEL_FORMAT, write_file
 REMOTE_CLASS, REMOTE_MODEL_TYPE = "Registers", "registers_"
 """What a stock class's name and its model type open with in the code of a remote-code export."""
 
+REFUSAL = "registers, which take trust_remote_code=True"
+"""What stock classes, which would leave the registers out, say as they refuse a remote-code export."""
+
 REGISTERS = "registers"
 """Name of the child that a patched tower has."""
 
@@ -180,6 +183,26 @@ def attach(
         collector.register_forward_hook(StripStates(place)),
         *(block.register_forward_pre_hook(PadMask(place), with_kwargs=True) for block in blocks),
     ]
+
+
+def with_refusal(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Makes the config of a model with registers one that its stock class does not take.
+
+    Beside the number in a field of the vision tower's config, its own or inside of it, stands the reason, and
+    configs of transformers check the types of their fields. Trainer, which reads the file as the config of no
+    model in particular, has no such field.
+    """
+    if "vision_config" in config:
+        return {**config, "vision_config": with_refusal(config["vision_config"])}
+    return {**config, "num_channels": [config["num_channels"], REFUSAL]}
+
+
+def without_refusal(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Undoes `with_refusal`; a config without a refusal is copied."""
+    value = config.get("num_channels")
+    if isinstance(config.get("vision_config"), dict):
+        return {**config, "vision_config": without_refusal(config["vision_config"])}
+    return {**config, "num_channels": value[0]} if isinstance(value, list) else dict(config)
 
 
 @dataclass(frozen=True, repr=False)

@@ -3,7 +3,8 @@
 transformers has classes with registers for DINOv2 alone. For every other model the folder holds a small
 module, in which a subclass of the model's own class adds registers; what it adds them with is the source of
 phreg's own hooks. Heads, processors, generation and outputs stay those of the stock class, and the config's
-`model_type` is a new one, which no Auto class loads without that module.
+`model_type` is a new one, which no Auto class loads without that module. The file of the config holds a
+refusal besides, which the subclass takes out as it reads and the stock class stumbles over.
 
     ViTForImageClassification ──► RegistersViTForImageClassification   in modeling_registers.py
     ViTConfig, model_type vit ──► RegistersViTConfig, registers_vit    auto_map in config.json
@@ -42,6 +43,8 @@ HOOKS = (
     hooks._are_states,
     hooks.PadMask,
     hooks.attach,
+    hooks.with_refusal,
+    hooks.without_refusal,
 )
 """What that module is made of, besides the two classes of `CODE`."""
 
@@ -49,13 +52,14 @@ CODE = Template('''"""$stock with $count register tokens: the code beside the we
 
 Written by phreg $version, which is licensed under Apache-2.0, and so is this file. Registers take part in
 attention inside the block stack and are seen nowhere else: inputs and outputs are those of the stock class.
-It needs transformers alone, 5 or newer: AutoModel.from_pretrained(folder, trust_remote_code=True). Loaded as
-$stock itself, which has no place for registers, the weights would go on without them.
+It needs transformers alone, 5 or newer: AutoModel.from_pretrained(folder, trust_remote_code=True).
+$stock itself, which has no place for registers, refuses the config.
 
     embeddings -> registers in -> (pre-norm) -> blocks -> registers out -> norm, pooler, heads
 """
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -63,6 +67,7 @@ import torch
 from torch import Tensor, nn
 from transformers import $config, $stock
 
+REFUSAL = "$refusal"
 REGISTERS = "$registers"
 HANDLES = "$handles"
 
@@ -75,6 +80,14 @@ class $prefix$config($config):
 
     model_type = "$type_prefix$model_type"
     num_registers: int = $count
+
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        return super().from_dict(without_refusal(config_dict), **kwargs)
+
+    def to_json_string(self, *args, **kwargs):
+        config = json.loads(super().to_json_string(*args, **kwargs))
+        return json.dumps(with_refusal(config), indent=2, sort_keys=True) + "\\n"
 
 
 class $prefix$stock($stock):
@@ -121,7 +134,7 @@ def contents(backbone: Backbone) -> Contents:
     }
     named = {"stock": stock.__name__, "count": backbone.num_registers, "version": __version__}
     code = partial(Path.write_text, data=_code(backbone, named), encoding="utf-8")
-    described = {"config.json": settings} | _processor(backbone)
+    described = {"config.json": hooks.with_refusal(settings)} | _processor(backbone)
     if model.can_generate():
         described["generation_config.json"] = json.loads(cast(Any, model).generation_config.to_json_string())
     return Contents({WEIGHTS: model.state_dict()}, described, {f"{MODULE}.py": code})
@@ -163,6 +176,7 @@ def _code(backbone: TransformersBackbone, named: dict[str, Any]) -> str:
         model_type=_stock(model.config).model_type,
         prefix=REMOTE_CLASS,
         type_prefix=REMOTE_MODEL_TYPE,
+        refusal=hooks.REFUSAL,
         registers=hooks.REGISTERS,
         handles=hooks.HANDLES,
         hooks="\n\n".join(_source(part) for part in HOOKS).rstrip(),

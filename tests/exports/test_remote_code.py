@@ -10,10 +10,12 @@ import pytest
 import torch
 import transformers as hf
 from families_transformers import FAMILIES, TEXT, VISION, build
+from huggingface_hub.errors import StrictDataclassError
 
 from phreg.backbones import resolve
+from phreg.backbones.transformers_registers import without_refusal
 from phreg.errors import PhregError
-from phreg.exports import export
+from phreg.exports import export, remote_code
 from phreg.registers import add_registers, remove_registers
 
 COUNT = 3
@@ -203,10 +205,32 @@ def test_without_trust_no_auto_class_loads_it(tmp_path):
         hf.AutoModel.from_pretrained(tmp_path / "out", trust_remote_code=False)
 
 
-def test_the_stock_class_says_that_it_leaves_registers_out(tmp_path):
+def test_the_stock_class_refuses_it_and_what_is_saved_of_it(tmp_path):
+    exported("clip", tmp_path / "out")
+    model = hf.AutoModel.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    model.save_pretrained(tmp_path / "again")
+    for folder in ("out", "again"):
+        for stock in (hf.CLIPModel, hf.CLIPVisionModel, hf.CLIPVisionModelWithProjection):
+            with pytest.raises(StrictDataclassError, match="registers, which take trust_remote_code=True"):
+                stock.from_pretrained(tmp_path / folder)
+
+
+def test_told_another_config_the_stock_class_says_that_it_leaves_registers_out(tmp_path):
     exported("clip-vision", tmp_path / "out")
-    _, found = hf.CLIPVisionModel.from_pretrained(tmp_path / "out", output_loading_info=True)
+    told = {"config": hf.CLIPVisionConfig(**VISION), "output_loading_info": True}
+    _, found = hf.CLIPVisionModel.from_pretrained(tmp_path / "out", **told)
     assert set(found["unexpected_keys"]) == {"registers.tokens"}
+
+
+@pytest.mark.parametrize("family", [name for name in FAMILIES if not name.endswith("backbone")])
+def test_no_stock_config_takes_that_of_a_folder(family):
+    backbone, _ = patched(FAMILIES[family])
+    config = remote_code.contents(backbone).settings["config.json"]
+    for stock in {type(backbone.model.config), type(backbone.tower.config)}:
+        own = config if type(backbone.model.config) is stock else config["vision_config"]
+        with pytest.raises(StrictDataclassError, match="registers, which take trust_remote_code=True"):
+            stock.from_dict(own)
+        stock.from_dict(without_refusal(own))
 
 
 @torch.no_grad()
@@ -237,7 +261,7 @@ def test_the_code_says_where_it_comes_from_and_is_short(tmp_path):
     assert "Apache-2.0" in code
     assert "import phreg" not in code
     assert "from phreg" not in code
-    assert len(code.splitlines()) < 200
+    assert len(code.splitlines()) < 220
 
 
 @pytest.mark.parametrize("family", ["dinov2-backbone", "dinov3-backbone"])
