@@ -19,7 +19,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,8 @@ import measuring
 import methods
 
 import phreg
+from phreg.api import open_model
+from phreg.backbones.resolve import weights_sha256
 from phreg.checkpoint import write_text
 from phreg.evaluation.records import Metrics, Results, summarise, versions
 from phreg.images import SUFFIXES
@@ -219,6 +221,7 @@ class Bench:
         self.training = link_samples(self.data / "imagenet_samples", self.work / "links")
         self.protocol = {
             "model": Path(self.model).name,
+            "weights": weights_sha256(open_model(self.model)[0].disk_state()),
             "images": {"training": min(measuring.TRAINING, len(self.training))}
             | {name: _count(self.data / name) for name in ("camvid", "ecssd", "imagenet_samples")},
             "tasks": {
