@@ -256,9 +256,9 @@ class Bench:
                 for kind, parts in record["detail"].items()
             },
             "notes": record["notes"][0],
-            "seconds": round(record["seconds"], 1),
+            "seconds": round(record["seconds"], 3),
             # The raw model's too, where they were not known yet.
-            "cpu_seconds": round(time.process_time() - cpu, 1),
+            "cpu_seconds": round(time.process_time() - cpu, 3),
             "environment": {
                 "versions": versions(),
                 "machine": platform.machine(),
