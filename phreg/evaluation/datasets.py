@@ -25,6 +25,7 @@ from torch import Tensor
 
 from phreg.errors import DataError
 from phreg.evaluation.metrics import IGNORE
+from phreg.evaluation.vocabulary import shipped
 from phreg.images import SUFFIXES, Files, ImageSource, open_images, some
 
 Split = Literal["train", "val"]
@@ -486,13 +487,93 @@ def _read_cityscapes(root: Path, split: Split) -> Segmentation:
     return Segmentation(*_paired(root, pairs), tuple(CITYSCAPES.values()), numbering)
 
 
+# PASCAL Context, as mmsegmentation prepares it: VOC2010 with masks of 59 classes
+
+
+def _context_root(root: Path) -> Path:
+    years = (root, root / "VOC2010", root / "VOCdevkit" / "VOC2010")
+    return next((year for year in years if (year / "SegmentationClassContext").is_dir()), root)
+
+
+def _is_context(root: Path) -> bool:
+    """Knows the year's own folder, which has VOC's masks too; of several years together, VOC comes first."""
+    found = _context_root(root)
+    alone = found == root or not (_voc_root(root) / "SegmentationClass").is_dir()
+    return alone and (found / "SegmentationClassContext").is_dir()
+
+
+def _context_files(root: Path, split: Split) -> tuple[Files, tuple[str, ...]]:
+    root = _context_root(root)
+    return _paired(root, _voc_pairs(root, split, "SegmentationClassContext", "SegmentationContext"))
+
+
+def _read_context60(root: Path, split: Split) -> Segmentation:
+    classes = tuple(shipped()["pascal-context-60"])
+    return Segmentation(*_context_files(root, split), classes, _numbered(len(classes)), background=0)
+
+
+def _read_context59(root: Path, split: Split) -> Segmentation:
+    classes = tuple(shipped()["pascal-context-59"])
+    numbering = _numbered(len(classes), zero_is_unlabelled=True)
+    return Segmentation(*_context_files(root, split), classes, numbering)
+
+
+# COCO-Stuff, its pixel maps of 2017, in which objects and stuff are numbered from 0 to 181
+
+COCO_OBJECTS = 80
+COCO_GAPS = frozenset({11, 25, 28, 29, 44, 65, 67, 68, 70, 82, 90})
+"""Indices that stand for nothing: COCO dropped these kinds of objects."""
+COCO_INDICES = tuple(index for index in range(182) if index not in COCO_GAPS)
+"""The 171 that do: 80 of objects, then 91 of stuff."""
+COCO_MASKS = ("annotations", "stuffthingmaps", "stuffthingmaps_trainval2017")
+
+
+def _coco_masks(root: Path) -> Path | None:
+    parts = ("train2017", "val2017")
+    return next(
+        (root / name for name in COCO_MASKS if any((root / name / part).is_dir() for part in parts)), None
+    )
+
+
+def _coco_files(root: Path, split: Split) -> tuple[Files, tuple[str, ...]]:
+    part = f"{split}2017"
+    masks = (_coco_masks(root) or root / COCO_MASKS[0]) / part
+    images = root / "images" / part if (root / "images").is_dir() else root / part
+    return _paired(root, [(image, masks / f"{image.stem}.png") for image in sorted(images.glob("*.jpg"))])
+
+
+def _read_coco_stuff(root: Path, split: Split) -> Segmentation:
+    numbering = {IGNORE: IGNORE} | {index: number for number, index in enumerate(COCO_INDICES)}
+    return Segmentation(*_coco_files(root, split), tuple(shipped()["coco-stuff"]), numbering)
+
+
+def _read_coco_object(root: Path, split: Split) -> Segmentation:
+    """Counts objects alone; stuff, and what has no label, is background."""
+    numbering = {IGNORE: 0} | {
+        index: number + 1 if number < COCO_OBJECTS else 0 for number, index in enumerate(COCO_INDICES)
+    }
+    return Segmentation(*_coco_files(root, split), tuple(shipped()["coco-object"]), numbering, background=0)
+
+
 LAYOUTS: Mapping[str, Layout] = {
+    "pascal-context-60": Layout(
+        "JPEGImages/, SegmentationClassContext/, ImageSets/SegmentationContext/",
+        _is_context,
+        _read_context60,
+    ),
+    "pascal-context-59": Layout("the same without background, on request", lambda _: False, _read_context59),
     "voc21": Layout(
         "JPEGImages/, SegmentationClass/, ImageSets/Segmentation/",
         lambda root: (_voc_root(root) / "SegmentationClass").is_dir(),
         _read_voc,
     ),
     "voc20": Layout("the same without background, on request", lambda _: False, _read_voc20),
+    "coco-stuff": Layout(
+        "images/val2017/, annotations/val2017/ or stuffthingmaps/val2017/ of pixel maps",
+        lambda root: _coco_masks(root) is not None,
+        _read_coco_stuff,
+    ),
+    "coco-object": Layout("the same, stuff as background, on request", lambda _: False, _read_coco_object),
     "ade20k": Layout("images/, annotations/, objectInfo150.txt", _is_ade, _read_ade),
     "cityscapes": Layout(
         "leftImg8bit/, gtFine/",

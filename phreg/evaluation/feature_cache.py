@@ -2,7 +2,8 @@
 
 An entry is a folder named by a hash of the model's weights, the reading, and the images' paths, sizes and
 times; any change makes another name, so an entry is never stale. It is written beside its place and renamed
-when complete.
+when complete. Who writes holds a lock on the unfinished folder, which the system takes back when a process
+ends, however it ends; so what nobody holds was left behind by one that was killed, and is deleted.
 
     stream of Dense ──► .<key>.tmp/ grids.f16 · globals.safetensors · index.json ──rename──► <key>/
                                                           StoredFeatures[i] ◄──mapped, crc checked──┘
@@ -11,6 +12,7 @@ Features are kept in half precision, and the first use reads them back from ther
 same figures to the last digit.
 """
 
+import fcntl
 import hashlib
 import json
 import logging
@@ -18,6 +20,7 @@ import os
 import shutil
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -149,15 +152,26 @@ class FeatureCache:
     def _write(self, folder: Path, run: dict[str, Any], items: Iterable["Dense"], count: int) -> None:
         temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
         try:
-            temporary.mkdir(parents=True)
-            self._fill(temporary, run, items, count)
-            temporary.rename(folder)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with ExitStack() as writing:
+                with _locked(self.folder):  # so that none is deleted between its making and its lock
+                    self._delete_left_behind()
+                    temporary.mkdir()
+                    writing.enter_context(_locked(temporary))
+                self._fill(temporary, run, items, count)
+                temporary.rename(folder)
         except OSError as error:
             raise PhregError(
                 f"cannot keep features in {self.folder} ({error}); free space, or choose another place"
             ) from error
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+    def _delete_left_behind(self) -> None:
+        for unfinished in self.folder.glob(".*.tmp"):
+            with suppress(BlockingIOError, FileNotFoundError), _locked(unfinished, wait=False):
+                logger.info("deleting %s, which a run that was killed left behind", unfinished)
+                shutil.rmtree(unfinished)
 
     def _fill(self, folder: Path, run: dict[str, Any], items: Iterable["Dense"], count: int) -> None:
         index: dict[str, Any] = {"run": run, "dim": 0, "grids": [], "crc32": [], "placements": []}
@@ -195,6 +209,17 @@ class FeatureCache:
     def size(self) -> int:
         """Counts the bytes of all entries."""
         return sum(path.stat().st_size for path in self.folder.glob("*/*") if path.is_file())
+
+
+@contextmanager
+def _locked(folder: Path, *, wait: bool = True) -> Iterator[None]:
+    """Holds a folder's lock; raises BlockingIOError where another has it and one is not to wait."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(handle)
 
 
 def _stamps(source: ImageSource) -> Iterator[tuple[Any, ...]]:

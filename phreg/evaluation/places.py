@@ -21,21 +21,20 @@ def artifact_places(
     """Marks the patches of each picture that are outliers in the baseline's last block.
 
     Outliers lie beyond the gap in the distribution of norms over all pictures, before the final norm, as
-    `phreg inspect` finds them.
+    `phreg inspect` finds them. They are looked for through the windows that features are read through, since
+    each window has artifacts of its own. Tokens of overlapping windows are averaged, as features are.
 
     Args:
         reader: Its reference is the baseline.
         source: The pictures.
-        reading: The canvas they are read on.
+        reading: The canvas they are read on, and its windows.
 
     Returns:
         A mask of each picture's grid; None where there is no baseline, or its norms show no gap.
     """
     if reader.reference is None:
         return None
-    before_norm = reading.model_copy(
-        update={"source": "tokens", "layer": None, "norm": False, "unit": False, "window": None}
-    )
+    before_norm = reading.model_copy(update={"source": "tokens", "layer": None, "norm": False, "unit": False})
     norms = [
         dense.grid.norm(dim=-1)
         for dense in reader.of(reader.reference).stream(source, before_norm, "artifacts of the baseline")

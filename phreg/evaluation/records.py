@@ -68,7 +68,9 @@ class Summary:
     @classmethod
     def of(cls, values: Sequence[float]) -> "Summary":
         """Sums up the values of several seeds."""
-        spread = statistics.stdev(values) if len(values) > 1 else None
+        spread = None
+        if len(values) > 1:  # a figure without a value is NaN, which `statistics` refuses
+            spread = math.nan if any(map(math.isnan, values)) else statistics.stdev(values)
         return cls(statistics.fmean(values), spread, tuple(values))
 
 
@@ -252,8 +254,8 @@ class Results:
         cells = []
         for name in self.records[0].figures:
             cell = _figure(name, record.figures.get(name))
-            if name in differences:
-                found = differences[name]
+            found = differences.get(name)
+            if found is not None and not math.isnan(found.change):
                 change = found.change if name in IN_UNITS else 100 * found.change
                 cell += f" ({change:+.{_digits(name)}f}{'~' if found.beyond_spread is False else ''})"
             cells.append(cell)

@@ -191,6 +191,70 @@ def test_cityscapes_counts_nineteen_of_its_labels(tmp_path):
         open_segmentation(tmp_path, "val")
 
 
+@pytest.fixture
+def context(tmp_path):
+    root = tmp_path / "VOCdevkit" / "VOC2010"
+    for kind in ("SegmentationClass", "SegmentationClassContext"):
+        write(root / kind / "2008_000002.png", index_mask((0, 1, 59)))
+    write(root / "JPEGImages" / "2008_000002.jpg", noise((12, 8)))
+    (root / "ImageSets" / "SegmentationContext").mkdir(parents=True)
+    (root / "ImageSets" / "SegmentationContext" / "val.txt").write_text("2008_000002\n")
+    return root
+
+
+@pytest.mark.parametrize("above", [0, 1, 2])
+def test_pascal_context_is_read_with_its_background(context, above):
+    found = open_segmentation([context, *context.parents][above], "val")
+    assert len(found.classes) == 60
+    assert (found.classes[0], found.classes[1], found.classes[59]) == ("background", "aeroplane", "wood")
+    assert found.background == 0
+    assert found.mask(0).unique().tolist() == [0, 1, 59]
+    assert "SegmentationClassContext" in found.masks[0]
+
+
+def test_pascal_context_without_background_numbers_from_the_first_class(context):
+    found = open_segmentation(context, "val", layout="pascal-context-59")
+    assert (len(found.classes), found.classes[0], found.background) == (59, "aeroplane", None)
+    assert found.mask(0).unique().tolist() == [0, 58, IGNORE]
+
+
+def test_of_several_years_of_voc_2012_is_taken_unless_context_is_asked_for(voc, context):
+    assert open_segmentation(voc.parent, "val").classes == VOC
+    assert len(open_segmentation(voc.parent, "val", layout="pascal-context-60").classes) == 60
+
+
+@pytest.fixture(params=["images/annotations", "images/stuffthingmaps", "./stuffthingmaps_trainval2017"])
+def coco(tmp_path, request):
+    images, masks = request.param.split("/")
+    write(tmp_path / images / "val2017" / "000000000139.jpg", noise((12, 8)))
+    # Person, stop sign behind the first gap, toothbrush, banner, wood, and no label.
+    write(tmp_path / masks / "val2017" / "000000000139.png", index_mask((0, 12, 89, 91, 181, 255)))
+    return tmp_path
+
+
+def test_coco_stuff_has_no_gaps_between_its_classes(coco):
+    found = open_segmentation(coco, "val")
+    assert len(found.classes) == 171
+    assert found.mask(0)[0, :6].tolist() == [0, 11, 79, 80, 170, IGNORE]
+    named = [found.classes[number] for number in (0, 11, 79, 80, 170)]
+    assert named == ["person", "stop sign", "toothbrush", "banner", "wood"]
+    with pytest.raises(DataError, match="0 pairs"):
+        open_segmentation(coco, "train")
+
+
+def test_an_index_that_coco_dropped_is_refused(coco):
+    write(next(coco.rglob("*.png")), index_mask((0, 11)))
+    with pytest.raises(DataError, match="indices 11"):
+        open_segmentation(coco, "val").mask(0)
+
+
+def test_coco_object_takes_stuff_for_background(coco):
+    found = open_segmentation(coco, "val", layout="coco-object")
+    assert (len(found.classes), found.background) == (81, 0)
+    assert found.mask(0)[0, :6].tolist() == [1, 12, 80, 0, 0, 0]
+    assert (found.classes[1], found.classes[80]) == ("person", "toothbrush")
+
+
 def test_a_wrong_root_says_what_was_found_and_expected(tmp_path):
     (tmp_path / "holiday").mkdir()
     with pytest.raises(DataError, match=r"holiday.*JPEGImages"):

@@ -1,4 +1,7 @@
 import os
+import signal
+import subprocess
+import sys
 
 import jaxtyping
 import pytest
@@ -92,6 +95,38 @@ def test_an_interrupted_reading_leaves_nothing_behind(reader, half_broken):
     with pytest.raises(DataError, match=r"1\.png"):
         reader.features(open_images(half_broken), READING)
     assert entries(reader) == []
+
+
+def test_what_a_killed_run_left_behind_is_deleted_by_the_next(reader, mixed_photos):
+    killed = """
+import os, signal, sys
+from pathlib import Path
+from phreg.evaluation.feature_cache import FeatureCache
+def read():
+    os.kill(os.getpid(), signal.SIGKILL)
+    yield
+FeatureCache(Path(sys.argv[1]))._write(Path(sys.argv[1]) / "entry", {}, read(), 1)
+"""
+    ended = subprocess.run([sys.executable, "-c", killed, str(reader.cache.folder)], check=False)
+    assert ended.returncode == -signal.SIGKILL
+    assert [name.endswith(".tmp") for name in entries(reader)] == [True]
+    reader.features(open_images(mixed_photos), READING)
+    assert [name.endswith(".tmp") for name in entries(reader)] == [False]
+
+
+def test_what_another_run_is_writing_is_left_alone(reader, mixed_photos):
+    other = FeatureReader(reader.backbone, "another", reader.cache)
+    items = reader.stream(open_images(mixed_photos), READING)
+    first = next(items)
+
+    def meanwhile():
+        yield first
+        other.features(open_images(mixed_photos), READING)  # another entry, in the middle of this one
+        yield from items
+
+    reader.cache._write(reader.cache.folder / "entry", {}, meanwhile(), len(open_images(mixed_photos)))
+    assert len(entries(reader)) == 2
+    assert not any(name.endswith(".tmp") for name in entries(reader))
 
 
 def test_features_that_half_precision_cannot_hold_are_refused(reader, mixed_photos):

@@ -107,3 +107,9 @@ def test_a_gate_needs_a_baseline():
 
 def test_a_summary_of_one_value_is_that_value():
     assert Summary.of([0.25]) == Summary(0.25, None, (0.25,))
+
+
+def test_a_figure_without_a_value_is_a_dash_with_any_number_of_seeds():
+    patched, raw = (record(name, [math.nan, math.nan], "artifact_accuracy") for name in ("patched", "raw"))
+    assert math.isnan(patched.figures["artifact_accuracy"].spread)
+    assert "| patched | - |" in Results((patched,), raw).to_markdown()

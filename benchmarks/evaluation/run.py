@@ -1,0 +1,401 @@
+"""The methods that repair a model's artifacts, in the tasks by which dense features are judged, on real data.
+
+    python benchmarks/evaluation/run.py MODEL --data FOLDER --output FILE.json
+    python benchmarks/evaluation/run.py --table FILE.json
+
+    method, seed ──phreg.distill──► run, kept ─┐
+    raw model ─────────────────────────────────┴──phreg.evaluate, task, seed──► row ──► FILE.json ──► tables
+
+A row, a task of a method with a seed, is written as it finishes; a rerun makes the rows that are missing. So
+the work can be split over processes, by --tasks, --methods and --seed, into one file.
+"""
+
+import argparse
+import fcntl
+import hashlib
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "methods"))
+import measuring
+import methods
+
+import phreg
+from phreg.api import open_model
+from phreg.backbones.resolve import weights_sha256
+from phreg.checkpoint import write_text
+from phreg.evaluation.records import Metrics, Results, summarise, versions
+from phreg.images import SUFFIXES
+from phreg.trainer import keep_freed_memory
+
+METHODS = ("raw", "test-time", "paper", "relocate")
+Row = dict[str, Any]
+
+
+# -- tasks ---------------------------------------------------------------------------------------------------
+
+WINDOWS = {"size": 448, "window": 224, "stride": 224}
+"""A canvas of 448 pixels on its shorter side, seen through windows of the size that the model is made for."""
+
+COARSE = {
+    "fish": ((0, 6), (389, 397)),
+    "bird": ((7, 24), (80, 100), (127, 146)),
+    "reptile or amphibian": ((25, 68),),
+    "invertebrate": ((69, 79), (107, 126), (300, 329)),
+    "dog": ((151, 268),),
+    "other mammal": ((101, 106), (147, 150), (269, 299), (330, 388)),
+    "food or plant": ((923, 969), (984, 998)),
+    "landscape": ((970, 980),),
+    "thing": ((398, 922), (981, 983), (999, 999)),
+}
+"""Groups of ImageNet's 1000 classes, by the first and last number of each range."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """A row's task.
+
+    Attributes:
+        name: What `phreg evaluate` calls it.
+        data: Finds its data, given the folder of all data and the one of prepared links.
+        settings: Settings of the task.
+        figures: Figures in the table.
+        protocol: Its named set of settings.
+        drawn: Whether the seed of the evaluation decides anything; else one does for all.
+    """
+
+    name: str
+    data: Callable[[Path, Path], Path]
+    figures: tuple[str, ...]
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    protocol: str | None = None
+    drawn: bool = True
+
+
+TASKS = {
+    "linear-segmentation": Task(
+        "linear-segmentation",
+        lambda data, _: data / "camvid",
+        ("miou", "mean_accuracy", "pixel_accuracy", "artifact_accuracy"),
+        {"reading": WINDOWS},
+    ),
+    "dense-nn": Task(
+        "dense-nn",
+        lambda data, _: data / "camvid",
+        ("miou", "mean_accuracy", "pixel_accuracy", "artifact_accuracy"),
+        {"reading": WINDOWS, "bank_size": 20_000},
+    ),
+    "lost": Task(
+        "object-discovery",
+        lambda data, _: data / "ecssd",
+        ("corloc", "corloc_first", "artifact_seeds"),
+        drawn=False,
+    ),
+    "tokencut": Task(
+        "object-discovery",
+        lambda data, _: data / "ecssd",
+        ("corloc", "artifact_seeds"),
+        protocol="tokencut",
+        drawn=False,
+    ),
+    "top1": Task(
+        "classification",
+        lambda _, links: links / "numbered",
+        ("top1", "top5"),
+        {"methods": ("head",)},
+        drawn=False,
+    ),
+    "coarse": Task(
+        "classification",
+        lambda _, links: links / "coarse",
+        ("knn_pooled_top1", "knn_patch_mean_top1", "linear_pooled_top1", "linear_patch_mean_top1"),
+        {"features": ("pooled", "patch-mean")},
+        drawn=False,
+    ),
+    "consistency": Task(
+        "consistency",
+        lambda _, links: links / "coarse" / "val",
+        (
+            "shift_agreement",
+            "flip_agreement",
+            "reference_agreement",
+            "reference_worst_percent",
+            "artifact_agreement",
+            "outlier_rate",
+        ),
+    ),
+}
+"""Tasks by the name of their table, which `--tasks` takes."""
+
+
+def coarse(number: int) -> str:
+    """Names the group of an ImageNet class."""
+    return next(name for name, ranges in COARSE.items() if any(low <= number <= high for low, high in ranges))
+
+
+def link_samples(samples: Path, links: Path) -> list[Path]:
+    """Links the sample images into the layouts that the tasks read, held-out ones apart.
+
+    Args:
+        samples: Images named `NNN…` by their ImageNet class.
+        links: Folder to fill: coarse/{train,val}/GROUP/, and numbered/ with the held-out ones in labels.csv.
+
+    Returns:
+        The images that a method may train on.
+    """
+    parts = dict(zip(("train", "val"), measuring.split(samples), strict=True))
+    if not all(parts.values()):
+        raise SystemExit(f"found no images in {samples} named by numbers, some of them divisible by 5")
+    for part, paths in parts.items():
+        for path in paths:
+            _link(path, links / "coarse" / part / coarse(_class_of(path)) / path.name)
+    for path in parts["val"]:
+        _link(path, links / "numbered" / path.name)
+    lines = [f"{path.name},{_class_of(path)}\n" for path in parts["val"]]
+    write_text(links / "numbered" / "labels.csv", "".join(lines))
+    return parts["train"]
+
+
+def _class_of(path: Path) -> int:
+    found = measuring.number(path)
+    assert found is not None  # others are in neither part
+    return found
+
+
+def _link(path: Path, to: Path) -> None:
+    if not to.exists():
+        to.parent.mkdir(parents=True, exist_ok=True)
+        to.symlink_to(path)
+
+
+# -- results -------------------------------------------------------------------------------------------------
+
+
+def store(path: Path, protocol: dict[str, Any], rows: Mapping[str, Row]) -> dict[str, Row]:
+    """Adds rows to a result file, which other processes may be writing too, and returns all of them.
+
+    Raises:
+        SystemExit: The file is of another protocol.
+    """
+    protocol = json.loads(json.dumps(protocol))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with Path(f"{path}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        known = json.loads(path.read_text()) if path.exists() else {"protocol": protocol, "rows": {}}
+        if known["protocol"] != protocol:
+            raise SystemExit(f"{path} is of another model, data or protocol; choose another --output")
+        known["rows"] = dict(sorted((known["rows"] | rows).items(), key=lambda item: _place(item[0])))
+        if rows or not path.exists():
+            write_text(path, json.dumps(known, indent=1) + "\n")
+        return known["rows"]
+
+
+def _place(key: str) -> tuple[int, int, int]:
+    task, method, seed = key.split("/")
+    return list(TASKS).index(task), METHODS.index(method), int(seed)
+
+
+# -- rows ----------------------------------------------------------------------------------------------------
+
+
+class Bench:
+    """One model with its data; makes rows.
+
+    Args:
+        options: The command line.
+    """
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.model, self.data = options.model, options.data.resolve()
+        self.work = options.output.parent / ".work"
+        self.changes = dict(options.set)
+        self.training = link_samples(self.data / "imagenet_samples", self.work / "links")
+        self.protocol = {
+            "model": Path(self.model).name,
+            "weights": weights_sha256(open_model(self.model)[0].disk_state()),
+            "images": {"training": min(measuring.TRAINING, len(self.training))}
+            | {name: _count(self.data / name) for name in ("camvid", "ecssd", "imagenet_samples")},
+            "tasks": {
+                name: {"task": task.name, "protocol": task.protocol, **task.settings}
+                for name, task in TASKS.items()
+            },
+            "set": self.changes,
+        }
+
+    def row(self, name: str, method: str, seed: int) -> Row:
+        """Measures one method with one seed in one task, set against the raw model."""
+        task = TASKS[name]
+        model = self.patched(method, seed)
+        cpu = time.process_time()
+        results = phreg.evaluate(
+            model,
+            task=task.name,
+            data=task.data(self.data, self.work / "links"),
+            output=self.work / "evaluations" / name,
+            cache=self.work / "features",
+            baseline=self.model,
+            seed=seed if task.drawn else 0,
+            protocol=task.protocol,
+            device="cpu",
+            **task.settings,
+        ).to_json()
+        record = results["models"][0]
+        return {
+            "figures": {figure: found["mean"] for figure, found in record["figures"].items()},
+            "detail": {
+                kind: {part: found["mean"] for part, found in parts.items()}
+                for kind, parts in record["detail"].items()
+            },
+            "notes": record["notes"][0],
+            "seconds": round(record["seconds"], 3),
+            # The raw model's too, where they were not known yet.
+            "cpu_seconds": round(time.process_time() - cpu, 3),
+            "environment": {
+                "versions": versions(),
+                "machine": platform.machine(),
+                "threads": torch.get_num_threads(),
+            },
+        }
+
+    def patched(self, method: str, seed: int) -> str:
+        """Finds the model of a method, trained with the seed where it is not there yet."""
+        if method == "raw":
+            return self.model
+        settings = methods.settings(method, None, 0) | {"measure.images": 0, "seed": seed} | self.changes
+        asked = json.dumps([self.model, settings, list(map(str, self.training))], sort_keys=True, default=str)
+        run = self.work / "models" / f"{method}-{seed}-{hashlib.sha256(asked.encode()).hexdigest()[:8]}"
+        if not (run / "model" / "phreg.json").is_file():
+            run.parent.mkdir(parents=True, exist_ok=True)
+            images = measuring.training_list(self.training, seed, run.parent / f"images-{seed}.txt")
+            with measuring.metering() as cost:
+                phreg.distill(self.model, images, run, resume=(run / "recipe.toml").is_file(), **settings)
+            write_text(run / "cost.json", json.dumps(cost))
+        return str(run)
+
+
+def _count(folder: Path) -> int:
+    return sum(path.suffix.lower() in SUFFIXES for path in folder.rglob("*"))
+
+
+# -- tables --------------------------------------------------------------------------------------------------
+
+
+def table(name: str, rows: Mapping[str, Row]) -> str:
+    """Renders a task's rows as Markdown: mean and spread over seeds, and the difference to the raw model.
+
+    A difference is marked where it is within the spread: the root of the sum of both variances.
+    """
+    task, records = TASKS[name], {}
+    for method in METHODS:
+        found = [row for key, row in rows.items() if key.startswith(f"{name}/{method}/")]
+        if found:
+            runs = [
+                Metrics({figure: _number(row["figures"].get(figure)) for figure in task.figures})
+                for row in found
+            ]
+            # What no seed decides is the same with every seed.
+            runs = (
+                runs * max(1, _seeds(name, rows) // len(runs)) if method == "raw" and not task.drawn else runs
+            )
+            records[method] = summarise(
+                runs,
+                task=name, model=method, sha256="", registers=0, data="", settings={},
+                seeds=tuple(range(len(runs))), hardware={}, seconds=sum(row["seconds"] for row in found),
+            )  # fmt: skip
+    heading, cells = Results(tuple(records.values()), records.get("raw")).rows()
+    lines = [[*heading, "seeds", "seconds"], ["---"] * (len(heading) + 2)]
+    for method, line in zip(records, cells, strict=True):
+        found = [row for key, row in rows.items() if key.startswith(f"{name}/{method}/")]
+        each = sum(row["seconds"] for row in found) / len(found)
+        lines.append([method, *line[1:], str(len(found)), f"{each:.0f}"])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _seeds(name: str, rows: Mapping[str, Row]) -> int:
+    return len({key.split("/")[2] for key in rows if key.startswith(f"{name}/")})
+
+
+def _number(value: float | None) -> float:
+    return float("nan") if value is None else value
+
+
+def tables(rows: Mapping[str, Row]) -> str:
+    """Renders the tables of all tasks that have rows."""
+    return "\n\n".join(
+        f"**{name}**\n\n{table(name, rows)}"
+        for name in TASKS
+        if any(key.startswith(f"{name}/") for key in rows)
+    )
+
+
+# -- command -------------------------------------------------------------------------------------------------
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", nargs="?", help="anything that phreg opens")
+    parser.add_argument("--data", type=Path, help="folder with camvid, ecssd and imagenet_samples")
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--tasks", type=_names, default=list(TASKS), help=", ".join(TASKS))
+    parser.add_argument("--methods", type=_names, default=list(METHODS), help=", ".join(METHODS))
+    parser.add_argument("--seeds", type=int, default=3, help="how many seeds, from 0")
+    parser.add_argument("--seed", type=int, action="append", help="these seeds instead")
+    parser.add_argument(
+        "--set", type=_setting, action="append", default=[], help="KEY=JSON, for distillation"
+    )
+    parser.add_argument("--table", type=Path, help="only print this result file")
+    options = parser.parse_args(arguments)
+    for flag, known in (("tasks", TASKS), ("methods", METHODS)):
+        unknown = [name for name in getattr(options, flag) if name not in known]
+        if unknown:
+            parser.error(f"--{flag}: there is no {', '.join(unknown)}; there are {', '.join(known)}")
+    if not options.table and not (options.model and options.data and options.output):
+        parser.error("give MODEL, --data and --output, or --table FILE")
+    return options
+
+
+def _names(text: str) -> list[str]:
+    return text.split(",")
+
+
+def _setting(text: str) -> tuple[str, Any]:
+    key, _, value = text.partition("=")
+    return key, json.loads(value)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Makes the rows that are missing and prints the tables."""
+    options = parse(arguments)
+    if options.table:
+        print(tables(json.loads(options.table.read_text())["rows"]))
+        return
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    keep_freed_memory()
+    bench = Bench(options)
+    rows = store(options.output, bench.protocol, {})
+    for method in options.methods:
+        for place, seed in enumerate(options.seed or range(options.seeds)):
+            for name in options.tasks:
+                key = f"{name}/{method}/{seed}"
+                once = method == "raw" and not TASKS[name].drawn
+                if key in rows or (once and (place or any(k.startswith(f"{name}/raw/") for k in rows))):
+                    continue
+                print(f"{key} …", file=sys.stderr, flush=True)
+                rows = store(options.output, bench.protocol, {key: bench.row(name, method, seed)})
+    print(tables(rows))
+
+
+if __name__ == "__main__":
+    main()
