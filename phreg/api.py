@@ -431,7 +431,7 @@ def inspect(
     """
     looks = [
         _look(name, given, images, size, count, labels, queries, device, observe or (lambda *_: None))
-        for name, given in _named([model, *against]).items()
+        for name, given in _short(_named([model, *against])).items()
     ]
     inspection = replace(looks[0], against=tuple(looks[1:]))
     if output is not None:
@@ -530,6 +530,14 @@ def _named(models: Sequence[Model], instance: str = "instance") -> dict[str, Mod
         f"{instance} {number}" if isinstance(model, nn.Module) else os.fspath(model): model
         for number, model in enumerate(models, start=1)
     }
+
+
+def _short(named: dict[str, Model]) -> dict[str, Model]:
+    """Calls local folders by their last part, as far as that tells them apart."""
+    short = {name: Path(name).name if Path(name).exists() else name for name in named}
+    if len(set(short.values())) < len(named):
+        return named
+    return {short[name]: model for name, model in named.items()}
 
 
 def _look(

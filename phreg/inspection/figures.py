@@ -5,7 +5,7 @@ part of it that it shows.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
 
@@ -31,10 +31,10 @@ class Figures(NamedTuple):
 
 def figures(models: Sequence[Inspection]) -> Iterator[Figures]:
     """Draws the charts of some models, side by side."""
-    names = [model.name for model in models]
+    names = [model.name for model in models] if len(models) > 1 else [""]
     yield from _norm_figures(models, names)
     yield from _position_figures(models, names)
-    yield from _attention_figures([model for model in models if model.survey.attention])
+    yield from _attention_figures(models, names)
     yield from _neighbour_figures(models, names)
     for number, model in enumerate((model for model in models if model.sinks), start=1):
         assert model.sinks is not None
@@ -111,11 +111,13 @@ def _position_figures(models: Sequence[Inspection], names: Sequence[str]) -> Ite
         )
 
 
-def _attention_figures(models: Sequence[Inspection]) -> Iterator[Figures]:
-    if not models:
+def _attention_figures(models: Sequence[Inspection], names: Sequence[str]) -> Iterator[Figures]:
+    """Models whose attention cannot be listened to are left out."""
+    heard = [(model.survey.attention, name) for model, name in zip(models, names, strict=True)]
+    reports = [report for report, _ in heard if report]
+    names = [name for report, name in heard if report]
+    if not reports:
         return
-    reports = [model.survey.attention for model in models if model.survey.attention]
-    names = [model.name for model in models]
     focus = [dict(zip(report.queries, report.focus, strict=True)) for report in reports]
     yield Figures(
         "Attention", "attention-focus", charts.attention_focus(*focus, names=names),
@@ -152,25 +154,24 @@ def _neighbour_figures(models: Sequence[Inspection], names: Sequence[str]) -> It
 def _probe_figures(models: Sequence[Inspection], names: Sequence[str]) -> Iterator[Figures]:
     section = "What tokens hold"
     told = [
-        {
-            kind: (100 * part.top1, 0.0)
-            for kind in ("ordinary", "outliers")
-            if (part := getattr(model.position, kind, None))
-        }
+        {kind: (figures.distance, 0.0) for kind, figures in by_kind(model.position).items()}
         for model in models
     ]
     if all(told):
         yield Figures(
             section, "probe-position",
-            charts.probe_bars(*told, figure="position told, top-1, %", names=names),
+            charts.probe_bars(*told, figure="distance of the position told, patches", names=names),
             "Chart of how well tokens tell their position",
-            "How often a linear probe tells a token's position exactly, on images it was not trained on.",
+            "How far from the truth a linear probe tells a position, on images it was not trained on. "
+            "Lower is better.",
         )  # fmt: skip
     drawn = [
-        {kind: (100 * share, 0.0) for kind in ("ordinary", "outliers")
-         if (share := relative_error(getattr(model.reconstruction, kind, None))) is not None}
+        {
+            kind: (100 * relative_error(figures), 0.0)
+            for kind, figures in by_kind(model.reconstruction).items()
+        }
         for model in models
-    ]  # fmt: skip
+    ]
     if all(drawn):
         yield Figures(
             section, "probe-pixels",
@@ -217,6 +218,12 @@ def _cost_figures(models: Sequence[Inspection], names: Sequence[str]) -> Iterato
     )  # fmt: skip
 
 
-def relative_error(figures: ReconstructionFigures | None) -> float | None:
+def by_kind(probe: Any) -> dict[str, Any]:
+    """Takes a probe's figures of ordinary tokens and of outliers, as far as there are any."""
+    kinds = {"ordinary": probe.ordinary, "outliers": probe.outliers} if probe else {}
+    return {kind: figures for kind, figures in kinds.items() if figures}
+
+
+def relative_error(figures: ReconstructionFigures) -> float:
     """Error of the probe of pixels, as a share of what telling the mean patch every time gets."""
-    return figures.error / figures.chance if figures and figures.chance else None
+    return figures.error / max(figures.chance, 1e-12)

@@ -15,7 +15,7 @@ from torch import Tensor
 from phreg.analysis.feature_maps import attention_limits, joint_limits, similarity_codes
 from phreg.analysis.positions import fixed_share
 from phreg.evaluation.retrofit import Comparison
-from phreg.inspection.figures import figures, relative_error
+from phreg.inspection.figures import by_kind, figures, relative_error
 from phreg.inspection.look import Inspection
 from phreg.report import maps
 from phreg.report.canvas import png
@@ -31,7 +31,7 @@ from phreg.report.html import (
     Picture,
     Section,
 )
-from phreg.report.verdict import causes, outcome, verdict
+from phreg.report.verdict import causes, headline, outcome
 
 
 def inspection_page(inspection: Inspection, origin: Origin = UNKNOWN) -> Page:
@@ -44,7 +44,11 @@ def inspection_page(inspection: Inspection, origin: Origin = UNKNOWN) -> Page:
     models = inspection.models
     return Page(
         title=" against ".join(model.name for model in models),
-        verdict=" ".join(_verdict(model, named=len(models) > 1) for model in models),
+        verdict=" ".join(
+            f"{model.name}: {said}" if len(models) > 1 else said
+            for model in models
+            for said in [headline(model.norms, model.sinks)]
+        ),
         note=f"Measured on {inspection.norms.images} images. {_similarity(models)}",
         models=tuple(model.name for model in models),
         lines=_lines(models),
@@ -70,10 +74,9 @@ def comparison_page(
     models = (before, after)
     apart = "not trained on" if comparison.held_out else "that were trained on too"
     figures = [Line(row.name, (row.before, row.after), row.lower_is_better) for row in comparison.rows()]
-    found = f" {causes(before.sinks)}" if before.sinks else ""
     return Page(
         title=title,
-        verdict=f"{outcome(comparison)}{found}",
+        verdict=outcome(comparison),
         note=f"Measured on {comparison.images} images {apart}. {_similarity(models)}",
         models=tuple(model.name for model in models),
         lines=[*figures, *_lines(models)[1:]],
@@ -82,11 +85,6 @@ def comparison_page(
         sections=_sections(models),
         origin=origin,
     )
-
-
-def _verdict(model: Inspection, *, named: bool) -> str:
-    sentences = [verdict(model.norms), *([causes(model.sinks)] if model.sinks else [])]
-    return (f"{model.name}: " if named else "") + " ".join(sentences)
 
 
 # -- the table -----------------------------------------------------------------------------------------------
@@ -107,7 +105,6 @@ BETTER = {
     OUTLIER_RATE: True,
     "bimodality of log norms, last block": True,
     "largest share of attention on outliers, over blocks": True,
-    "position told by ordinary tokens, top-1": False,
     "distance of the position told, ordinary tokens, patches": True,
     "pixels told by ordinary tokens, error relative to guessing": True,
     "class told by CLS, top-1": False,
@@ -119,10 +116,13 @@ def _figures(model: Inspection) -> dict[str, float | None]:
     """The figures of one model, None where one does not exist."""
     norms, attention, neighbours = model.norms, model.survey.attention, model.survey.neighbours
     block = norms.blocks[norms.focus]
-    told = {kind: getattr(model.position, kind, None) for kind in ("ordinary", "outliers")}
-    drawn = {kind: getattr(model.reconstruction, kind, None) for kind in ("ordinary", "outliers")}
+    told, drawn = by_kind(model.position), by_kind(model.reconstruction)
+    distances = {kind: figures.distance for kind, figures in told.items()}
+    errors = {kind: relative_error(figures) for kind, figures in drawn.items()}
     classes = {entry.token: entry.mean for entry in model.classes.tokens} if model.classes else {}
     some = bool(model.survey.outliers.any())
+    drawn_to = max(attention.share) if attention and some else None
+    alike = neighbours.outliers.mean if neighbours.outliers else None
     return {
         OUTLIER_RATE: model.outlier_rate,
         "block where outliers emerge, from 0": model.emergence_block,
@@ -130,20 +130,14 @@ def _figures(model: Inspection) -> dict[str, float | None]:
         "median norm of outliers": block.outlier_norm,
         "bimodality of log norms, last block": norms.blocks[-1].bimodality,
         "share of outliers at fixed positions": fixed_share(norms.position_histogram) if some else None,
-        "largest share of attention on outliers, over blocks": max(attention.share)
-        if attention and some
-        else None,
-        "cosine of outliers' patch embeddings to their neighbours'": neighbours.outliers
-        and neighbours.outliers.mean,
+        "largest share of attention on outliers, over blocks": drawn_to,
+        "cosine of outliers' patch embeddings to their neighbours'": alike,
         "the same, other patches": neighbours.others.mean,
         "share of outliers on low-information patches": neighbours.outliers_low_information,
-        "position told by ordinary tokens, top-1": told["ordinary"] and told["ordinary"].top1,
-        "position told by outliers, top-1": told["outliers"] and told["outliers"].top1,
-        "distance of the position told, ordinary tokens, patches": told["ordinary"]
-        and told["ordinary"].distance,
-        "distance of the position told, outliers, patches": told["outliers"] and told["outliers"].distance,
-        "pixels told by ordinary tokens, error relative to guessing": relative_error(drawn["ordinary"]),
-        "pixels told by outliers, error relative to guessing": relative_error(drawn["outliers"]),
+        "distance of the position told, ordinary tokens, patches": distances.get("ordinary"),
+        "distance of the position told, outliers, patches": distances.get("outliers"),
+        "pixels told by ordinary tokens, error relative to guessing": errors.get("ordinary"),
+        "pixels told by outliers, error relative to guessing": errors.get("outliers"),
         "class told by an ordinary token, top-1": classes.get("ordinary patch"),
         "class told by an outlier, top-1": classes.get("outlier patch"),
         "class told by CLS, top-1": classes.get("CLS"),
@@ -280,4 +274,5 @@ def _sections(models: Sequence[Inspection]) -> list[Section]:
     found: dict[str, list[Chart]] = {}
     for drawn in figures(models):
         found.setdefault(drawn.section, []).append(Chart(png(drawn.figure), drawn.alt, drawn.caption))
-    return [Section(title, pictures) for title, pictures in found.items()]
+    told = {"Sinks": " ".join(causes(model.sinks) for model in models if model.sinks)}
+    return [Section(title, pictures, told.get(title, "")) for title, pictures in found.items()]

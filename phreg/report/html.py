@@ -1,7 +1,7 @@
 """Writes the report page: one file to open by double click, with nothing to fetch.
 
 A page is plain data: strings, numbers and 8-bit arrays. What is drawn and measured is done elsewhere; here it
-becomes a file. The page opens with its verdict, then the table, then the images, then the charts. A small
+becomes a file. The page opens with its verdict, then the images, then the table, then the charts. A small
 script (viewer.js) moves the slider, switches layers, sorts the table, and works out how similar an image's
 patches are to the one pointed at, from short int8 codes of their features. The page's policy allows that
 script and its style sheet, by their hashes, the pictures it holds, and nothing else.

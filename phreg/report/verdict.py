@@ -21,6 +21,16 @@ def verdict(report: NormReport) -> str:
     return f"No artifacts in the last block, but inside the model: {share}, {traits}."
 
 
+def headline(report: NormReport, sinks: Sinks | None) -> str:
+    """Says in one sentence whether a model has artifacts, and what causes them."""
+    if sinks is None:
+        return verdict(report)
+    count = len(sinks.units)
+    units = "1 hidden unit causes" if count == 1 else f"{count} hidden units cause"
+    cause = f"{units} {percent(sinks.explained)} of them" if count else "no hidden unit explains them"
+    return f"{verdict(report).removesuffix('.')}; {cause}."
+
+
 def outcome(comparison: Comparison) -> str:
     """Says in a sentence what a retrofit changed: artifacts, agreement with the reference, global output."""
     rates = [percent(report.outlier_rate) for report in comparison.norms]
