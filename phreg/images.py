@@ -234,7 +234,7 @@ def _open_folder(folder: str) -> ImageSource:
     images: list[str] = []
     tars: list[str] = []
     others: Counter[str] = Counter()
-    for path in _walk(folder, set()):
+    for path in walk(folder):
         if _is_image(path):
             images.append(path)
         elif TAR.search(path):
@@ -256,8 +256,14 @@ def _open_folder(folder: str) -> ImageSource:
     return Files(tuple(images)) if images else _open_tars(tars, folder)
 
 
-def _walk(folder: str, entered: set[tuple[int, int]]) -> Iterator[str]:
-    """Lists the files at all levels, sorted; `entered` has (device, inode) of folders, for links may loop."""
+def walk(folder: str, entered: set[tuple[int, int]] | None = None) -> Iterator[str]:
+    """Lists the files at all levels, sorted by folder; hidden ones are left out, links followed.
+
+    Args:
+        folder: Where to begin.
+        entered: Folders that were listed already, by device and inode, for links may loop.
+    """
+    entered = set() if entered is None else entered
     status = Path(folder).stat()
     if (status.st_dev, status.st_ino) in entered:
         return
@@ -267,7 +273,7 @@ def _walk(folder: str, entered: set[tuple[int, int]]) -> Iterator[str]:
     for name, is_folder in visible:
         path = os.path.join(folder, name)  # noqa: PTH118 - a million Paths would fill a gigabyte
         if is_folder:
-            yield from _walk(path, entered)
+            yield from walk(path, entered)
         else:
             yield path
 

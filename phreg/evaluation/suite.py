@@ -3,7 +3,8 @@
     for each model: open ─► for each seed: task.run ─► runs/<key>.json ─► summarise ─► Record
     records ─► Results ─► results.json, results.md
 
-A finished run is found again by a hash of task, settings, model, data and seed.
+A finished run is found again by a hash of task, settings, model, data and seed. Data on the disk are known by
+the names, sizes and times of their files, so that a run on what has changed since is done again.
 """
 
 import hashlib
@@ -12,6 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -25,6 +27,7 @@ from phreg.evaluation.feature_cache import FeatureCache
 from phreg.evaluation.features import FeatureReader, Observer
 from phreg.evaluation.records import Metrics, Record, Results, hardware, summarise
 from phreg.evaluation.tasks import find_task
+from phreg.images import walk
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,12 +91,23 @@ class Suite:
             seconds=sum(seconds for _, seconds in runs),
         )
 
+    @cached_property
+    def _files(self) -> str:
+        """A hash of the names, sizes and times of all files of the data, labels among them."""
+        stamps = []
+        for path in map(Path, walk(self.data) if Path(self.data).is_dir() else ()):
+            with suppress(FileNotFoundError):  # a link to nowhere; a reader that needs it says so
+                if not path.is_relative_to(self.folder):
+                    stamps.append((str(path), path.stat().st_size, path.stat().st_mtime_ns))
+        return hashlib.sha256(json.dumps(stamps).encode()).hexdigest()
+
     def _run(self, reader: FeatureReader, seed: int) -> tuple[Metrics, float]:
         """Runs the task once, or reads what it found before."""
         asked = {
             "phreg": __version__,
             "task": self.task,
             "data": str(Path(self.data).resolve()) if Path(self.data).exists() else self.data,
+            "files": self._files,
             "settings": self.settings.model_dump(mode="json"),
             "model": reader.identity,
             "reference": weights_sha256(reader.reference.disk_state()) if reader.reference else None,

@@ -75,6 +75,14 @@ def test_a_finished_run_is_not_done_again(saved, colours, tmp_path, monkeypatch)
     assert done == [1, 0], "other settings are another run"
 
 
+def test_a_run_on_data_that_changed_is_done_again(saved, colours, tmp_path):
+    asked = {"task": "classification", "data": colours, "output": tmp_path / "out", "device": "cpu"}
+    assert phreg.evaluate(saved, **asked, **FAST)["top1"] == 1
+    for number in range(4):  # what is in the folder of red pictures is blue now
+        Image.new("RGB", (32, 32), (20, 20, 220 + number)).save(colours / "red" / f"{number}.png")
+    assert phreg.evaluate(saved, **asked, **FAST)["top1"] < 1
+
+
 def test_a_run_that_was_cut_short_is_done_again(saved, colours, tmp_path):
     asked = {"task": "classification", "data": colours, "output": tmp_path / "out", "device": "cpu"}
     phreg.evaluate(saved, **asked, **FAST)
