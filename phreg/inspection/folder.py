@@ -1,19 +1,25 @@
 """Writes what was found about a model, and those it is compared with, into a folder.
 
-inspect.json            every figure
-report.html             the page
-NAME.png                each chart of the page
+Every figure goes to inspect.json, the page to report.html, and each of its charts to a PNG file of its own.
+Beside them lies what is too much for the page: for each image shown, the attention of every head in the last
+block, a row for CLS and for each register, the mean over heads first (heads-01.png; with several models,
+heads-1-01.png).
 """
 
 import json
 from pathlib import Path
 
+from phreg.analysis.feature_maps import attention_limits
 from phreg.checkpoint import write_text
 from phreg.inspection.figures import figures
 from phreg.inspection.look import Inspection
 from phreg.inspection.page import inspection_page
 from phreg.report.canvas import save_png
 from phreg.report.html import UNKNOWN, Origin, write_report
+from phreg.report.maps import attention_maps, sheet
+
+HEAD_SIDE = 112
+"""Pixels of a head's map on a sheet, at least."""
 
 
 def write_inspection(folder: Path, inspection: Inspection, origin: Origin = UNKNOWN) -> None:
@@ -29,3 +35,9 @@ def write_inspection(folder: Path, inspection: Inspection, origin: Origin = UNKN
     write_report(folder / "report.html", inspection_page(inspection, origin))
     for drawn in figures(inspection.models):
         save_png(folder / f"{drawn.name}.png", drawn.figure)
+    for place, model in enumerate(inspection.models, start=1):
+        seen = [image.attention for image in model.survey.shown if image.attention is not None]
+        which = f"{place}-" if inspection.against else ""
+        for number, attention in enumerate(seen, start=1):
+            tiles = attention_maps(attention, attention_limits(*seen).high, side=HEAD_SIDE)
+            save_png(folder / f"heads-{which}{number:02}.png", sheet(tiles))

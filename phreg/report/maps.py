@@ -20,6 +20,10 @@ from phreg.analysis.feature_maps import REACH, colours, components
 Picture = UInt8[np.ndarray, "height width 3"]
 
 
+GREY = 122
+"""Brightness of what lies between maps: readable on white and on black."""
+
+
 def photo(
     image: Float[Tensor, "3 height width"], mean: Sequence[float], std: Sequence[float]
 ) -> UInt8[np.ndarray, "height width 3"]:
@@ -62,6 +66,20 @@ def attention_maps(
 ) -> UInt8[np.ndarray, "queries mean_and_heads _height _width 3"]:
     """Draws where each query attends: the mean over heads first, then head by head."""
     return share_map(torch.cat([attention.mean(dim=1, keepdim=True), attention], dim=1), high, side)
+
+
+def sheet(
+    tiles: UInt8[np.ndarray, "down across height width 3"], margin: int = 6
+) -> UInt8[np.ndarray, "sheet_height sheet_width 3"]:
+    """Puts maps of one size side by side in rows, apart by a mid-grey margin of some pixels."""
+    down, across, height, width, _ = tiles.shape
+    drawn = np.full(
+        (down * (height + margin) - margin, across * (width + margin) - margin, 3), GREY, dtype=np.uint8
+    )
+    for row, col in np.ndindex(down, across):
+        top, left = row * (height + margin), col * (width + margin)
+        drawn[top : top + height, left : left + width] = tiles[row, col]
+    return drawn
 
 
 def pca_maps(
