@@ -25,8 +25,9 @@ import torch
 from jaxtyping import Float, Int64
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor
-from torch.nn.functional import cross_entropy, normalize, one_hot
+from torch.nn.functional import normalize, one_hot
 
+from phreg.analysis.linear import fit_softmax
 from phreg.backbones.text import imagenet_names, text_encoder
 from phreg.config import Config, Fraction
 from phreg.errors import DataError, PhregError
@@ -139,41 +140,6 @@ def knn_scores(
     return torch.cat(scores)
 
 
-def linear_scores(
-    features: Float[Tensor, "images dim"],
-    labels: Int64[Tensor, " images"],
-    queries: Float[Tensor, "queries dim"],
-    num_classes: int,
-    penalty: float = 1e-3,
-    max_steps: int = 500,
-) -> Float[Tensor, "queries {num_classes}"]:
-    """Fits multinomial logistic regression by L-BFGS, and scores queries.
-
-    Features are standardised by the training images' mean and standard deviation. The problem is convex, so
-    that there is one answer, whatever the start.
-    """
-    mean, std = features.mean(0), features.std(0, correction=0).clamp(min=1e-6)
-    inputs = (features - mean) / std
-    weight = torch.zeros(num_classes, features.shape[1], device=features.device, requires_grad=True)
-    bias = torch.zeros(num_classes, device=features.device, requires_grad=True)
-    solver = torch.optim.LBFGS(
-        [weight, bias],
-        max_iter=max_steps,
-        history_size=10,
-        tolerance_grad=1e-6,
-        line_search_fn="strong_wolfe",
-    )
-
-    def loss() -> Tensor:
-        solver.zero_grad()
-        value = cross_entropy(inputs @ weight.T + bias, labels) + penalty / 2 * weight.square().sum()
-        value.backward()
-        return value
-
-    solver.step(loss)  # pyright: ignore[reportArgumentType] - its stub asks for a float
-    return ((queries - mean) / std @ weight.T + bias).detach()
-
-
 def zero_shot_scores(
     reader: FeatureReader, pooled: Float[Tensor, "images dim"], classes: tuple[str, ...], settings: Settings
 ) -> Float[Tensor, "images _"]:
@@ -215,7 +181,7 @@ def _knn(bank: Tensor, labels: Tensor, queries: Tensor, num_classes: int, settin
 
 
 def _linear(bank: Tensor, labels: Tensor, queries: Tensor, num_classes: int, settings: Settings) -> Tensor:
-    return linear_scores(bank, labels, queries, num_classes, settings.penalty)
+    return fit_softmax(bank, labels, num_classes, settings.penalty, max_steps=500)(queries)
 
 
 SCORES: dict[str, Callable[[Tensor, Tensor, Tensor, int, Settings], Tensor]] = {
