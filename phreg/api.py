@@ -7,12 +7,11 @@ How anything is done is told in the module that does it; here is only the order.
 """
 
 import copy
-import json
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,39 +20,34 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from phreg import config as configuration
-from phreg import demo, exports, publish, test_time
-from phreg.adapter import describe_tower
+from phreg import demo, exports, publish
 from phreg.backbones import hub, resolve
 from phreg.backbones.base import Backbone
 from phreg.backbones.readout import set_readout
 from phreg.backbones.resolve import Base, adapt
-from phreg.checkpoint import RunFolder, save_adapter, start_run, write_text
+from phreg.checkpoint import RunFolder, start_run
 from phreg.config import DistillConfig, ViewsConfig
 from phreg.data import MEASURED_AT_ONCE, Crops, centre_crops, split, spread
+from phreg.distillation import add_configured, add_test_time, compare_with_original, save
 from phreg.errors import ConfigError, DataError, PhregError
 from phreg.evaluation.feature_cache import GIGABYTE, FeatureCache
 from phreg.evaluation.features import Observer as Progress
-from phreg.evaluation.records import Results, versions
-from phreg.evaluation.retrofit import Comparison, compare, failed_gates
+from phreg.evaluation.records import Results
+from phreg.evaluation.retrofit import Comparison, failed_gates
 from phreg.evaluation.suite import Suite, compare_models
 from phreg.evaluation.tasks import resolve_settings
 from phreg.exports import Equality
 from phreg.images import ImageSource, open_images
 from phreg.inspection.folder import write_inspection
 from phreg.inspection.images import labelled, larger
-from phreg.inspection.look import Inspection, look, of_survey
-from phreg.inspection.page import comparison_page
-from phreg.model_card import model_card
-from phreg.registers import add_registers
-from phreg.relocation import Relocation
-from phreg.report.html import Origin, write_report
+from phreg.inspection.look import Inspection, look
+from phreg.report.html import Origin
 from phreg.saved import open_into, open_model, open_saved, record_of
 from phreg.seeding import keyed_generator
 from phreg.sinks import Sinks, locate
 from phreg.storage import OWN_FORMATS
 from phreg.teacher import Teacher
 from phreg.trainer import Outcome, StepRecord, start_accelerator, train
-from phreg.views import count_different
 
 Model = str | os.PathLike[str] | nn.Module
 Images = str | os.PathLike[str]
@@ -171,10 +165,10 @@ def distill(
     if accelerator.is_main_process:
         looked_at = list(centre_crops(student, measured, side))
         if looked_at:
-            comparison = _compare(original, student, looked_at, config, base, held_out=held_out)
+            comparison = compare_with_original(original, student, looked_at, config, base, held_out=held_out)
         set_readout(original, "plain")
         set_readout(student, "plain")
-        _save(run, student, original, base, config, outcome, sinks, comparison)
+        save(run, student, original, base, config, outcome, sinks, comparison)
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return Distilled(
@@ -391,7 +385,7 @@ def add_test_time_registers(
             f"asked for test-time registers on {backbone.describe()}, whose norms on {len(images)} images "
             "show no artifacts in any block; there is nothing to repair, unless more images show some"
         )
-    _add_test_time_registers(backbone, sinks, num_registers)
+    add_test_time(backbone, sinks, num_registers)
     return model
 
 
@@ -437,7 +431,7 @@ def inspect(
     if output is not None:
         shown = {"images": images if isinstance(images, str | os.PathLike) else "given as a tensor"}
         shown |= {"size": size, "count": count, "labels": labels, "queries": ", ".join(queries) or None}
-        write_inspection(Path(output), inspection, _origin("inspect", shown))
+        write_inspection(Path(output), inspection, Origin.of("inspect", shown))
     return inspection
 
 
@@ -591,16 +585,6 @@ def _check_images(backbone: Backbone, images: Any) -> None:
     backbone.check_size((images.shape[-2], images.shape[-1]))
 
 
-def _origin(command: str, settings: Mapping[str, Any]) -> Origin:
-    """Says for a report how it was made; settings of None are left out."""
-    told = {
-        name: os.fspath(value) if isinstance(value, os.PathLike) else str(value)
-        for name, value in settings.items()
-        if value is not None
-    }
-    return Origin(command=f"phreg {command}", settings=told, versions=versions())
-
-
 def _views(settings: dict[str, Any]) -> ViewsConfig:
     checked = configuration.validate(
         {f"views.{key}": value for key, value in settings.items()}, source="views"
@@ -620,41 +604,14 @@ def _retrofit(
 ) -> Outcome:
     """Adds registers by the method asked for, and trains them where it does."""
     if config.method == "test-time":
-        _add_test_time_registers(student, sinks, config.registers)
+        add_test_time(student, sinks, config.registers)
         return Outcome(steps=0, images=0, seconds=0.0, trained=0, skipped=[])
-    relocation = _add_registers(student, sinks, config)
+    relocation = add_configured(student, sinks, config)
     bf16 = accelerator.mixed_precision == "bf16"
     teacher = Teacher(original, config.views, config.target, bf16=bf16)
     crops = Crops(images, config.size or 0, config.seed, "fixed" if config.target.keep else "random")
     observe = observe or (lambda *_: None)
     return train(student, teacher, crops, config, run, accelerator, observe, relocation)
-
-
-def _add_registers(student: Backbone, sinks: Sinks | None, config: DistillConfig) -> Relocation | None:
-    """Adds registers as configured, and sets up the relocation of sinks whose causes are known."""
-    known = sinks is not None and bool(sinks.units) and config.registers > 0
-    if sinks is not None and config.method == "relocate" and not known:
-        reason = "there are no registers" if sinks.units else "no hidden unit explains them"
-        logger.warning("the sinks stay where they are: %s; distilling without relocation", reason)
-    if config.register_init != "triggers":
-        add_registers(student, config.registers, config.register_init, config.seed)
-    elif sinks is None:
-        add_registers(student, config.registers, "randn", config.seed)
-    elif config.registers:
-        places = [place % len(sinks.triggers) for place in range(config.registers)]
-        student.insert_registers(sinks.triggers[places])
-    return Relocation(student, sinks) if known and sinks is not None and config.method == "relocate" else None
-
-
-def _add_test_time_registers(student: Backbone, sinks: Sinks | None, count: int) -> None:
-    if count < 1:
-        raise PhregError(f"asked for {count} test-time registers; use 1 or more: artifacts are moved there")
-    if sinks is None or not sinks.units:
-        raise PhregError(
-            f"asked for test-time registers on {student.describe()}, where no hidden unit was found to cause "
-            "artifacts; use --method relocate, which can do without"
-        )
-    test_time.install(student, test_time.moved_units(sinks), count)
 
 
 def _nothing_to_repair(
@@ -665,79 +622,3 @@ def _nothing_to_repair(
         write_inspection(run.report, look(student, base.source, seen[:LOOKED_AT]))
     accelerator.wait_for_everyone()
     return Distilled(student.model, run.path, None, None, None, [], accelerator.is_main_process)
-
-
-def _compare(
-    original: Backbone,
-    student: Backbone,
-    looked_at: Sequence[Tensor],
-    config: DistillConfig,
-    base: Base,
-    *,
-    held_out: bool,
-) -> Comparison:
-    grid = (
-        looked_at[0].shape[-2] // student.spec.patch_size[0],
-        looked_at[0].shape[-1] // student.spec.patch_size[1],
-    )
-    count = min(config.measure.views, count_different(config.views, grid) or config.measure.views)
-    many = config.views.model_copy(update={"count": count, "sampler": "uniform"})
-    teacher = Teacher(original, many, config.target)
-    known = base.source == "demo"
-
-    def reference(images: Tensor, number: int) -> Tensor:
-        if known:
-            return demo.truth(images)
-        return teacher(images, keyed_generator("reference", config.seed, number)).patches
-
-    described = "the known truth" if known else f"the original averaged over {many.count} views"
-    return compare(
-        original, student, looked_at, reference, config.target, described=described, held_out=held_out
-    )
-
-
-def _save(
-    run: RunFolder,
-    student: Backbone,
-    original: Backbone,
-    base: Base,
-    config: DistillConfig,
-    outcome: Outcome,
-    sinks: Sinks | None,
-    comparison: Comparison | None,
-) -> None:
-    failures = failed_gates(comparison, config.gate) if comparison else []
-    record = {
-        "size": config.size,
-        "readout": config.target.student_readout,
-        "test_time": test_time.installed(student),
-        "recipe": config.model_dump(mode="json", exclude_none=True),
-        "outcome": asdict(outcome),
-        "sinks": sinks.to_json() if sinks else None,
-        "gates": {"passed": not failures if comparison else None, "failures": failures},
-        "figures": comparison.to_json() if comparison else None,
-    }
-    tower = describe_tower(original)
-    save_adapter(run.model, student, base, original.disk_state(), record, model_card, tower=tower)
-    if comparison:
-        _report(run, student, original, base, config, sinks, comparison)
-
-
-def _report(
-    run: RunFolder,
-    student: Backbone,
-    original: Backbone,
-    base: Base,
-    config: DistillConfig,
-    sinks: Sinks | None,
-    comparison: Comparison,
-) -> None:
-    """Writes what the run changed: figures.json, and a page with the models side by side."""
-    run.report.mkdir(exist_ok=True)
-    write_text(run.report / "figures.json", json.dumps(comparison.to_json(), indent=2))
-    surveys, features = comparison.surveys, comparison.shown
-    before = of_survey(original, "before", surveys[0], features[0], sinks=sinks)
-    after = of_survey(student, "after", surveys[1], features[1], sinks=None)
-    title = f"{base.source}, before and after {config.registers} registers"
-    origin = _origin("distill", configuration.flatten(config.model_dump(mode="json", exclude_none=True)))
-    write_report(run.report / "report.html", comparison_page(title, comparison, before, after, origin))

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from html.parser import HTMLParser
 from importlib import resources
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Bool, Float, Int8, UInt8
@@ -28,6 +28,7 @@ from matplotlib import colormaps
 from PIL import Image
 
 from phreg.checkpoint import write_text
+from phreg.evaluation.records import versions
 from phreg.report.canvas import png
 
 MAX_SHOWN = 12
@@ -161,6 +162,12 @@ class Origin:
     command: str = ""
     settings: Mapping[str, str] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, command: str, settings: Mapping[str, Any]) -> "Origin":
+        """Describes a command of phreg's, by the settings that are not None and the versions at hand."""
+        given = {name: str(value) for name, value in settings.items() if value is not None}
+        return cls(f"phreg {command}", given, versions())
 
 
 UNKNOWN = Origin()

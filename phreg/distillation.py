@@ -1,0 +1,151 @@
+"""What stands around the training loop in `phreg distill`: registers first, figures and files afterwards.
+
+original, sinks ──retrofit──► student ──compare_with_original──► Comparison ──save──► adapter, card, report
+"""
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict
+
+from jaxtyping import Float
+from torch import Tensor
+
+from phreg import config as configuration
+from phreg import demo, test_time
+from phreg.adapter import describe_tower
+from phreg.backbones.base import Backbone
+from phreg.backbones.resolve import Base
+from phreg.checkpoint import RunFolder, save_adapter, write_text
+from phreg.config import DistillConfig
+from phreg.errors import PhregError
+from phreg.evaluation.retrofit import Comparison, compare, failed_gates
+from phreg.inspection.look import of_survey
+from phreg.inspection.page import comparison_page
+from phreg.model_card import model_card
+from phreg.registers import add_registers
+from phreg.relocation import Relocation
+from phreg.report.html import Origin, write_report
+from phreg.seeding import keyed_generator
+from phreg.sinks import Sinks
+from phreg.teacher import Teacher
+from phreg.trainer import Outcome
+from phreg.views import count_different
+
+# Nothing is bound by this shape: the last batch may be smaller than the others.
+Images = Float[Tensor, "_ 3 _ _"]
+
+logger = logging.getLogger(__name__)
+
+
+def add_configured(student: Backbone, sinks: Sinks | None, config: DistillConfig) -> Relocation | None:
+    """Adds registers as configured, and sets up the relocation of sinks whose causes are known."""
+    known = sinks is not None and bool(sinks.units) and config.registers > 0
+    if sinks is not None and config.method == "relocate" and not known:
+        reason = "there are no registers" if sinks.units else "no hidden unit explains them"
+        logger.warning("the sinks stay where they are: %s; distilling without relocation", reason)
+    if config.register_init != "triggers":
+        add_registers(student, config.registers, config.register_init, config.seed)
+    elif sinks is None:
+        add_registers(student, config.registers, "randn", config.seed)
+    elif config.registers:
+        places = [place % len(sinks.triggers) for place in range(config.registers)]
+        student.insert_registers(sinks.triggers[places])
+    return Relocation(student, sinks) if known and sinks is not None and config.method == "relocate" else None
+
+
+def add_test_time(student: Backbone, sinks: Sinks | None, count: int) -> None:
+    """Adds test-time registers.
+
+    Raises:
+        PhregError: There are none to add, or no hidden unit is known to cause the sinks.
+    """
+    if count < 1:
+        raise PhregError(f"asked for {count} test-time registers; use 1 or more: artifacts are moved there")
+    if sinks is None or not sinks.units:
+        raise PhregError(
+            f"asked for test-time registers on {student.describe()}, where no hidden unit was found to cause "
+            "artifacts; use --method relocate, which can do without"
+        )
+    test_time.install(student, test_time.moved_units(sinks), count)
+
+
+def compare_with_original(
+    original: Backbone,
+    student: Backbone,
+    looked_at: Sequence[Images],
+    config: DistillConfig,
+    base: Base,
+    *,
+    held_out: bool,
+) -> Comparison:
+    """Measures the student against the original, and both against the original averaged over many views.
+
+    Of the demonstration model the truth is known, and takes the place of that average.
+    """
+    grid = (
+        looked_at[0].shape[-2] // student.spec.patch_size[0],
+        looked_at[0].shape[-1] // student.spec.patch_size[1],
+    )
+    count = min(config.measure.views, count_different(config.views, grid) or config.measure.views)
+    many = config.views.model_copy(update={"count": count, "sampler": "uniform"})
+    teacher = Teacher(original, many, config.target)
+    known = base.source == "demo"
+
+    def reference(images: Tensor, number: int) -> Tensor:
+        if known:
+            return demo.truth(images)
+        return teacher(images, keyed_generator("reference", config.seed, number)).patches
+
+    described = "the known truth" if known else f"the original averaged over {many.count} views"
+    return compare(
+        original, student, looked_at, reference, config.target, described=described, held_out=held_out
+    )
+
+
+def save(
+    run: RunFolder,
+    student: Backbone,
+    original: Backbone,
+    base: Base,
+    config: DistillConfig,
+    outcome: Outcome,
+    sinks: Sinks | None,
+    comparison: Comparison | None,
+) -> None:
+    """Writes the adapter with its record and card and, where there is a comparison, the report."""
+    failures = failed_gates(comparison, config.gate) if comparison else []
+    record = {
+        "size": config.size,
+        "readout": config.target.student_readout,
+        "test_time": test_time.installed(student),
+        "recipe": config.model_dump(mode="json", exclude_none=True),
+        "outcome": asdict(outcome),
+        "sinks": sinks.to_json() if sinks else None,
+        "gates": {"passed": not failures if comparison else None, "failures": failures},
+        "figures": comparison.to_json() if comparison else None,
+    }
+    tower = describe_tower(original)
+    save_adapter(run.model, student, base, original.disk_state(), record, model_card, tower=tower)
+    if comparison:
+        _report(run, student, original, base, config, sinks, comparison)
+
+
+def _report(
+    run: RunFolder,
+    student: Backbone,
+    original: Backbone,
+    base: Base,
+    config: DistillConfig,
+    sinks: Sinks | None,
+    comparison: Comparison,
+) -> None:
+    """Writes what the run changed: figures.json, and a page with the models side by side."""
+    run.report.mkdir(exist_ok=True)
+    write_text(run.report / "figures.json", json.dumps(comparison.to_json(), indent=2))
+    surveys, features = comparison.surveys, comparison.shown
+    before = of_survey(original, "before", surveys[0], features[0], sinks=sinks)
+    after = of_survey(student, "after", surveys[1], features[1], sinks=None)
+    title = f"{base.source}, before and after {config.registers} registers"
+    origin = Origin.of("distill", configuration.flatten(config.model_dump(mode="json", exclude_none=True)))
+    write_report(run.report / "report.html", comparison_page(title, comparison, before, after, origin))
