@@ -534,10 +534,15 @@ def _named(models: Sequence[Model], instance: str = "instance") -> dict[str, Mod
 
 def _short(named: dict[str, Model]) -> dict[str, Model]:
     """Calls local folders by their last part, as far as that tells them apart."""
-    short = {name: Path(name).name if Path(name).exists() else name for name in named}
+    short = {name: _called(name) for name in named}
     if len(set(short.values())) < len(named):
         return named
     return {short[name]: model for name, model in named.items()}
+
+
+def _called(name: str) -> str:
+    """Calls a local folder by its last part."""
+    return Path(name).resolve().name if Path(name).exists() else name
 
 
 def _look(
@@ -662,7 +667,7 @@ def _nothing_to_repair(
 ) -> Distilled:
     """Leaves the model as it is, and shows in the run's report that it has no artifacts."""
     if accelerator.is_main_process:
-        write_inspection(run.report, look(student, base.source, seen[:LOOKED_AT]))
+        write_inspection(run.report, look(student, _called(base.source), seen[:LOOKED_AT]))
     accelerator.wait_for_everyone()
     return Distilled(student.model, run.path, None, None, None, [], accelerator.is_main_process)
 
@@ -738,6 +743,6 @@ def _report(
     surveys, features = comparison.surveys, comparison.shown
     before = of_survey(original, "before", surveys[0], features[0], sinks=sinks)
     after = of_survey(student, "after", surveys[1], features[1], sinks=None)
-    title = f"{base.source}, before and after {config.registers} registers"
+    title = f"{_called(base.source)}, before and after {config.registers} registers"
     origin = _origin("distill", configuration.flatten(config.model_dump(mode="json", exclude_none=True)))
     write_report(run.report / "report.html", comparison_page(title, comparison, before, after, origin))

@@ -86,10 +86,12 @@ class Picture:
     Attributes:
         pixels: The map.
         reading: How to read it, where the layer's caption does not say: "3.2 (dark) to 510 (bright)".
+        photographic: Whether the photo shows in it.
     """
 
     pixels: Photo
     reading: str = ""
+    photographic: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -250,7 +252,7 @@ def write_report(path: str | Path, page: Page) -> None:
 def read_pictures(path: Path) -> list[tuple[str, bytes]]:
     """Reads the maps and charts out of a report: what there is to see, and a PNG file, in the page's order.
 
-    Photographs are left out: they are the user's, and not for passing on.
+    Photographs, and maps drawn over them, are left out: they are the user's, and not for passing on.
     """
     reader = _PictureReader()
     reader.feed(path.read_text(encoding="utf-8"))
