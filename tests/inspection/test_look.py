@@ -202,10 +202,7 @@ def test_a_look_leaves_the_model_as_it_is(family, registers):
             {name: buffer.clone() for name, buffer in backbone.model.named_buffers()},
             [parameter.requires_grad for parameter in backbone.model.parameters()],
             [module.training for module in backbone.modules()],
-            [
-                (len(module._forward_hooks), len(module._forward_pre_hooks))
-                for module in backbone.modules()
-            ],
+            [(len(module._forward_hooks), len(module._forward_pre_hooks)) for module in backbone.modules()],
             backbone.readout,
             backbone.num_registers,
             backbone(images).patches,
@@ -228,7 +225,11 @@ def test_a_look_leaves_the_model_as_it_is(family, registers):
 
 def test_every_stage_that_begins_is_told_to_end():
     told = {}
-    looked_at("timm/vit", "vit", observe=lambda what, done, total: told.setdefault(what, []).append((done, total)))
+
+    def observe(what, done, total):
+        told.setdefault(what, []).append((done, total))
+
+    looked_at("timm/vit", "vit", observe=observe)
     assert list(told) == [
         f"vit: {stage}"
         for stage in ("norms, attention, neighbours", "sinks", "probes", "resampled positions", "cost")
