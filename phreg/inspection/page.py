@@ -290,6 +290,8 @@ def _patches(model: Inspection, index: int, short: SimilarityCodes) -> Patches:
 def _sections(models: Sequence[Inspection]) -> list[Section]:
     found: dict[str, list[Chart]] = {}
     for drawn in figures(models):
-        found.setdefault(drawn.section, []).append(Chart(png(drawn.figure), drawn.alt, drawn.caption))
+        found.setdefault(drawn.section, []).append(
+            Chart(png(drawn.figure), drawn.alt, drawn.caption, drawn.name)
+        )
     told = {"Sinks": " ".join(_of(models, model, causes(model.sinks)) for model in models if model.sinks)}
     return [Section(title, pictures, told.get(title, "")) for title, pictures in found.items()]

@@ -134,11 +134,13 @@ class Chart:
         png: The file, `CHART_SCALE` pixels for each of the page.
         alt: What there is to see, for those who cannot.
         caption: How to read it.
+        name: What its file is called, where it gets one of its own.
     """
 
     png: bytes = field(repr=False)
     alt: str
     caption: str
+    name: str = ""
 
 
 @dataclass(frozen=True)
