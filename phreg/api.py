@@ -40,7 +40,7 @@ from phreg.exports import Equality
 from phreg.images import ImageSource, open_images
 from phreg.inspection.folder import write_inspection
 from phreg.inspection.images import labelled, larger
-from phreg.inspection.look import Inspection, look
+from phreg.inspection.look import Inspection, called, look
 from phreg.report.html import Origin
 from phreg.saved import open_into, open_model, open_saved, record_of
 from phreg.seeding import keyed_generator
@@ -528,7 +528,7 @@ def _named(models: Sequence[Model], instance: str = "instance") -> dict[str, Mod
 
 def _short(named: dict[str, Model]) -> dict[str, Model]:
     """Calls local folders by their last part, as far as that tells them apart."""
-    short = {name: Path(name).name if Path(name).exists() else name for name in named}
+    short = {name: called(name) for name in named}
     if len(set(short.values())) < len(named):
         return named
     return {short[name]: model for name, model in named.items()}
@@ -619,6 +619,6 @@ def _nothing_to_repair(
 ) -> Distilled:
     """Leaves the model as it is, and shows in the run's report that it has no artifacts."""
     if accelerator.is_main_process:
-        write_inspection(run.report, look(student, base.source, seen[:LOOKED_AT]))
+        write_inspection(run.report, look(student, called(base.source), seen[:LOOKED_AT]))
     accelerator.wait_for_everyone()
     return Distilled(student.model, run.path, None, None, None, [], accelerator.is_main_process)

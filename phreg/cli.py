@@ -149,7 +149,7 @@ def inspect(
             "outliers",
             "their norm",
             "outliers after the final norm",
-            title=found.name,
+            title=escape(found.name),
         )
         for before, after in zip(found.norms.blocks, found.norms.normed, strict=True):
             norm = f"{before.outlier_norm:.1f}" if before.outlier_norm is not None else "-"

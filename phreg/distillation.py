@@ -20,7 +20,7 @@ from phreg.checkpoint import RunFolder, save_adapter, write_text
 from phreg.config import DistillConfig
 from phreg.errors import PhregError
 from phreg.evaluation.retrofit import Comparison, compare, failed_gates
-from phreg.inspection.look import of_survey
+from phreg.inspection.look import called, of_survey
 from phreg.inspection.page import comparison_page
 from phreg.model_card import model_card
 from phreg.registers import add_registers
@@ -146,6 +146,6 @@ def _report(
     surveys, features = comparison.surveys, comparison.shown
     before = of_survey(original, "before", surveys[0], features[0], sinks=sinks)
     after = of_survey(student, "after", surveys[1], features[1], sinks=None)
-    title = f"{base.source}, before and after {config.registers} registers"
+    title = f"{called(base.source)}, before and after {config.registers} registers"
     origin = Origin.of("distill", configuration.flatten(config.model_dump(mode="json", exclude_none=True)))
     write_report(run.report / "report.html", comparison_page(title, comparison, before, after, origin))

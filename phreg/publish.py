@@ -9,6 +9,7 @@ What is nobody else's business stays behind: paths of this disk, photographs, ch
 
 import json
 import logging
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -37,8 +38,8 @@ REPLACED = ("*.safetensors", "*.json", "*.py", "*.onnx", "report/*.png")
 OWN_FILES = {ADAPTER_FORMAT: "adapter.safetensors", MODEL_FORMAT: "phreg.safetensors"}
 """The file of tensors of phreg's own formats."""
 
-MAX_MAPS = 16
-"""Maps of images beside a card, at most: those of the first four images."""
+MAPS = re.compile(r"(norms|features) of image [1-4], ")
+"""Maps of images beside a card, by what a report says that they show: two layers of the first four images."""
 
 
 def assemble(found: Located, folder: Path, repository: str) -> dict[str, Any]:
@@ -154,8 +155,7 @@ def _write_pictures(run: RunFolder, folder: Path) -> list[Illustration]:
     if not (run.recipe.is_file() and page.is_file()):
         return []
     found = read_pictures(page)
-    maps = [picture for picture in found if " image " in picture[0]][:MAX_MAPS]
-    shown = [picture for picture in found if picture in maps or " image " not in picture[0]]
+    shown = [(alt, content) for alt, content in found if " of image " not in alt or MAPS.match(alt)]
     folder.mkdir()
     pictures = []
     for number, (alt, content) in enumerate(shown, start=1):

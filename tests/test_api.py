@@ -6,8 +6,8 @@ import torch
 
 import phreg
 from phreg import api
-from phreg.analysis.norms import NormReport
-from phreg.errors import LoadError, PhregError
+from phreg.errors import DataError, LoadError, PhregError
+from phreg.inspection.look import Inspection
 
 QUICK = {
     "batch_size": 2,
@@ -81,14 +81,60 @@ def test_an_unknown_view_setting_is_named_with_the_nearest(tiny):
 
 def test_inspect_takes_a_batch_and_a_folder_and_writes_what_it_found(tiny, photos, tmp_path):
     model = tiny().train()
-    assert isinstance(phreg.inspect(model, images(40)), NormReport)
-    report = phreg.inspect(model, photos, output=tmp_path / "out", count=5)
+    assert isinstance(phreg.inspect(model, images(3)), Inspection)
+    found = phreg.inspect(model, photos, output=tmp_path / "out", count=5)
     written = json.loads((tmp_path / "out" / "inspect.json").read_text())
     assert written["images"] == 5
-    assert written["outlier_rate"] == report.outlier_rate
-    assert written["emergence_block"] == report.emergence_block
+    assert written["outlier_rate"] == found.outlier_rate
+    assert written["emergence_block"] == found.emergence_block
     assert len(written["blocks"]) == 3
+    assert written["interpolation"]["grid"] == [6, 6], "looked at larger too"
     assert {path.suffix for path in (tmp_path / "out").iterdir()} == {".json", ".png", ".html"}
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "phreg inspect" in page
+    assert photos.name in page
+
+
+def test_inspect_sets_models_side_by_side_each_at_its_own_size(tiny, saved, photos):
+    from families import FAMILIES
+
+    other = FAMILIES["transformers/dinov2"]()
+    found = phreg.inspect(saved, photos, against=[tiny(img_size=48, embed_dim=64), other], count=2)
+    assert [model.name for model in found.models] == ["vit", "instance 2", "instance 3"]
+    assert [model.size for model in found.models] == [(32, 32), (48, 48), (32, 32)]
+    assert {model.norms.images for model in found.models} == {2}
+    assert len(found.to_json()["against"]) == 2
+
+
+def test_local_folders_are_called_by_their_last_part_as_far_as_that_tells_them_apart(tmp_path, monkeypatch):
+    for path in ("a/vit", "b/vit", "c"):
+        (tmp_path / path).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "c")
+
+    def called(*models):
+        return list(api._short(api._named(models)))
+
+    assert called(tmp_path / "a" / "vit", "facebook/dinov2-base") == ["vit", "facebook/dinov2-base"]
+    assert called(f"{tmp_path}/a/vit/", ".") == ["vit", "c"]
+    both = [str(tmp_path / "a" / "vit"), str(tmp_path / "b" / "vit")]
+    assert called(*both) == both
+
+
+def test_labelled_images_tell_what_single_tokens_know_of_a_class(tiny, photos, tmp_path):
+    for name, numbers in (("x", (0, 1, 2)), ("y", (3, 4, 5))):
+        (tmp_path / "classes" / name).mkdir(parents=True)
+        for number in numbers:
+            (photos / f"{number:02}.png").rename(tmp_path / "classes" / name / f"{number}.png")
+    found = phreg.inspect(tiny(), photos, labels=tmp_path / "classes")
+    assert (found.classes.images, found.classes.classes, found.classes.chance) == (6, 2, 0.5)
+    assert [entry.token for entry in found.classes.tokens] == ["ordinary patch", "CLS"]
+    with pytest.raises(DataError):
+        phreg.inspect(tiny(), photos, labels=tmp_path / "nowhere")
+
+
+def test_a_tensor_of_another_size_tells_what_resampling_does_and_one_of_the_own_size_nothing(tiny):
+    assert phreg.inspect(tiny(), images(2)).interpolation is None
+    assert phreg.inspect(tiny(dynamic_img_size=True), images(2, side=48)).interpolation.grid == (6, 6)
 
 
 def test_what_save_pretrained_writes_of_a_patched_model_loads_here_and_nowhere_unpatched(tmp_path):
@@ -184,7 +230,7 @@ def test_unreadable_images_are_left_out_of_an_inspection_not_replaced(tiny, phot
     for number in range(30):
         (photos / f"more-{number}.png").write_bytes((photos / "00.png").read_bytes())
     (photos / "broken.png").write_text("not an image")
-    assert phreg.inspect(tiny(), photos, count=100).images == 42
+    assert phreg.inspect(tiny(), photos, count=100).norms.images == 42
     assert "broken.png" in caplog.text
     for number in range(5):
         (photos / f"broken-{number}.png").write_text("not an image")

@@ -1,4 +1,5 @@
 import json
+import shutil
 import subprocess
 import sys
 
@@ -92,7 +93,35 @@ def test_inspect_prints_a_verdict_and_writes_its_files(saved, photos, tmp_path, 
     assert phreg("inspect", saved, "--images", photos, "--output", tmp_path / "out") == 0
     printed = " ".join(capsys.readouterr().out.split())
     assert "No artifacts found" in printed
-    assert "outlier_rate" in json.loads((tmp_path / "out" / "inspect.json").read_text())
+    assert "vit: sinks 1/1" in printed, "a line where there is no terminal"
+    written = json.loads((tmp_path / "out" / "inspect.json").read_text())
+    assert (written["outlier_rate"], written["emergence_block"]) == (0.0, None)
+    assert (tmp_path / "out" / "report.html").is_file()
+
+
+def test_inspect_sets_models_side_by_side_in_one_report(saved, photos, tmp_path, capsys):
+    other = saved.with_name("other")
+    shutil.copytree(saved, other)
+    classes = tmp_path / "classes"
+    for number, name in enumerate("xxyy"):
+        (classes / name).mkdir(parents=True, exist_ok=True)
+        shutil.copy(photos / f"{number:02}.png", classes / name / f"{number}.png")
+    asked = ["inspect", saved, "--against", other, "--images", photos, "--labels", classes, "--count", 3]
+    assert phreg(*asked, "--output", tmp_path / "out") == 0
+    assert capsys.readouterr().out.count("No artifacts found") == 2
+    written = json.loads((tmp_path / "out" / "inspect.json").read_text())
+    assert written["model"] == "vit"
+    assert [against["model"] for against in written["against"]] == ["other"]
+    assert written["class_probe"]["images"] == 4
+    assert [path.name for path in (tmp_path / "out").glob("*.html")] == ["report.html"]
+    assert "vit against other" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_texts_asked_of_a_model_without_a_text_tower_end_in_one_error(saved, photos, tmp_path, capsys):
+    asked = ["inspect", saved, "--images", photos, "--count", 2, "--queries", "a cat", "a dog"]
+    assert phreg(*asked, "--output", tmp_path / "out") == 1
+    assert capsys.readouterr().err.splitlines()[-1].startswith("phreg:")
+    assert not (tmp_path / "out").exists()
 
 
 def test_recipes_lists_every_shipped_recipe(capsys):

@@ -1,11 +1,14 @@
 """Pushing: what goes to the hub, what stays here, the card that fills itself, and what can go wrong."""
 
+import dataclasses
 import errno
 import hashlib
 import json
 import os
+import re
 
 import huggingface_hub
+import numpy as np
 import pytest
 import timm
 import torch
@@ -18,6 +21,7 @@ from phreg.backbones.resolve import Located
 from phreg.errors import LoadError, PhregError, PushError
 from phreg.model_card import License
 from phreg.publish import assemble, base_license
+from phreg.report.html import ImageCard, Page, Picture, write_report
 
 # The client's own way of sending a large file over LFS.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>' to upload raw:DeprecationWarning")
@@ -144,7 +148,7 @@ def test_the_card_fills_itself_with_front_matter_that_the_hub_reads(run, tmp_pat
         "method `relocate`: 1 steps of 2 images",
         "| optim.lr | 0.0001 |",
         "| outlier rate (share of patch tokens) |",
-        "![Chart of norms per block before and after](report/",
+        "![Chart of norms from block to block](report/",
         "timm ",
         "eprint        = {2505.21501}",
         "eprint        = {2309.16588}",
@@ -158,8 +162,37 @@ def test_nothing_of_this_disk_and_no_photograph_is_pushed(run, tmp_path, photos)
     assert str(tmp_path) not in "".join(texts)
     assert json.loads((tmp_path / "dry" / "phreg.json").read_text())["recipe"]["images"] == photos.name
     pictures = sorted((tmp_path / "dry" / "report").iterdir())
-    assert len(pictures) == 2 + 2 * 4  # two charts, and four maps of each of two images: no photograph
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in pictures)
+    shown = re.findall(r"!\[(.*?)\]\(report/\d\d\.png\)", (tmp_path / "dry" / "README.md").read_text())
+    assert len(shown) == len(pictures)
+    maps = [alt.partition(":")[0] for alt in shown if " of image " in alt]
+    assert maps == [
+        f"{layer} of image {number}, {side}"
+        for number in (1, 2)
+        for layer in ("norms", "features")
+        for side in ("before", "after")
+    ]
+    assert len(shown) > len(maps) + 5, "charts"
+
+
+def test_of_many_images_and_layers_the_maps_of_a_few_are_pushed_and_none_that_shows_a_photograph(
+    run, tmp_path
+):
+    plain = Picture(np.zeros((8, 8, 3), dtype=np.uint8))
+    layers = ("norms", "features", "attention of CLS", "text: norms of image 1, cats")
+    card = ImageCard(plain.pixels, {name: [plain, plain] for name in layers})
+    photographic = dataclasses.replace(plain, photographic=True)
+    card = dataclasses.replace(card, maps=card.maps | {layers[-1]: [photographic, None]})
+    page = Page("t", "v", models=("before", "after"), layers=dict.fromkeys(layers, ""), images=[card] * 12)
+    write_report(run.run / "report" / "report.html", page)
+    phreg.push(run.run, "me/vit-reg", dry_run=tmp_path / "dry")
+    text = (tmp_path / "dry" / "README.md").read_text()
+    assert re.findall(r"!\[(.*?)\]", text) == [
+        f"{layer} of image {number}, {side}"
+        for number in (1, 2, 3, 4)
+        for layer in ("norms", "features")
+        for side in ("before", "after")
+    ]
 
 
 def test_an_adapter_of_a_local_base_names_it_without_its_path_and_goes_into_a_model_at_hand(

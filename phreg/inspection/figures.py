@@ -88,11 +88,10 @@ def _medians(quantiles: Sequence[Sequence[float]]) -> list[float]:
 
 def _position_figures(models: Sequence[Inspection], names: Sequence[str]) -> Iterator[Figures]:
     histograms = [model.norms.position_histogram for model in models]
-    block = models[0].norms.blocks[models[0].norms.focus].block
     yield Figures(
         "Where", "positions", charts.position_map(*histograms, names=names),
         "Map of the positions of outliers",
-        f"Share of images with an outlier at each patch, block {block} of {models[0].name}.",
+        f"Share of images with an outlier at each patch, after {focus_blocks(models)}.",
     )  # fmt: skip
     for number, model in enumerate((model for model in models if model.interpolation), start=1):
         effect = model.interpolation
@@ -126,9 +125,10 @@ def _attention_figures(models: Sequence[Inspection], names: Sequence[str]) -> It
     )  # fmt: skip
     if any(model.survey.outliers.any() for model in models):
         shares, fair = [report.share for report in reports], [report.fair for report in reports]
+        query = " or ".join(dict.fromkeys(report.queries[0] for report in reports))
         yield Figures(
             "Attention", "attention-share",
-            charts.attention_share(*shares, fair=fair, query=reports[0].queries[0], names=names),
+            charts.attention_share(*shares, fair=fair, query=query, names=names),
             "Chart of the share of attention that falls on outliers, block by block",
             "Share of attention that falls on the model's own outliers; dotted: their share of all tokens.",
         )  # fmt: skip
@@ -202,20 +202,29 @@ def _cost_figures(models: Sequence[Inspection], names: Sequence[str]) -> Iterato
     if not all(model.costs for model in models):
         return
     counts = [cost.registers for cost in models[0].costs]
+    timed = all(model.latency for model in models)
     added = []
     for model in models:
         kinds = {
             "parameters": [cost.parameters_added for cost in model.costs],
             "FLOPs": [cost.flops_added for cost in model.costs],
         }
-        if all(other.latency for other in models):
+        if timed:
             kinds["latency"] = [time.ratio - 1 for time in model.latency]
         added.append(kinds)
     yield Figures(
         "Cost", "cost", charts.cost_lines(counts, *added, names=names), "Chart of what registers cost",
-        "What registers add to the model without any: parameters and FLOPs are counted, latency is measured "
-        "here on single images.",
+        "What registers add to the model without any: parameters and FLOPs are counted"
+        f"{', latency is measured here on single images' if timed else ''}.",
     )  # fmt: skip
+
+
+def focus_blocks(models: Sequence[Inspection]) -> str:
+    """Names the block in which each model's outliers are looked at: `block 5`, or one for each model."""
+    blocks = [model.norms.blocks[model.norms.focus].block for model in models]
+    if len(set(blocks)) == 1:
+        return f"block {blocks[0]}"
+    return ", ".join(f"block {block} ({model.name})" for block, model in zip(blocks, models, strict=True))
 
 
 def by_kind(probe: Any) -> dict[str, Any]:

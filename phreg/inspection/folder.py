@@ -11,7 +11,6 @@ from pathlib import Path
 
 from phreg.analysis.feature_maps import attention_limits
 from phreg.checkpoint import write_text
-from phreg.inspection.figures import figures
 from phreg.inspection.look import Inspection
 from phreg.inspection.page import inspection_page
 from phreg.report.canvas import save_png
@@ -32,9 +31,11 @@ def write_inspection(folder: Path, inspection: Inspection, origin: Origin = UNKN
     """
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "inspect.json", json.dumps(inspection.to_json(), indent=2))
-    write_report(folder / "report.html", inspection_page(inspection, origin))
-    for drawn in figures(inspection.models):
-        save_png(folder / f"{drawn.name}.png", drawn.figure)
+    page = inspection_page(inspection, origin)
+    write_report(folder / "report.html", page)
+    for section in page.sections:
+        for chart in section.charts:
+            (folder / f"{chart.name}.png").write_bytes(chart.png)
     for place, model in enumerate(inspection.models, start=1):
         seen = [image.attention for image in model.survey.shown if image.attention is not None]
         which = f"{place}-" if inspection.against else ""

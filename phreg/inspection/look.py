@@ -11,7 +11,9 @@ becomes of the answers.
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -179,8 +181,11 @@ def look(
             tower for the queries.
     """
 
-    def stage(what: str) -> None:
+    @contextmanager
+    def stage(what: str) -> Iterator[None]:
         observe(f"{name}: {what}", 0, 1)
+        yield
+        observe(f"{name}: {what}", 1, 1)
 
     def passing() -> Iterator[Images]:
         for number, images in enumerate(batches, start=1):
@@ -188,28 +193,28 @@ def look(
             observe(f"{name}: norms, attention, neighbours", number, len(batches))
 
     surveyed = survey(backbone, passing(), show=show)
-    stage("sinks")
-    sinks = locate(backbone, batches, surveyed.norms)
-    stage("probes")
-    position = reconstruction = None
-    if surveyed.norms.images >= PROBED:
-        sample = sample_tokens(backbone, batches, surveyed.norms)
-        position, reconstruction = position_probe(sample), reconstruction_probe(sample)
-    classes = global_probe(backbone, *labelled, surveyed.norms) if labelled else None
-    stage("resampled positions")
-    effect = _interpolation(backbone, resampled)
-    stage("cost")
+    with stage("sinks"):
+        sinks = locate(backbone, batches, surveyed.norms)
+    with stage("probes"):
+        position = reconstruction = None
+        if surveyed.norms.images >= PROBED:
+            sample = sample_tokens(backbone, batches, surveyed.norms)
+            position, reconstruction = position_probe(sample), reconstruction_probe(sample)
+        classes = global_probe(backbone, *labelled, surveyed.norms) if labelled else None
+    with stage("resampled positions"):
+        effect = _interpolation(backbone, resampled)
     shown = torch.cat(list(batches[:show]))[:show]
     drawn = text_maps(backbone, shown, queries) if queries else None
-    return replace(
-        of_survey(backbone, name, surveyed, sinks=sinks),
-        position=position,
-        reconstruction=reconstruction,
-        classes=classes,
-        interpolation=effect,
-        latency=latency(backbone, shown[:1], repeats=TIMED),
-        texts={} if drawn is None else dict(zip(queries, drawn.unbind(dim=1), strict=True)),
-    )
+    with stage("cost"):
+        return replace(
+            of_survey(backbone, name, surveyed, sinks=sinks),
+            position=position,
+            reconstruction=reconstruction,
+            classes=classes,
+            interpolation=effect,
+            latency=latency(backbone, shown[:1], repeats=TIMED),
+            texts={} if drawn is None else dict(zip(queries, drawn.unbind(dim=1), strict=True)),
+        )
 
 
 def of_survey(
@@ -251,3 +256,8 @@ def _interpolation(backbone: Backbone, resampled: Sequence[Images]) -> Interpola
     except UnsupportedModelError as error:
         logger.info("the effect of antialiasing is left out: %s", error)
         return None
+
+
+def called(name: str) -> str:
+    """Calls a model in a local folder by the folder's last part; reports are shown to others."""
+    return Path(name).resolve().name if Path(name).exists() else name

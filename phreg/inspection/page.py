@@ -12,10 +12,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from phreg.analysis.feature_maps import attention_limits, joint_limits, similarity_codes
+from phreg.analysis.feature_maps import SimilarityCodes, attention_limits, joint_limits, similarity_codes
 from phreg.analysis.positions import fixed_share
 from phreg.evaluation.retrofit import Comparison
-from phreg.inspection.figures import by_kind, figures, relative_error
+from phreg.inspection.figures import by_kind, figures, focus_blocks, relative_error
 from phreg.inspection.look import Inspection
 from phreg.report import maps
 from phreg.report.canvas import png
@@ -42,19 +42,12 @@ def inspection_page(inspection: Inspection, origin: Origin = UNKNOWN) -> Page:
         origin: How to make the report again.
     """
     models = inspection.models
-    return Page(
+    return _page(
+        models,
         title=" against ".join(model.name for model in models),
-        verdict=" ".join(
-            f"{model.name}: {said}" if len(models) > 1 else said
-            for model in models
-            for said in [headline(model.norms, model.sinks)]
-        ),
-        note=f"Measured on {inspection.norms.images} images. {_similarity(models)}",
-        models=tuple(model.name for model in models),
+        verdict=" ".join(_of(models, model, headline(model.norms, model.sinks)) for model in models),
+        measured=f"Measured on {inspection.norms.images} images.",
         lines=_lines(models),
-        layers=_layers(models),
-        images=_cards(models),
-        sections=_sections(models),
         origin=origin,
     )
 
@@ -74,17 +67,45 @@ def comparison_page(
     models = (before, after)
     apart = "not trained on" if comparison.held_out else "that were trained on too"
     figures = [Line(row.name, (row.before, row.after), row.lower_is_better) for row in comparison.rows()]
-    return Page(
+    return _page(
+        models,
         title=title,
         verdict=outcome(comparison),
-        note=f"Measured on {comparison.images} images {apart}. {_similarity(models)}",
+        measured=f"Measured on {comparison.images} images {apart}.",
+        lines=[*figures, *_lines(models)[1:]],  # the first is the outlier rate again
+        origin=origin,
+    )
+
+
+def _page(
+    models: Sequence[Inspection],
+    *,
+    title: str,
+    verdict: str,
+    measured: str,
+    lines: Sequence[Line],
+    origin: Origin,
+) -> Page:
+    count = min(MAX_SHOWN, *(len(model.survey.shown) for model in models))
+    codes = [[similarity_codes(shown.features) for shown in model.survey.shown[:count]] for model in models]
+    error = max(code.error for side in codes for code in side)
+    return Page(
+        title=title,
+        verdict=verdict,
+        note=f"{measured} Similarities on this page are those of shortened features, and true to within "
+        f"{error:.2f}.",
         models=tuple(model.name for model in models),
-        lines=[*figures, *_lines(models)[1:]],
+        lines=lines,
         layers=_layers(models),
-        images=_cards(models),
+        images=_cards(models, codes),
         sections=_sections(models),
         origin=origin,
     )
+
+
+def _of(models: Sequence[Inspection], model: Inspection, said: str) -> str:
+    """Says which model a sentence is about, where there are several."""
+    return f"{model.name}: {said}" if len(models) > 1 else said
 
 
 # -- the table -----------------------------------------------------------------------------------------------
@@ -160,12 +181,11 @@ def _texts(models: Sequence[Inspection]) -> tuple[str, ...]:
 
 
 def _layers(models: Sequence[Inspection]) -> dict[str, str]:
-    block = models[0].norms.blocks[models[0].norms.focus].block
     widths = {model.survey.shown[0].features.shape[-1] for model in models}
     basis = "one basis for all models" if len(widths) == 1 else "each model's own basis, aligned to the first"
     return {
-        "norms": f"Norm of each patch token after block {block} of {models[0].name}, from dark to bright in "
-        "logarithms; one scale for all images and models.",
+        "norms": f"Norm of each patch token after {focus_blocks(models)}, from dark to bright in logarithms; "
+        "one scale for all images and models.",
         "features": "Patch features after the last block: three principal components as red, green and "
         f"blue; {basis}.",
         "first component": "The first principal component of patch features, from blue to red over three "
@@ -182,9 +202,9 @@ def _layers(models: Sequence[Inspection]) -> dict[str, str]:
     }
 
 
-def _cards(models: Sequence[Inspection]) -> list[ImageCard]:
+def _cards(models: Sequence[Inspection], codes: Sequence[Sequence[SimilarityCodes]]) -> list[ImageCard]:
     """One card for each image that all models show."""
-    count = min(MAX_SHOWN, *(len(model.survey.shown) for model in models))
+    count = len(codes[0])
     layers = {
         "norms": _norm_maps(models, count),
         **_feature_maps(models, count),
@@ -198,7 +218,7 @@ def _cards(models: Sequence[Inspection]) -> list[ImageCard]:
                 name: [pictures[index] if pictures else None for pictures in sides]
                 for name, sides in layers.items()
             },
-            patches=[_patches(model, index) for model in models],
+            patches=[_patches(model, index, own[index]) for model, own in zip(models, codes, strict=True)],
         )
         for index in range(count)
     ]
@@ -247,24 +267,21 @@ def _text_maps(models: Sequence[Inspection], text: str, count: int) -> list[list
         None
         if grids is None
         else [
-            Picture(maps.text_map(pixels, grid, low, high), f"cosine {grid.min():.3f} to {grid.max():.3f}")
+            Picture(
+                maps.text_map(pixels, grid, low, high),
+                f"cosine {grid.min():.3f} to {grid.max():.3f}",
+                photographic=True,
+            )
             for pixels, grid in zip(model.photos, grids, strict=False)
         ]
         for model, grids in zip(models, known, strict=True)
     ]
 
 
-def _similarity(models: Sequence[Inspection]) -> str:
-    """Says how true the cosines are that the page works out from codes."""
-    shown = [image.features for model in models for image in model.survey.shown[:MAX_SHOWN]]
-    error = max(similarity_codes(features).error for features in shown)
-    return f"Similarities on this page are those of shortened features, and true to within {error:.2f}."
-
-
-def _patches(model: Inspection, index: int) -> Patches:
+def _patches(model: Inspection, index: int, short: SimilarityCodes) -> Patches:
     shown = model.survey.shown[index]
     return Patches(
-        codes=similarity_codes(shown.features).codes.numpy(),
+        codes=short.codes.numpy(),
         norms=shown.norms[model.norms.focus].numpy(),
         outliers=model.survey.outliers[index].numpy(),
     )
@@ -273,6 +290,8 @@ def _patches(model: Inspection, index: int) -> Patches:
 def _sections(models: Sequence[Inspection]) -> list[Section]:
     found: dict[str, list[Chart]] = {}
     for drawn in figures(models):
-        found.setdefault(drawn.section, []).append(Chart(png(drawn.figure), drawn.alt, drawn.caption))
-    told = {"Sinks": " ".join(causes(model.sinks) for model in models if model.sinks)}
+        found.setdefault(drawn.section, []).append(
+            Chart(png(drawn.figure), drawn.alt, drawn.caption, drawn.name)
+        )
+    told = {"Sinks": " ".join(_of(models, model, causes(model.sinks)) for model in models if model.sinks)}
     return [Section(title, pictures, told.get(title, "")) for title, pictures in found.items()]

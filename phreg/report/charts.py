@@ -48,7 +48,7 @@ TOKEN_STYLES = {"CLS": ("#3d7fd9", "--"), "register": ("#b04fc9", ":")}
 ACROSS = 6
 """Maps in a row, at most."""
 
-Positions = Float[Tensor, "rows cols"]
+Positions = Float[Tensor, "_rows _cols"]
 
 Tokens = Mapping[str, Sequence[float]]
 """Median norm in each block of the tokens that are no patches, by name: `CLS`, `register 1`, …"""

@@ -87,10 +87,12 @@ class Picture:
     Attributes:
         pixels: The map.
         reading: How to read it, where the layer's caption does not say: "3.2 (dark) to 510 (bright)".
+        photographic: Whether the photo shows in it.
     """
 
     pixels: Photo
     reading: str = ""
+    photographic: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,11 +135,13 @@ class Chart:
         png: The file, `CHART_SCALE` pixels for each of the page.
         alt: What there is to see, for those who cannot.
         caption: How to read it.
+        name: What its file is called, where it gets one of its own.
     """
 
     png: bytes = field(repr=False)
     alt: str
     caption: str
+    name: str = ""
 
 
 @dataclass(frozen=True)
@@ -257,7 +261,7 @@ def write_report(path: str | Path, page: Page) -> None:
 def read_pictures(path: Path) -> list[tuple[str, bytes]]:
     """Reads the maps and charts out of a report: what there is to see, and a PNG file, in the page's order.
 
-    Photographs are left out: they are the user's, and not for passing on.
+    Photographs, and maps drawn over them, are left out: they are the user's, and not for passing on.
     """
     reader = _PictureReader()
     reader.feed(path.read_text(encoding="utf-8"))

@@ -88,7 +88,7 @@ def _unit(axes: Axes, column: int, row: int, unit: Unit, shade: str) -> Text:
 
 def _arrow(axes: Axes, start: Text, end: Text, share: float) -> None:
     """Draws an arrow between the boxes of two units, behind all boxes; the wider, the more it stands for."""
-    look = {"arrowstyle": "-|>", "color": UPSTREAM, "linewidth": 0.8 + 6 * share, "alpha": 0.7}
+    look = {"arrowstyle": "-|>", "color": UPSTREAM, "linewidth": 0.8 + 6 * min(share, 1.0), "alpha": 0.7}
     places = {"xy": (0, 0.5), "xycoords": end, "xytext": (1, 0.5), "textcoords": start}
     axes.annotate("", **places, arrowprops=look | {"shrinkA": 3, "shrinkB": 4}, zorder=2)
 
@@ -126,4 +126,7 @@ def _name(unit: Unit) -> str:
 
 
 def _percent(share: float) -> str:
+    """A unit that others work against can have a share of many times the whole."""
+    if share > 1:
+        return "> 100 %"
     return f"{100 * share:.0f} %" if share >= 0.01 else "< 1 %"

@@ -284,6 +284,15 @@ def test_arrows_go_from_every_upstream_unit_to_the_first_cause(sinks: Sinks):
     assert {" ".join(arrow.xycoords.get_text().split()) for arrow in arrows} == {"2:41 90 %"}
 
 
+def test_a_share_beyond_the_whole_is_said_to_be_and_its_arrow_stays_narrow(sinks: Sinks):
+    # Where a second unit works against it, one unit's share can be dozens of times the whole.
+    chain = (replace(sinks.chain[0], share=36.35),)
+    figure = sink_chart(replace(sinks, chain=chain))
+    assert any("> 100 %" in text for text in texts(figure))
+    (arrow,) = [note for note in figure.axes[0].texts if getattr(note, "arrow_patch", None)]
+    assert arrow.arrow_patch.get_linewidth() < 10
+
+
 def test_sinks_that_no_unit_explains_say_so(sinks: Sinks):
     figure = sink_chart(replace(sinks, units=(), chain=(), attention=None))
     assert "no hidden unit explains them" in texts(figure)

@@ -6,23 +6,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from planted import CORNERS, Planted, pictures
+from matplotlib.figure import Figure
 
-from phreg.analysis.norms import outliers
-from phreg.evaluation.consistency import agreement, drift
-from phreg.evaluation.retrofit import Comparison
+from phreg.report.canvas import png
 from phreg.report.html import (
     MAX_SHOWN,
+    Chart,
     ImageCard,
     Line,
     Origin,
     Page,
+    Patches,
     Picture,
     Report,
     Section,
-    comparison_page,
-    inspection_page,
     read_pictures,
     write_report,
 )
@@ -69,19 +66,32 @@ def photos(count: int, side: int = 32) -> list[np.ndarray]:
     return list(np.random.default_rng(0).integers(0, 256, (count, side, side, 3), dtype=np.uint8))
 
 
-@pytest.fixture(scope="module")
-def comparison() -> Comparison:
-    reports = tuple(outliers(Planted(pushes), [pictures()]) for pushes in ({2: (CORNERS, 100.0)}, {}))
-    features = torch.randn(8, 8, 8, 16, generator=torch.Generator().manual_seed(0))
-    pooled = features.mean(dim=(1, 2))
-    return Comparison(
-        images=12,
-        held_out=True,
-        reference="the original averaged over 40 views",
-        norms=reports,
-        agreement=(agreement(features, features + 1), agreement(features, features)),
-        drift=drift(pooled + 0.1, pooled),
-        shown=(features, features + 0.1),
+def page(title: str = "a model", models: Sequence[str] = SIDES, count: int = 2, side: int = 32) -> Page:
+    """A page of noise, which compresses worst: maps of every model, one drawn over the photo, two charts."""
+    pixels = photos(count, side)
+    codes = np.random.default_rng(1).integers(-127, 128, (4, 4, 8), dtype=np.int8)
+    cards = [
+        ImageCard(
+            photo=photo,
+            maps={
+                "norms": [Picture(photo, "1 to 2") for _ in models],
+                "features": [Picture(photo) for _ in models],
+                "text: a cat": [Picture(photo, photographic=True), *(None for _ in models[1:])],
+            },
+            patches=[Patches(codes) for _ in models],
+        )
+        for photo in pixels
+    ]
+    charts = [Chart(png(Figure()), f"Chart of {what}", "As it is.") for what in ("norms", "cost")]
+    return Page(
+        title=title,
+        verdict="None of it is true.",
+        note="Measured on nothing.",
+        models=models,
+        lines=[Line("outlier rate", [0.0625] * len(models), lower_is_better=True)],
+        layers={name: f"About {name}." for name in ("norms", "features", "text: a cat")},
+        images=cards,
+        sections=[Section(chart.alt, [chart]) for chart in charts],
     )
 
 
@@ -97,20 +107,15 @@ def read(path: Path, page: Page) -> Reading:
     return reading
 
 
-def inspected(title: str = "a model", count: int = 2) -> Page:
-    report = outliers(Planted({2: (CORNERS, 100.0)}), [pictures(20)], show=20)
-    return inspection_page(title, report, photos(count), torch.randn(20, 8, 8, 16))
-
-
 def test_the_verdict_comes_first(path: Path):
-    page = inspected()
-    texts = read(path, page).texts
+    written = page()
+    texts = read(path, written).texts
     shown = [(tag, text) for tag, text in texts if tag not in ("title", "style", "script")]
-    assert shown[:2] == [("h1", "a model"), ("p", page.verdict)]
+    assert shown[:2] == [("h1", "a model"), ("p", written.verdict)]
 
 
-def test_a_page_fetches_nothing_and_runs_only_what_its_policy_names(path: Path, comparison: Comparison):
-    reading = read(path, comparison_page("a model", comparison, photos(2)))
+def test_a_page_fetches_nothing_and_runs_only_what_its_policy_names(path: Path):
+    reading = read(path, page())
     text = path.read_text(encoding="utf-8")
     assert all(image["src"].startswith("data:image/") for image in reading.all("img"))
     assert not reading.all("link") + reading.all("iframe")
@@ -125,33 +130,35 @@ def test_a_page_fetches_nothing_and_runs_only_what_its_policy_names(path: Path, 
         assert f"{tag}-src 'sha256-{digest}'" in policy
 
 
-def test_every_picture_says_what_it_shows(path: Path, comparison: Comparison):
-    images = read(path, comparison_page("a model", comparison, photos(2))).all("img")
-    # Per image: photo, norms and features before and after; then two charts.
-    assert len(images) == 2 * 5 + 2
+def test_every_picture_says_what_it_shows(path: Path):
+    images = read(path, page()).all("img")
+    # Per image: the photo, norms and features before and after, and a text; then two charts.
+    assert len(images) == 2 * 6 + 2
     assert all(len(image["alt"] or "") > 10 for image in images)
     assert len({image["alt"] for image in images}) == len(images)
 
 
-def test_maps_and_charts_can_be_read_back_and_photographs_cannot(path: Path, comparison: Comparison):
-    write_report(path, comparison_page("a model", comparison, photos(2)))
+def test_maps_and_charts_can_be_read_back_and_neither_photographs_nor_what_is_drawn_over_them(path: Path):
+    written = page()
+    write_report(path, written)
     found = read_pictures(path)
-    assert [alt.partition(":")[0] for alt, _ in found] == [
+    assert [alt for alt, _ in found] == [
         *(
-            f"{layer} of image {n}, {side}"
+            f"{layer} of image {n}, {side}{reading}"
             for n in (1, 2)
-            for layer in ("norms", "features")
+            for layer, reading in (("norms", ": 1 to 2"), ("features", ""))
             for side in SIDES
         ),
-        "Chart of norms per block before and after",
-        "Map of the positions of outliers before and after",
+        "Chart of norms",
+        "Chart of cost",
     ]
-    assert all(content.startswith(b"\x89PNG") for _, content in found)
+    assert found[0][1] == png(written.images[0].maps["norms"][0].pixels)
+    assert found[-1][1] == written.sections[-1].charts[0].png
 
 
 def test_whatever_a_name_holds_is_shown_as_text(path: Path):
     card = ImageCard(photos(1)[0], {HOSTILE: [Picture(photos(1)[0], HOSTILE)] * 2}, name=HOSTILE)
-    page = Page(
+    hostile = Page(
         title=HOSTILE,
         verdict=HOSTILE,
         note=HOSTILE,
@@ -162,12 +169,12 @@ def test_whatever_a_name_holds_is_shown_as_text(path: Path):
         sections=[Section(HOSTILE, [], HOSTILE)],
         origin=Origin(HOSTILE, {HOSTILE: HOSTILE}, {HOSTILE: "1"}),
     )
-    reading = read(path, page)
+    reading = read(path, hostile)
     assert len(reading.all("script")) == 1
     assert [tag for tag, text in reading.texts if text == HOSTILE] == [
         *("title", "h1", "p", "p"),  # title, verdict, note
-        *("span", "span", "th"),  # the table: two models, a line
         *("p", "span", "span", "span"),  # an image: the layer's caption, the name, two sides
+        *("span", "span", "th"),  # the table: two models, a line
         *("h2", "p"),
         *("code", "dt", "dd"),
     ]
@@ -182,8 +189,7 @@ def test_a_comparison_says_by_how_much_and_what_became_better_and_what_worse(pat
         Line("is neither good nor bad", (7, 5)),
         Line("is not there", (None, 0.5), lower_is_better=False),
     ]
-    page = Page("t", "v", models=SIDES, lines=lines)
-    assert read(path, page).cells == [
+    assert read(path, Page("t", "v", models=SIDES, lines=lines)).cells == [
         ["figure", "before", "after", "change"],
         ["falls, as it should", "0.02", "0.001", MINUS + "0.019 better"],
         ["falls, as it should not", "1", "0.9", MINUS + "0.1 worse"],
@@ -195,70 +201,44 @@ def test_a_comparison_says_by_how_much_and_what_became_better_and_what_worse(pat
 
 
 def test_a_page_about_one_model_has_no_after(path: Path):
-    reading = read(path, inspected())
-    assert reading.cells[0] == ["figure", "value"]
-    assert all(len(cells) == 2 for cells in reading.cells)
-    assert reading.cells[1] == ["outlier rate, last block (share of patch tokens)", "0.0625"]
+    reading = read(path, page(models=("vit",)))
+    assert reading.cells == [["figure", "value"], ["outlier rate", "0.0625"]]
     assert not any("after" in (image["alt"] or "") for image in reading.all("img"))
 
 
-def test_a_comparison_page_tells_both_outlier_rates(comparison: Comparison, path: Path):
-    reading = read(path, comparison_page("a model", comparison, photos(1)))
-    (sentence,) = [text for _, text in reading.texts if text.startswith("Artifacts went from 6.2 % to 0.0 %")]
-    assert "the global output keeps a cosine of " in sentence
-    assert "Measured on 12 images not trained on." in [text for _, text in reading.texts]
-    assert reading.cells[1][1:] == ["0.0625", "0", MINUS + "0.0625 better"]
-
-
-def test_a_page_stays_small_however_many_and_large_the_photos(path: Path):
-    # Noise is what compresses worst.
-    page = inspection_page(
-        "t", outliers(Planted(), [pictures(20)], show=20), photos(20, side=600), torch.randn(20, 8, 8, 16)
-    )
-    reading = read(path, page)
-    assert len(reading.all("img")) == 3 * MAX_SHOWN + 2
+def test_a_page_stays_small_however_large_the_photos(path: Path):
+    small, large = page(count=MAX_SHOWN), page(count=MAX_SHOWN, side=600)
+    # Maps are one flat square a patch, and small by themselves.
+    cards = [ImageCard(one.photo, other.maps) for one, other in zip(large.images, small.images, strict=True)]
+    reading = read(path, Page("t", "v", models=SIDES, layers=small.layers, images=cards))
+    assert len(reading.all("img")) == 6 * MAX_SHOWN
     assert path.stat().st_size < 5e6
 
 
-def test_no_more_images_are_shown_than_there_are_maps_of(path: Path):
-    report = outliers(Planted(), [pictures()], show=3)
-    page = inspection_page("t", report, photos(6), torch.randn(6, 8, 8, 16))
-    assert len(page.images) == 3
-
-
 def test_tables_name_their_rows_and_columns(path: Path):
-    scopes = [cell.get("scope") for cell in read(path, inspected()).all("th")]
+    scopes = [cell.get("scope") for cell in read(path, page(models=("vit",))).all("th")]
     assert scopes.count("col") == 2
     assert scopes.count("row") == len(scopes) - 2
 
 
 def test_the_page_suits_dark_screens_and_narrow_ones(path: Path):
-    reading = read(path, inspected())
+    reading = read(path, page())
     assert "prefers-color-scheme: dark" in path.read_text(encoding="utf-8")
     assert {"name": "viewport", "content": "width=device-width, initial-scale=1"} in reading.all("meta")
 
 
 def test_a_report_replaces_the_one_before_and_leaves_nothing_else(path: Path):
     path.write_text("old")
-    write_report(path, inspected())
+    write_report(path, page())
     assert path.read_text(encoding="utf-8").startswith("<!doctype html>")
     assert list(path.parent.iterdir()) == [path]
 
 
 def test_a_report_shows_itself_in_a_notebook_from_a_frame_that_it_cannot_leave():
-    report = Report.of(inspected(title='a "model"'))
+    report = Report.of(page(title='a "model"'))
     reading = Reading(report._repr_html_())
     (frame,) = reading.all("iframe")
     assert frame["srcdoc"] == report.html
     assert frame["title"] == 'a "model"'
     assert frame["sandbox"] == "allow-scripts"
     assert len(repr(report)) < 100
-
-
-def test_short_codes_keep_the_cosines_of_features(comparison: Comparison):
-    features = comparison.shown[0][0].flatten(0, 1)
-    codes = torch.from_numpy(comparison_page("t", comparison, photos(1)).images[0].patches[0].codes)
-    kept = torch.nn.functional.normalize(codes.flatten(0, 1).float(), dim=-1)
-    truth = torch.nn.functional.normalize(features, dim=-1)
-    # As many channels as the features have, each rounded to 1/127 of the largest: half a step in sixteen.
-    assert (kept @ kept.T - truth @ truth.T).abs().max() < 0.02

@@ -1,10 +1,12 @@
 from dataclasses import replace
 
 import pytest
+import torch
 from planted import CORNERS, Planted, pictures
 
 from phreg.analysis.norms import outliers
-from phreg.report.verdict import percent, verdict
+from phreg.report.verdict import causes, headline, percent, verdict
+from phreg.sinks import Sinks, Unit
 
 
 def judged(pushes: dict) -> str:
@@ -36,6 +38,37 @@ def test_tokens_that_stand_apart_only_after_the_final_norm_are_mentioned():
     assert sentence.startswith(
         "6.2 % of patch tokens stand apart, but only after the final norm: their norm is 0.3x"
     )
+
+
+def sinks(*units: Unit, explained: float) -> Sinks:
+    norms = outliers(Planted({2: (CORNERS, 100.0)}), [pictures()])
+    return Sinks(norms, 2, units, explained, (), None, torch.zeros(4, 16))
+
+
+UNITS = [Unit(block=2, index=index, level=10.0, ordinary=0.0, share=0.5) for index in (7, 9)]
+
+
+def test_the_headline_is_one_sentence_that_ends_with_the_cause():
+    said = headline((found := sinks(*UNITS[:1], explained=0.987)).norms, found)
+    assert said == f"{verdict(found.norms).removesuffix('.')}; 1 hidden unit causes 98.7 % of them."
+    both = sinks(*UNITS, explained=1.0)
+    assert headline(both.norms, both).endswith("; 2 hidden units cause 100.0 % of them.")
+    none = sinks(explained=0.0)
+    assert headline(none.norms, none).endswith("mostly at the corners; no hidden unit explains them.")
+
+
+def test_without_sinks_the_headline_is_the_verdict():
+    clean = outliers(Planted(), [pictures()])
+    assert headline(clean, None) == verdict(clean)
+
+
+def test_causes_are_named_by_block_and_unit():
+    assert causes(sinks(*UNITS, explained=1.0)) == (
+        "Sinks emerge in block 2, set off by position; 2 hidden units cause 100.0 % of them "
+        "(block:unit 2:7, 2:9)."
+    )
+    drawn = replace(sinks(*UNITS[:1], explained=0.5), attention=(0.0, 0.02, 0.31, 0.3))
+    assert causes(drawn).endswith("They draw up to 31.0 % of the attention of CLS.")
 
 
 @pytest.mark.parametrize(

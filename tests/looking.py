@@ -1,0 +1,61 @@
+"""Looks at tiny models whose truth is known: what `phreg inspect` finds of them."""
+
+import torch
+from families import FAMILIES
+from sinking import faint, plant
+from torch import Tensor, nn
+from torch.nn.functional import interpolate
+
+from phreg.backbones.base import Backbone
+from phreg.backbones.resolve import adapt
+from phreg.inspection.look import Inspection, Labelled, look
+
+BLOCK, UNIT = 1, 5
+"""Where `sinking_model` has its sink."""
+
+CLASSES = torch.arange(12) % 2
+"""Of the images of `sinking_model`."""
+
+
+def sinking_model() -> tuple[Backbone, Tensor]:
+    """A ViT of 4x4 patches whose first patch is an artifact, made by one hidden unit, and twelve images."""
+    backbone = adapt(FAMILIES["timm/vit"]())
+    images = faint(backbone, 12)
+    plant(backbone, BLOCK, UNIT, images)
+    return backbone, images
+
+
+def looked_at(
+    model: nn.Module | Backbone | str, name: str = "a model", images: Tensor | None = None, **settings
+) -> Inspection:
+    """Looks at a model, or a family by name; images are noise of the model's own size."""
+    if isinstance(model, str):
+        model = FAMILIES[model]()
+    backbone = model if isinstance(model, Backbone) else adapt(model)
+    images = noise(backbone, 3) if images is None else images
+    return look(backbone, name, images.split(5), **settings)
+
+
+def noise(backbone: Backbone, count: int) -> Tensor:
+    """Images that no two patches of which are alike."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(count, 3, *backbone.spec.input_size, generator=generator)
+
+
+def from_all_sides() -> tuple[Backbone, Tensor, Inspection]:
+    """The sinking model, its images, and what all analyses find."""
+    backbone, images = sinking_model()
+    inspection = looked_at(
+        backbone,
+        "sinking",
+        images,
+        resampled=[larger(images)],
+        labelled=Labelled(images.split(5), CLASSES),
+        show=3,
+    )
+    return backbone, images, inspection
+
+
+def larger(images: Tensor) -> Tensor:
+    """Two images at one and a half times their size."""
+    return interpolate(images[:2], scale_factor=1.5)
