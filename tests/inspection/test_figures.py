@@ -23,16 +23,25 @@ def other():
     return looked_at(backbone, "other", noise(backbone, 8))
 
 
+@pytest.fixture(scope="module")
+def charts(alone):
+    return drawn(alone)
+
+
 def drawn(*models):
     return {chart.name: chart for chart in figures(models)}
+
+
+def one(name, *models):
+    """Draws no more than it must to get at a chart."""
+    return next((chart for chart in figures(models) if chart.name == name), None)
 
 
 def written(figure):
     return " ".join(artist.get_text() for artist in figure.findobj(lambda part: hasattr(part, "get_text")))
 
 
-def test_a_model_seen_from_all_sides_has_every_chart_and_no_series(alone):
-    charts = drawn(alone)
+def test_a_model_seen_from_all_sides_has_every_chart_and_no_series(charts):
     assert list(charts) == [
         "norms", "norms-after-norm", "norm-histograms-log", "norm-histograms-linear",
         "positions", "resampled-positions-1", "attention-focus", "attention-share", "neighbours", "sinks",
@@ -45,8 +54,9 @@ def test_a_model_seen_from_all_sides_has_every_chart_and_no_series(alone):
 
 
 def test_models_side_by_side_are_named_and_what_one_lacks_is_not_compared(alone, other):
-    charts = drawn(alone, other)
-    assert len(charts) == len(list(figures([alone, other]))), "no file overwrites another"
+    every = list(figures([alone, other]))
+    charts = {chart.name: chart for chart in every}
+    assert len(charts) == len(every), "no file overwrites another"
     assert "norm-series" in charts
     assert "probe-class" not in charts, "one of them was shown no classes"
     for name in ("norms", "positions", "norm-series", "probe-position", "cost"):
@@ -74,19 +84,20 @@ def test_where_nothing_is_known_nothing_is_drawn(other):
 
 
 def test_attention_of_a_model_without_outliers_falls_on_none(other):
-    assert "attention-focus" in drawn(other)
-    assert "attention-share" not in drawn(other)
+    found = drawn(other)
+    assert "attention-focus" in found
+    assert "attention-share" not in found
 
 
 def test_a_model_that_cannot_be_heard_leaves_the_others_attention(alone, other):
     unheard = dataclasses.replace(other, survey=dataclasses.replace(other.survey, attention=None))
-    text = written(drawn(alone, unheard)["attention-focus"].figure)
+    text = written(one("attention-focus", alone, unheard).figure)
     assert "sinking" in text
     assert "other" not in text
 
 
-def test_latency_is_told_where_it_was_measured(alone):
-    (measured, counted) = (drawn(model)["cost"] for model in (alone, dataclasses.replace(alone, latency=())))
+def test_latency_is_told_where_it_was_measured(alone, charts):
+    measured, counted = charts["cost"], one("cost", dataclasses.replace(alone, latency=()))
     assert "latency" in measured.caption
     assert "latency" in written(measured.figure)
     assert "latency" not in counted.caption

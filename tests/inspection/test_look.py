@@ -16,6 +16,7 @@ from phreg.analysis.probes import global_probe, position_probe, reconstruction_p
 from phreg.analysis.survey import survey
 from phreg.backbones.resolve import adapt
 from phreg.errors import PhregError
+from phreg.inspection import page
 from phreg.inspection.look import PROBED, Labelled, look
 from phreg.registers import add_registers
 from phreg.sinks import locate
@@ -174,7 +175,7 @@ def test_registers_do_not_hide_a_sink_from_the_search():
 
 
 def test_test_time_registers_take_the_artifacts_and_show_it():
-    backbone, images = adapt(demo.demo_model()), photographs(8)
+    backbone, images = adapt(demo.demo_model()), photographs(15)
     moved = {demo.SINK_BLOCK: [(demo.CORNER_NEURON, 1), (demo.BACKGROUND_NEURON, 1)]}
     test_time.install(backbone, moved)
     found = look(backbone, "demo", images.split(4), show=1)
@@ -237,7 +238,8 @@ def test_every_stage_that_begins_is_told_to_end():
     assert all(done == total for done, total in (steps[-1] for steps in told.values()))
 
 
-def test_an_inspection_shows_itself_as_its_report(sides):
+def test_an_inspection_shows_itself_as_its_report(sides, monkeypatch):
+    monkeypatch.setattr(page, "figures", lambda models: iter(()))  # charts take long to draw
     _, _, found = sides
     shown = found._repr_html_()
     assert shown.startswith("<iframe")
