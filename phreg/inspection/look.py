@@ -260,4 +260,4 @@ def _interpolation(backbone: Backbone, resampled: Sequence[Images]) -> Interpola
 
 def called(name: str) -> str:
     """Calls a model in a local folder by the folder's last part; reports are shown to others."""
-    return Path(name).resolve().name if Path(name).exists() else name
+    return Path(name).absolute().name if Path(name).exists() else name
