@@ -13,6 +13,7 @@ from phreg.backbones.resolve import adapt
 from phreg.evaluation.consistency import agreement, drift
 from phreg.evaluation.retrofit import Comparison
 from phreg.inspection import page as pages
+from phreg.inspection.figures import figures
 from phreg.inspection.page import comparison_page, inspection_page
 from phreg.registers import add_registers
 from phreg.report.html import MAX_SHOWN, Origin, Report
@@ -37,7 +38,9 @@ def both(alone):
 
 @pytest.fixture(scope="module")
 def page(both):
-    return inspection_page(both, Origin("phreg inspect sinking --against other"))
+    with pytest.MonkeyPatch.context() as patch:  # charts take long to draw
+        patch.setattr(pages, "figures", lambda models: (c for c in figures(models) if c.section == "Sinks"))
+        return inspection_page(both, Origin("phreg inspect sinking --against other"))
 
 
 @pytest.fixture(scope="module")
