@@ -322,7 +322,7 @@ def attention_share(
     figure, (axes,) = panels(1, size=(5.5, PANEL[1]))
     for index, (shares, own, name) in enumerate(zip(models, fair, titles(len(models), names), strict=True)):
         axes.plot([100 * share for share in shares], "o-", markersize=3, color=colour(index), label=name)
-        text = "" if index else "share of patches that are outliers"
+        text = "" if index else "their share of all tokens"
         axes.axhline(100 * own, color=colour(index), linestyle=":", linewidth=1, label=text)
     axes.set_ylim(bottom=0)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
