@@ -25,7 +25,7 @@ from phreg.backbones import hub, resolve
 from phreg.backbones.base import Backbone
 from phreg.backbones.readout import set_readout
 from phreg.backbones.resolve import Base, adapt
-from phreg.checkpoint import RunFolder, start_run
+from phreg.checkpoint import RunFolder, check_free, start_run
 from phreg.config import DistillConfig, ViewsConfig
 from phreg.data import MEASURED_AT_ONCE, Crops, centre_crops, split, spread
 from phreg.distillation import add_configured, add_test_time, compare_with_original, save
@@ -127,6 +127,7 @@ def distill(
         raise ConfigError(
             "settings", [f"{key}: not given; name it by flag, argument or recipe" for key in missing]
         )
+    check_free(Path(early.output or ""), resume=resume)
     source = open_images(early.images or "", split=early.data.split, column=early.data.image_column)
     student, base = open_model(model if isinstance(model, nn.Module) else early.model or "", early.revision)
     if student.num_registers:
@@ -150,6 +151,7 @@ def distill(
     kept, measured, held_out = split(source, config)
     sinks = None
     if config.method != "paper":
+        logger.info("looking for sinks on up to %d images", config.sinks.images)
         seen = list(centre_crops(original, spread(kept, config.sinks.images), side))
         sinks = locate(original, seen)
         if sinks is None and not config.force:
@@ -159,12 +161,14 @@ def distill(
         student.set_input_size((side, side))
     set_readout(original, config.target.teacher_readout)
     set_readout(student, config.target.student_readout)
+    logger.info("retrofitting on %d images, %d kept apart to measure on", len(kept), len(measured))
     outcome = _retrofit(student, original, sinks, kept, config, run, accelerator, observe)
 
     comparison = None
     if accelerator.is_main_process:
         looked_at = list(centre_crops(student, measured, side))
         if looked_at:
+            logger.info("measuring before and after, then writing the report")
             comparison = compare_with_original(original, student, looked_at, config, base, held_out=held_out)
         set_readout(original, "plain")
         set_readout(student, "plain")

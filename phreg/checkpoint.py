@@ -40,6 +40,7 @@ from phreg.storage import (
     FORMAT_VERSION,
     MODEL_FORMAT,
     flush,
+    let_others_read,
     replacing,
     write_file,
 )
@@ -104,17 +105,27 @@ def start_run(path: Path, config: DistillConfig, *, resume: bool) -> RunFolder:
             differ.
     """
     run = RunFolder(path)
+    check_free(path, resume=resume)
     if run.recipe.exists():
+        _check_same(run, config)
+    path.mkdir(parents=True, exist_ok=True)
+    write_text(run.recipe, to_toml(config))
+    return run
+
+
+def check_free(path: Path, *, resume: bool) -> None:
+    """Checks, before anything is loaded, that a run may be written to a folder.
+
+    Raises:
+        CheckpointError: The folder holds another run and `resume` is off, or it holds something else.
+    """
+    if RunFolder(path).recipe.exists():
         if not resume:
             raise CheckpointError(
                 f"output {path} holds a run already; go on with it by --resume, or choose another --output"
             )
-        _check_same(run, config)
-    elif path.exists() and any(path.iterdir()):
+    elif path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise CheckpointError(f"output {path} is not empty and holds no phreg run; choose another --output")
-    path.mkdir(parents=True, exist_ok=True)
-    write_text(run.recipe, to_toml(config))
-    return run
 
 
 def save_state(
@@ -247,6 +258,7 @@ def save_adapter(
     }
     with _writing(folder), replacing(folder) as temporary:
         save_file(changed, temporary / "adapter.safetensors", metadata={"format": "pt"})
+        let_others_read(temporary / "adapter.safetensors")
         flush(temporary / "adapter.safetensors")
         write_text(temporary / "phreg.json", json.dumps(description, indent=2))
         write_text(temporary / "README.md", card(description))

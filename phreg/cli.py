@@ -189,6 +189,7 @@ def export(
         table.add_row(pixels, f"{size.difference:.1e}", f"{size.relative:.1e}", equal)
     console.print(table)
     console.print(f"Written and loaded back by {format}: {output}", highlight=False)
+    console.print(f"In Python:  {LOADED[format].format(folder=output)}", highlight=False)
 
 
 @app.command
@@ -458,6 +459,17 @@ def _show(result: Any) -> None:
         console.print("The adapter is kept, and marked in phreg.json and in its model card.")
 
 
+LOADED: dict[Format, str] = {
+    "timm": 'timm.create_model("local-dir:{folder}", pretrained=True)',
+    "transformers": 'transformers.AutoModel.from_pretrained("{folder}")',
+    "open_clip": 'open_clip.create_model_and_transforms("local-dir:{folder}")',
+    "remote-code": 'transformers.AutoModel.from_pretrained("{folder}", trust_remote_code=True)',
+    "onnx": 'onnxruntime.InferenceSession("{folder}/model.onnx")',
+    "merged": 'phreg.load("{folder}")',
+    "adapter": 'phreg.load("{folder}")',
+}
+"""What loads an export."""
+
 GATE_FAILED = 3
 """Exit status of a run that made something worse than its gates allow."""
 
@@ -505,6 +517,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         handlers=[RichHandler(console=Console(stderr=True), show_path=False, show_level=False)],
     )  # fmt: skip
     logger.setLevel(logging.INFO)
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # which warns of fonts that no chart needs
     try:
         app.cli(prog="phreg", args=arguments)
     except PhregError as error:

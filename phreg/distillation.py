@@ -125,10 +125,11 @@ def save(
         "gates": {"passed": not failures if comparison else None, "failures": failures},
         "figures": comparison.to_json() if comparison else None,
     }
-    tower = describe_tower(original)
-    save_adapter(run.model, student, base, original.disk_state(), record, model_card, tower=tower)
     if comparison:
         _report(run, student, original, base, config, sinks, comparison)
+    tower = describe_tower(original)
+    # Last, for what has an adapter is a finished run.
+    save_adapter(run.model, student, base, original.disk_state(), record, model_card, tower=tower)
 
 
 def _report(

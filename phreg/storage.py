@@ -68,10 +68,18 @@ def write_file(path: Path, write: Callable[[Path], Any]) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         write(temporary)
+        let_others_read(temporary)
         flush(temporary)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def let_others_read(path: Path) -> None:
+    """Gives a file the permissions of any new file; safetensors lets nobody but the owner read its files."""
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
 
 
 def flush(path: Path) -> None:

@@ -73,6 +73,10 @@ def test_an_output_that_holds_something_is_never_overwritten(tmp_path):
     (tmp_path / "other" / "thesis.tex").write_text("do not lose me")
     with pytest.raises(CheckpointError, match="not empty"):
         checkpoint.start_run(tmp_path / "other", config, resume=False)
+    with pytest.raises(
+        CheckpointError, match="not empty"
+    ):  # before the model, which is not there, is asked for
+        api.distill("no/model", tmp_path, tmp_path / "other")
 
 
 def test_the_log_of_a_killed_run_is_cut_back_to_its_checkpoint(tmp_path):
@@ -121,6 +125,11 @@ def test_an_adapter_holds_only_what_changed_and_gives_the_patched_model_back_exa
     loaded = api.load(folder, into=tiny())
     images = torch.randn(2, 3, 32, 32)
     assert torch.equal(loaded(images), patched.model(images))
+
+
+def test_whoever_may_read_a_new_file_may_read_an_adapter(adapter, tmp_path):
+    (tmp_path / "new").touch()
+    assert (adapter[0] / "adapter.safetensors").stat().st_mode == (tmp_path / "new").stat().st_mode
 
 
 def test_an_adapter_on_another_base_is_refused_with_both_hashes(adapter, tiny):

@@ -31,7 +31,7 @@ from phreg.checkpoint import LIBRARIES
 from phreg.errors import LoadError, PhregError, UnsupportedModelError
 from phreg.exports.base import FOLDER, TOLERANCE, Contents, Graph, StockFormat
 from phreg.seeding import keyed_generator
-from phreg.storage import ADAPTER_FILE, EXPORT_FILE, FORMAT_VERSION, Format, flush, replacing
+from phreg.storage import ADAPTER_FILE, EXPORT_FILE, FORMAT_VERSION, Format, flush, let_others_read, replacing
 
 CARRY_HOOKS: frozenset[Format] = frozenset({"onnx", "merged", "adapter"})
 """Formats that carry what works by hooks, as no stock class does: a dense read-out, test-time registers."""
@@ -292,6 +292,7 @@ def _appearing(folder: Path) -> Iterator[Path]:
         with replacing(folder) as unfinished:
             yield unfinished
             for file in unfinished.iterdir():
+                let_others_read(file)
                 flush(file)
             if folder.exists():  # fails where something has come into it meanwhile
                 folder.rmdir()

@@ -39,6 +39,7 @@ from phreg.backbones.base import Backbone
 from phreg.errors import UnsupportedModelError
 from phreg.report.html import Report
 from phreg.report.maps import photo
+from phreg.report.verdict import headline
 from phreg.sinks import Sinks, locate
 
 logger = logging.getLogger(__name__)
@@ -62,7 +63,7 @@ class Labelled(NamedTuple):
     classes: Int64[Tensor, " images"]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Inspection:
     """All that was found out about a model; shows itself as a report in a notebook.
 
@@ -146,6 +147,9 @@ class Inspection:
         from phreg.inspection.page import inspection_page  # which reads this class
 
         return Report.of(inspection_page(self))
+
+    def __repr__(self) -> str:
+        return "\n".join(f"{model.name}: {headline(model.norms, model.sinks)}" for model in self.models)
 
     def _repr_html_(self) -> str:
         return self.report()._repr_html_()

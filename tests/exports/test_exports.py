@@ -75,6 +75,9 @@ def test_plain_timm_loads_the_very_model_with_its_registers(family, tmp_path):
     assert [(figure.difference, figure.claimed) for figure in figures] == [(0.0, True)] * 3
     assert len({figure.size for figure in figures}) == 3
     assert figures[0].size == backbone.spec.input_size
+    (tmp_path / "new").touch()
+    modes = {file.stat().st_mode for file in (tmp_path / "out").iterdir()}
+    assert modes == {(tmp_path / "new").stat().st_mode}, "whoever may read a new file may read these"
 
 
 @pytest.mark.parametrize("family", ["vit", "clip", "siglip", "eva02", "dinov3"])

@@ -244,3 +244,8 @@ def test_an_inspection_shows_itself_as_its_report(sides, monkeypatch):
     shown = found._repr_html_()
     assert shown.startswith("<iframe")
     assert 'title="sinking"' in shown
+
+
+def test_an_inspection_says_its_verdict_where_it_is_printed(sides):
+    assert repr(sides[2]).startswith("sinking: ")
+    assert repr(sides[2]).endswith("1 hidden unit causes 100.0 % of them.")
