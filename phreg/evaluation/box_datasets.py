@@ -26,6 +26,7 @@ from torch import Tensor
 
 from phreg.errors import DataError
 from phreg.evaluation.datasets import read_index_mask
+from phreg.evaluation.layouts import Layout, find_layout
 from phreg.images import SUFFIXES, Files, some
 
 COCO_LIST = "coco_20k_filenames.txt"
@@ -94,21 +95,6 @@ class Choice:
     components: bool = False
 
 
-@dataclass(frozen=True)
-class Layout:
-    """How a dataset lies on disk.
-
-    Attributes:
-        looks: What its folder looks like, for messages.
-        fits: Tells whether a folder is of this layout.
-        read: Lists its images and boxes.
-    """
-
-    looks: str
-    fits: Callable[[Path], bool]
-    read: Callable[[Path, Choice], Boxed]
-
-
 def open_boxed(root: str | os.PathLike[str], choice: Choice | None = None, *, layout: str = "auto") -> Boxed:
     """Lists images and their boxes.
 
@@ -120,21 +106,8 @@ def open_boxed(root: str | os.PathLike[str], choice: Choice | None = None, *, la
     Raises:
         DataError: The folder is of no known layout, a file is missing or wrong, or no image has a box.
     """
-    root = Path(root)
-    if not root.is_dir():
-        raise DataError(f"cannot read {root}: there is no such folder; give --data the dataset's own folder")
-    if layout == "auto":
-        found = next((name for name, known in BOX_LAYOUTS.items() if known.fits(root)), None)
-        if found is None:
-            inside = sorted(path.name for path in root.iterdir())
-            raise DataError(
-                f"{root} is of no known layout with boxes: found {some(inside) or 'nothing'}; expected "
-                f"{'; '.join(f'{name}: {known.looks}' for name, known in BOX_LAYOUTS.items())}"
-            )
-        layout = found
-    if layout not in BOX_LAYOUTS:
-        raise DataError(f"layout {layout!r} asked of {root}; known are auto, {', '.join(BOX_LAYOUTS)}")
-    return BOX_LAYOUTS[layout].read(root, choice or Choice())
+    known = find_layout(root, layout, BOX_LAYOUTS, lacking="is of no known layout with boxes")
+    return known.read(Path(root), choice or Choice())
 
 
 @dataclass(frozen=True)
@@ -391,7 +364,7 @@ def _mask_entry(image: Path, mask: Path, *, components: bool) -> _Entry:
     return _Entry(image, boxes, mask, (values.shape[0], values.shape[1]))
 
 
-BOX_LAYOUTS: Mapping[str, Layout] = {
+BOX_LAYOUTS: Mapping[str, Layout[Callable[[Path, Choice], Boxed]]] = {
     "voc": Layout(
         "Annotations/, JPEGImages/, ImageSets/Main/trainval.txt",
         lambda root: bool(_voc_years(root)),

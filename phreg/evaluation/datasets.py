@@ -24,6 +24,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from phreg.errors import DataError
+from phreg.evaluation.layouts import Layout, find_layout
 from phreg.evaluation.metrics import IGNORE
 from phreg.evaluation.vocabulary import shipped
 from phreg.images import SUFFIXES, Files, ImageSource, open_images, some
@@ -295,36 +296,8 @@ def open_segmentation(root: str | os.PathLike[str], split: Split, *, layout: str
     Raises:
         DataError: The folder is of no known layout, or a file is missing.
     """
-    root = Path(root)
-    if not root.is_dir():
-        raise DataError(f"cannot read {root}: there is no such folder; give --data the dataset's own folder")
-    if layout == "auto":
-        found = next((name for name, known in LAYOUTS.items() if known.fits(root)), None)
-        if found is None:
-            inside = sorted(path.name for path in root.iterdir())
-            raise DataError(
-                f"{root} is of no known layout: found {some(inside) or 'nothing'}; expected "
-                f"{'; '.join(f'{name}: {known.looks}' for name, known in LAYOUTS.items())}"
-            )
-        layout = found
-    if layout not in LAYOUTS:
-        raise DataError(f"layout {layout!r} asked of {root}; known are auto, {', '.join(LAYOUTS)}")
-    return LAYOUTS[layout].read(root, split)
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How a dataset lies on disk.
-
-    Attributes:
-        looks: What its folder looks like, for messages.
-        fits: Tells whether a folder is of this layout.
-        read: Lists a split.
-    """
-
-    looks: str
-    fits: Callable[[Path], bool]
-    read: Callable[[Path, Split], Segmentation]
+    known = find_layout(root, layout, LAYOUTS, lacking="is of no known layout")
+    return known.read(Path(root), split)
 
 
 def _paired(root: Path, pairs: Sequence[tuple[Path, Path]]) -> tuple[Files, tuple[str, ...]]:
@@ -555,7 +528,7 @@ def _read_coco_object(root: Path, split: Split) -> Segmentation:
     return Segmentation(*_coco_files(root, split), tuple(shipped()["coco-object"]), numbering, background=0)
 
 
-LAYOUTS: Mapping[str, Layout] = {
+LAYOUTS: Mapping[str, Layout[Callable[[Path, Split], Segmentation]]] = {
     "pascal-context-60": Layout(
         "JPEGImages/, SegmentationClassContext/, ImageSets/SegmentationContext/",
         _is_context,

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from phreg.errors import DataError
 from phreg.evaluation.datasets import SPLIT_NAMES, Split
+from phreg.evaluation.layouts import Layout, find_layout
 from phreg.images import SUFFIXES, Files, ImageSource, Subset, some
 
 EIGEN_CROP = (slice(45, 471), slice(41, 601))
@@ -115,21 +116,6 @@ class MatImages:
             yield os.path.realpath(self.path), status.st_size, status.st_mtime_ns, index
 
 
-@dataclass(frozen=True)
-class Layout:
-    """How images and depths lie on disk.
-
-    Attributes:
-        looks: What the folder looks like, for messages.
-        fits: Tells whether a folder is of this layout.
-        read: Lists a split, given metres a step or None.
-    """
-
-    looks: str
-    fits: Callable[[Path], bool]
-    read: Callable[[Path, Split, float | None], DepthMaps]
-
-
 def open_depths(
     root: str | os.PathLike[str], split: Split, *, layout: str = "auto", unit: float | None = None
 ) -> DepthMaps:
@@ -144,21 +130,8 @@ def open_depths(
     Raises:
         DataError: The folder is of no known layout, or a file is missing.
     """
-    root = Path(root)
-    if not root.is_dir():
-        raise DataError(f"cannot read {root}: there is no such folder; give --data the dataset's own folder")
-    if layout == "auto":
-        found = next((name for name, known in LAYOUTS.items() if known.fits(root)), None)
-        if found is None:
-            inside = sorted(path.name for path in root.iterdir())
-            raise DataError(
-                f"{root} holds depths in no known layout: found {some(inside) or 'nothing'}; expected "
-                f"{'; '.join(f'{name}: {known.looks}' for name, known in LAYOUTS.items())}"
-            )
-        layout = found
-    if layout not in LAYOUTS:
-        raise DataError(f"layout {layout!r} asked of {root}; known are auto, {', '.join(LAYOUTS)}")
-    return LAYOUTS[layout].read(root, split, unit)
+    known = find_layout(root, layout, LAYOUTS, lacking="holds depths in no known layout")
+    return known.read(Path(root), split, unit)
 
 
 def read_depth_file(path: str | os.PathLike[str]) -> np.ndarray:
@@ -283,7 +256,7 @@ def _read_nyu_mat(root: Path, split: Split, _unit: float | None) -> DepthMaps:
     return DepthMaps(images, read, names, 1.0, eigen=True)
 
 
-LAYOUTS: Mapping[str, Layout] = {
+LAYOUTS: Mapping[str, Layout[Callable[[Path, Split, float | None], DepthMaps]]] = {
     "nyu-mat": Layout(f"{NYU_MAT}, splits.mat", lambda root: (root / NYU_MAT).is_file(), _read_nyu_mat),
     "nyu-folders": Layout(
         "official_splits/ or sync/ and test/, with rgb_*.jpg and sync_depth_*.png",
