@@ -16,7 +16,7 @@ import math
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int64
@@ -31,6 +31,8 @@ from phreg.tokens import TokenLayout
 
 ORDINARY, OUTLIER = "ordinary patch", "outlier patch"
 """What `GlobalProbe` calls the two kinds of patch token."""
+
+Figures = TypeVar("Figures")
 
 # -- what its own patch -------------------------------------------------------------------------------------
 
@@ -77,25 +79,6 @@ class PositionFigures:
 
 
 @dataclass(frozen=True)
-class PositionProbe:
-    """What patch tokens know of their position.
-
-    Attributes:
-        trained: Tokens trained on, of both kinds.
-        ordinary: Figures of ordinary tokens; None where no held-out image has any.
-        outliers: Figures of outliers; None likewise.
-    """
-
-    trained: int
-    ordinary: PositionFigures | None
-    outliers: PositionFigures | None
-
-    def to_json(self) -> dict[str, Any]:
-        """Returns all of it as JSON can hold it."""
-        return asdict(self)
-
-
-@dataclass(frozen=True)
 class ReconstructionFigures:
     """How well a probe tells what the patches of tokens of one kind look like.
 
@@ -113,8 +96,8 @@ class ReconstructionFigures:
 
 
 @dataclass(frozen=True)
-class ReconstructionProbe:
-    """What patch tokens know of their patch's pixels.
+class TokenProbe(Generic[Figures]):
+    """What patch tokens know, ordinary ones and outliers apart.
 
     Attributes:
         trained: Tokens trained on, of both kinds.
@@ -123,12 +106,19 @@ class ReconstructionProbe:
     """
 
     trained: int
-    ordinary: ReconstructionFigures | None
-    outliers: ReconstructionFigures | None
+    ordinary: Figures | None
+    outliers: Figures | None
 
     def to_json(self) -> dict[str, Any]:
         """Returns all of it as JSON can hold it."""
         return asdict(self)
+
+
+PositionProbe = TokenProbe[PositionFigures]
+"""What patch tokens know of their position."""
+
+ReconstructionProbe = TokenProbe[ReconstructionFigures]
+"""What patch tokens know of their patch's pixels."""
 
 
 def sample_tokens(

@@ -5,16 +5,18 @@ part of it that it shows.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar
 
 from matplotlib.figure import Figure
 
 from phreg.analysis.norms import QUANTILES
-from phreg.analysis.probes import ReconstructionFigures
+from phreg.analysis.probes import ReconstructionFigures, TokenProbe
 from phreg.inspection.look import Inspection
 from phreg.report import charts
 from phreg.report.sink_chart import sink_chart
 from phreg.report.verdict import causes
+
+Told = TypeVar("Told")
 
 
 class Figures(NamedTuple):
@@ -227,7 +229,7 @@ def focus_blocks(models: Sequence[Inspection]) -> str:
     return ", ".join(f"block {block} ({model.name})" for block, model in zip(blocks, models, strict=True))
 
 
-def by_kind(probe: Any) -> dict[str, Any]:
+def by_kind(probe: TokenProbe[Told] | None) -> dict[str, Told]:
     """Takes a probe's figures of ordinary tokens and of outliers, as far as there are any."""
     kinds = {"ordinary": probe.ordinary, "outliers": probe.outliers} if probe else {}
     return {kind: figures for kind, figures in kinds.items() if figures}
