@@ -348,12 +348,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("model", nargs="?", help="anything that phreg opens")
     parser.add_argument("--data", type=Path, help="folder with camvid, ecssd and imagenet_samples")
     parser.add_argument("--output", type=Path)
-    parser.add_argument("--tasks", type=_names, default=list(TASKS), help=", ".join(TASKS))
-    parser.add_argument("--methods", type=_names, default=list(METHODS), help=", ".join(METHODS))
+    parser.add_argument("--tasks", type=methods.names, default=list(TASKS), help=", ".join(TASKS))
+    parser.add_argument("--methods", type=methods.names, default=list(METHODS), help=", ".join(METHODS))
     parser.add_argument("--seeds", type=int, default=3, help="how many seeds, from 0")
     parser.add_argument("--seed", type=int, action="append", help="these seeds instead")
     parser.add_argument(
-        "--set", type=_setting, action="append", default=[], help="KEY=JSON, for distillation"
+        "--set", type=methods.setting, action="append", default=[], help="KEY=JSON, for distillation"
     )
     parser.add_argument("--table", type=Path, help="only print this result file")
     options = parser.parse_args(arguments)
@@ -364,15 +364,6 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     if not options.table and not (options.model and options.data and options.output):
         parser.error("give MODEL, --data and --output, or --table FILE")
     return options
-
-
-def _names(text: str) -> list[str]:
-    return text.split(",")
-
-
-def _setting(text: str) -> tuple[str, Any]:
-    key, _, value = text.partition("=")
-    return key, json.loads(value)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -4,6 +4,7 @@ A method without settings needs no distillation: `raw` is the model as it is, `t
 fresh views. Every row but those two says what it changes from `phreg distill`'s defaults, and nothing else.
 """
 
+import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -66,3 +67,17 @@ def settings(name: str, emergence: int | None, depth: int) -> dict[str, Any]:
     """Says what a method passes to `phreg.distill`, given the raw model's emergence block and depth."""
     found = (METHODS | VARIANTS)[name]
     return dict(found(emergence, depth) if callable(found) else found)
+
+
+# -- on the command lines of the benchmarks that run them ----------------------------------------------------
+
+
+def names(text: str) -> list[str]:
+    """Reads names given as A,B on the command line."""
+    return text.split(",")
+
+
+def setting(text: str) -> tuple[str, Any]:
+    """Reads a setting given as KEY=JSON on the command line."""
+    key, _, value = text.partition("=")
+    return key, json.loads(value)

@@ -251,10 +251,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--images", type=Path, help="folder of images named NNN…; planted: has its own")
     parser.add_argument("--labels", choices=["index-in-name"], help="the NNN are the model's classes")
     parser.add_argument("--output", type=Path)
-    parser.add_argument("--methods", type=_names, default=list(DEFAULT), help=", ".join(methods.ROWS))
+    parser.add_argument("--methods", type=methods.names, default=list(DEFAULT), help=", ".join(methods.ROWS))
     parser.add_argument("--seeds", type=int, default=3, help="how many seeds, from 0")
     parser.add_argument("--seed", type=int, action="append", help="these seeds instead")
-    parser.add_argument("--set", type=_setting, action="append", default=[], help="KEY=JSON, for all methods")
+    parser.add_argument(
+        "--set", type=methods.setting, action="append", default=[], help="KEY=JSON, for all methods"
+    )
     parser.add_argument("--table", type=Path, help="only print this result file")
     parser.add_argument("--merge", type=Path, nargs="+", help="only merge these into --output")
     options = parser.parse_args(arguments)
@@ -266,15 +268,6 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     if options.model and not options.model.startswith("planted:") and options.images is None:
         parser.error("--images: give a folder of images; only planted models have photographs of their own")
     return options
-
-
-def _names(text: str) -> list[str]:
-    return text.split(",")
-
-
-def _setting(text: str) -> tuple[str, Any]:
-    key, _, value = text.partition("=")
-    return key, json.loads(value)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
