@@ -73,6 +73,7 @@ class Survey:
         attention: Where CLS and registers look, and how much at outliers; None where attention cannot be
             listened to.
         neighbours: What kind of patch becomes an outlier.
+        pooled: The model's pooled output, in fp32.
         shown: The first images.
     """
 
@@ -80,6 +81,7 @@ class Survey:
     outliers: Bool[Tensor, "images rows cols"]
     attention: AttentionReport | None
     neighbours: NeighbourReport
+    pooled: Float[Tensor, "images dim"]
     shown: tuple[Shown, ...]
 
     def to_json(self) -> dict[str, Any]:
@@ -123,6 +125,7 @@ def survey(backbone: Backbone, batches: Iterable[Float[Tensor, "_ 3 _ _"]], *, s
             torch.cat([reading.contrasts for reading in readings]),
             outliers,
         ),
+        pooled=torch.cat([reading.pooled for reading in readings]),
         shown=tuple(shown),
     )
 
@@ -135,6 +138,7 @@ class _Reading(NamedTuple):
     contrasts: Float[Tensor, "batch rows cols"]
     attention: list[Float[Tensor, "batch rows cols"]]
     """The first query's, mean over heads, for as many blocks as could be heard."""
+    pooled: Float[Tensor, "batch dim"]
     focus: Float[Tensor, "queries rows cols"] | None
     """All queries' in the last block, mean over heads, sum over images; None where it was not heard."""
 
@@ -149,7 +153,7 @@ def _read(
         listening_to_maps(backbone, images) as maps,
         patch_embeddings(backbone, layout) as embedded,
     ):
-        backbone.run(images)
+        pooled = backbone.run(images)
     norms = token_norms(backbone, images, tokens)
     last = maps[depth - 1] if len(maps) >= depth else None
     reading = _Reading(
@@ -157,6 +161,7 @@ def _read(
         cosines=neighbour_cosines(embedded[-1]).cpu(),
         contrasts=contrast(backbone, images).cpu(),
         attention=[block[:, 0].mean(dim=1).cpu() for block in maps],
+        pooled=pooled.float().cpu(),
         focus=None if last is None else last.mean(dim=2).sum(dim=0).cpu(),
     )
     features = backbone.final_norm(layout.to_grid(tokens[depth - 1])[:show])

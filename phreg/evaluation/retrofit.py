@@ -3,10 +3,9 @@
 Before is the original model, after the patched one. The reference that agreement is measured against is the
 original averaged over many views or, for the demonstration model, the known truth.
 
-    original ──survey──► outlier rate, and where the outliers are
-        └──many views──► reference ──► agreement of the original, and of the patched model
-    patched ──survey──► outlier rate
-    pooled outputs of both ──► drift
+    original ──survey──► outlier rate, where the outliers are, pooled output ──┐
+        └──many views──► reference ──► agreement of both                       ├──► drift
+    patched ──survey──► outlier rate, pooled output ───────────────────────────┘
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -132,7 +131,6 @@ def compare(
     for side in sides:
         set_readout(side, "plain")
     surveys = survey(original, batches, show=show), survey(patched, batches, show=show)
-    pooled = [torch.cat([side(images).pooled.float().cpu() for images in batches]) for side in sides]
     were_outliers = surveys[0].outliers.split([len(images) for images in batches])
 
     set_readout(original, target.teacher_readout)
@@ -153,7 +151,7 @@ def compare(
         reference=described,
         surveys=surveys,
         agreement=(meters[0].compute(), meters[1].compute()),
-        drift=drift(pooled[1], pooled[0]),
+        drift=drift(surveys[1].pooled, surveys[0].pooled),
         shown=(torch.cat(kept[0])[:show], torch.cat(kept[1])[:show]),
     )
 

@@ -120,9 +120,8 @@ def test_layers_are_those_that_there_are_maps_of(alone, sides, without_charts):
 
 
 def test_no_more_images_are_shown_than_a_page_holds(alone, without_charts):
-    many = dataclasses.replace(alone.survey, shown=10 * alone.survey.shown, outliers=alone.survey.outliers)
-    outliers = alone.survey.outliers.repeat(3, 1, 1)
-    many = dataclasses.replace(many, outliers=outliers)
+    outliers, pooled = alone.survey.outliers.repeat(3, 1, 1), alone.survey.pooled.repeat(3, 1)
+    many = dataclasses.replace(alone.survey, shown=10 * alone.survey.shown, outliers=outliers, pooled=pooled)
     found = inspection_page(dataclasses.replace(alone, survey=many, photos=10 * alone.photos))
     assert len(found.images) == MAX_SHOWN
 
