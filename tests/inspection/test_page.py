@@ -245,7 +245,7 @@ def test_a_page_of_a_large_model_stays_below_ten_megabytes(both):
     generator = torch.Generator().manual_seed(0)
 
     def grown(model, name):
-        """Eight images of 37x37 patches, 768 channels and six queries; noise is what compresses worst."""
+        """Eight shown images of 37x37 patches, 768 channels and six queries; noise is what compresses worst."""
         grid, blocks = (37, 37), len(model.norms.blocks)
         shown = [
             dataclasses.replace(
@@ -263,7 +263,7 @@ def test_a_page_of_a_large_model_stays_below_ten_megabytes(both):
         survey = dataclasses.replace(
             model.survey,
             shown=tuple(shown),
-            outliers=torch.zeros(8, *grid, dtype=torch.bool),
+            outliers=torch.zeros(len(model.survey.pooled), *grid, dtype=torch.bool),
             attention=attention,
         )
         photos = np.random.default_rng(0).integers(0, 256, (8, 518, 518, 3), dtype=np.uint8)
