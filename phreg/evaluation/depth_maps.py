@@ -63,6 +63,11 @@ class DepthMaps:
     def __len__(self) -> int:
         return len(self.images)
 
+    @property
+    def counted(self) -> tuple[slice, slice]:
+        """Rows and columns of a picture outside of which nothing counts."""
+        return EIGEN_CROP if self.eigen else (slice(None), slice(None))
+
     def depth(self, number: int, size: tuple[int, int]) -> Float[Tensor, "height width"]:
         """Reads depths in metres; 0 is unknown, or does not count.
 
@@ -85,7 +90,7 @@ class DepthMaps:
         depth[~np.isfinite(depth) | (depth < 0)] = 0
         if self.eigen:
             inside = np.zeros_like(depth)
-            inside[EIGEN_CROP] = depth[EIGEN_CROP]
+            inside[self.counted] = depth[self.counted]
             depth = inside
         return torch.from_numpy(depth)
 

@@ -30,7 +30,7 @@ from phreg.errors import DataError
 from phreg.evaluation.augmentation import CropConfig, PairedCrops
 from phreg.evaluation.depth_maps import DepthMaps, open_depths
 from phreg.evaluation.features import Dense, FeatureReader, Reading
-from phreg.evaluation.metrics import IGNORE, DepthErrors, depth_errors
+from phreg.evaluation.metrics import DepthErrors, depth_errors
 from phreg.evaluation.places import artifact_places
 from phreg.evaluation.records import Metrics
 from phreg.images import ImageSource
@@ -87,14 +87,14 @@ PROTOCOLS: Mapping[str, Mapping[str, Any]] = {
     "ph-reg": {
         "reading": {"size": None, "fit": "pad"},
         "augment": True,
-        "crop": {"size": 416, "scale": (480 / 416, 480 / 416)},
+        "crop": {"size": (416, 544), "scale": (426 / 416, 426 / 416), "rotation": 2.5},
         "steps": 30_000,
         "batch_size": 16,
         "warmup": 12_800,
     },
 }
-"""PH-Reg's settings for NYUv2: pictures at their own 480x640, padded to whole patches. Theirs are crops of
-416x544, also turned by up to 2.5 degrees; ours are square and upright."""
+"""PH-Reg's settings for NYUv2: pictures at their own 480x640, padded to whole patches when testing. Crops lie
+within the 426x560 pixels that count, theirs in 427x565 without the frame; both become whole patches."""
 
 
 def run(reader: FeatureReader, data: str, settings: Settings, seed: int) -> Metrics:
@@ -321,8 +321,7 @@ def _crops(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches of features of random crops, with the depths of their pixels."""
     spec = reader.backbone.spec
-    height, width = (max(1, round(settings.crop.size / unit)) * unit for unit in spec.patch_size)
-    crops = PairedCrops(settings.crop, (height, width), spec.mean)
+    crops = PairedCrops(settings.crop, settings.crop.whole_patches(spec.patch_size), spec.mean, unknown=0)
     whole = settings.reading.model_copy(update={"window": None})
     mean, std = (torch.tensor(values, device=reader.device).view(3, 1, 1) for values in (spec.mean, spec.std))
     order = (
@@ -335,8 +334,8 @@ def _crops(
         for number in itertools.islice(order, settings.batch_size):
             picture = torch.from_numpy(np.array(train.images.read(number))).permute(2, 0, 1)
             truth = train.depth(number, (picture.shape[1], picture.shape[2]))
-            pictures.append(picture.to(reader.device).float() / 255)
-            truths.append(truth[None].to(reader.device))
+            pictures.append(picture[:, *train.counted].to(reader.device).float() / 255)
+            truths.append(truth[None, *train.counted].to(reader.device))
         images, truth = crops(pictures, truths, seed, step)
         seen = reader((images - mean) / std, whole)
-        yield _features(seen.grids, seen.cls), truth.where(truth != IGNORE, 0)  # beyond the picture
+        yield _features(seen.grids, seen.cls), truth

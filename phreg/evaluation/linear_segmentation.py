@@ -191,8 +191,7 @@ def _crops(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches of features of random crops, with the classes of their pixels."""
     spec = reader.backbone.spec
-    height, width = (max(1, round(settings.crop.size / unit)) * unit for unit in spec.patch_size)
-    crops = PairedCrops(settings.crop, (height, width), spec.mean)
+    crops = PairedCrops(settings.crop, settings.crop.whole_patches(spec.patch_size), spec.mean)
     whole = settings.reading.model_copy(update={"window": None})
     mean, std = (torch.tensor(values, device=reader.device).view(3, 1, 1) for values in (spec.mean, spec.std))
     order = _shuffled(len(train), seed)

@@ -125,6 +125,29 @@ def test_picture_and_truth_are_cropped_and_mirrored_together():
     assert flipped == {True, False}
 
 
+def test_picture_and_truth_are_turned_together():
+    truth = torch.zeros(1, 40, 50)
+    truth[:, 10:30, 15:35] = 5
+    picture = (truth / 10).expand(3, -1, -1).contiguous()
+    config = CropConfig(scale=(1, 1), flip=0, colour=0, rotation=45)
+    crops, upright = PairedCrops(config, (40, 50), (0.9, 0.9, 0.9)), 0
+    for key in range(8):
+        images, turned = (side[0] for side in crops([picture], [truth], key))
+        if torch.equal(turned, truth):
+            upright += 1
+            continue
+        assert set(turned.unique().tolist()) == {0, 5, IGNORE}
+        expected = torch.where(turned == IGNORE, 9, turned)
+        # Bilinear and nearest differ along edges only.
+        assert ((images * 10 - expected).abs() < 0.1).float().mean() > 0.9
+    assert 0 < upright < 8
+
+
+@pytest.mark.parametrize(("size", "expected"), [(30, (32, 28)), ((31, 50), (32, 49))])
+def test_crops_are_of_whole_patches(size, expected):
+    assert CropConfig(size=size).whole_patches((16, 7)) == expected
+
+
 def test_small_pictures_are_padded_with_what_does_not_count():
     crops = PairedCrops(CropConfig(scale=(0.5, 0.5), flip=0, colour=0), (32, 32), (0.1, 0.2, 0.3))
     images, truth = crops([torch.zeros(3, 32, 32)], [torch.zeros(1, 32, 32)], 0)

@@ -245,7 +245,7 @@ def test_a_page_of_a_large_model_stays_below_ten_megabytes(both):
     generator = torch.Generator().manual_seed(0)
 
     def grown(model, name):
-        """Eight shown images of 37x37 patches, 768 channels and six queries; noise is what compresses worst."""
+        """Shows 8 images of 37x37 patches, 768 channels, six queries; noise is what compresses worst."""
         grid, blocks = (37, 37), len(model.norms.blocks)
         shown = [
             dataclasses.replace(
