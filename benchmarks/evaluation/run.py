@@ -292,36 +292,31 @@ def _count(folder: Path) -> int:
 def table(name: str, rows: Mapping[str, Row]) -> str:
     """Renders a task's rows as Markdown: mean and spread over seeds, and the difference to the raw model.
 
-    A difference is marked where it is within the spread: the root of the sum of both variances.
+    Differences are seed by seed, and marked where they are within their spread.
     """
-    task, records = TASKS[name], {}
-    for method in METHODS:
-        found = [row for key, row in rows.items() if key.startswith(f"{name}/{method}/")]
-        if found:
-            runs = [
-                Metrics({figure: _number(row["figures"].get(figure)) for figure in task.figures})
-                for row in found
-            ]
-            # What no seed decides is the same with every seed.
-            runs = (
-                runs * max(1, _seeds(name, rows) // len(runs)) if method == "raw" and not task.drawn else runs
-            )
-            records[method] = summarise(
-                runs,
-                task=name, model=method, sha256="", registers=0, data="", settings={},
-                seeds=tuple(range(len(runs))), hardware={}, seconds=sum(row["seconds"] for row in found),
-            )  # fmt: skip
+    task = TASKS[name]
+    found: dict[str, dict[int, Row]] = {}
+    for key, row in rows.items():
+        of, method, seed = key.split("/")
+        if of == name:
+            found.setdefault(method, {})[int(seed)] = row
+    seeds = sorted({seed for each in found.values() for seed in each})
+    records = {}
+    for method, each in found.items():
+        # What no seed decides is the same with every seed.
+        known = dict.fromkeys(seeds, *each.values()) if method == "raw" and not task.drawn else each
+        records[method] = summarise(
+            [Metrics({figure: _number(row["figures"].get(figure)) for figure in task.figures})
+             for row in known.values()],
+            task=name, model=method, sha256="", registers=0, data="", settings={},
+            seeds=tuple(known), hardware={}, seconds=sum(row["seconds"] for row in each.values()),
+        )  # fmt: skip
     heading, cells = Results(tuple(records.values()), records.get("raw")).rows()
     lines = [[*heading, "seeds", "seconds"], ["---"] * (len(heading) + 2)]
     for method, line in zip(records, cells, strict=True):
-        found = [row for key, row in rows.items() if key.startswith(f"{name}/{method}/")]
-        each = sum(row["seconds"] for row in found) / len(found)
-        lines.append([method, *line[1:], str(len(found)), f"{each:.0f}"])
+        seconds = records[method].seconds / len(found[method])
+        lines.append([method, *line[1:], str(len(found[method])), f"{seconds:.0f}"])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _seeds(name: str, rows: Mapping[str, Row]) -> int:
-    return len({key.split("/")[2] for key in rows if key.startswith(f"{name}/")})
 
 
 def _number(value: float | None) -> float:

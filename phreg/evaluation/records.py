@@ -120,16 +120,17 @@ class Record:
 
 @dataclass(frozen=True)
 class Difference:
-    """A figure of a model against the baseline's.
+    """A figure of a model against the baseline's, seed by seed.
 
     Attributes:
-        change: The model's mean less the baseline's.
-        better: Whether that is an improvement.
-        beyond_spread: Whether the change is larger than single runs with other seeds differ, i.e. than the
-            root of the sum of both variances; None where there was one seed only.
+        change: Mean of what the model has more than the baseline with the same seed.
+        spread: Standard deviation of that over seeds (n - 1); None of a single one.
+        better: Whether the change is an improvement.
+        beyond_spread: Whether it is larger than its spread; None where there was one seed only.
     """
 
     change: float
+    spread: float | None
     better: bool
     beyond_spread: bool | None
 
@@ -151,14 +152,19 @@ class Results:
         return self.records[0].figures[figure].mean
 
     def differences(self, record: Record) -> dict[str, Difference]:
-        """Sets a model's figures against the baseline's; empty without a baseline."""
+        """Sets a model's figures against the baseline's, with the seeds both have; empty without any."""
         if self.baseline is None:
             return {}
         theirs = self.baseline.figures
+        pairs = [
+            (place, self.baseline.seeds.index(seed))
+            for place, seed in enumerate(record.seeds)
+            if seed in self.baseline.seeds
+        ]
         return {
-            name: _difference(name, summary, theirs[name])
-            for name, summary in record.figures.items()
-            if name in theirs
+            name: _difference(name, [found.values[ours] - theirs[name].values[base] for ours, base in pairs])
+            for name, found in record.figures.items()
+            if name in theirs and pairs
         }
 
     def check_gate(self, limit: float) -> None:
@@ -232,7 +238,7 @@ class Results:
         first = self.records[0]
         seeds = f"{len(first.seeds)} seed{'' if len(first.seeds) == 1 else 's'}"
         spread = "; ± is the standard deviation over seeds (n - 1)" if len(first.seeds) > 1 else ""
-        marked = "; in brackets the difference to the baseline, ~ where it is within the spread"
+        marked = "; in brackets the difference to the baseline, seed by seed, ~ where it is within its spread"
         blocks.append(
             f"{first.task} on {first.data}, {seeds}{spread}{marked if self.baseline else ''}. "
             "Shares are in per cent."
@@ -256,8 +262,8 @@ class Results:
             cell = _figure(name, record.figures.get(name))
             found = differences.get(name)
             if found is not None and not math.isnan(found.change):
-                change = found.change if name in IN_UNITS else 100 * found.change
-                cell += f" ({change:+.{_digits(name)}f}{'~' if found.beyond_spread is False else ''})"
+                mark = "~" if found.beyond_spread is False else ""
+                cell += f" ({_shown(name, found.change, found.spread, '+')}{mark})"
             cells.append(cell)
         return cells
 
@@ -297,24 +303,27 @@ def hardware(device: torch.device, *, bf16: bool) -> dict[str, Any]:
     }
 
 
-def _difference(name: str, ours: Summary, theirs: Summary) -> Difference:
-    change = ours.mean - theirs.mean
-    beyond = None
-    if ours.spread is not None and theirs.spread is not None:
-        beyond = abs(change) > math.hypot(ours.spread, theirs.spread)
-    return Difference(change, change < 0 if name in LOWER_IS_BETTER else change > 0, beyond)
-
-
-def _digits(name: str) -> int:
-    return 4 if name in IN_UNITS else 2
+def _difference(name: str, pairs: Sequence[float]) -> Difference:
+    found = Summary.of(pairs)
+    return Difference(
+        change=found.mean,
+        spread=found.spread,
+        better=found.mean < 0 if name in LOWER_IS_BETTER else found.mean > 0,
+        beyond_spread=None if found.spread is None else abs(found.mean) > found.spread,
+    )
 
 
 def _figure(name: str, summary: Summary | None) -> str:
     if summary is None or math.isnan(summary.mean):
         return "-"
-    scale, digits = (1 if name in IN_UNITS else 100), _digits(name)
-    spread = "" if summary.spread is None else f" ± {scale * summary.spread:.{digits}f}"
-    return f"{scale * summary.mean:.{digits}f}{spread}"
+    return _shown(name, summary.mean, summary.spread)
+
+
+def _shown(name: str, mean: float, spread: float | None, sign: str = "") -> str:
+    """Writes a figure, or with the sign `+` a difference of figures, with its spread."""
+    scale, digits = (1, 4) if name in IN_UNITS else (100, 2)
+    beside = "" if spread is None else f" ± {scale * spread:.{digits}f}"
+    return f"{scale * mean:{sign}.{digits}f}{beside}"
 
 
 def _table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import math
 import statistics
@@ -42,11 +43,22 @@ def test_a_single_seed_has_no_spread_and_nothing_is_said_to_exceed_it():
     assert (found.change, found.better, found.beyond_spread) == (pytest.approx(0.1), True, None)
 
 
-@pytest.mark.parametrize(("values", "beyond"), [([0.51, 0.53, 0.52], False), ([0.71, 0.73, 0.72], True)])
-def test_a_difference_is_set_against_both_spreads(values, beyond):
-    results = Results((record("b", values),), record("a", [0.49, 0.52, 0.51]))
-    assert results.differences(results.records[0])["miou"].beyond_spread is beyond
+@pytest.mark.parametrize(("values", "beyond"), [([0.41, 0.56, 0.52], False), ([0.42, 0.62, 0.52], True)])
+def test_a_difference_is_taken_seed_by_seed(values, beyond):
+    results = Results((record("b", values),), record("a", [0.4, 0.6, 0.5]))
+    found = results.differences(results.records[0])["miou"]
+    each = [ours - theirs for ours, theirs in zip(values, [0.4, 0.6, 0.5], strict=True)]
+    assert found.change == pytest.approx(statistics.fmean(each))
+    assert found.spread == pytest.approx(statistics.stdev(each))
+    assert found.beyond_spread is beyond
     assert ("~" in results.to_markdown().split("\n")[3]) is not beyond
+
+
+def test_only_seeds_that_both_have_are_compared():
+    results = Results((record("b", [0.6]),), record("a", [0.5, 0.1, 0.1]))
+    assert results.differences(results.records[0])["miou"].change == pytest.approx(0.1)
+    strangers = Results((dataclasses.replace(record("b", [0.6]), seeds=(7,)),), record("a", [0.5]))
+    assert strangers.differences(strangers.records[0]) == {}
 
 
 def test_of_an_error_less_is_better():
@@ -65,7 +77,7 @@ def test_results_have_the_first_models_figures_at_the_top(tmp_path):
     assert written["models"][0]["versions"]["torch"]
     table = (tmp_path / "results.md").read_text().splitlines()
     assert table[2] == "| a (baseline) | 50.00 ± 0.00 |"
-    assert table[3] == "| b | 65.00 ± 7.07 (+15.00) |"
+    assert table[3] == "| b | 65.00 ± 7.07 (+15.00 ± 7.07) |"
 
 
 def test_a_baseline_that_is_also_measured_is_shown_once():
