@@ -153,8 +153,11 @@ def box_iou(
 
 
 def is_localised(box: Float[Tensor, " 4"], truths: Float[Tensor, "boxes 4"], threshold: float = 0.5) -> bool:
-    """Tells whether a box hits any true one, IoU above the threshold; CorLoc is the mean over images."""
-    return bool((box_iou(box[None], truths) > threshold).any())
+    """Tells whether a box hits any true one, i.e. has at least that IoU; CorLoc is the mean over images.
+
+    At the threshold counts, as in the evaluation of LOST (Siméoni et al. 2021); PASCAL VOC asks for more.
+    """
+    return bool((box_iou(box[None], truths) >= threshold).any())
 
 
 # --- Maps -----------------------------------------------------------------------------------------------

@@ -108,11 +108,11 @@ def test_box_iou_is_that_of_torchmetrics(seed: int):
     torch.testing.assert_close(metrics.box_iou(boxes[0], boxes[1]), theirs, atol=EXACT, rtol=0)
 
 
-def test_an_object_is_localised_by_more_than_half_of_any_true_box():
+def test_an_object_is_localised_by_half_of_any_true_box_as_lost_counts():
     box = torch.tensor([0.0, 0, 10, 10])
     exactly_half = torch.tensor([[0.0, 0, 10, 5], [50, 50, 60, 60]])
-    assert not metrics.is_localised(box, exactly_half)
-    assert metrics.is_localised(box, exactly_half + torch.tensor([0.0, 0, 0, 1]))
+    assert metrics.is_localised(box, exactly_half)
+    assert not metrics.is_localised(box, exactly_half - torch.tensor([0.0, 0, 0, 1]))
 
 
 @given(seed=st.integers(0, 10_000))
