@@ -16,14 +16,16 @@ import hashlib
 import json
 import os
 import platform
+import random
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image, ImageOps
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "methods"))
 import measuring
@@ -114,6 +116,13 @@ TASKS = {
         {"methods": ("head",)},
         drawn=False,
     ),
+    "top1-crops": Task(
+        "classification",
+        lambda _, links: links / "crops",
+        ("top1", "top5"),
+        {"methods": ("head",)},
+        drawn=False,
+    ),
     "coarse": Task(
         "classification",
         lambda _, links: links / "coarse",
@@ -137,6 +146,10 @@ TASKS = {
 """Tasks by the name of their table, which `--tasks` takes."""
 
 
+CROPS = {224: 6, 248: 6, 288: 6}
+"""Crops of 224 pixels from each held-out sample image, by the length of its shorter side."""
+
+
 def coarse(number: int) -> str:
     """Names the group of an ImageNet class."""
     return next(name for name, ranges in COARSE.items() if any(low <= number <= high for low, high in ranges))
@@ -147,7 +160,8 @@ def link_samples(samples: Path, links: Path) -> list[Path]:
 
     Args:
         samples: Images named `NNN…` by their ImageNet class.
-        links: Folder to fill: coarse/{train,val}/GROUP/, and numbered/ with the held-out ones in labels.csv.
+        links: Folder to fill: coarse/{train,val}/GROUP/; held-out ones in numbered/, and crops of them in
+            crops/, both with a labels.csv.
 
     Returns:
         The images that a method may train on.
@@ -160,9 +174,35 @@ def link_samples(samples: Path, links: Path) -> list[Path]:
             _link(path, links / "coarse" / part / coarse(_class_of(path)) / path.name)
     for path in parts["val"]:
         _link(path, links / "numbered" / path.name)
-    lines = [f"{path.name},{_class_of(path)}\n" for path in parts["val"]]
-    write_text(links / "numbered" / "labels.csv", "".join(lines))
+    _write_labels(links / "numbered", {path.name: path for path in parts["val"]})
+    crops = links / "crops"
+    if not (crops / "labels.csv").exists():
+        crops.mkdir(parents=True, exist_ok=True)
+        cut: dict[str, Path] = {}
+        for path in parts["val"]:
+            for number, crop in enumerate(_crops(path)):
+                cut[f"{path.stem}-{number}.png"] = path
+                crop.save(crops / f"{path.stem}-{number}.png")
+        _write_labels(crops, cut)
     return parts["train"]
+
+
+def _crops(path: Path, side: int = 224) -> Iterator[Image.Image]:
+    """Draws crops of a picture, every second of them mirrored."""
+    generator = random.Random(path.name)
+    with Image.open(path) as opened:
+        picture = opened.convert("RGB")
+    for shorter, count in CROPS.items():
+        ratio = shorter / min(picture.size)
+        scaled = picture.resize([round(ratio * length) for length in picture.size], Image.Resampling.BICUBIC)
+        for number in range(count):
+            left, top = (generator.randint(0, length - side) for length in scaled.size)
+            crop = scaled.crop((left, top, left + side, top + side))
+            yield ImageOps.mirror(crop) if number % 2 else crop
+
+
+def _write_labels(folder: Path, files: Mapping[str, Path]) -> None:
+    write_text(folder / "labels.csv", "".join(f"{name},{_class_of(path)}\n" for name, path in files.items()))
 
 
 def _class_of(path: Path) -> int:
@@ -191,8 +231,11 @@ def store(path: Path, protocol: dict[str, Any], rows: Mapping[str, Row]) -> dict
     with Path(f"{path}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         known = json.loads(path.read_text()) if path.exists() else {"protocol": protocol, "rows": {}}
-        if known["protocol"] != protocol:
+        # A task may have come since; what is there must be the same.
+        before = known["protocol"] | {"tasks": protocol["tasks"] | known["protocol"]["tasks"]}
+        if before != protocol:
             raise SystemExit(f"{path} is of another model, data or protocol; choose another --output")
+        known["protocol"] = protocol
         known["rows"] = dict(sorted((known["rows"] | rows).items(), key=lambda item: _place(item[0])))
         if rows or not path.exists():
             write_text(path, json.dumps(known, indent=1) + "\n")

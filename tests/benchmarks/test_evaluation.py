@@ -55,6 +55,7 @@ SMALL = {
     "lost": {"layers": (-1,), "expansion": 4},
     "tokencut": {},
     "top1": {"methods": ("head",)},
+    "top1-crops": {"methods": ("head",)},
     "coarse": {"features": ("pooled", "patch-mean"), "neighbours": 2},
     "consistency": {"views": 2, "shift": 1},
 }
@@ -83,6 +84,21 @@ def test_held_out_samples_are_not_trained_on(photos, tmp_path):
     assert (tmp_path / "links" / "numbered" / "labels.csv").read_text().split() == [
         "00.png,0", "05.png,5", "10.png,10",
     ]  # fmt: skip
+    crops = (tmp_path / "links" / "crops" / "labels.csv").read_text().split()
+    assert {line.split("-")[0] for line in crops} == {"00", "05", "10"}
+    assert len(set(crops)) == 3 * sum(run.CROPS.values())
+    with Image.open(tmp_path / "links" / "crops" / crops[0].split(",")[0]) as crop:
+        assert crop.size == (224, 224)
+
+
+def test_a_result_file_takes_rows_of_a_new_task_and_none_of_a_changed_one(tmp_path):
+    path, row = tmp_path / "a.json", {"top1/raw/0": {"figures": {}}}
+    run.store(path, {"model": "a", "tasks": {"top1": 1}}, row)
+    rows = run.store(path, {"model": "a", "tasks": {"top1": 1, "lost": 2}}, {"lost/raw/0": {"figures": {}}})
+    assert set(rows) == {"top1/raw/0", "lost/raw/0"}
+    for other in ({"model": "b", "tasks": {"top1": 1, "lost": 2}}, {"model": "a", "tasks": {"top1": 3}}):
+        with pytest.raises(SystemExit, match="another model"):
+            run.store(path, other, {})
 
 
 def test_every_task_has_its_row_and_nothing_is_done_twice(saved, data, small, tmp_path, monkeypatch, capsys):
@@ -121,5 +137,5 @@ def test_a_difference_is_marked_where_it_is_within_the_spread():
     made |= rows("tokencut", "relocate", [0.6, 0.61, 0.62])
     lines = run.table("tokencut", made).splitlines()
     assert lines[2].startswith("| raw | 50.00 ± 0.00 |")
-    assert "(+0.50~)" in lines[3]
-    assert "(+11.00)" in lines[4]
+    assert "(+0.50 ± 1.32~)" in lines[3]
+    assert "(+11.00 ± 1.00)" in lines[4]
