@@ -16,7 +16,7 @@ UNTRAINED = ("raw", "teacher")
 
 METHODS: dict[str, Settings] = {
     "test-time": {"method": "test-time"},
-    "paper": {"method": "paper", "epochs": 1},  # takes about as long as 8 epochs of kept targets
+    "paper": {"method": "paper", "epochs": 1},  # as many views of the teacher as 8 epochs of kept targets
     "no-registers": {"registers": 0},
     "registers-only-distilled": {"loss.relocation": 0.0},
     # Its pooled term wants the unmoved view alone, so a target is one forward.
@@ -37,6 +37,15 @@ def from_block(first: int | None, depth: int) -> Settings:
     }
 
 
+def low_rank(first: int | None, depth: int) -> Settings:
+    """Unlocks embeddings as the defaults do, and LoRA on all blocks in their place."""
+    return {
+        "unlock.roles": ("pos_embed", "patch_embed"),
+        "unlock.lora.rank": 16,
+        "unlock.lora.blocks": depth,
+    }
+
+
 VARIANTS: dict[str, Settings | Callable[[int | None, int], Settings]] = {
     "views-5": {"views.count": 5},
     "views-20": {"views.count": 20},
@@ -53,11 +62,14 @@ VARIANTS: dict[str, Settings | Callable[[int | None, int], Settings]] = {
     "fill-valid-crop": {"views.fill": "valid-crop"},
     "unlock-paper": {"unlock.roles": ("pos_embed", "patch_embed", "block.-1")},
     "unlock-from-emergence": from_block,
+    "lora-16": low_rank,
     "pooled-0": {"loss.pooled": 0.0},
     "pooled-2": {"loss.pooled": 2.0},
     "ema": {"optim.ema": 0.98},  # 248 steps: an average over the last 50
+    "paper-4": {"method": "paper", "epochs": 4},  # takes as long as `relocate`
 }
-"""Ablations of `relocate`, each one setting away; one needs to know the emergence block and the depth."""
+"""Ablations of `relocate`, each one setting away, and a longer `paper`; two need to know the emergence block
+or the depth."""
 
 ROWS = (*UNTRAINED, *METHODS, *VARIANTS)
 """Everything that `--methods` takes, in the order of the table."""
