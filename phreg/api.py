@@ -486,7 +486,7 @@ def evaluate(
     checked = resolve_settings(task, settings, protocol)
     asked = {"seeds": seeds, "batch_size": batch_size, "gate": gate, "cache_limit": cache_limit}
     configuration.build(_Amounts, asked, source="evaluate")
-    _check_names([*models, *([] if baseline is None else [baseline])], data)
+    _check_names(models, baseline, data)
     if gate is not None and baseline is None:
         raise PhregError("a gate asked for without a model to compare with; give --baseline MODEL")
     for folder in (output, cache):
@@ -534,18 +534,20 @@ class _Amounts(configuration.Config):
     cache_limit: Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
-def _check_names(models: Sequence[Any], data: Any) -> None:
+def _check_names(models: Sequence[Any], baseline: Any, data: Any) -> None:
     """Refuses what names neither models nor data, such as a list of them."""
-    wrong = [type(model).__name__ for model in models if not isinstance(model, str | os.PathLike | nn.Module)]
+    given = [*models, *([] if baseline is None else [baseline])]
+    wrong = [type(model).__name__ for model in given if not isinstance(model, str | os.PathLike | nn.Module)]
     if wrong or not models:
         raise PhregError(
-            f"asked to evaluate {len(models)} models, {len(wrong)} of which are none: {', '.join(wrong) or '-'}; "
-            "give one or more names, folders or instances, one by one: phreg.evaluate(a, b, task=…)"
+            f"asked to evaluate {len(models)} models, {len(wrong)} of which are none: "
+            f"{', '.join(wrong) or '-'}; give names, folders or instances, one or more, each on its own: "
+            "phreg.evaluate(a, b, task=…)"
         )
     if not isinstance(data, str | os.PathLike):
         raise PhregError(
-            f"asked to evaluate on data of type {type(data).__name__}, expected the path of one folder, or the "
-            "id of a dataset; put links to all into one folder"
+            f"asked to evaluate on data of type {type(data).__name__}, expected the path of one folder, or "
+            "the id of a dataset; put links to all into one folder"
         )
 
 

@@ -439,7 +439,8 @@ def exif_orientation(path: str | os.PathLike[str]) -> tuple[int, tuple[int, int]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # as in decoding, which is also where a broken file is an error
             with Image.open(path, formats=_available_formats()) as image:
-                found = image.getexif().get(ExifTags.Base.Orientation)
+                # Not PNG's own, which would decode the whole picture in search of it.
+                found = Image.Image.getexif(image).get(ExifTags.Base.Orientation)
                 return (found if found in UPRIGHT else 1), (image.height, image.width)
     except (Image.DecompressionBombError, *UNDECODABLE):
         return 1, (0, 0)

@@ -118,8 +118,9 @@ def _class_folders(root: Path, others: Collection[str]) -> Labelled:
         )
     if len(folders) < 2:
         raise DataError(
-            f"two classes at least asked for in {root}, found one folder, {folders[0].name}; expected a folder "
-            "of images for each class, in train/ and val/ or in neither: give --data the folder above them"
+            f"two classes at least asked for in {root}, found one folder, {folders[0].name}; expected a "
+            "folder of images for each class, in train/ and val/ or in neither: give --data the folder above "
+            "them"
         )
     paths, labels = [], []
     for number, folder in enumerate(folders):

@@ -42,7 +42,8 @@ def tokencut(grid: Float[Tensor, "rows cols dim"], *, tau: float = 0.2) -> Disco
     rows, cols, _ = grid.shape
     if rows * cols < 2:
         raise PhregError(
-            f"TokenCut asked to part a grid of {rows}x{cols} patch, and needs two at least; raise reading.size"
+            f"TokenCut asked to part a grid of {rows}x{cols} patch, and needs two at least; raise "
+            "reading.size"
         )
     patches = normalize(grid.flatten(0, 1).double(), dim=1)
     edges = torch.where(patches @ patches.T >= tau, 1.0, WEAK_EDGE).double().cpu().numpy()

@@ -366,7 +366,7 @@ def test_coco_stuff_has_no_gaps_between_its_classes(coco):
     assert found.mask(0)[0, :6].tolist() == [0, 11, 79, 80, 170, IGNORE]
     named = [found.classes[number] for number in (0, 11, 79, 80, 170)]
     assert named == ["person", "stop sign", "toothbrush", "banner", "wood"]
-    with pytest.raises(DataError, match="0 pairs .*found no images by .*train2017"):
+    with pytest.raises(DataError, match=r"0 pairs .*found no images by .*train2017"):
         open_segmentation(coco, "train")
 
 

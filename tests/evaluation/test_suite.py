@@ -199,9 +199,11 @@ def test_a_gpu_that_is_not_there_is_said_before_anything_is_run(saved, colours, 
 
 def test_lists_of_models_or_of_data_are_refused(saved, colours):
     with pytest.raises(PhregError, match="are none: list"):
-        api._check_names([["a", "b"]], colours)
+        api._check_names([["a", "b"]], None, colours)
+    with pytest.raises(PhregError, match="0 models"):
+        api._check_names([], saved, colours)
     with pytest.raises(PhregError, match="data of type list"):
-        api._check_names([saved], [colours])
+        api._check_names([saved], None, [colours])
 
 
 def test_tasks_and_their_settings_are_listed(capsys):
