@@ -356,19 +356,18 @@ CAMVID_SEQUENCES = ("0001TP_", "0006R0_", "0016E5_", "Seq05VD_")
 
 
 def _folder_files(root: Path, split: Split) -> tuple[Files, tuple[str, ...]]:
-    folders = root / "images", root / "masks"
-    parts = _split_folder(folders[0], split), _split_folder(folders[1], split)
-    images, masks = parts if parts[0] and parts[1] else folders
+    images, masks = _split_folder(root / "images", split), _split_folder(root / "masks", split)
+    listing = None
+    if images is None or masks is None:
+        images, masks, listing = root / "images", root / "masks", _split_file(root, split)
     found, truths = find_files(images), find_files(masks)
-    names, searched = list(found), images
-    if images == folders[0]:
-        searched = _split_file(root, split)
-        listed = _read_split(searched)
-        names = [name if name in found else PurePosixPath(name).name for name in listed]
+    names = list(found)
+    if listing is not None:
+        names = [name if name in found else PurePosixPath(name).name for name in _read_split(listing)]
     pairs = [
         (found.get(name, images / f"{name}.jpg"), truths.get(name, masks / f"{name}.png")) for name in names
     ]
-    return _paired(root, pairs, searched)
+    return _paired(root, pairs, listing or images)
 
 
 def _split_file(folder: Path, split: Split) -> Path:

@@ -105,8 +105,8 @@ def pair_files(
     if unclear:
         raise DataError(
             f"EXIF says of {len(unclear)} of {len(pairs)} images of {root} that they are to be turned, and "
-            f"the size of their {truth} fits with and without: {some(unclear)}; save them as their {truth} "
-            "lies, without an EXIF orientation"
+            f"the size of their {truth} fits with and without: {some(unclear)}; turn them as their {truth} "
+            "are, and save them without an EXIF orientation"
         )
     images = Files(tuple(os.fspath(image) for image, _ in pairs), frozenset(unturned))
     return images, tuple(os.fspath(path) for _, path in pairs)

@@ -411,6 +411,7 @@ def test_the_folder_of_an_empty_split_is_named(own_folder):
 
 def test_a_layout_asked_for_that_is_not_there_is_an_error(voc):
     (voc / "classes.txt").write_text("road\ncar\n")
+    (voc / "val.txt").write_text("a\n")
     with pytest.raises(DataError, match=r"images, and there is no such folder"):
         open_segmentation(voc, "val", layout="folder")
 
