@@ -13,10 +13,11 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from jaxtyping import Float
+from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
 from phreg import config as configuration
@@ -483,12 +484,15 @@ def evaluate(
         PhregError: Anything asked for does not exist or does not fit.
     """
     checked = resolve_settings(task, settings, protocol)
-    if not models or seeds < 1:
-        raise PhregError(
-            f"asked to evaluate {len(models)} models with {seeds} seeds; give one of each at least"
-        )
+    asked = {"seeds": seeds, "batch_size": batch_size, "gate": gate, "cache_limit": cache_limit}
+    configuration.build(_Amounts, asked, source="evaluate")
+    _check_names(models, baseline, data)
     if gate is not None and baseline is None:
         raise PhregError("a gate asked for without a model to compare with; give --baseline MODEL")
+    for folder in (output, cache):
+        if folder is not None:
+            _check_folder(Path(folder))
+    place = _usable(device)
     named = _named(models)
     against = None
     if baseline is not None:
@@ -498,7 +502,6 @@ def evaluate(
         if against is None:
             against = _named([baseline], "baseline").popitem()[0]
             named |= _named([baseline], "baseline")
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     with tempfile.TemporaryDirectory(prefix="phreg-") as temporary:
         folder = Path(output if output is not None else temporary)
         kept = FeatureCache(Path(cache) if cache else folder / "features", int(cache_limit * GIGABYTE))
@@ -520,6 +523,57 @@ def evaluate(
     if gate is not None:
         results.check_gate(gate)
     return results
+
+
+class _Amounts(configuration.Config):
+    """The numbers that `evaluate` is given."""
+
+    seeds: PositiveInt
+    batch_size: PositiveInt
+    gate: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None
+    cache_limit: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+def _check_names(models: Sequence[Any], baseline: Any, data: Any) -> None:
+    """Refuses what names neither models nor data, such as a list of them."""
+    given = [*models, *([] if baseline is None else [baseline])]
+    wrong = [type(model).__name__ for model in given if not isinstance(model, str | os.PathLike | nn.Module)]
+    if wrong or not models:
+        raise PhregError(
+            f"asked to evaluate {len(models)} models, {len(wrong)} of which are none: "
+            f"{', '.join(wrong) or '-'}; give names, folders or instances, one or more, each on its own: "
+            "phreg.evaluate(a, b, task=…)"
+        )
+    if not isinstance(data, str | os.PathLike):
+        raise PhregError(
+            f"asked to evaluate on data of type {type(data).__name__}, expected the path of one folder, or "
+            "the id of a dataset; put links to all into one folder"
+        )
+
+
+def _check_folder(folder: Path) -> None:
+    """Checks that a folder can be written to, or made, before anything is done that would be lost."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        found = "may not be written to" if there.is_dir() else "is no folder"
+        raise PhregError(
+            f"asked to write to {folder}, and {there} {found}; choose another --output or --cache"
+        )
+
+
+def _usable(device: str | None) -> torch.device:
+    """Finds the device to run on; None means a GPU where there is one."""
+    name = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        place = torch.device(name)
+        torch.zeros(1, device=place).item()
+    except (RuntimeError, AssertionError) as error:  # the latter where torch is built without it
+        reason = str(error).partition("\n")[0]
+        raise PhregError(
+            f"asked to run on device {name!r}, which cannot be used here: {reason}; leave --device out, or "
+            "give cpu, cuda, cuda:1 or mps, whichever there is"
+        ) from error
+    return place
 
 
 def _named(models: Sequence[Model], instance: str = "instance") -> dict[str, Model]:

@@ -10,6 +10,8 @@ import time
 import tomllib
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from inspect import signature
+from itertools import chain
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict, Union, get_args, get_origin
@@ -19,7 +21,7 @@ from rich.logging import RichHandler
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
-from tyro.conf import Positional, arg
+from tyro.conf import Positional, UseAppendAction, arg
 from tyro.extras import SubcommandApp
 
 from phreg import config
@@ -202,7 +204,7 @@ def evaluate(
     baseline: Annotated[str | None, arg(metavar="MODEL")] = None,
     seeds: int = 1,
     protocol: Annotated[str | None, arg(metavar="NAME")] = None,
-    set: Annotated[tuple[str, ...], arg(metavar="KEY=VALUE…")] = (),
+    set: UseAppendAction[Annotated[tuple[tuple[str, ...], ...], arg(metavar="KEY=VALUE…")]] = (),
     gate: Annotated[float | None, arg(metavar="DROP")] = None,
     device: str | None = None,
     precision: Literal["fp32", "bf16"] = "fp32",
@@ -237,7 +239,7 @@ def evaluate(
             results = api.evaluate(
                 *models, task=task, data=data, output=output, baseline=baseline, seeds=seeds, seed=seed,
                 protocol=protocol, gate=gate, device=device, precision=precision, batch_size=batch_size,
-                cache=cache, cache_limit=cache_limit, observe=doing, **_assignments(set),
+                cache=cache, cache_limit=cache_limit, observe=doing, **_assignments([*chain(*set)]),
             )  # fmt: skip
     except GateError as failed:
         _show_results(failed.results, output)
@@ -273,14 +275,28 @@ def tasks(task: Annotated[Positional[str | None], arg(metavar="TASK")] = None, /
 
 
 def _assignments(given: Sequence[str]) -> dict[str, Any]:
-    """Reads settings given as KEY=VALUE; a value is TOML, or else a bare word."""
+    """Reads settings of a task given as KEY=VALUE."""
+    flags = [
+        name for name, flag in signature(evaluate).parameters.items() if flag.kind != flag.POSITIONAL_ONLY
+    ]
     problems = [f"{text}: expected KEY=VALUE" for text in given if not text.partition("=")[2]]
+    keys = [text.partition("=")[0] for text in given]
+    for key in dict.fromkeys(keys):
+        if key in flags:
+            problems.append(f"{key}: no setting of a task; give it by --{key.replace('_', '-')}")
+        elif key == "observe":
+            problems.append(f"{key}: unknown key")  # of phreg.evaluate alone
+        if keys.count(key) > 1:
+            problems.append(f"{key}: given {keys.count(key)} times; keep one")
     if problems:
         raise ConfigError("--set", problems)
     return {key: _value(text) for key, _, text in (item.partition("=") for item in given)}
 
 
 def _value(text: str) -> Any:
+    """Reads lists and tables as TOML; all else stays a text, which the setting makes sense of, commas too."""
+    if text[0] not in "[{" or text == "{}":  # which is a template, and no table
+        return text
     try:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:

@@ -82,9 +82,15 @@ class ImageSource(Protocol):
 
 @dataclass(frozen=True)
 class Files:
-    """Image files, in the order given."""
+    """Image files, in the order given.
+
+    Attributes:
+        paths: Where they are.
+        unturned: Numbers of those that are read as they are stored, whatever EXIF says of their orientation.
+    """
 
     paths: tuple[str, ...]
+    unturned: frozenset[int] = frozenset()
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -95,7 +101,7 @@ class Files:
 
     def read(self, index: int) -> Image.Image:
         """Decodes an image file."""
-        return decode(Path(self.paths[index]))
+        return decode(Path(self.paths[index]), upright=index not in self.unturned)
 
 
 class Member(NamedTuple):
@@ -365,7 +371,7 @@ def _open_dataset(name: str, split: str, column: str | None, *, saved: bool) -> 
         found = "the dataset" if saved else f"it is no file or folder, and as a dataset (split {split!r}) it"
         raise DataError(
             f"cannot read images from {name!r}: {found} cannot be loaded: {error}; check the path or id, "
-            "the network, and --data.split"
+            "the network, and the split (--data.split of phreg distill)"
         ) from error
     if isinstance(table, datasets.DatasetDict):
         if split not in table:
@@ -423,7 +429,24 @@ UNDECODABLE = (
 """What PIL's decoders raise on hostile bytes. TypeError is left out: it would be our own fault."""
 
 
-def decode(data: bytes | Path, name: str | None = None) -> Image.Image:
+def exif_orientation(path: str | os.PathLike[str]) -> tuple[int, tuple[int, int]]:
+    """Reads from an image's header how EXIF says that it is to be turned, and its size as it is stored.
+
+    Returns:
+        A key of `UPRIGHT`, or 1 where it is upright as it is or cannot be read; height and width.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # as in decoding, which is also where a broken file is an error
+            with Image.open(path, formats=_available_formats()) as image:
+                # Not PNG's own, which would decode the whole picture in search of it.
+                found = Image.Image.getexif(image).get(ExifTags.Base.Orientation)
+                return (found if found in UPRIGHT else 1), (image.height, image.width)
+    except (Image.DecompressionBombError, *UNDECODABLE):
+        return 1, (0, 0)
+
+
+def decode(data: bytes | Path, name: str | None = None, *, upright: bool = True) -> Image.Image:
     """Decodes an image to 8-bit RGB, upright, on white.
 
     The EXIF orientation is applied; transparency is laid on white; CMYK is converted without a colour
@@ -432,6 +455,7 @@ def decode(data: bytes | Path, name: str | None = None) -> Image.Image:
     Args:
         data: Content of an image file, or its path.
         name: What to call it in messages; unset means the path.
+        upright: Whether to apply the EXIF orientation.
 
     Raises:
         DataError: It is missing, truncated, empty, in no format of `FORMATS`, of a range of values that
@@ -441,7 +465,7 @@ def decode(data: bytes | Path, name: str | None = None) -> Image.Image:
     name = name or ("an image" if isinstance(data, bytes) else _printable(os.fspath(data)))
     try:
         with io.BytesIO(data) if isinstance(data, bytes) else _open_file(data) as stream:
-            return _decode(stream)
+            return _decode(stream, upright=upright)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         limit = (Image.MAX_IMAGE_PIXELS or 0) / 1e6
         raise unreadable(name, f"it has more than {limit:.3g} megapixels (PIL's limit)") from error
@@ -455,7 +479,7 @@ def _open_file(path: Path) -> io.BufferedReader:
     return path.open("rb")
 
 
-def _decode(stream: io.BytesIO | io.BufferedReader) -> Image.Image:
+def _decode(stream: io.BytesIO | io.BufferedReader, *, upright: bool) -> Image.Image:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PIL's remarks on odd files that it reads all the same
         warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -470,7 +494,7 @@ def _decode(stream: io.BytesIO | io.BufferedReader) -> Image.Image:
             if 0 in image.size:
                 raise ValueError(f"it measures {image.width}x{image.height} pixels")
             image.load()
-            return _to_rgb(image)
+            return _to_rgb(image, upright=upright)
 
 
 def unreadable(name: str, reason: str) -> DataError:
@@ -485,7 +509,7 @@ def _available_formats() -> list[str]:
     return [name for name in FORMATS if name in Image.OPEN]
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def _to_rgb(image: Image.Image, *, upright: bool) -> Image.Image:
     orientation = image.getexif().get(ExifTags.Base.Orientation)  # after load: PIL turns TIFFs itself
     if image.mode == "F" or image.mode.startswith("I"):
         image = _to_8_bits(image)
@@ -494,7 +518,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         white.alpha_composite(image.convert("RGBA"))
         image = white
     image = image.convert("RGB")
-    return image.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else image
+    return image.transpose(UPRIGHT[orientation]) if upright and orientation in UPRIGHT else image
 
 
 def _to_8_bits(image: Image.Image) -> Image.Image:

@@ -15,7 +15,7 @@ import os
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -27,7 +27,8 @@ from torch import Tensor
 from phreg.errors import DataError
 from phreg.evaluation.datasets import read_index_mask
 from phreg.evaluation.layouts import Layout, find_layout
-from phreg.images import SUFFIXES, Files, some
+from phreg.evaluation.pairs import find_files, pair_files, read_lines, without_suffix
+from phreg.images import Files, some
 
 COCO_LIST = "coco_20k_filenames.txt"
 """The list of COCO20k, as LOST calls it."""
@@ -112,12 +113,13 @@ def open_boxed(root: str | os.PathLike[str], choice: Choice | None = None, *, la
 
 @dataclass(frozen=True)
 class _Entry:
-    """An image, its boxes, the file they come from, and the size they were made at."""
+    """An image, its boxes, the file they come from, the size they were made at, and whether EXIF is left."""
 
     image: Path
     boxes: Sequence[Sequence[float]]
     annotation: Path
     size: tuple[int, int] | None = None
+    unturned: bool = False
 
 
 def _boxed(root: Path, entries: Iterable[_Entry]) -> Boxed:
@@ -127,7 +129,7 @@ def _boxed(root: Path, entries: Iterable[_Entry]) -> Boxed:
     if missing or not entries:
         raise DataError(
             f"{root} has boxes of {len(entries)} images, {len(missing)} of which are missing: "
-            f"{some(missing)}; unpack the whole dataset, images too"
+            f"{some(missing) or 'none is listed'}; unpack the whole dataset, images too"
         )
     kept = [entry for entry in entries if len(entry.boxes)]
     if not kept:
@@ -135,8 +137,9 @@ def _boxed(root: Path, entries: Iterable[_Entry]) -> Boxed:
             f"none of the {len(entries)} images of {root} has a box (first annotation: "
             f"{entries[0].annotation}); check the annotations"
         )
+    unturned = frozenset(number for number, entry in enumerate(kept) if entry.unturned)
     return Boxed(
-        Files(tuple(os.fspath(entry.image) for entry in kept)),
+        Files(tuple(os.fspath(entry.image) for entry in kept), unturned),
         tuple(torch.tensor(entry.boxes, dtype=torch.float32) for entry in kept),
         tuple(os.fspath(entry.annotation) for entry in kept),
         tuple(entry.size for entry in kept),
@@ -144,13 +147,9 @@ def _boxed(root: Path, entries: Iterable[_Entry]) -> Boxed:
     )
 
 
-def _read_lines(path: Path, what: str) -> list[str]:
+def _read_names(path: Path, what: str) -> list[str]:
     """Reads the first word of each line."""
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot read {what} from {path}: {error}; write a name or number a line") from error
-    return [line.split()[0] for line in lines if line.strip()]
+    return [line.split()[0] for line in read_lines(path, what)]
 
 
 def _read_json(path: Path, example: str) -> Any:
@@ -179,8 +178,8 @@ def _read_voc(root: Path, choice: Choice) -> Boxed:
         )
     year = years[0]
     listed = choice.names or year / "ImageSets" / "Main" / "trainval.txt"
-    stems = [Path(name).stem for name in _read_lines(listed, "VOC's trainval images")]
-    return _boxed(year, (_voc_entry(year, stem, hard=choice.hard) for stem in stems))
+    names = [without_suffix(PurePosixPath(name).name) for name in _read_names(listed, "VOC's images to use")]
+    return _boxed(year, (_voc_entry(year, name, hard=choice.hard) for name in names))
 
 
 def _voc_entry(year: Path, stem: str, *, hard: bool) -> _Entry:
@@ -240,7 +239,7 @@ def _read_coco(root: Path, choice: Choice) -> Boxed:
             f"cannot read boxes from {path}: {error!r}; expected COCO's instances file, with images (id, "
             "file_name) and annotations (image_id, bbox)"
         ) from error
-    numbers = [_coco_number(name, listed) for name in _read_lines(listed, "COCO's images to use")]
+    numbers = [_coco_number(name, listed) for name in _read_names(listed, "COCO's images to use")]
     unknown = [str(number) for number in numbers if number not in images]
     if unknown:
         raise DataError(
@@ -309,14 +308,7 @@ def _read_boxes(root: Path, choice: Choice) -> Boxed:
 def _read_masks(root: Path, choice: Choice) -> Boxed:
     """Pairs images and masks by their paths inside both folders, suffixes aside."""
     folders = root / "images", root / "masks"
-    images, masks = (
-        {
-            path.relative_to(folder).with_suffix("").as_posix(): path
-            for path in sorted(folder.rglob("*"))
-            if path.suffix.lower() in SUFFIXES
-        }
-        for folder in folders
-    )
+    images, masks = (find_files(folder) for folder in folders)
     unpaired = sorted(str(images[name]) for name in images.keys() - masks.keys())
     if unpaired or not images:
         raise DataError(
@@ -324,18 +316,24 @@ def _read_masks(root: Path, choice: Choice) -> Boxed:
             f"in {folders[1]}: {some(unpaired)}; add masks, or remove the images"
         )
     chosen = _chosen(images, choice, folders[0])
-    return _boxed(
-        root, (_mask_entry(images[name], masks[name], components=choice.components) for name in chosen)
+    files, paths = pair_files(
+        root, [(images[name], masks[name]) for name in chosen], "masks", folders[0],
+        lambda mask: read_index_mask(mask, lossy=True).shape,
+    )  # fmt: skip
+    entries = (
+        _mask_entry(Path(image), Path(mask), components=choice.components, unturned=number in files.unturned)
+        for number, (image, mask) in enumerate(zip(files.paths, paths, strict=True))
     )
+    return _boxed(root, entries)
 
 
 def _chosen(found: Mapping[str, Any], choice: Choice, where: Path) -> list[str]:
     """Keeps the images that a list names, with or without their suffixes."""
     if choice.names is None:
         return list(found)
-    by_stem = {os.path.splitext(name)[0]: name for name in found}  # noqa: PTH122 - names, not paths
-    asked = _read_lines(choice.names, "the images to use")
-    known = [name if name in found else by_stem.get(os.path.splitext(name)[0]) for name in asked]  # noqa: PTH122
+    by_name = {without_suffix(name): name for name in found}
+    asked = _read_names(choice.names, "the images to use")
+    known = [name if name in found else by_name.get(without_suffix(name)) for name in asked]
     unknown = [name for name, match in zip(asked, known, strict=True) if match is None]
     if unknown:
         raise DataError(
@@ -345,15 +343,15 @@ def _chosen(found: Mapping[str, Any], choice: Choice, where: Path) -> list[str]:
     return [name for name in known if name is not None]
 
 
-def _mask_entry(image: Path, mask: Path, *, components: bool) -> _Entry:
+def _mask_entry(image: Path, mask: Path, *, components: bool, unturned: bool) -> _Entry:
     """Draws the box of a mask, or of each of its parts that hang together by edges."""
-    values = read_index_mask(mask)
+    values = read_index_mask(mask, lossy=True)  # soft edges are cut at half, and so are JPEG's
     if 1 < values.max() < 128:
         raise DataError(
             f"mask {mask} has values up to {values.max()}, expected 0 and 1, or 0 and 255; a mask of classes "
             "has no objects: draw one binary mask an image"
         )
-    inside = values > values.max() / 2  # soft edges are cut at half
+    inside = values > values.max() / 2
     parts = inside.astype(np.int32)
     if components:
         label(inside, output=parts)
@@ -361,7 +359,7 @@ def _mask_entry(image: Path, mask: Path, *, components: bool) -> _Entry:
         [float(side) for side in (cols.start, rows.start, cols.stop, rows.stop)]
         for rows, cols in find_objects(parts)
     ]
-    return _Entry(image, boxes, mask, (values.shape[0], values.shape[1]))
+    return _Entry(image, boxes, mask, (values.shape[0], values.shape[1]), unturned)
 
 
 BOX_LAYOUTS: Mapping[str, Layout[Callable[[Path, Choice], Boxed]]] = {

@@ -19,17 +19,17 @@ classification, which takes the class whose name, in 80 prompts, is nearest (Rad
 
 import re
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, Int64
-from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor
 from torch.nn.functional import normalize, one_hot
 
 from phreg.analysis.linear import fit_softmax
 from phreg.backbones.text import imagenet_names, text_encoder
-from phreg.config import Config, Fraction
+from phreg.config import Config
 from phreg.errors import DataError, PhregError
 from phreg.evaluation.datasets import Labelled, open_labelled
 from phreg.evaluation.features import FeatureReader, Reading
@@ -59,7 +59,7 @@ class Settings(Config):
     """Sentence around a class's name, with {} for it; unset means open_clip's 80 for ImageNet."""
     reading: Reading = Reading(fit="crop")
     """Canvas of the images."""
-    val_share: Fraction = 0.2
+    val_share: Annotated[float, Field(gt=0, lt=1)] = 0.2
     """Share of each class that is tested on, where the data has no splits."""
     neighbours: PositiveInt = 20
     """Neighbours that vote; at most as many as there are training images."""
@@ -84,7 +84,7 @@ def run(reader: FeatureReader, data: str, settings: Settings, seed: int) -> Metr
     """Measures the accuracy of each method on each feature.
 
     Raises:
-        DataError: Images or labels cannot be read, or a class has no training image.
+        DataError: Images or labels cannot be read, there are no two classes, or one has no training image.
         PhregError: The model has no classifier, and one was asked for.
     """
     figures: dict[str, float] = {}
@@ -195,7 +195,18 @@ def _tested(data: str, settings: Settings) -> Labelled:
     """Test images where nothing is learned: the validation split, or all there are."""
     found = open_labelled(data, "val", labels=settings.labels) or open_labelled(data, labels=settings.labels)
     assert found is not None
+    if "zero-shot" in settings.methods and settings.words != "imagenet":
+        _check_classes(len(found.classes), data)
     return found
+
+
+def _check_classes(count: int, data: str) -> None:
+    """Refuses one class alone, of which whatever is said is right."""
+    if count < 2:
+        raise DataError(
+            f"classification asked for of {data}, found {count} class, and nothing to tell it from; add "
+            "images of another class"
+        )
 
 
 def _divide(data: str, settings: Settings, seed: int) -> tuple[Labelled, Labelled]:
@@ -208,9 +219,11 @@ def _divide(data: str, settings: Settings, seed: int) -> tuple[Labelled, Labelle
                 f"{data} has {len(train.classes)} classes to train on and {len(test.classes)} to test on, "
                 "which are not the same; give both the same class folders"
             )
+        _check_classes(len(train.labels.unique()), data)
         return train, test
     whole = open_labelled(data, labels=settings.labels)
     assert whole is not None
+    _check_classes(len(whole.labels.unique()), data)
     held: list[int] = []
     for label in whole.labels.unique().tolist():
         members = (whole.labels == label).nonzero().flatten()

@@ -12,9 +12,10 @@ import csv
 import json
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 import numpy as np
@@ -26,6 +27,7 @@ from torch import Tensor
 from phreg.errors import DataError
 from phreg.evaluation.layouts import Layout, find_layout
 from phreg.evaluation.metrics import IGNORE
+from phreg.evaluation.pairs import Pairs, find_files, pair_files, read_lines, without_suffix
 from phreg.evaluation.vocabulary import shipped
 from phreg.images import SUFFIXES, Files, ImageSource, open_images, some
 
@@ -36,6 +38,9 @@ SPLIT_NAMES: Mapping[Split, tuple[str, ...]] = {
     "val": ("val", "validation", "valid", "test"),
 }
 """Folders and files that stand for a split, best first."""
+
+PART_NAMES = frozenset({"images", "masks"})
+"""Folders that stand for a part of a dataset."""
 
 
 # --- Classification -------------------------------------------------------------------------------------
@@ -78,7 +83,7 @@ def open_labelled(
         The images, or None where `data` is not divided into splits and one was asked for.
 
     Raises:
-        DataError: There is nothing there, or labels and images do not match.
+        DataError: There is nothing there, a folder is no class, or labels and images do not match.
     """
     root = Path(data)
     if labels is None and root.is_dir():
@@ -91,17 +96,31 @@ def open_labelled(
         return _hugging_face(os.fspath(data), split)
     divided = _split_folder(root, "train") is not None and _split_folder(root, "val") is not None
     if split is None:
-        return _class_folders(root)
+        return _class_folders(root, PART_NAMES.union(*SPLIT_NAMES.values()))
     found = _split_folder(root, split) if divided else None
-    return _class_folders(found) if found else None
+    return _class_folders(found, PART_NAMES) if found else None
 
 
-def _class_folders(root: Path) -> Labelled:
+def _class_folders(root: Path, others: Collection[str]) -> Labelled:
+    """Lists images by the folder that they are in; folders named as `others` are no classes."""
     folders = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+    mistaken = [path.name for path in folders if path.name.lower() in others]
+    if mistaken:
+        raise DataError(
+            f"classes asked for in {root}, found {', '.join(mistaken)}, which names a part of a dataset; "
+            "expected a folder of images for each class, in train/ and val/ or in neither: give --data the "
+            "folder above or below, rename the folder, or list classes in labels.csv, lines of file,class"
+        )
     if not folders:
         raise DataError(
             f"no classes in {root}: expected a folder of images for each, found none; arrange the images as "
             "CLASS/IMAGE, or list their classes in labels.csv, lines of file,class"
+        )
+    if len(folders) < 2:
+        raise DataError(
+            f"two classes at least asked for in {root}, found one folder, {folders[0].name}; expected a "
+            "folder of images for each class, in train/ and val/ or in neither: give --data the folder above "
+            "them"
         )
     paths, labels = [], []
     for number, folder in enumerate(folders):
@@ -262,19 +281,28 @@ def class_shares(
     return counts[..., :-1] / patches.shape[-1]
 
 
-def read_index_mask(path: str | os.PathLike[str]) -> np.ndarray:
+def read_index_mask(path: str | os.PathLike[str], *, lossy: bool = False) -> np.ndarray:
     """Reads a mask of indices, (height, width): grey or palette images, the palette itself left aside.
 
+    Args:
+        path: The mask.
+        lossy: Whether JPEG will do, which changes indices; for a mask that is cut at a threshold.
+
     Raises:
-        DataError: It cannot be read, or holds colours.
+        DataError: It cannot be read, or holds colours or, in JPEG, indices that are not exact.
     """
     try:
         with Image.open(path) as image:
             image.load()
             values = np.asarray(image)
-            mode = image.mode
+            mode, inexact = image.mode, image.format in ("JPEG", "MPO") and not lossy
     except (OSError, UnidentifiedImageError, SyntaxError) as error:
         raise DataError(f"cannot read mask {path}: {error}; remove its image, or save it anew") from error
+    if inexact:
+        raise DataError(
+            f"mask {path} is a JPEG, expected exact indices, which JPEG changes along all edges; write the "
+            "masks anew as PNG, from what they were made of"
+        )
     if values.ndim != 2 or values.dtype.kind not in "bui":
         raise DataError(
             f"mask {path} is a picture of mode {mode}, expected one index a pixel; it was probably drawn "
@@ -294,21 +322,22 @@ def open_segmentation(root: str | os.PathLike[str], split: Split, *, layout: str
         layout: One of `LAYOUTS`, or `auto`: known by its folders.
 
     Raises:
-        DataError: The folder is of no known layout, or a file is missing.
+        DataError: The folder is of no known layout, a file is missing, or no mask shows a class.
     """
     known = find_layout(root, layout, LAYOUTS, lacking="is of no known layout")
-    return known.read(Path(root), split)
-
-
-def _paired(root: Path, pairs: Sequence[tuple[Path, Path]]) -> tuple[Files, tuple[str, ...]]:
-    """Checks that images and masks are there."""
-    missing = [os.fspath(path) for pair in pairs for path in pair if not path.is_file()]
-    if missing or not pairs:
+    found = known.read(Path(root), split)
+    # One mask that shows a class is enough, so hardly any is read twice.
+    if not any((found.mask(number) != IGNORE).any() for number in range(len(found))):
         raise DataError(
-            f"{root} has {len(pairs)} pairs of image and mask, {len(missing)} files of which are missing: "
-            f"{some(missing)}; unpack the whole dataset, masks too"
+            f"none of the {len(found)} masks of the {split} split of {root} shows any of its "
+            f"{len(found.classes)} classes: all pixels are marked as not to count, from {found.masks[0]} on; "
+            "take the masks that have labels, or write them anew"
         )
-    return Files(tuple(os.fspath(image) for image, _ in pairs)), tuple(os.fspath(mask) for _, mask in pairs)
+    return found
+
+
+def _paired(root: Path, pairs: Pairs, searched: Path) -> tuple[Files, tuple[str, ...]]:
+    return pair_files(root, pairs, "masks", searched, lambda mask: read_index_mask(mask).shape)
 
 
 def _numbered(count: int, *, zero_is_unlabelled: bool = False) -> dict[int, int]:
@@ -326,21 +355,23 @@ CAMVID = (
 CAMVID_SEQUENCES = ("0001TP_", "0006R0_", "0016E5_", "Seq05VD_")
 
 
-def _folder_pairs(root: Path, split: Split) -> list[tuple[Path, Path]]:
+def _folder_files(root: Path, split: Split) -> tuple[Files, tuple[str, ...]]:
     images, masks = _split_folder(root / "images", split), _split_folder(root / "masks", split)
-    if images and masks:
-        by_stem = {path.stem: path for path in masks.iterdir()}
-        listed = sorted(path for path in images.iterdir() if path.suffix.lower() in SUFFIXES)
-        return [(path, by_stem.get(path.stem, masks / f"{path.stem}.png")) for path in listed]
-    stems = _read_split(root, split)
-    by_stem = {path.stem: path for path in (root / "images").iterdir()}
-    return [
-        (by_stem.get(stem, root / "images" / f"{stem}.jpg"), root / "masks" / f"{stem}.png") for stem in stems
+    listing = None
+    if images is None or masks is None:
+        images, masks, listing = root / "images", root / "masks", _split_file(root, split)
+    found, truths = find_files(images), find_files(masks)
+    names = list(found)
+    if listing is not None:
+        names = [name if name in found else PurePosixPath(name).name for name in _read_split(listing)]
+    pairs = [
+        (found.get(name, images / f"{name}.jpg"), truths.get(name, masks / f"{name}.png")) for name in names
     ]
+    return _paired(root, pairs, listing or images)
 
 
-def _read_split(folder: Path, split: Split) -> list[str]:
-    """Reads a split's names, one a line, as stems."""
+def _split_file(folder: Path, split: Split) -> Path:
+    """Finds the file of a split's names."""
     names = [f"{name}.txt" for name in SPLIT_NAMES[split]]
     found = next((folder / name for name in names if (folder / name).is_file()), None)
     if found is None:
@@ -348,21 +379,32 @@ def _read_split(folder: Path, split: Split) -> list[str]:
             f"no {split} split of {folder}: expected a folder of that name under images and masks, or a file "
             f"{' or '.join(names)} of one name a line; add one"
         )
-    lines = found.read_text(encoding="utf-8").split("\n")
-    return [Path(line.split()[0]).stem for line in lines if line.strip()]
+    return found
+
+
+def _read_split(path: Path) -> list[str]:
+    """Reads the first word of each line, without the suffix of an image."""
+    return [without_suffix(line.split()[0]) for line in read_lines(path, "names of images")]
 
 
 def _read_folder(root: Path, split: Split) -> Segmentation:
     path = root / "classes.txt"
     if not path.is_file():
         raise DataError(f"no class list in {root}: write {path.name}, a class a line, the first of index 0")
-    classes = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
-    return Segmentation(*_paired(root, _folder_pairs(root, split)), classes, _numbered(len(classes)))
+    classes = tuple(read_lines(path, "names of classes"))
+    twice = [name for name, count in Counter(classes).items() if count > 1]
+    if twice or not 2 <= len(classes) <= IGNORE:
+        raise DataError(
+            f"2 to {IGNORE} different classes asked for in {path}, found {len(classes)}, "
+            f"{len(twice)} of them more than once: {some(twice) or '-'}; write each once, in the order of "
+            "their indices"
+        )
+    return Segmentation(*_folder_files(root, split), classes, _numbered(len(classes)))
 
 
 def _read_camvid(root: Path, split: Split) -> Segmentation:
     numbering = _numbered(len(CAMVID)) | {len(CAMVID): IGNORE}  # 11 is void
-    return Segmentation(*_paired(root, _folder_pairs(root, split)), CAMVID, numbering)
+    return Segmentation(*_folder_files(root, split), CAMVID, numbering)
 
 
 def _is_folder(root: Path) -> bool:
@@ -390,20 +432,22 @@ def _voc_root(root: Path) -> Path:
     return next((year for year in years if (year / "SegmentationClass").is_dir()), root)
 
 
-def _voc_pairs(root: Path, split: Split, masks: str, lists: str) -> list[tuple[Path, Path]]:
-    stems = _read_split(root / "ImageSets" / lists, split)
-    return [(root / "JPEGImages" / f"{stem}.jpg", root / masks / f"{stem}.png") for stem in stems]
+def _voc_files(root: Path, split: Split, masks: str, lists: str) -> tuple[Files, tuple[str, ...]]:
+    listing = _split_file(root / "ImageSets" / lists, split)
+    names = [PurePosixPath(name).name for name in _read_split(listing)]
+    pairs = [(root / "JPEGImages" / f"{name}.jpg", root / masks / f"{name}.png") for name in names]
+    return _paired(root, pairs, listing)
 
 
 def _read_voc(root: Path, split: Split) -> Segmentation:
     root = _voc_root(root)
-    files = _paired(root, _voc_pairs(root, split, "SegmentationClass", "Segmentation"))
+    files = _voc_files(root, split, "SegmentationClass", "Segmentation")
     return Segmentation(*files, VOC, _numbered(len(VOC)), background=0)
 
 
 def _read_voc20(root: Path, split: Split) -> Segmentation:
     root = _voc_root(root)
-    files = _paired(root, _voc_pairs(root, split, "SegmentationClass", "Segmentation"))
+    files = _voc_files(root, split, "SegmentationClass", "Segmentation")
     return Segmentation(*files, VOC[1:], _numbered(len(VOC) - 1, zero_is_unlabelled=True))
 
 
@@ -430,10 +474,11 @@ def _read_ade(root: Path, split: Split) -> Segmentation:
     path = root / "objectInfo150.txt"
     if not path.is_file():
         raise DataError(f"no class list in {root}: {path.name} is missing, which comes with the dataset")
-    lines = path.read_text(encoding="utf-8").splitlines()[1:]  # under a heading
-    classes = tuple(line.split("\t")[-1].split(",")[0].strip() for line in lines if line.strip())
+    lines = read_lines(path, "names of classes")[1:]  # under a heading
+    classes = tuple(line.split("\t")[-1].split(",")[0].strip() for line in lines)
     pairs = [(image, masks / f"{image.stem}.png") for image in sorted(images.glob("*.jpg"))]
-    return Segmentation(*_paired(root, pairs), classes, _numbered(len(classes), zero_is_unlabelled=True))
+    files = _paired(root, pairs, images)
+    return Segmentation(*files, classes, _numbered(len(classes), zero_is_unlabelled=True))
 
 
 # Cityscapes
@@ -447,7 +492,8 @@ CITYSCAPES = {
 
 
 def _read_cityscapes(root: Path, split: Split) -> Segmentation:
-    images = sorted((root / "leftImg8bit" / split).glob("*/*_leftImg8bit.png"))
+    folder = root / "leftImg8bit" / split
+    images = sorted(folder.glob("*/*_leftImg8bit.png"))
     pairs = [
         (
             image,
@@ -457,7 +503,7 @@ def _read_cityscapes(root: Path, split: Split) -> Segmentation:
         for image in images
     ]  # fmt: skip
     numbering = dict.fromkeys(range(34), IGNORE) | {index: number for number, index in enumerate(CITYSCAPES)}
-    return Segmentation(*_paired(root, pairs), tuple(CITYSCAPES.values()), numbering)
+    return Segmentation(*_paired(root, pairs, folder), tuple(CITYSCAPES.values()), numbering)
 
 
 # PASCAL Context, as mmsegmentation prepares it: VOC2010 with masks of 59 classes
@@ -477,7 +523,7 @@ def _is_context(root: Path) -> bool:
 
 def _context_files(root: Path, split: Split) -> tuple[Files, tuple[str, ...]]:
     root = _context_root(root)
-    return _paired(root, _voc_pairs(root, split, "SegmentationClassContext", "SegmentationContext"))
+    return _voc_files(root, split, "SegmentationClassContext", "SegmentationContext")
 
 
 def _read_context60(root: Path, split: Split) -> Segmentation:
@@ -512,7 +558,8 @@ def _coco_files(root: Path, split: Split) -> tuple[Files, tuple[str, ...]]:
     part = f"{split}2017"
     masks = (_coco_masks(root) or root / COCO_MASKS[0]) / part
     images = root / "images" / part if (root / "images").is_dir() else root / part
-    return _paired(root, [(image, masks / f"{image.stem}.png") for image in sorted(images.glob("*.jpg"))])
+    pairs = [(image, masks / f"{image.stem}.png") for image in sorted(images.glob("*.jpg"))]
+    return _paired(root, pairs, images)
 
 
 def _read_coco_stuff(root: Path, split: Split) -> Segmentation:

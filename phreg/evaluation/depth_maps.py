@@ -25,7 +25,8 @@ from torch import Tensor
 from phreg.errors import DataError
 from phreg.evaluation.datasets import SPLIT_NAMES, Split
 from phreg.evaluation.layouts import Layout, find_layout
-from phreg.images import SUFFIXES, Files, ImageSource, Subset, some
+from phreg.evaluation.pairs import Pairs, find_files, pair_files, read_lines
+from phreg.images import SUFFIXES, ImageSource, Subset
 
 EIGEN_CROP = (slice(45, 471), slice(41, 601))
 """Rows and columns of a 480x640 picture that count on NYUv2 (Eigen et al. 2014, arXiv 1406.2283)."""
@@ -161,20 +162,10 @@ def read_depth_file(path: str | os.PathLike[str]) -> np.ndarray:
     return values
 
 
-def _of_files(
-    root: Path, pairs: Sequence[tuple[Path, Path]], unit: float | None, *, eigen: bool
-) -> DepthMaps:
-    """Checks that images and depths are there."""
-    missing = [os.fspath(path) for pair in pairs for path in pair if not path.is_file()]
-    if missing or not pairs:
-        raise DataError(
-            f"{root} has {len(pairs)} pairs of image and depths, {len(missing)} files of which are missing: "
-            f"{some(missing)}; unpack the whole dataset, depths too"
-        )
-    depths = [os.fspath(depth) for _, depth in pairs]
+def _of_files(root: Path, pairs: Pairs, searched: Path, unit: float | None, *, eigen: bool) -> DepthMaps:
+    images, depths = pair_files(root, pairs, "depths", searched, lambda depth: read_depth_file(depth).shape)
     if unit is None:
         unit = 1.0 if depths[0].lower().endswith(".npy") else 0.001
-    images = Files(tuple(os.fspath(image) for image, _ in pairs))
     return DepthMaps(images, lambda number: read_depth_file(depths[number]), depths, unit, eigen)
 
 
@@ -190,10 +181,9 @@ def _read_folder(root: Path, split: Split, unit: float | None) -> DepthMaps:
         raise DataError(
             f"no {split} split of {root}: expected images/{split} and depths/{split}; make these folders"
         )
-    by_stem = {path.stem: path for path in depths.iterdir()}
-    listed = sorted(path for path in images.iterdir() if path.suffix.lower() in SUFFIXES)
-    pairs = [(path, by_stem.get(path.stem, depths / f"{path.stem}.png")) for path in listed]
-    return _of_files(root, pairs, unit, eigen=False)
+    truths = find_files(depths, {*SUFFIXES, ".npy"})
+    pairs = [(path, truths.get(name, depths / f"{name}.png")) for name, path in find_files(images).items()]
+    return _of_files(root, pairs, images, unit, eigen=False)
 
 
 # NYUv2 as BTS exports it
@@ -212,7 +202,12 @@ def _read_nyu_folders(root: Path, split: Split, unit: float | None) -> DepthMaps
     folder = _nyu_folder(root, split)
     listing = next((root / name for name in NYU_LISTS[split] if (root / name).is_file()), None)
     if listing is not None:  # image, depths and focal length a line, from the split's folder or the root
-        lines = [line.split() for line in listing.read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = [line.split() for line in read_lines(listing, "images and depths")]
+        if any(len(line) < 2 for line in lines):
+            raise DataError(
+                f"{listing} has a line that names no depths beside the image; write image and depths, or "
+                "remove the list, and the folder is read whole"
+            )
         base = folder if folder and lines and (folder / lines[0][0].lstrip("/")).is_file() else root
         pairs = [(base / line[0].lstrip("/"), base / line[1].lstrip("/")) for line in lines]
     elif folder is not None:
@@ -225,7 +220,7 @@ def _read_nyu_folders(root: Path, split: Split, unit: float | None) -> DepthMaps
             f"no {split} split of {root}: expected a folder {' or '.join(NYU_FOLDERS[split])}, or a list "
             f"{NYU_LISTS[split][0]}; unpack the whole dataset"
         )
-    return _of_files(root, pairs, unit, eigen=True)
+    return _of_files(root, pairs, listing or folder or root, unit, eigen=True)
 
 
 # NYUv2's labelled images

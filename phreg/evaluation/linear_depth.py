@@ -15,13 +15,13 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from PIL import Image, ImageOps
-from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
@@ -55,20 +55,20 @@ class Settings(Config):
     """Nearest depth in metres; nearer pixels do not count."""
     max_depth: PositiveFloat = 10.0
     """Farthest depth in metres; farther pixels do not count."""
-    bins: PositiveInt = 256
+    bins: Annotated[int, Field(ge=2)] = 256
     """Depths the head scores, evenly spaced."""
     reading: Reading = Reading(size=448)
     """Canvas of the pictures when testing, and when training without crops."""
     flip: bool = True
     """Test the mirror image too, and take the mean."""
     augment: bool = False
-    """Train on random square crops, read anew each step, rather than on features read once."""
+    """Train on random crops, read anew each step, rather than on features read once."""
     crop: CropConfig = CropConfig(size=416, scale=(1.0, 1.0), max_class_share=1.0)
     """Those crops."""
     steps: PositiveInt = 1000
     """Training steps."""
-    batch_size: PositiveInt = 8
-    """Pictures per step."""
+    train_batch_size: PositiveInt = 8
+    """Pictures per training step."""
     lr: PositiveFloat = 5e-3
     """Highest learning rate of AdamW."""
     weight_decay: NonNegativeFloat = 1e-2
@@ -82,6 +82,14 @@ class Settings(Config):
     clip: PositiveFloat = 35.0
     """Largest norm of the gradient."""
 
+    @model_validator(mode="after")
+    def _range(self) -> "Settings":
+        if self.min_depth >= self.max_depth:
+            raise ValueError(
+                f"min_depth should be less than max_depth, found {self.min_depth:g} and {self.max_depth:g}"
+            )
+        return self
+
 
 PROTOCOLS: Mapping[str, Mapping[str, Any]] = {
     "ph-reg": {
@@ -89,7 +97,7 @@ PROTOCOLS: Mapping[str, Mapping[str, Any]] = {
         "augment": True,
         "crop": {"size": (416, 544), "scale": (426 / 416, 426 / 416), "rotation": 2.5},
         "steps": 30_000,
-        "batch_size": 16,
+        "train_batch_size": 16,
         "warmup": 12_800,
     },
 }
@@ -106,9 +114,27 @@ def run(reader: FeatureReader, data: str, settings: Settings, seed: int) -> Metr
     train, test = (
         open_depths(data, split, layout=settings.layout, unit=settings.unit) for split in ("train", "val")
     )
+    _check_depths(train, settings)
     batches = (_crops if settings.augment else _kept)(reader, train, settings, seed)
     head = train_head(batches, settings, seed, reader)
     return _measure(reader, test, settings, head)
+
+
+def _check_depths(train: DepthMaps, settings: Settings) -> None:
+    """Refuses training pictures none of which has a pixel that counts, after reading the first that has."""
+    for number in range(len(train)):
+        width, height = train.images.read(number).size
+        if _counted(train.depth(number, (height, width)), settings).any():
+            return
+    raise DataError(
+        f"none of the {len(train)} training pictures has a depth between {settings.min_depth:g} and "
+        f"{settings.max_depth:g} m, from {train.names[0]} on; correct unit or max_depth, or the depths"
+    )
+
+
+def _counted(truth: Float[Tensor, "*shape"], settings: Settings) -> Bool[Tensor, "*shape"]:
+    """Tells which depths count."""
+    return (truth > settings.min_depth) & (truth < settings.max_depth)
 
 
 class DepthHead(nn.Module):
@@ -157,7 +183,7 @@ def train_head(
         for group in optimizer.param_groups:
             group["lr"] = settings.lr * _decay(step, settings)
         predicted = interpolate(head(features), truth.shape[-2:], mode="bilinear", align_corners=False)
-        counted = (truth > settings.min_depth) & (truth < settings.max_depth)
+        counted = _counted(truth, settings)
         errors = predicted.log() - truth.where(counted, 1).log()
         loss = scale_loss(errors, counted, mean_only=step < settings.scale_only)
         loss = loss + settings.gradient_weight * gradient_loss(errors, counted)
@@ -249,7 +275,7 @@ def _measure(reader: FeatureReader, test: DepthMaps, settings: Settings, head: D
     repaired: list[_Squares] = []
     for number, (dense, other) in enumerate(zip(seen, mirrored, strict=False)):
         truth = dense.placement.cut(test.depth(number, dense.placement.picture_size))
-        counted = (truth > settings.min_depth) & (truth < settings.max_depth)
+        counted = _counted(truth, settings)
         if not counted.any():
             raise DataError(
                 f"depths {test.names[number]} have no pixel between {settings.min_depth:g} and "
@@ -304,7 +330,7 @@ def _kept(
     for step in range(settings.steps):
         generator = keyed_generator("batch", seed, step)
         group = members[int(torch.multinomial(sizes, 1, generator=generator))]
-        chosen = torch.randperm(len(group), generator=generator)[: settings.batch_size].tolist()
+        chosen = torch.randperm(len(group), generator=generator)[: settings.train_batch_size].tolist()
         items = [stored[group[place]] for place in chosen]
         truths = [
             item.placement.put(train.depth(group[place], item.placement.picture_size)[None], 0)
@@ -331,7 +357,7 @@ def _crops(
     )
     for step in range(settings.steps):
         pictures, truths = [], []
-        for number in itertools.islice(order, settings.batch_size):
+        for number in itertools.islice(order, settings.train_batch_size):
             picture = torch.from_numpy(np.array(train.images.read(number))).permute(2, 0, 1)
             truth = train.depth(number, (picture.shape[1], picture.shape[2]))
             pictures.append(picture[:, *train.counted].to(reader.device).float() / 255)

@@ -42,8 +42,8 @@ class Settings(Config):
     """Those crops."""
     steps: PositiveInt = 1000
     """Training steps."""
-    batch_size: PositiveInt = 8
-    """Pictures per step."""
+    train_batch_size: PositiveInt = 8
+    """Pictures per training step."""
     lr: PositiveFloat = 1e-3
     """Learning rate of AdamW."""
     weight_decay: NonNegativeFloat = 1e-4
@@ -59,7 +59,7 @@ _DINOV2 = {
     "augment": True,
     "crop": {"size": 512},
     "steps": 40_000,
-    "batch_size": 16,
+    "train_batch_size": 16,
     "power": 1.0,
     "warmup": 1500,
 }
@@ -175,7 +175,7 @@ def _kept(
         generator = keyed_generator("batch", seed, step)
         sizes = torch.tensor([len(group) for group in members], dtype=torch.float)
         group = members[int(torch.multinomial(sizes, 1, generator=generator))]
-        chosen = torch.randperm(len(group), generator=generator)[: settings.batch_size].tolist()
+        chosen = torch.randperm(len(group), generator=generator)[: settings.train_batch_size].tolist()
         items = [(group[place], stored[group[place]]) for place in chosen]
         for number, item in items:
             if number not in shares:
@@ -196,7 +196,7 @@ def _crops(
     mean, std = (torch.tensor(values, device=reader.device).view(3, 1, 1) for values in (spec.mean, spec.std))
     order = _shuffled(len(train), seed)
     for step in range(settings.steps):
-        chosen = list(itertools.islice(order, settings.batch_size))
+        chosen = list(itertools.islice(order, settings.train_batch_size))
         pictures, truths = [], []
         for number in chosen:
             picture = train.picture(number)

@@ -192,8 +192,8 @@ class Results:
         if problems:
             raise GateError(
                 f"gate: asked for a drop of at most {limit:g}, found {len(problems)} larger: "
-                f"{'; '.join(problems)}. Train less, guard the global output more (--loss.pooled), or raise "
-                "--gate",
+                f"{'; '.join(problems)}. Train less, guard the global output more if the figure is one of it "
+                "(--loss.pooled), or raise --gate",
                 self,
             )
 

@@ -18,6 +18,7 @@ from scipy.linalg import eigh
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from phreg.errors import PhregError
 from phreg.evaluation.lost import Discovery, box_around, component_at
 
 WEAK_EDGE = 1e-5
@@ -34,8 +35,16 @@ def tokencut(grid: Float[Tensor, "rows cols dim"], *, tau: float = 0.2) -> Disco
     Returns:
         The object, with the maps `eigenvector` (of the side of the object positive at its seed) and
         `partition` (1 on the object's side).
+
+    Raises:
+        PhregError: There is one patch, which nothing can be cut from.
     """
     rows, cols, _ = grid.shape
+    if rows * cols < 2:
+        raise PhregError(
+            f"TokenCut asked to part a grid of {rows}x{cols} patch, and needs two at least; raise "
+            "reading.size"
+        )
     patches = normalize(grid.flatten(0, 1).double(), dim=1)
     edges = torch.where(patches @ patches.T >= tau, 1.0, WEAK_EDGE).double().cpu().numpy()
     degrees = np.diag(edges.sum(1))

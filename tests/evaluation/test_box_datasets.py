@@ -199,6 +199,44 @@ def test_an_image_whose_mask_is_empty_is_left_out(masks):
         open_boxed(masks, Choice(names=masks / "names.txt"))
 
 
+@pytest.mark.parametrize("line", ["f0.5", "f0.5.jpg"])
+def test_a_dot_in_a_name_is_no_suffix(masks, tmp_path, line):
+    write(masks / "images" / "f0.5.jpg", noise(SIZE))
+    write(masks / "masks" / "f0.5.png", mask((2, 3, 10, 8)))
+    (tmp_path / "names.txt").write_text(line)
+    assert open_boxed(masks, Choice(names=tmp_path / "names.txt")).images.name(0).endswith("f0.5.jpg")
+    (masks / "images" / "boxes.csv").write_text("f0.5.jpg,1,2,3,4\n")
+    found = open_boxed(masks / "images", Choice(names=tmp_path / "names.txt"))
+    assert found.images.name(0).endswith("f0.5.jpg")
+
+
+def test_a_dot_in_a_name_of_voc_is_no_suffix(voc):
+    for folder, suffix in (("JPEGImages", "jpg"), ("Annotations", "xml")):
+        (voc / folder / f"000005.{suffix}").rename(voc / folder / f"a.5.{suffix}")
+    (voc / "ImageSets" / "Main" / "trainval.txt").write_text("a.5\n")
+    assert open_boxed(voc).images.name(0).endswith("a.5.jpg")
+
+
+def test_a_picture_is_turned_by_exif_only_where_its_mask_is(masks):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    noise(SIZE).save(masks / "images" / "0001.jpg", exif=exif)
+    found = open_boxed(masks)
+    assert found.images.read(0).size == SIZE
+    found.check(0, SIZE[::-1])
+    exif[0x0112] = 3
+    noise(SIZE).save(masks / "images" / "0001.jpg", exif=exif)
+    with pytest.raises(DataError, match=r"EXIF says .*0001\.jpg"):
+        open_boxed(masks)
+
+
+def test_a_jpeg_will_do_for_a_mask_of_one_object(masks):
+    (masks / "masks" / "0001.png").unlink()
+    write(masks / "masks" / "0001.jpg", mask((8, 8, 24, 24)))
+    # Within the blocks of 8 pixels that JPEG codes on their own.
+    assert open_boxed(masks).boxes[0].tolist() == [[8, 8, 24, 24]]
+
+
 def test_masks_of_classes_are_refused(masks):
     write(masks / "masks" / "0001.png", mask((2, 3, 10, 8), inside=11))
     with pytest.raises(DataError, match=r"0001\.png has values up to 11"):

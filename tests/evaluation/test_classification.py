@@ -93,6 +93,21 @@ def test_a_class_with_one_image_cannot_be_divided(reader, colours, tmp_path):
         classification.run(reader, colours, Settings(), seed=0)
 
 
+@pytest.mark.parametrize("method", ["knn", "linear", "zero-shot"])
+def test_one_class_alone_is_refused(clip_reader, tmp_path, method):
+    for number in range(4):
+        Image.new("RGB", (32, 32), "red").save(tmp_path / f"{number}.png")
+    (tmp_path / "labels.csv").write_text("".join(f"{number}.png,red\n" for number in range(4)))
+    with pytest.raises(DataError, match="found 1 class"):
+        classification.run(clip_reader, str(tmp_path), Settings(methods=(method,)), seed=0)
+
+
+@pytest.mark.parametrize("share", [0, 1])
+def test_all_images_or_none_are_no_share_to_test_on(share):
+    with pytest.raises(PhregError, match="val_share"):
+        resolve_settings("classification", {"val_share": share})
+
+
 def test_methods_can_be_listed_with_commas():
     given = {"methods": "head,knn", "reading.size": "64"}
     found = resolve_settings("classification", given)

@@ -100,6 +100,35 @@ def test_a_saved_dataset_brings_its_own_classes(tmp_path):
     assert found.images.read(0).size == (40, 30)
 
 
+@pytest.mark.parametrize("split", ["train", "valid"])
+def test_a_split_that_stands_alone_is_no_class(class_folders, split):
+    (class_folders / "train").rename(class_folders / "dogs")
+    (class_folders / "val").rename(class_folders / split)
+    with pytest.raises(DataError, match=rf"found {split}, which names a part"):
+        open_labelled(class_folders)
+
+
+def test_splits_of_one_set_are_not_its_classes(class_folders):
+    with pytest.raises(DataError, match="found train, val"):
+        open_labelled(class_folders)
+
+
+def test_a_segmentation_dataset_has_no_class_folders(own_folder):
+    with pytest.raises(DataError, match="found images, masks"):
+        open_labelled(own_folder)
+    for split in ("train", "val"):  # the same the other way round
+        for kind in ("images", "masks"):
+            write(own_folder / split / kind / "a.png", noise())
+    with pytest.raises(DataError, match="found images, masks"):
+        open_labelled(own_folder, "val")
+
+
+def test_a_single_class_folder_is_refused(tmp_path):
+    write(tmp_path / "dog" / "0.png", noise())
+    with pytest.raises(DataError, match="found one folder, dog"):
+        open_labelled(tmp_path)
+
+
 def test_a_folder_that_holds_nothing_is_refused(tmp_path):
     with pytest.raises(DataError, match="no classes"):
         open_labelled(tmp_path)
@@ -138,6 +167,105 @@ def test_an_own_folder_has_its_own_classes(own_folder):
     assert found.classes == ("road", "car")
     assert found.mask(0, (8, 12)).unique().tolist() == [0, 1, IGNORE]
     assert found.picture(0).shape == (3, 8, 12)
+
+
+def test_pictures_and_masks_are_found_at_all_levels(own_folder):
+    write(own_folder / "images" / "val" / "day" / "b.png", noise((12, 8)))
+    with pytest.raises(DataError, match=r"masks/val/day/b\.png"):
+        open_segmentation(own_folder, "val")
+    write(own_folder / "masks" / "val" / "day" / "b.png", index_mask())
+    found = open_segmentation(own_folder, "val")
+    assert [mask.split("/val/")[1] for mask in found.masks] == ["a.png", "day/b.png"]
+
+
+def test_two_masks_of_one_name_are_refused(own_folder):
+    write(own_folder / "masks" / "val" / "a.bmp", index_mask())
+    with pytest.raises(DataError, match=r"'a': found a\.bmp and a\.png"):
+        open_segmentation(own_folder, "val")
+
+
+@pytest.mark.parametrize("line", ["f0.5", "f0.5.jpg", "images/f0.5.jpg"])
+def test_a_dot_in_a_name_is_no_suffix(tmp_path, line):
+    write(tmp_path / "images" / "f0.5.jpg", noise((12, 8)))
+    write(tmp_path / "masks" / "f0.5.png", index_mask())
+    (tmp_path / "classes.txt").write_text("road\ncar\n")
+    (tmp_path / "val.txt").write_text(f"{line}\n")
+    assert open_segmentation(tmp_path, "val").images.name(0).endswith("images/f0.5.jpg")
+
+
+def test_a_list_may_name_pictures_in_folders(tmp_path):
+    for folder in ("day", "night"):
+        write(tmp_path / "images" / folder / "a.jpg", noise((12, 8)))
+        write(tmp_path / "masks" / folder / "a.png", index_mask())
+    (tmp_path / "classes.txt").write_text("road\ncar\n")
+    (tmp_path / "val.txt").write_text("night/a.jpg\n")
+    found = open_segmentation(tmp_path, "val")
+    assert len(found) == 1
+    assert "night" in found.images.name(0)
+    assert "night" in found.masks[0]
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_masks_in_which_nothing_counts_are_refused_and_one_that_shows_a_class_will_do(own_folder, split):
+    write(own_folder / "masks" / split / "a.png", index_mask((255,)))
+    with pytest.raises(DataError, match=rf"none of the 1 masks of the {split} split"):
+        open_segmentation(own_folder, split)
+    write(own_folder / "images" / split / "b.jpg", noise((12, 8)))
+    write(own_folder / "masks" / split / "b.png", index_mask())
+    assert len(open_segmentation(own_folder, split)) == 2
+
+
+def test_a_jpeg_is_no_mask(own_folder):
+    (own_folder / "masks" / "val" / "a.png").unlink()
+    write(own_folder / "masks" / "val" / "a.jpg", index_mask((0, 1)))
+    with pytest.raises(DataError, match=r"a\.jpg is a JPEG"):
+        open_segmentation(own_folder, "val")
+
+
+@pytest.mark.parametrize(
+    ("classes", "named"),
+    [
+        (b"road\ncar\nroad\n", "found 3, 1 of them more than once: road"),
+        (b"road\n", "found 1"),
+        (b"Stra\xdfe\ncar\n", "text file of UTF-8"),
+        ("\n".join(map(str, range(256))).encode(), "found 256, 0 of them"),
+    ],
+)
+def test_a_class_list_that_cannot_be_meant_is_refused(own_folder, classes, named):
+    (own_folder / "classes.txt").write_bytes(classes)
+    with pytest.raises(DataError, match=rf"classes\.txt.*{named}"):
+        open_segmentation(own_folder, "val")
+
+
+def turned(path, orientation, size):
+    """Writes a picture that EXIF says is to be turned, red at the top left as it is stored."""
+    picture = noise(size)
+    picture.paste((255, 0, 0), (0, 0, 2, 2))
+    exif = picture.getexif()
+    exif[0x0112] = orientation
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture.save(path, exif=exif)
+
+
+@pytest.mark.parametrize(("size", "corner"), [((12, 8), (0, 0)), ((8, 12), (0, -1))])
+def test_a_picture_is_turned_by_exif_only_where_its_mask_is(own_folder, size, corner):
+    (own_folder / "images" / "val" / "a.jpg").unlink()
+    turned(own_folder / "images" / "val" / "a.png", 6, (12, 8))  # clockwise
+    write(own_folder / "masks" / "val" / "a.png", index_mask((0, 1), size))
+    found = open_segmentation(own_folder, "val")
+    picture = found.picture(0)
+    assert picture.shape == (3, size[1], size[0])
+    assert picture[:, corner[0], corner[1]].tolist() == [255, 0, 0]
+    assert found.mask(0, (size[1], size[0])).shape == (size[1], size[0])
+
+
+@pytest.mark.parametrize(("orientation", "size"), [(3, (12, 8)), (2, (12, 8)), (6, (8, 8))])
+def test_a_picture_that_may_lie_two_ways_is_refused(own_folder, orientation, size):
+    (own_folder / "images" / "val" / "a.jpg").unlink()
+    turned(own_folder / "images" / "val" / "a.png", orientation, size)
+    write(own_folder / "masks" / "val" / "a.png", index_mask((0, 1), size))
+    with pytest.raises(DataError, match=r"EXIF says of 1 of 1 images .*val/a\.png"):
+        open_segmentation(own_folder, "val")
 
 
 def test_camvid_is_known_by_its_sequences_and_its_void_is_not_counted(tmp_path):
@@ -238,7 +366,7 @@ def test_coco_stuff_has_no_gaps_between_its_classes(coco):
     assert found.mask(0)[0, :6].tolist() == [0, 11, 79, 80, 170, IGNORE]
     named = [found.classes[number] for number in (0, 11, 79, 80, 170)]
     assert named == ["person", "stop sign", "toothbrush", "banner", "wood"]
-    with pytest.raises(DataError, match="0 pairs"):
+    with pytest.raises(DataError, match=r"0 pairs .*found no images by .*train2017"):
         open_segmentation(coco, "train")
 
 
@@ -273,6 +401,19 @@ def test_a_missing_mask_is_named(own_folder):
     (own_folder / "masks" / "val" / "a.png").unlink()
     with pytest.raises(DataError, match=r"masks/val/a\.png"):
         open_segmentation(own_folder, "val")
+
+
+def test_the_folder_of_an_empty_split_is_named(own_folder):
+    (own_folder / "images" / "val" / "a.jpg").unlink()
+    with pytest.raises(DataError, match=r"0 pairs .*found no images by .*images/val;"):
+        open_segmentation(own_folder, "val")
+
+
+def test_a_layout_asked_for_that_is_not_there_is_an_error(voc):
+    (voc / "classes.txt").write_text("road\ncar\n")
+    (voc / "val.txt").write_text("a\n")
+    with pytest.raises(DataError, match=r"images, and there is no such folder"):
+        open_segmentation(voc, "val", layout="folder")
 
 
 def test_a_missing_class_list_is_named(own_folder):

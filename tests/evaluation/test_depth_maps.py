@@ -114,3 +114,24 @@ def test_usual_mistakes_are_errors_that_name_the_file(tmp_path, bts):
     (test / "sync_depth_00003.png").unlink()
     with pytest.raises(DataError, match="1 files of which are missing"):
         open_depths(bts, "val")
+
+
+def test_pictures_of_ones_own_are_found_at_all_levels_and_turned_as_their_depths(tmp_path):
+    write_pair(tmp_path / "images/val/den/a.png", tmp_path / "depths/val/den/a.png", size=(4, 6))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (6, 4), "grey").save(tmp_path / "images/val/den/a.png", exif=exif)
+    found = open_depths(tmp_path, "val")
+    assert found.images.read(0).size == (6, 4)
+    assert found.depth(0, (4, 6))[0, 0] == 2
+    exif[0x0112] = 3
+    Image.new("RGB", (6, 4), "grey").save(tmp_path / "images/val/den/a.png", exif=exif)
+    with pytest.raises(DataError, match=r"EXIF says .*den/a\.png"):
+        open_depths(tmp_path, "val")
+
+
+@pytest.mark.parametrize(("text", "named"), [(b"rgb_1.jpg\n", "no depths"), (b"caf\xe9 a b\n", "UTF-8")])
+def test_a_broken_list_of_pairs_is_named(bts, text, named):
+    (bts / "nyu_train.txt").write_bytes(text)
+    with pytest.raises(DataError, match=rf"nyu_train\.txt.*{named}"):
+        open_depths(bts, "train")

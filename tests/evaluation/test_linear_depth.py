@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from skimage.data import stereo_motorcycle
 
 from phreg.backbones.resolve import adapt
-from phreg.errors import DataError
+from phreg.errors import DataError, PhregError
 from phreg.evaluation import linear_depth
 from phreg.evaluation.augmentation import CropConfig
 from phreg.evaluation.feature_cache import FeatureCache
@@ -48,7 +48,7 @@ SMALL = {
     "lr": 0.1,
     "warmup": 5,
     "scale_only": 20,
-    "batch_size": 1,
+    "train_batch_size": 1,
 }
 
 
@@ -101,6 +101,23 @@ def test_the_mirror_image_has_its_say(reader, motorcycle):
 def test_depths_in_another_unit_are_an_error_that_says_so(reader, motorcycle):
     with pytest.raises(DataError, match="correct unit"):
         linear_depth.run(reader, str(motorcycle), Settings(**SMALL | {"steps": 1}, unit=1000), 0)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "named"),
+    [({"min_depth": 5, "max_depth": 2}, "min_depth should be less than max_depth, found 5 and 2"),
+     ({"bins": 1}, "bins: should be greater than or equal to 2")],
+)  # fmt: skip
+def test_depths_that_leave_nothing_to_learn_are_refused(wrong, named):
+    with pytest.raises(PhregError, match=named):
+        resolve_settings("linear-depth", wrong)
+
+
+def test_training_depths_of_which_none_counts_are_refused_before_any_training(reader, motorcycle):
+    path = motorcycle / "depths" / "train" / "motorcycle.npy"
+    np.save(path, np.zeros_like(np.load(path)))
+    with pytest.raises(DataError, match="none of the 1 training pictures"):
+        linear_depth.run(reader, str(motorcycle), Settings(**SMALL), 0)
 
 
 def test_depths_are_the_mean_of_bins_by_their_shares():

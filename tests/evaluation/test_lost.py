@@ -3,6 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from phreg.errors import PhregError
 from phreg.evaluation.lost import box_around, component_at, lost
 from phreg.evaluation.tokencut import tokencut
 
@@ -62,6 +63,11 @@ def test_tokencut_by_hand():
     assert found.maps["partition"].tolist() == [[1, 0, 0], [1, 0, 0]]
     assert found.seed in {(0, 0), (1, 0)}  # alike but for rounding
     assert found.box == (0, 0, 1, 2)
+
+
+def test_one_patch_cannot_be_cut():
+    with pytest.raises(PhregError, match="grid of 1x1"):
+        tokencut(torch.ones(1, 1, 3))
 
 
 def test_tau_says_from_which_cosine_patches_are_joined():

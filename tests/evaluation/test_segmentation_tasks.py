@@ -44,7 +44,7 @@ def reader(tiny, tmp_path):
     return FeatureReader(adapt(tiny()), "tiny", FeatureCache(tmp_path / "cache"), batch_size=4)
 
 
-SMALL = {"reading": Reading(size=32), "steps": 60, "lr": 0.03, "batch_size": 2}
+SMALL = {"reading": Reading(size=32), "steps": 60, "lr": 0.03, "train_batch_size": 2}
 
 
 @pytest.mark.parametrize("augment", [False, True])

@@ -1,3 +1,4 @@
+import inspect
 import json
 
 import pytest
@@ -5,8 +6,8 @@ import torch
 from PIL import Image
 
 import phreg
-from phreg import cli
-from phreg.errors import GateError
+from phreg import api, cli
+from phreg.errors import GateError, PhregError
 from phreg.evaluation import classification
 from phreg.evaluation.tasks import TASKS, find_task, resolve_settings
 
@@ -131,6 +132,20 @@ def test_a_drop_beyond_the_gate_ends_in_an_error_after_the_results(saved, tiny, 
         (["--task", "classification", "--protocol", "mine"], "no protocol 'mine'"),
         (["--task", "classification", "--seeds", "0"], "seeds"),
         (["--task", "classification", "--gate", "0.1"], "--baseline"),
+        (["--task", "classification", "--gate", "nan"], "gate: should be"),
+        (["--task", "classification", "--gate", "-1"], "gate: should be"),
+        (["--task", "classification", "--batch-size", "0"], "batch_size: should be greater than 0"),
+        (["--task", "classification", "--batch-size", "-1"], "batch_size: should be greater than 0"),
+        (["--task", "classification", "--cache-limit", "nan"], "cache_limit: should be"),
+        (["--task", "classification", "--device", "foo"], "device 'foo'"),
+        (["--task", "classification", "--device", "meta"], "device 'meta'"),
+        (["--task", "classification", "--output", __file__], "is no folder"),
+        (["--task", "classification", "--cache", f"{__file__}/features"], "is no folder"),
+        (["--task", "classification", "--set", "seed=3"], "give it by --seed"),
+        (["--task", "linear-depth", "--set", "batch_size=3"], "give it by --batch-size"),
+        (["--task", "classification", "--set", "observe=3"], "observe: unknown key"),
+        (["--task", "classification", "--set", "models=3"], "models: unknown key"),
+        (["--task", "classification", "--set", "neighbours=3", "--set", "neighbours=4"], "given 2 times"),
     ],
 )
 def test_what_is_wrong_is_said_before_anything_is_run(saved, colours, tmp_path, capsys, wrong, named):
@@ -139,6 +154,56 @@ def test_what_is_wrong_is_said_before_anything_is_run(saved, colours, tmp_path, 
     assert errors.startswith("phreg:")
     assert named in errors
     assert not (tmp_path / "out").exists()
+
+
+def test_settings_may_come_in_several_flags(saved, colours, tmp_path):
+    out = tmp_path / "out"
+    code = evaluate(
+        saved, "--task", "classification", "--data", colours, "--output", out, "--device", "cpu",
+        "--set", "neighbours=3", "methods=knn", "--set", "reading.size=24",
+    )  # fmt: skip
+    settings = json.loads((out / "results.json").read_text())["models"][0]["settings"]
+    assert code == 0
+    assert (settings["neighbours"], settings["methods"], settings["reading"]["size"]) == (3, ["knn"], 24)
+
+
+@pytest.mark.parametrize(
+    ("task", "given", "expected"),
+    [
+        ("object-discovery", ["layers=-1"], {"layers": (-1,)}),
+        ("object-discovery", ["layers=-1,-2", "biases=0"], {"layers": (-1, -2), "biases": (0.0,)}),
+        ("object-discovery", ["layers=[-1]", "reading={size=64}"], {"layers": (-1,)}),
+        ("linear-depth", ["crop.size=[32, 48]", "flip=false", "lr=1e-3"], {"flip": False, "lr": 1e-3}),
+        ("linear-depth", ["crop.size=64", "train_batch_size=2"], {"train_batch_size": 2}),
+        ("classification", ["template={}", "words=2024"], {"template": "{}", "words": "2024"}),
+    ],
+)
+def test_settings_are_understood_as_they_are_typed(task, given, expected):
+    found = resolve_settings(task, cli._assignments(given))
+    assert {name: getattr(found, name) for name in expected} == expected
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_no_setting_is_hidden_by_a_keyword_of_evaluate(name):
+    hidden = set(inspect.signature(phreg.evaluate).parameters) & set(find_task(name).Settings.model_fields)
+    assert not hidden
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_said_before_anything_is_run(saved, colours, tmp_path):
+    asked = {"task": "classification", "data": colours, "output": tmp_path / "out"}
+    with pytest.raises(PhregError, match="'cuda', which cannot be used here"):
+        phreg.evaluate(saved, device="cuda", **asked)
+    assert not (tmp_path / "out").exists()
+
+
+def test_lists_of_models_or_of_data_are_refused(saved, colours):
+    with pytest.raises(PhregError, match="are none: list"):
+        api._check_names([["a", "b"]], None, colours)
+    with pytest.raises(PhregError, match="0 models"):
+        api._check_names([], saved, colours)
+    with pytest.raises(PhregError, match="data of type list"):
+        api._check_names([saved], None, [colours])
 
 
 def test_tasks_and_their_settings_are_listed(capsys):
