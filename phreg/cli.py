@@ -217,7 +217,8 @@ def evaluate(
         models: Hub ids, timm or open_clip names, local folders, runs or adapters.
         task: Name of the task; `phreg tasks` lists them.
         data: Images and labels of the task.
-        output: Folder to write results.json and results.md to; a rerun takes up finished runs.
+        output: Folder to write results.json and results.md to; a rerun takes up finished runs. One that holds
+            results of another task, other data or other settings is refused.
         baseline: Model that the others are set against, and measured at whose artifacts; unset means the
             first of several, without figures at artifacts.
         seeds: Runs of each model; with several, figures have a spread. A task that draws nothing runs once.

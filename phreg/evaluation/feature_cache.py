@@ -167,7 +167,7 @@ class FeatureCache:
         """
         path = self.folder / MASKS / f"{_key(run, source)}.safetensors"
         if not path.is_file():
-            found = {str(number): mask.cpu() for number, mask in enumerate(find() or ())}
+            found = {str(number): mask.cpu().contiguous() for number, mask in enumerate(find() or ())}
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 with _locked(path.parent):  # since others may be writing the same

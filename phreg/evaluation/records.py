@@ -1,7 +1,7 @@
 """What an evaluation found, as a record: figures with their spread, and all that is needed to repeat it.
 
 A task makes one `Metrics` a seed. `summarise` joins those of a model into a `Record`; a `Results` holds the
-records of several models and sets them against a baseline.
+records of several models and sets them against a baseline, or against the first.
 
     Metrics of seed 0, 1, 2 ──summarise──► Record (mean, spread) ┐
                               of each model                      ├─► Results ──► results.json, results.md

@@ -116,7 +116,6 @@ def test_models_of_the_same_tensors_are_not_taken_for_each_other(tiny, photos, t
 
 
 def test_a_file_that_a_setting_names_counts_as_data(saved, photos, tmp_path, stand_in):
-    (tmp_path / "words.toml").write_text("road = ['road']")
     asked = {"task": "stand-in", "data": photos, "output": tmp_path / "out", "device": "cpu"}
     for text in ("road = ['road']", "road = ['way']"):
         (tmp_path / "words.toml").write_text(text)
