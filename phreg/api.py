@@ -465,9 +465,11 @@ def evaluate(
         task: Name of the task.
         data: Where its images and labels are.
         output: Folder to write results.json, results.md and single runs to, which a rerun takes up again;
-            None writes nothing.
-        baseline: Model that the others are set against.
-        seeds: Runs of each model; with several, figures have a spread.
+            one that holds results of another task, other data or other settings is refused. None writes
+            nothing.
+        baseline: Model that the others are set against, and measured at whose artifacts; None means the
+            first of several, without figures at artifacts.
+        seeds: Runs of each model; with several, figures have a spread. A task that draws nothing runs once.
         seed: The first seed.
         protocol: A named set of the task's settings.
         gate: Largest drop of the headline figure behind the baseline's, as a fraction, e.g. 0.01.

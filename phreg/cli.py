@@ -25,7 +25,7 @@ from tyro.conf import Positional, UseAppendAction, arg
 from tyro.extras import SubcommandApp
 
 from phreg import config
-from phreg.errors import ConfigError, GateError, PhregError
+from phreg.errors import ConfigError, GateError, Interrupted, PhregError
 from phreg.storage import ADAPTER_FORMAT, Format
 
 app = SubcommandApp()
@@ -219,9 +219,11 @@ def evaluate(
         models: Hub ids, timm or open_clip names, local folders, runs or adapters.
         task: Name of the task; `phreg tasks` lists them.
         data: Images and labels of the task.
-        output: Folder to write results.json and results.md to; a rerun takes up finished runs.
-        baseline: Model that the others are set against.
-        seeds: Runs of each model; with several, figures have a spread.
+        output: Folder to write results.json and results.md to; a rerun takes up finished runs. One that holds
+            results of another task, other data or other settings is refused.
+        baseline: Model that the others are set against, and measured at whose artifacts; unset means the
+            first of several, without figures at artifacts.
+        seeds: Runs of each model; with several, figures have a spread. A task that draws nothing runs once.
         protocol: Named set of the task's settings.
         set: Settings of the task, such as `neighbours=10 reading.size=448`; `phreg tasks TASK` lists them.
         gate: Exit non-zero where the first figure drops by more than this behind the baseline's, e.g. 0.01.
@@ -232,9 +234,9 @@ def evaluate(
         cache: Folder that keeps features; unset means features/ in the output.
         cache_limit: Gigabytes that it may take.
     """
-    from phreg import api
-
     try:
+        from phreg import api
+
         with Doing() as doing:
             results = api.evaluate(
                 *models, task=task, data=data, output=output, baseline=baseline, seeds=seeds, seed=seed,
@@ -244,6 +246,11 @@ def evaluate(
     except GateError as failed:
         _show_results(failed.results, output)
         raise
+    except KeyboardInterrupt as stopped:
+        raise Interrupted(
+            f"stopped; runs and features that were finished are kept in {output}: give the same command "
+            "again, and it goes on after them"
+        ) from stopped
     _show_results(results, output)
     if gate is not None:
         console.print(f"Gate passed: no drop beyond {gate:g}.", highlight=False)
@@ -439,7 +446,7 @@ def _show_results(results: Any, output: Path) -> None:
     for row in rows:
         table.add_row(*map(escape, row))
     console.print(table)
-    console.print(f"Written: {output / 'results.json'} and results.md", highlight=False)
+    console.print(f"{results.legend()} Written: {output / 'results.json'} and results.md", highlight=False)
 
 
 def _show(result: Any) -> None:
@@ -488,6 +495,9 @@ LOADED: dict[Format, str] = {
 
 GATE_FAILED = 3
 """Exit status of a run that made something worse than its gates allow."""
+
+INTERRUPTED = 130
+"""Exit status of what the user stopped, as shells have it of Ctrl-C."""
 
 
 def _table(rows: Sequence[Any], title: str | None = None) -> None:
@@ -540,4 +550,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
         Console(stderr=True).print(
             f"[bold red]phreg:[/] {escape(str(error))}", highlight=False, soft_wrap=True
         )
-        sys.exit(130 if type(error).__name__ == "Interrupted" else 1)
+        sys.exit(INTERRUPTED if isinstance(error, Interrupted) else 1)

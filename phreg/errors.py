@@ -58,5 +58,9 @@ class GateError(PhregError):
         super().__init__(message)
 
 
+class Interrupted(PhregError):
+    """The user stopped the work; what was done is kept, and the message says how to go on."""
+
+
 class TrainingError(PhregError):
     """The training loop met a value it must not go on with, such as a NaN loss."""

@@ -37,7 +37,7 @@ from phreg.backbones.base import Backbone
 from phreg.checkpoint import RunFolder, load_state, save_state, truncate_log
 from phreg.config import DistillConfig
 from phreg.data import BrokenImages, Crops, Order, loader, normalise
-from phreg.errors import PhregError, TrainingError
+from phreg.errors import Interrupted, PhregError, TrainingError
 from phreg.kept import KeptTargets
 from phreg.losses import distillation_loss
 from phreg.relocation import Relocation
@@ -46,10 +46,6 @@ from phreg.teacher import Teacher
 from phreg.unlock import MovingAverage, freeze_unused, learning_rate, merge_lora, optimizer, unlock
 
 logger = logging.getLogger(__name__)
-
-
-class Interrupted(PhregError):
-    """The run was asked to stop, and did so with a checkpoint."""
 
 
 @dataclass(frozen=True)

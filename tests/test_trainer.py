@@ -19,8 +19,7 @@ import phreg
 from phreg import api, trainer
 from phreg.backbones import resolve
 from phreg.backbones.readout import set_readout
-from phreg.errors import CheckpointError, ConfigError, DataError, PhregError, TrainingError
-from phreg.trainer import Interrupted
+from phreg.errors import CheckpointError, ConfigError, DataError, Interrupted, PhregError, TrainingError
 
 QUICK = {
     "batch_size": 2,

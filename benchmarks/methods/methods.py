@@ -37,7 +37,7 @@ def from_block(first: int | None, depth: int) -> Settings:
     }
 
 
-def low_rank(first: int | None, depth: int) -> Settings:
+def low_rank(_first: int | None, depth: int) -> Settings:
     """Unlocks embeddings as the defaults do, and LoRA on all blocks in their place."""
     return {
         "unlock.roles": ("pos_embed", "patch_embed"),

@@ -277,6 +277,10 @@ class Backbone(nn.Module, ABC):
             f"cannot change the native size of {self.describe()} to {size}; leave target.native_size off"
         )
 
+    def built_of(self) -> Mapping[str, Any]:
+        """Gives the library's own config of the model, as JSON holds it; empty where its modules tell all."""
+        return {}
+
     def to_disk(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Renames some or all of the model's tensors to what its library writes to disk."""
         return dict(tensors)

@@ -14,7 +14,7 @@ resamples it when it loads one.
 import difflib
 import json
 import pickle
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -215,6 +215,10 @@ class NativeTower(Backbone):
         mlp: Any = self.blocks[index].mlp
         return Mlp.of([mlp.c_fc], mlp.c_proj, getattr(mlp, "ln", None))
 
+    def built_of(self) -> Mapping[str, Any]:
+        """Gives what open_clip built the model of; empty of an instance, which does not say."""
+        return self.config or {}
+
     def set_input_size(self, size: int | tuple[int, int]) -> None:
         """Resamples the stored position table once, so that `size` becomes the model's own size.
 
@@ -401,6 +405,10 @@ class TimmTower(Backbone):
     def mlp(self, index: int) -> Mlp | None:
         """Takes apart the MLP of one block; None where timm's block has none that stands by itself."""
         return self.trunk.mlp(index)
+
+    def built_of(self) -> Mapping[str, Any]:
+        """Gives what open_clip built the model of; empty of an instance, which does not say."""
+        return self.config or {}
 
     def set_input_size(self, size: int | tuple[int, int]) -> None:
         """Resamples the trunk's position embedding once, so that `size` becomes the model's own size.

@@ -301,6 +301,11 @@ class TransformersBackbone(Backbone):
         _tell_size(self.tower.get_submodule("embeddings"), height, new * new, table.shape[-2])
         self.spec = replace(self.spec, input_size=(height, width))
 
+    def built_of(self) -> Mapping[str, Any]:
+        """Gives the config of the model, without the path that it was read from."""
+        config = json.loads(self.model.config.to_json_string(use_diff=False))
+        return {key: value for key, value in config.items() if key != "_name_or_path"}
+
     def to_disk(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Renames tensors as the checkpoint on the hub names them, and joins some."""
         return disk_names(self.model, tensors)

@@ -80,6 +80,12 @@ class Globals(NamedTuple):
     logits: Float[Tensor, "images classes"] | None
 
 
+def draws(data: str, settings: Settings) -> bool:
+    """What is held back for testing is, where something learns and the data has no splits."""
+    learns = not set(settings.methods) <= UNTRAINED
+    return learns and open_labelled(data, "val", labels=settings.labels) is None
+
+
 def run(reader: FeatureReader, data: str, settings: Settings, seed: int) -> Metrics:
     """Measures the accuracy of each method on each feature.
 

@@ -1,15 +1,16 @@
 """Features on disk: read once, mapped into memory, checked on every use.
 
-An entry is a folder named by a hash of the model's weights, the reading, and the images' paths, sizes and
-times; any change makes another name, so an entry is never stale. It is written beside its place and renamed
-when complete. Who writes holds a lock on the unfinished folder, which the system takes back when a process
-ends, however it ends; so what nobody holds was left behind by one that was killed, and is deleted.
+An entry is a folder named by a hash of the model's identity, the reading, and the images' paths, sizes and
+times; a change to any of these makes another name, and only an image replaced by one of the same size and
+time goes unnoticed. It is written beside its place and renamed when complete. Who writes holds a lock on the
+unfinished folder, which the system takes back when a process ends, however it ends; so what nobody holds was
+left behind by one that was killed, and is deleted.
 
     stream of Dense ──► .<key>.tmp/ grids.f16 · globals.safetensors · index.json ──rename──► <key>/
                                                           StoredFeatures[i] ◄──mapped, crc checked──┘
 
 Features are kept in half precision, and the first use reads them back from there, so that a rerun gives the
-same figures to the last digit.
+same figures to the last digit. Masks of patches are kept too, bit by bit, a file a set of images.
 """
 
 import fcntl
@@ -26,11 +27,13 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from phreg.errors import DataError, PhregError
 from phreg.images import Files, ImageSource, Subset, TarShards
+from phreg.storage import write_file
 
 if TYPE_CHECKING:
     from phreg.evaluation.features import Dense
@@ -39,6 +42,7 @@ logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
 GRIDS, GLOBALS, INDEX = "grids.f16", "globals.safetensors", "index.json"
+MASKS = "masks"
 GIGABYTE = 10**9
 
 
@@ -142,12 +146,39 @@ class FeatureCache:
             DataError: The pictures lie where a change to them would not be noticed.
             PhregError: There is not space enough, or the entry is damaged.
         """
-        described = {"version": FORMAT_VERSION, **run, "pictures": list(_stamps(source))}
-        text = json.dumps(described, sort_keys=True)
-        folder = self.folder / hashlib.sha256(text.encode()).hexdigest()[:32]
+        folder = self.folder / _key(run, source)
         if not folder.is_dir():
             self._write(folder, dict(run), read(), len(source))
         return StoredFeatures(folder)
+
+    def masks(
+        self, run: Mapping[str, Any], source: ImageSource, find: Callable[[], Sequence[Tensor] | None]
+    ) -> list[Tensor] | None:
+        """Finds a mask of each picture, or makes and keeps them; None is kept as well.
+
+        Args:
+            run: What the masks depend on beside the pictures.
+            source: The pictures.
+            find: Makes the masks, in the pictures' order.
+
+        Raises:
+            DataError: The pictures lie where a change to them would not be noticed.
+            PhregError: They cannot be written, or are damaged.
+        """
+        path = self.folder / MASKS / f"{_key(run, source)}.safetensors"
+        if not path.is_file():
+            found = {str(number): mask.cpu().contiguous() for number, mask in enumerate(find() or ())}
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with _locked(path.parent):  # since others may be writing the same
+                    write_file(path, lambda temporary: save_file(found, temporary))
+            except OSError as error:
+                raise self._unwritable(error) from error
+        try:
+            kept = load_file(path)
+        except SafetensorError as error:
+            raise PhregError(f"masks in {path} are damaged ({error}); delete it and run again") from error
+        return [kept[str(number)] for number in range(len(kept))] or None
 
     def _write(self, folder: Path, run: dict[str, Any], items: Iterable["Dense"], count: int) -> None:
         temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
@@ -161,11 +192,14 @@ class FeatureCache:
                 self._fill(temporary, run, items, count)
                 temporary.rename(folder)
         except OSError as error:
-            raise PhregError(
-                f"cannot keep features in {self.folder} ({error}); free space, or choose another place"
-            ) from error
+            raise self._unwritable(error) from error
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+    def _unwritable(self, error: OSError) -> PhregError:
+        return PhregError(
+            f"cannot keep features in {self.folder} ({error}); free space, or choose another place"
+        )
 
     def _delete_left_behind(self) -> None:
         for unfinished in self.folder.glob(".*.tmp"):
@@ -222,8 +256,17 @@ def _locked(folder: Path, *, wait: bool = True) -> Iterator[None]:
         os.close(handle)
 
 
-def _stamps(source: ImageSource) -> Iterator[tuple[Any, ...]]:
-    """Tells pictures from others, and from changed ones, without reading them."""
+def _key(run: Mapping[str, Any], source: ImageSource) -> str:
+    described = {"version": FORMAT_VERSION, **run, "pictures": list(stamps(source))}
+    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def stamps(source: ImageSource) -> Iterator[tuple[Any, ...]]:
+    """Tells pictures from others, and from changed ones, without reading them.
+
+    Raises:
+        DataError: They lie where a change to them would not be noticed.
+    """
     match source:
         case Files():
             for path in source.paths:
@@ -233,8 +276,8 @@ def _stamps(source: ImageSource) -> Iterator[tuple[Any, ...]]:
             for member in source.members:
                 yield os.path.realpath(member.shard), Path(member.shard).stat().st_mtime_ns, *member[1:]
         case Subset():
-            stamps = list(_stamps(source.source))
-            yield from (stamps[index] for index in source.indices)
+            whole = list(stamps(source.source))
+            yield from (whole[index] for index in source.indices)
         case Stamped():
             yield from source.stamps()
         case _:

@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -35,7 +36,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate, normalize
 
 from phreg.backbones.base import Backbone
-from phreg.backbones.resolve import weights_sha256
+from phreg.backbones.identity import identify
 from phreg.config import Config
 from phreg.data import normalise
 from phreg.errors import PhregError
@@ -146,7 +147,7 @@ class FeatureReader:
 
     Attributes:
         backbone: The model, in eval mode, on its device.
-        identity: What tells this model from others, e.g. the sha256 of its weights; keys the cache.
+        identity: What tells this model from others, `phreg.backbones.identity`; keys the cache.
         cache: Where features are kept.
         batch_size: Pictures per forward.
         bf16: Whether to run forwards under bf16 autocast.
@@ -170,7 +171,21 @@ class FeatureReader:
 
     def of(self, backbone: Backbone) -> "FeatureReader":
         """Makes a reader of another model that is run in the same way."""
-        return replace(self, backbone=backbone, identity=weights_sha256(backbone.disk_state()))
+        return replace(self, backbone=backbone, identity=identify(backbone).whole)
+
+    @cached_property
+    def baseline(self) -> "FeatureReader | None":
+        """Reads the baseline; None where there is none."""
+        return None if self.reference is None else self.of(self.reference)
+
+    def described(self, reading: Reading) -> dict[str, Any]:
+        """Says what features depend on beside the pictures, as JSON holds it."""
+        return {
+            "model": self.identity,
+            "readout": self.backbone.readout,  # which a task may have changed
+            "bf16": self.bf16,
+            "reading": reading.model_dump(),
+        }
 
     def features(self, source: ImageSource, reading: Reading, what: str = "reading") -> StoredFeatures:
         """Reads pictures once, keeps what was read on disk, and gives it as a sequence of `Dense`.
@@ -179,13 +194,7 @@ class FeatureReader:
             DataError: A picture cannot be read, or their source cannot be told from a changed one.
             PhregError: The features would take more space than the cache may.
         """
-        run = {
-            "model": self.identity,
-            "readout": self.backbone.readout,
-            "bf16": self.bf16,
-            "reading": reading.model_dump(),
-        }
-        return self.cache.get(run, source, lambda: self.stream(source, reading, what))
+        return self.cache.get(self.described(reading), source, lambda: self.stream(source, reading, what))
 
     def stream(self, source: ImageSource, reading: Reading, what: str = "reading") -> Iterator[Dense]:
         """Reads pictures in order, decoding ahead of the model.

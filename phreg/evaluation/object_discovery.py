@@ -12,7 +12,6 @@ That best is chosen with the truth at hand: all of the sweep is recorded, and th
 fixed, has a figure of its own. Nothing is random but which pictures are drawn, where `count` asks for fewer.
 """
 
-import logging
 import math
 from collections.abc import Iterator, Mapping
 from itertools import product
@@ -34,8 +33,6 @@ from phreg.evaluation.records import Metrics
 from phreg.evaluation.tokencut import tokencut
 from phreg.images import Subset
 from phreg.seeding import keyed_generator
-
-logger = logging.getLogger(__name__)
 
 Source = Literal["tokens", "queries", "keys", "values"]
 
@@ -88,6 +85,11 @@ class Combination(NamedTuple):
     def __str__(self) -> str:
         bias = "" if self.bias is None else f", bias {self.bias:g}"
         return f"{self.source} of block {self.layer}{bias}"
+
+
+def draws(_data: str, settings: Settings) -> bool:
+    """Pictures are, where there are to be fewer."""
+    return settings.count is not None
 
 
 def run(reader: FeatureReader, data: str, settings: Settings, seed: int) -> Metrics:
@@ -210,9 +212,8 @@ def _metrics(
         detail["artifact_seeds"] = {
             str(which): float(share) for which, share in zip(combinations, starts, strict=True)
         }
-    for name, share in detail["corloc"].items():
-        logger.info("CorLoc %5.2f %% with %s", 100 * share, name)
     notes = {
+        "sweep": "corloc",
         "best": str(combinations[best]),
         "first": str(combinations[0]),
         "pictures": len(hits),

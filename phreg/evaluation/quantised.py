@@ -34,6 +34,11 @@ class Settings(Config):
     """What is measured twice."""
 
 
+def draws(data: str, settings: Settings) -> bool:
+    """As classification does."""
+    return classification.draws(data, settings.classification)
+
+
 def run(reader: FeatureReader, data: str, settings: Settings, seed: int) -> Metrics:
     """Classifies with the model as it is, and quantised.
 

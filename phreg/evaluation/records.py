@@ -1,7 +1,7 @@
 """What an evaluation found, as a record: figures with their spread, and all that is needed to repeat it.
 
 A task makes one `Metrics` a seed. `summarise` joins those of a model into a `Record`; a `Results` holds the
-records of several models and sets them against a baseline.
+records of several models and sets them against a baseline, or against the first.
 
     Metrics of seed 0, 1, 2 ──summarise──► Record (mean, spread) ┐
                               of each model                      ├─► Results ──► results.json, results.md
@@ -31,6 +31,9 @@ LOWER_IS_BETTER = frozenset(
     {"rmse", "artifact_rmse", "abs_rel", "log10", "outlier_rate", "artifact_seeds", "lost_top1"}
 )
 """Figures of which less is better; of all others more is."""
+
+RESULTS, TABLE = "results.json", "results.md"
+"""Files that results are written to."""
 
 IN_UNITS = frozenset({"rmse", "artifact_rmse", "abs_rel", "log10", "pearson"})
 """Figures that are no shares; tables show all others in per cent."""
@@ -85,13 +88,14 @@ class Record:
         registers: Registers phreg added.
         data: Where the images are.
         settings: Every setting of the task, resolved.
-        seeds: One run each.
+        seeds: One run each; where nothing is drawn, one that stands for all.
         figures: By name, headline first.
         detail: Figures of single classes or parts, by kind and name.
         notes: What else each seed's run recorded.
         versions: Of the libraries that matter.
         hardware: The machine, its device, its precision.
         seconds: Wall-clock seconds of all seeds.
+        drawn: Whether a seed decides anything.
     """
 
     task: str
@@ -107,11 +111,21 @@ class Record:
     versions: Mapping[str, str]
     hardware: Mapping[str, Any]
     seconds: float
+    drawn: bool = True
 
     @property
     def headline(self) -> str:
         """Name of the first figure."""
         return next(iter(self.figures))
+
+    @property
+    def sweep(self) -> list[str]:
+        """What each combination reached, a line each, where the task tried several (its note `sweep`)."""
+        swept = str(self.notes[0].get("sweep", ""))
+        return [
+            f"{swept} {_figure(swept, found)} with {part}"
+            for part, found in self.detail.get(swept, {}).items()
+        ]
 
     def to_json(self) -> dict[str, Any]:
         """The record as JSON holds it; NaN, which JSON does not know, becomes null."""
@@ -120,10 +134,10 @@ class Record:
 
 @dataclass(frozen=True)
 class Difference:
-    """A figure of a model against the baseline's, seed by seed.
+    """A figure of a model against that of the one it is set against, seed by seed.
 
     Attributes:
-        change: Mean of what the model has more than the baseline with the same seed.
+        change: Mean of what the model has more than the other with the same seed.
         spread: Standard deviation of that over seeds (n - 1); None of a single one.
         better: Whether the change is an improvement.
         beyond_spread: Whether it is larger than its spread; None where there was one seed only.
@@ -141,25 +155,33 @@ class Results:
 
     Attributes:
         records: One a model, in the order given.
-        baseline: The model that the others are set against; None without.
+        baseline: The model that the others are set against, and measured at whose artifacts; None without.
+        first: The model that the others are set against where there is no baseline; None without.
     """
 
     records: tuple[Record, ...]
     baseline: Record | None = None
+    first: Record | None = None
 
     def __getitem__(self, figure: str) -> float:
         """Looks up a figure of the first model: `results["miou"]`."""
         return self.records[0].figures[figure].mean
 
+    @property
+    def against(self) -> Record | None:
+        """The model that the others are set against."""
+        return self.baseline or self.first
+
     def differences(self, record: Record) -> dict[str, Difference]:
-        """Sets a model's figures against the baseline's, with the seeds both have; empty without any."""
-        if self.baseline is None:
+        """Sets a model's figures against the baseline's, or the first's, with the seeds both have."""
+        against = self.against
+        if against is None:
             return {}
-        theirs = self.baseline.figures
+        theirs = against.figures
         pairs = [
-            (place, self.baseline.seeds.index(seed))
+            (place, against.seeds.index(seed))
             for place, seed in enumerate(record.seeds)
-            if seed in self.baseline.seeds
+            if seed in against.seeds
         ]
         return {
             name: _difference(name, [found.values[ours] - theirs[name].values[base] for ours, base in pairs])
@@ -198,7 +220,7 @@ class Results:
             )
 
     def to_json(self) -> dict[str, Any]:
-        """The first model's figures at the top, every record, and differences to the baseline."""
+        """The first model's figures at the top, every record, and differences between them."""
         first = self.records[0]
         top = {name: summary.mean for name, summary in first.figures.items()}
         return _without_nan(
@@ -208,11 +230,12 @@ class Results:
                 "data": first.data,
                 "models": [record.to_json() for record in self.records],
                 "baseline": self.baseline.to_json() if self.baseline else None,
+                "against": self.against.model if self.against else None,
                 "differences": [
                     {name: asdict(found) for name, found in self.differences(record).items()}
                     for record in self.records
                 ]
-                if self.baseline
+                if self.against
                 else None,
             }
         )
@@ -224,7 +247,7 @@ class Results:
         return ["model", *names], rows
 
     def to_markdown(self) -> str:
-        """The table in Markdown, and the figures of single classes under it."""
+        """The table in Markdown, the figures of single classes, and how to read them under it."""
         heading, rows = self.rows()
         blocks = [_table(heading, rows)]
         for kind in self.records[0].detail:
@@ -236,27 +259,36 @@ class Results:
             ]
             blocks.append(_table([kind, *(record.model for record in labelled)], rows))
         first = self.records[0]
-        seeds = f"{len(first.seeds)} seed{'' if len(first.seeds) == 1 else 's'}"
-        spread = "; ± is the standard deviation over seeds (n - 1)" if len(first.seeds) > 1 else ""
-        marked = "; in brackets the difference to the baseline, seed by seed, ~ where it is within its spread"
-        blocks.append(
-            f"{first.task} on {first.data}, {seeds}{spread}{marked if self.baseline else ''}. "
-            "Shares are in per cent."
-        )
+        blocks.append(f"{first.task} on {first.data}, {self.legend()}")
         return "\n\n".join(blocks) + "\n"
 
+    def legend(self) -> str:
+        """Says how to read the table."""
+        first, against = self.records[0], self.against
+        several = len(first.seeds) > 1
+        parts = [f"{len(first.seeds)} seed{'s' if several else ''}"]
+        if not first.drawn:
+            parts = ["one run, which stands for every seed, as nothing is drawn"]
+        if several:
+            parts.append("± is the standard deviation over seeds (n - 1)")
+        if against is not None and len(self._labelled()) > 1:
+            whose = "the baseline" if against is self.baseline else against.model
+            spread = ", seed by seed, ~ where it is within its spread" if several else ""
+            parts.append(f"in brackets the difference to {whose}{spread}")
+        return f"{'; '.join(parts)}. Shares are in per cent."
+
     def write(self, folder: Path) -> None:
-        """Writes results.json and results.md, each at once."""
+        """Writes `RESULTS` and `TABLE`, each at once."""
         folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / "results.json", json.dumps(self.to_json(), indent=2))
-        write_text(folder / "results.md", self.to_markdown())
+        write_text(folder / RESULTS, json.dumps(self.to_json(), indent=2))
+        write_text(folder / TABLE, self.to_markdown())
 
     def _labelled(self) -> list[tuple[Record, str]]:
         ahead = [(self.baseline, " (baseline)")] if self.baseline else []
         return [*ahead, *((record, "") for record in self.records if record is not self.baseline)]
 
     def _cells(self, record: Record) -> list[str]:
-        differences = {} if record is self.baseline else self.differences(record)
+        differences = {} if record is self.against else self.differences(record)
         cells = []
         for name in self.records[0].figures:
             cell = _figure(name, record.figures.get(name))

@@ -4,11 +4,13 @@ A task is a module of this package with
 
     class Settings(Config)                    every number it depends on, each with a default and a docstring
     PROTOCOLS: Mapping[str, Mapping]          named sets of settings, e.g. of a paper (optional)
+    draws(data, settings) -> bool             whether the seed decides anything (optional: it does)
     run(reader, data, settings, seed) -> Metrics
 
 `run` reads a model through the `FeatureReader` alone, draws from generators made of `seed` alone
 (`phreg.seeding.keyed_generator`), tells `reader.observe(what, done, total)` how far it is, and puts its
-headline figure first. To add a task, write the module and name it here.
+headline figure first. A task that tries several things and reports the best names the figure in a note
+`sweep`, and what each reached in the detail of that name. To add a task, write the module and name it here.
 """
 
 import importlib
@@ -58,6 +60,17 @@ def find_task(name: str) -> Task:
 def protocols(task: Task) -> Mapping[str, Mapping[str, Any]]:
     """Lists a task's named sets of settings."""
     return getattr(task, "PROTOCOLS", {})
+
+
+def draws(name: str, data: str, settings: Config) -> bool:
+    """Tells whether a task draws anything from its seed, on these data with these settings.
+
+    Raises:
+        DataError: The data cannot be read.
+        PhregError: There is no such task.
+    """
+    told = getattr(find_task(name), "draws", None)
+    return True if told is None else told(data, settings)
 
 
 def resolve_settings(name: str, given: Mapping[str, Any], protocol: str | None = None) -> Config:

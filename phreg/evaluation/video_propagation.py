@@ -77,8 +77,13 @@ class Video:
         return torch.from_numpy(values)
 
 
+def draws(_data: str, _settings: Settings) -> bool:
+    """Nothing is drawn."""
+    return False
+
+
 def run(reader: FeatureReader, data: str, settings: Settings, seed: int) -> Metrics:  # noqa: ARG001
-    """Follows the objects of every sequence; nothing depends on the seed.
+    """Follows the objects of every sequence.
 
     Raises:
         DataError: A file is missing or wrong, or a first frame shows no object.

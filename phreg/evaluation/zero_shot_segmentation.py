@@ -84,8 +84,13 @@ PROTOCOLS: Mapping[str, Mapping[str, Any]] = {
 (arXiv 2404.08181), which reads Cityscapes as PH-Reg does."""
 
 
+def draws(_data: str, _settings: Settings) -> bool:
+    """Nothing is drawn."""
+    return False
+
+
 def run(reader: FeatureReader, data: str, settings: Settings, seed: int) -> Metrics:  # noqa: ARG001
-    """Labels the validation split. Nothing is drawn, so all seeds agree.
+    """Labels the validation split.
 
     Raises:
         DataError: The dataset is of no known layout, or a file of it is wrong; or a class has no words.

@@ -46,6 +46,7 @@ def test_every_combination_is_recorded_and_the_best_is_the_headline(reader, squa
     assert found.figures["corloc"] == max(swept.values()) == swept[found.notes["best"]]
     assert found.figures["corloc_first"] == swept["keys of block -1, bias 0"]
     assert found.notes["pictures"] == 3
+    assert found.notes["sweep"] == "corloc", "by which it is told"
 
 
 def test_corloc_is_the_share_of_pictures_whose_box_hits(reader, squares, monkeypatch):

@@ -85,6 +85,14 @@ def test_a_baseline_that_is_also_measured_is_shown_once():
     assert Results((base, record("b", [0.6])), base).to_markdown().count("| a (baseline)") == 1
 
 
+def test_where_nothing_is_drawn_the_table_says_so():
+    drawn = record("a", [0.5])
+    assert "1 seed." in Results((drawn,)).legend()
+    assert (
+        "one run, which stands for every seed" in Results((dataclasses.replace(drawn, drawn=False),)).legend()
+    )
+
+
 def test_what_has_no_value_is_null_in_json_and_a_dash_in_the_table(tmp_path):
     results = Results((record("a", [0.5], detail={"road": math.nan, "car": 0.5}),))
     results.write(tmp_path)

@@ -1,5 +1,8 @@
 import inspect
 import json
+import logging
+import sys
+from types import ModuleType
 
 import pytest
 import torch
@@ -7,9 +10,13 @@ from PIL import Image
 
 import phreg
 from phreg import api, cli
+from phreg.backbones.resolve import adapt
+from phreg.config import Config
 from phreg.errors import GateError, PhregError
 from phreg.evaluation import classification
-from phreg.evaluation.tasks import TASKS, find_task, resolve_settings
+from phreg.evaluation.records import Metrics
+from phreg.evaluation.tasks import TASKS, draws, find_task, resolve_settings
+from phreg.test_time import install
 
 FAST = {"neighbours": 3}
 
@@ -22,6 +29,32 @@ def colours(tmp_path):
             tint = tuple(part + 3 * number for part in colour)
             Image.new("RGB", (32, 32), tint).save(tmp_path / "set" / name / f"{number}.png")
     return tmp_path / "set"
+
+
+class Settings(Config):
+    """Those of a task that reads nothing."""
+
+    words: str | None = None
+    """A file, or a name."""
+    number: int = 1
+    """Any number."""
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    """Puts a task in place that reads nothing, and counts how often it is run."""
+    task = ModuleType("stand_in")
+    task.Settings, task.runs = Settings, []
+
+    def run(reader, _data, _settings, seed):
+        task.runs.append(seed)
+        swept = {"once": 0.25, "twice": 0.5}
+        return Metrics({"score": 0.5 + 0.1 * len(task.runs)}, {"score": swept}, {"sweep": "score"})
+
+    task.run = run
+    monkeypatch.setitem(sys.modules, "stand_in", task)
+    monkeypatch.setitem(TASKS, "stand-in", "stand_in")
+    return task
 
 
 def evaluate(*arguments):
@@ -72,8 +105,164 @@ def test_a_finished_run_is_not_done_again(saved, colours, tmp_path, monkeypatch)
     again = phreg.evaluate(saved, seeds=2, **asked, **FAST)
     assert done == [1], "only the second seed"
     assert again.records[0].figures["top1"].values[0] == first["top1"]
-    phreg.evaluate(saved, **asked, neighbours=2)
-    assert done == [1, 0], "other settings are another run"
+
+
+def test_models_of_the_same_tensors_are_not_taken_for_each_other(tiny, photos, tmp_path, stand_in):
+    models = []
+    for units in ({1: [(0, 1)]}, {0: [(3, 1)], 2: [(1, -1)]}):  # moved by hooks, which no tensor shows
+        models.append(tiny())
+        install(adapt(models[-1]), units)
+    phreg.evaluate(*models, task="stand-in", data=photos, output=tmp_path / "out", device="cpu")
+    assert len(stand_in.runs) == 2
+
+
+def test_a_file_that_a_setting_names_counts_as_data(saved, photos, tmp_path, stand_in):
+    asked = {"task": "stand-in", "data": photos, "output": tmp_path / "out", "device": "cpu"}
+    for text in ("road = ['road']", "road = ['way']"):
+        (tmp_path / "words.toml").write_text(text)
+        phreg.evaluate(saved, **asked, words=str(tmp_path / "words.toml"))
+    assert len(stand_in.runs) == 2
+
+
+def test_a_picture_that_a_list_names_counts_as_data(saved, photos, tmp_path, stand_in):
+    (tmp_path / "list.txt").write_text("photos/00.png\nphotos/01.png\n")
+    asked = {"task": "stand-in", "data": tmp_path / "list.txt", "output": tmp_path / "out", "device": "cpu"}
+    for changed in ("02.png", "01.png"):
+        phreg.evaluate(saved, **asked)
+        Image.new("RGB", (8, 8)).save(photos / changed)
+    phreg.evaluate(saved, **asked)
+    assert len(stand_in.runs) == 2, "02.png is not listed"
+
+
+def test_what_phreg_keeps_inside_of_the_data_is_none_of_it(saved, photos, stand_in, monkeypatch):
+    monkeypatch.chdir(photos.parent)
+    asked = {"output": "photos/out", "cache": "photos/kept", "task": "stand-in", "device": "cpu"}
+    for data in (photos.resolve(), "photos"):
+        phreg.evaluate(saved, data=data, **asked)
+        (photos / "kept" / "entry").mkdir(parents=True, exist_ok=True)
+        (photos / "kept" / "entry" / "grids.f16").write_bytes(b"0")
+    assert len(stand_in.runs) == 1
+
+
+@pytest.mark.parametrize("output", ["", "photos"])
+def test_data_count_wherever_results_are_written(saved, photos, tmp_path, stand_in, output):
+    for number in range(2):
+        Image.new("RGB", (8 + number, 8)).save(photos / "00.png")
+        asked = {"output": tmp_path / output, "cache": tmp_path, "task": "stand-in", "device": "cpu"}
+        phreg.evaluate(saved, data=photos, **asked)
+    assert len(stand_in.runs) == 2
+
+
+@pytest.mark.parametrize(
+    ("task", "settings", "drawn"),
+    [
+        ("object-discovery", {}, False),
+        ("object-discovery", {"count": 2}, True),
+        ("video-propagation", {}, False),
+        ("zero-shot-segmentation", {}, False),
+        ("linear-segmentation", {}, True),
+        ("classification", {}, True),
+        ("classification", {"methods": "head,zero-shot"}, False),
+        ("quantised", {"classification": {"methods": ["head"]}}, False),
+    ],
+)
+def test_a_task_says_whether_it_draws_anything(colours, task, settings, drawn):
+    assert draws(task, str(colours), resolve_settings(task, settings)) is drawn
+
+
+@pytest.mark.parametrize(("task", "section"), [("classification", None), ("quantised", "classification")])
+def test_images_that_are_divided_already_are_not_drawn(colours, tmp_path, task, section):
+    for part in ("train", "val"):
+        (tmp_path / "divided").mkdir(exist_ok=True)
+        (tmp_path / "divided" / part).symlink_to(colours)
+    settings = resolve_settings(task, {section: {"methods": ["knn"]}} if section else {"methods": ["knn"]})
+    assert draws(task, str(colours), settings)
+    assert not draws(task, str(tmp_path / "divided"), settings)
+
+
+def test_a_task_that_draws_nothing_runs_once_and_says_so(saved, photos, tmp_path, stand_in, caplog):
+    stand_in.draws = lambda _data, _settings: False
+    asked = {"task": "stand-in", "data": photos, "output": tmp_path / "out", "device": "cpu"}
+    with caplog.at_level(logging.INFO, "phreg"):
+        results = phreg.evaluate(saved, seeds=3, **asked)
+    assert stand_in.runs == [0]
+    assert results.records[0].seeds == (0,)
+    assert results.records[0].figures["score"].spread is None
+    assert caplog.text.count("one run stands for all 3 seeds") == 1
+    assert "nothing is drawn" in (tmp_path / "out" / "results.md").read_text()
+
+
+def test_a_sweep_is_told_again_by_a_run_that_was_finished_before(saved, photos, tmp_path, stand_in, caplog):
+    asked = {"task": "stand-in", "data": photos, "output": tmp_path / "out", "device": "cpu"}
+    with caplog.at_level(logging.INFO, "phreg"):
+        phreg.evaluate(saved, **asked)
+        phreg.evaluate(saved, **asked)
+    assert len(stand_in.runs) == 1
+    assert caplog.text.count("score 25.00 with once") == caplog.text.count("score 50.00 with twice") == 2
+
+
+@pytest.mark.parametrize(
+    ("other", "named"),
+    [
+        ({"number": 2}, r"settings\.number 1 there, 2 asked for"),
+        ({"task": "object-discovery"}, "task 'stand-in' there, 'object-discovery' asked for"),
+        ({"data": "elsewhere"}, "data .*photos' there, 'elsewhere' asked for"),
+    ],
+)
+def test_results_of_something_else_are_not_overwritten(
+    saved, photos, tmp_path, stand_in, other, named, monkeypatch
+):
+    asked = {"task": "stand-in", "data": photos, "output": tmp_path / "out", "device": "cpu"}
+    phreg.evaluate(saved, **asked)
+    before = (tmp_path / "out" / "results.json").read_bytes()
+    with pytest.raises(PhregError, match=f"{named}.*another --output"):
+        phreg.evaluate(saved, **asked | other)
+    assert (tmp_path / "out" / "results.json").read_bytes() == before
+    monkeypatch.chdir(tmp_path)  # the same data by another path
+    phreg.evaluate(saved, **asked | {"data": "photos"}, seeds=2)
+    assert stand_in.runs == [0, 1]
+
+
+@pytest.mark.parametrize("text", ["[]", "{", '{"models": [{"task": 3}]}'])
+def test_results_of_another_program_are_not_overwritten(saved, photos, tmp_path, stand_in, text):
+    (tmp_path / "results.json").write_text(text)
+    with pytest.raises(PhregError, match="none of phreg's"):
+        phreg.evaluate(saved, task="stand-in", data=photos, output=tmp_path, device="cpu")
+    assert (tmp_path / "results.json").read_text() == text
+
+
+def test_without_a_baseline_the_others_are_set_against_the_first(saved, tiny, photos, tmp_path, stand_in):
+    asked = {"task": "stand-in", "data": photos, "output": tmp_path / "out", "device": "cpu"}
+    results = phreg.evaluate(saved, tiny(depth=1), tiny(depth=2), **asked, seeds=2)
+    written = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert written["baseline"] is None, "none is measured at another's artifacts"
+    assert written["against"] == str(saved)
+    changes = [found["score"]["change"] for found in written["differences"]]
+    assert changes == pytest.approx([0, 0.2, 0.4])  # a tenth more with every run
+    lines = results.to_markdown().splitlines()
+    assert "(" not in lines[2]
+    assert "(+20.00 ± 0.00)" in lines[3]
+    assert f"in brackets the difference to {saved}" in results.legend()
+    assert phreg.evaluate(saved, **asked, seeds=2).to_json()["against"] is None, "alone"
+
+
+def test_ctrl_c_ends_in_a_line_and_the_same_command_goes_on(saved, photos, tmp_path, stand_in, capsys):
+    done = stand_in.run
+
+    def run(reader, data, settings, seed):
+        if seed == 1:
+            raise KeyboardInterrupt
+        return done(reader, data, settings, seed)
+
+    stand_in.run = run
+    asked = (saved, "--task", "stand-in", "--data", photos, "--output", tmp_path / "out", "--seeds", 2)
+    assert evaluate(*asked, "--device", "cpu") == 130
+    said = " ".join(capsys.readouterr().err.split())
+    assert said.startswith("phreg: stopped")
+    assert "kept in" in said
+    stand_in.run = done
+    assert evaluate(*asked, "--device", "cpu") == 0
+    assert stand_in.runs == [0, 1]
 
 
 def test_a_run_on_data_that_changed_is_done_again(saved, colours, tmp_path):
