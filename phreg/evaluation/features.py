@@ -34,7 +34,8 @@ from pydantic import PositiveInt
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, normalize
 
-from phreg.backbones.base import Backbone
+from phreg.backbones.base import Backbone, Readout
+from phreg.backbones.readout import dense_readout, read_as
 from phreg.backbones.resolve import weights_sha256
 from phreg.config import Config
 from phreg.data import normalise
@@ -68,6 +69,9 @@ class Reading(Config):
     in the space that a CLIP-type model shares with text."""
     layer: int | None = None
     """Block that is read, 0-based or negative from the end; unset means the last."""
+    readout: Readout | None = None
+    """How a CLIP-type model's last block is read (phreg.backbones.readout); unset means as phreg trained the
+    model, and plain where it did not. Pooled outputs mean something when read plain alone."""
     norm: bool = True
     """Apply the final norm to tokens."""
     bias: bool = True
@@ -168,6 +172,10 @@ class FeatureReader:
         """Where the model is."""
         return self.backbone.device
 
+    def readout(self, reading: Reading) -> Readout:
+        """Says how the last block is read."""
+        return reading.readout or dense_readout(self.backbone)
+
     def of(self, backbone: Backbone) -> "FeatureReader":
         """Makes a reader of another model that is run in the same way."""
         return replace(self, backbone=backbone, identity=weights_sha256(backbone.disk_state()))
@@ -181,7 +189,7 @@ class FeatureReader:
         """
         run = {
             "model": self.identity,
-            "readout": self.backbone.readout,
+            "readout": self.readout(reading),
             "bf16": self.bf16,
             "reading": reading.model_dump(),
         }
@@ -203,7 +211,7 @@ class FeatureReader:
 
         Args:
             source: The pictures.
-            readings: What is read; the first says on which canvas.
+            readings: What is read; the first says on which canvas, and through which read-out.
             what: What this is for, told to the observer.
 
         Yields:
@@ -227,7 +235,8 @@ class FeatureReader:
         found = []
         for placed in self._batches(source, reading, what):
             images = self.normalise(torch.stack([pixels for pixels, _ in placed]))
-            with torch.no_grad(), torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
+            autocast = torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16)
+            with torch.no_grad(), autocast, read_as(self.backbone, reading.readout):
                 found.append(self.backbone.logits(images).float().cpu())
         return torch.cat(found)
 
@@ -362,7 +371,8 @@ class FeatureReader:
         left = sorted({index for index, reading in asked if reading.source in OUTPUTS})
         entered = sorted({index for index, reading in asked if reading.source not in OUTPUTS})
         found = []
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
+        autocast = torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16)
+        with autocast, read_as(backbone, readings[0].readout):
             with backbone.tap(left) as outputs, _entering(backbone.blocks, entered) as inputs:
                 pooled = backbone.run(images)
             for index, reading in asked:

@@ -34,7 +34,9 @@ def artifact_places(
     """
     if reader.reference is None:
         return None
-    before_norm = reading.model_copy(update={"source": "tokens", "layer": None, "norm": False, "unit": False})
+    before_norm = reading.model_copy(
+        update={"source": "tokens", "layer": None, "readout": "plain", "norm": False, "unit": False}
+    )
     norms = [
         dense.grid.norm(dim=-1)
         for dense in reader.of(reader.reference).stream(source, before_norm, "artifacts of the baseline")
