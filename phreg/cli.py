@@ -217,12 +217,14 @@ def evaluate(
         models: Hub ids, timm or open_clip names, local folders, runs or adapters.
         task: Name of the task; `phreg tasks` lists them.
         data: Images and labels of the task.
-        output: Folder to write results.json and results.md to; a rerun takes up finished runs.
+        output: Folder to write results.json and results.md to, and maps.png where objects are discovered; a
+            rerun takes up finished runs.
         baseline: Model that the others are set against.
         seeds: Runs of each model; with several, figures have a spread.
         protocol: Named set of the task's settings.
         set: Settings of the task, such as `neighbours=10 reading.size=448`; `phreg tasks TASK` lists them.
-        gate: Exit non-zero where the first figure drops by more than this behind the baseline's, e.g. 0.01.
+        gate: Exit with status 3 where a figure drops by more than this behind the baseline's, e.g. 0.01: the
+            first figure, and in classification every top-1.
         device: Where to run; unset means a GPU where there is one.
         precision: Of the models' forwards.
         batch_size: Pictures per forward.
@@ -471,7 +473,7 @@ LOADED: dict[Format, str] = {
 """What loads an export."""
 
 GATE_FAILED = 3
-"""Exit status of a run that made something worse than its gates allow."""
+"""Exit status of a run, or of an evaluation, that found something worse than its gates allow."""
 
 
 def _table(rows: Sequence[Any], title: str | None = None) -> None:
@@ -524,4 +526,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         Console(stderr=True).print(
             f"[bold red]phreg:[/] {escape(str(error))}", highlight=False, soft_wrap=True
         )
+        if isinstance(error, GateError):
+            sys.exit(GATE_FAILED)
         sys.exit(130 if type(error).__name__ == "Interrupted" else 1)
