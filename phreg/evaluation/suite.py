@@ -45,6 +45,7 @@ class Suite:
         batch_size: Pictures per forward.
         bf16: Whether forwards run under bf16 autocast.
         observe: Told of progress.
+        watch: Shown each model, ready to be read, with its record.
     """
 
     task: str
@@ -57,6 +58,7 @@ class Suite:
     batch_size: int
     bf16: bool
     observe: Observer
+    watch: Callable[[FeatureReader, Record], None] = lambda _reader, _record: None
 
     def record(self, name: str, backbone: Backbone, reference: Backbone | None = None) -> Record:
         """Measures one model.
@@ -78,7 +80,7 @@ class Suite:
             reference,
         )
         runs = [self._run(reader, seed) for seed in self.seeds]
-        return summarise(
+        record = summarise(
             [metrics for metrics, _ in runs],
             task=self.task,
             model=name,
@@ -90,6 +92,8 @@ class Suite:
             hardware=hardware(self.device, bf16=self.bf16),
             seconds=sum(seconds for _, seconds in runs),
         )
+        self.watch(reader, record)
+        return record
 
     @cached_property
     def _files(self) -> str:
