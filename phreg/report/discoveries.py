@@ -15,10 +15,13 @@ from matplotlib.patches import Rectangle
 from torch import Tensor
 
 from phreg.evaluation.object_discovery import Example
-from phreg.report.canvas import COLOURS, label, legend_above, panels
+from phreg.report.canvas import COLOURS, FONT_SIZE, INK, legend_above, panels, wrapped
 
 PANEL = (1.9, 1.7)
 """Width and height of a picture or a map, in inches."""
+
+LINE_LENGTH = 22
+"""Letters of a model's name to a line, so that it fits over a picture."""
 
 FOUND, TRUE = COLOURS[:2]
 """Colours of the box that was found, and of the seed, and of true boxes."""
@@ -52,8 +55,7 @@ def _draw_boxes(axes: Axes, example: Example, title: str) -> None:
     for box in example.truth:
         _draw_box(axes, box, TRUE, "true box")
     _draw_box(axes, example.box, FOUND, "box found")
-    axes.set_axis_off()
-    label(axes, title=title)
+    _finish(axes, title)
 
 
 def _draw_box(axes: Axes, box: Tensor, colour: str, text: str) -> None:
@@ -66,5 +68,9 @@ def _draw_map(axes: Axes, example: Example, step: str, title: str) -> None:
     axes.imshow(example.discovery.maps[step].numpy(), cmap="inferno")
     row, col = example.discovery.seed
     axes.plot(col, row, marker="x", linestyle="none", color=FOUND, label="patch it was grown from")
+    _finish(axes, title)
+
+
+def _finish(axes: Axes, title: str) -> None:
     axes.set_axis_off()
-    label(axes, title=title)
+    axes.set_title(wrapped(title, LINE_LENGTH), color=INK, fontsize=FONT_SIZE)

@@ -46,3 +46,11 @@ def test_models_stand_side_by_side_a_row_a_picture():
     assert len(figure.axes) == 2 * 2 * 4
     assert [figure.axes[place].get_title() for place in (0, 4, 8)] == ["raw", "patched", ""]
     assert png(figure).startswith(b"\x89PNG")
+
+
+def test_a_long_name_does_not_reach_into_the_picture_beside_it():
+    figure = discovery_figure({"vit_tiny_patch16_224.augreg_in21k_ft_in1k": [example(0)]})
+    title = figure.axes[0].get_title()
+    assert title.replace("\n", "") == "vit_tiny_patch16_224.augreg_in21k_ft_in1k"
+    figure.draw_without_rendering()
+    assert figure.axes[0].title.get_window_extent().width < figure.get_window_extent().width / 4
