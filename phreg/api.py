@@ -24,16 +24,18 @@ from phreg import config as configuration
 from phreg import demo, exports, publish
 from phreg.backbones import hub, resolve
 from phreg.backbones.base import Backbone
-from phreg.backbones.readout import set_readout
+from phreg.backbones.readout import read_as, set_readout
 from phreg.backbones.resolve import Base, adapt
 from phreg.checkpoint import RunFolder, check_free, start_run
 from phreg.config import DistillConfig, ViewsConfig
 from phreg.data import MEASURED_AT_ONCE, Crops, centre_crops, split, spread
 from phreg.distillation import add_configured, add_test_time, compare_with_original, save
 from phreg.errors import ConfigError, DataError, PhregError
+from phreg.evaluation import object_discovery
 from phreg.evaluation.feature_cache import GIGABYTE, FeatureCache
+from phreg.evaluation.features import FeatureReader
 from phreg.evaluation.features import Observer as Progress
-from phreg.evaluation.records import Results
+from phreg.evaluation.records import MAPS, Record, Results
 from phreg.evaluation.retrofit import Comparison, failed_gates
 from phreg.evaluation.suite import Suite, compare_models
 from phreg.evaluation.tasks import resolve_settings
@@ -42,6 +44,8 @@ from phreg.images import ImageSource, open_images
 from phreg.inspection.folder import write_inspection
 from phreg.inspection.images import labelled, larger
 from phreg.inspection.look import Inspection, called, look
+from phreg.report.canvas import save_png
+from phreg.report.discoveries import discovery_figure
 from phreg.report.html import Origin
 from phreg.saved import open_into, open_model, open_saved, record_of
 from phreg.seeding import keyed_generator
@@ -162,6 +166,7 @@ def distill(
         student.set_input_size((side, side))
     set_readout(original, config.target.teacher_readout)
     set_readout(student, config.target.student_readout)
+    student.trained_readout = config.target.student_readout
     logger.info("retrofitting on %d images, %d kept apart to measure on", len(kept), len(measured))
     outcome = _retrofit(student, original, sinks, kept, config, run, accelerator, observe)
 
@@ -344,7 +349,8 @@ def denoise(
     """Reads a model's patch features averaged over moved views: the teacher alone, without any training.
 
     Args:
-        model: Any supported model, in eval mode; it is not changed.
+        model: Any supported model, in eval mode; it is not changed. What phreg trained is read as it was
+            trained.
         images: Normalised images on the model's device, sides a multiple of the patch size.
         seed: Seed of the views.
         views: Settings of `ViewsConfig`, such as `count=10`.
@@ -354,7 +360,8 @@ def denoise(
     """
     backbone = adapt(model)
     _check_images(backbone, images)
-    return Teacher(backbone, _views(views))(images, keyed_generator("views", seed)).patches
+    with read_as(backbone):
+        return Teacher(backbone, _views(views))(images, keyed_generator("views", seed)).patches
 
 
 def add_test_time_registers(
@@ -464,15 +471,16 @@ def evaluate(
         models: One or more, in any form that `distill` takes, patched or not.
         task: Name of the task.
         data: Where its images and labels are.
-        output: Folder to write results.json, results.md and single runs to, which a rerun takes up again;
-            one that holds results of another task, other data or other settings is refused. None writes
-            nothing.
+        output: Folder to write results.json, results.md and, of object discovery, maps.png to, and single
+            runs, which a rerun takes up again; one that holds results of another task, other data or other
+            settings is refused. None writes nothing.
         baseline: Model that the others are set against, and measured at whose artifacts; None means the
             first of several, without figures at artifacts.
         seeds: Runs of each model; with several, figures have a spread. A task that draws nothing runs once.
         seed: The first seed.
         protocol: A named set of the task's settings.
-        gate: Largest drop of the headline figure behind the baseline's, as a fraction, e.g. 0.01.
+        gate: Largest drop behind the baseline's figures, as a fraction, e.g. 0.01: of the headline, and in
+            classification of every top-1.
         device: Where to run; None means a GPU where there is one.
         precision: Of the models' forwards.
         batch_size: Pictures per forward.
@@ -504,6 +512,13 @@ def evaluate(
         if against is None:
             against = _named([baseline], "baseline").popitem()[0]
             named |= _named([baseline], "baseline")
+    found: dict[str, list[object_discovery.Example]] = {}
+
+    def look_closer(reader: FeatureReader, record: Record) -> None:
+        if isinstance(checked, object_discovery.Settings) and output is not None:
+            best = record.notes[0]["best"]
+            found[record.model] = object_discovery.examples(reader, os.fspath(data), checked, seed, best)
+
     with tempfile.TemporaryDirectory(prefix="phreg-") as temporary:
         folder = Path(output if output is not None else temporary)
         kept = FeatureCache(Path(cache) if cache else folder / "features", int(cache_limit * GIGABYTE))
@@ -518,10 +533,13 @@ def evaluate(
             batch_size,
             precision == "bf16",
             observe or (lambda *_: None),
+            look_closer,
         )
         results = compare_models(
             suite, list(_named(models)), against, lambda name: open_model(named[name])[0]
         )
+        if found:
+            save_png(folder / MAPS, discovery_figure(_short(found)))
     if gate is not None:
         results.check_gate(gate)
     return results
@@ -586,7 +604,7 @@ def _named(models: Sequence[Model], instance: str = "instance") -> dict[str, Mod
     }
 
 
-def _short(named: dict[str, Model]) -> dict[str, Model]:
+def _short(named: dict[str, Any]) -> dict[str, Any]:
     """Calls local folders by their last part, as far as that tells them apart."""
     short = {name: called(name) for name in named}
     if len(set(short.values())) < len(named):

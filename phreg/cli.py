@@ -219,14 +219,16 @@ def evaluate(
         models: Hub ids, timm or open_clip names, local folders, runs or adapters.
         task: Name of the task; `phreg tasks` lists them.
         data: Images and labels of the task.
-        output: Folder to write results.json and results.md to; a rerun takes up finished runs. One that holds
-            results of another task, other data or other settings is refused.
+        output: Folder to write results.json and results.md to, and maps.png where objects are discovered; a
+            rerun takes up finished runs. One that holds results of another task, other data or other
+            settings is refused.
         baseline: Model that the others are set against, and measured at whose artifacts; unset means the
             first of several, without figures at artifacts.
         seeds: Runs of each model; with several, figures have a spread. A task that draws nothing runs once.
         protocol: Named set of the task's settings.
         set: Settings of the task, such as `neighbours=10 reading.size=448`; `phreg tasks TASK` lists them.
-        gate: Exit non-zero where the first figure drops by more than this behind the baseline's, e.g. 0.01.
+        gate: Exit with status 3 where a figure drops by more than this behind the baseline's, e.g. 0.01: the
+            first figure, and in classification every top-1.
         device: Where to run; unset means a GPU where there is one.
         precision: Of the models' forwards.
         batch_size: Pictures per forward.
@@ -494,7 +496,7 @@ LOADED: dict[Format, str] = {
 """What loads an export."""
 
 GATE_FAILED = 3
-"""Exit status of a run that made something worse than its gates allow."""
+"""Exit status of a run, or of an evaluation, that found something worse than its gates allow."""
 
 INTERRUPTED = 130
 """Exit status of what the user stopped, as shells have it of Ctrl-C."""
@@ -550,4 +552,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         Console(stderr=True).print(
             f"[bold red]phreg:[/] {escape(str(error))}", highlight=False, soft_wrap=True
         )
+        if isinstance(error, GateError):
+            sys.exit(GATE_FAILED)
         sys.exit(INTERRUPTED if isinstance(error, Interrupted) else 1)

@@ -126,6 +126,7 @@ def open_into(found: Located, model: nn.Module) -> Backbone:
             )
     (tower,) = towers
     apply_adapter(found.folder, tower)
+    tower.trained_readout = record.get("readout", "plain")
     for around in model.modules():
         if tower.model in around.modules() and around not in tower.model.modules():
             _guard(around, tower)

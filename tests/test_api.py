@@ -3,9 +3,12 @@ import json
 import jaxtyping
 import pytest
 import torch
+from families import LIBRARIES
 
 import phreg
 from phreg import api
+from phreg.backbones.readout import read_as
+from phreg.backbones.resolve import adapt
 from phreg.errors import DataError, LoadError, PhregError
 from phreg.inspection.look import Inspection
 
@@ -64,6 +67,15 @@ def test_denoise_is_the_teacher_alone_and_leaves_the_model_as_it_is(tiny):
     other = phreg.denoise(model, images(), seed=1, count=4, max_shift=0.25)
     assert torch.equal(grids, same)
     assert not torch.equal(grids, other)
+
+
+def test_denoise_reads_a_model_as_phreg_trained_it():
+    backbone = adapt(LIBRARIES["open_clip"]["clip"]())
+    backbone.trained_readout = "value-only"
+    grids = phreg.denoise(backbone.model, images(), count=1)
+    with torch.no_grad(), read_as(backbone):
+        torch.testing.assert_close(grids, backbone(images()).patches, atol=1e-5, rtol=1e-5)  # fp32 sums
+    assert backbone.readout == "plain"
 
 
 def test_denoise_with_one_view_is_the_models_own_normed_patch_tokens(tiny):
@@ -203,8 +215,6 @@ def test_a_run_of_the_demonstration_model_is_exported_and_loads_in_plain_timm(ph
 
 
 def test_a_run_with_a_read_out_of_its_own_is_not_exported_as_if_it_had_none(photos, tmp_path):
-    from families import LIBRARIES
-
     api.distill(LIBRARIES["timm"]["clip"](), photos, tmp_path / "run", method="paper", steps=1, **QUICK)
     with pytest.raises(PhregError, match=r"value-only|made from a model instance"):
         phreg.export(tmp_path / "run", tmp_path / "out", format="timm")

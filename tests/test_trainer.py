@@ -412,6 +412,8 @@ def test_the_papers_method_for_clip_runs_to_the_letter_and_its_adapter_loads_bac
     assert description["recipe"]["optim"]["lr"] == 3e-4
     loaded = resolve.adapt(phreg.load(tmp_path / "run", into=base))
     patched = resolve.adapt(model)
+    assert loaded.trained_readout == patched.trained_readout == "value-only"
+    assert loaded.readout == patched.readout == "plain", "so that its pooled output means something"
     images = torch.randn(2, 3, size, size)
     for readout in ("plain", "value-only"):
         for side in (loaded, patched):

@@ -13,8 +13,7 @@ what the maps look like.
 Nothing is drawn here; `phreg.report.maps` does that.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -25,7 +24,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate, normalize
 
 from phreg.backbones.base import Backbone, Readout
-from phreg.backbones.readout import set_readout
+from phreg.backbones.readout import read_as
 from phreg.backbones.text import TextEncoder, text_encoder
 from phreg.errors import PhregError
 
@@ -194,7 +193,7 @@ def text_maps(
     embeddings = normalize((encode or text_encoder(backbone))(queries).float(), dim=-1)
     layout = backbone.layout(images)
     last = backbone.block_index(None)
-    with _read_as(backbone, readout or _usual_readout(backbone)):
+    with read_as(backbone, readout or _usual_readout(backbone)):
         tokens = layout.patches(backbone.block_tokens(images, [last])[last])
     patches = normalize(backbone.to_joint(backbone.final_norm(tokens)).float(), dim=-1)
     cosines = torch.einsum("ipd,qd->iqp", patches, embeddings.to(patches.device))
@@ -205,16 +204,6 @@ def _usual_readout(backbone: Backbone) -> Readout:
     if backbone.trained_readout != "plain" or backbone.projection is None:
         return backbone.trained_readout
     return "value-only"
-
-
-@contextmanager
-def _read_as(backbone: Backbone, readout: Readout) -> Iterator[None]:
-    before = backbone.readout
-    set_readout(backbone, readout)
-    try:
-        yield
-    finally:
-        set_readout(backbone, before)
 
 
 # -- limits --------------------------------------------------------------------------------------------------

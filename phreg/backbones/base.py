@@ -30,6 +30,9 @@ from phreg.tokens import TokenLayout
 Library = Literal["transformers", "timm", "open_clip"]
 Readout = Literal["plain", "naclip", "value-only", "clearclip", "sclip"]
 
+READOUT, TRAINED_READOUT = "phreg_readout", "phreg_trained_readout"
+"""Attributes of a model that say how its last block is read, and how it was when phreg trained it."""
+
 
 class Features(NamedTuple):
     """What a backbone makes of a batch of images."""
@@ -304,11 +307,26 @@ class Backbone(nn.Module, ABC):
     # -- what follows for every library
     # --------------------------------------------------------------------------------
 
-    readout: Readout = "plain"
-    """How the last block is read; set by `phreg.backbones.readout.set_readout`."""
+    @property
+    def readout(self) -> Readout:
+        """How the last block is read; set by `phreg.backbones.readout.set_readout`.
 
-    trained_readout: Readout = "plain"
-    """How its last block was read when phreg trained it, which is how its dense features are meant."""
+        Like the next it is kept on the model, so that an instance of its ordinary class is known by it too.
+        """
+        return vars(self.model).get(READOUT, "plain")
+
+    @readout.setter
+    def readout(self, readout: Readout) -> None:
+        _note(self.model, READOUT, readout)
+
+    @property
+    def trained_readout(self) -> Readout:
+        """How its last block was read when phreg trained it, which is how its dense features are meant."""
+        return vars(self.model).get(TRAINED_READOUT, "plain")
+
+    @trained_readout.setter
+    def trained_readout(self, readout: Readout) -> None:
+        _note(self.model, TRAINED_READOUT, readout)
 
     adapter: Path | None = None
     """The adapter that made the model what it is; set by `phreg.adapter.apply_adapter`."""
@@ -438,6 +456,13 @@ class _Collect:
 
     def __call__(self, _module: nn.Module, _args: Any, output: Any) -> None:
         self.found[self.layer] = output[0] if isinstance(output, tuple) else output
+
+
+def _note(model: nn.Module, attribute: str, readout: Readout) -> None:
+    """Notes a read-out on a model; a model that is read plainly carries no mark of phreg's."""
+    vars(model).pop(attribute, None)
+    if readout != "plain":
+        vars(model)[attribute] = readout
 
 
 def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor], described: str) -> None:

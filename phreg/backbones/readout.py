@@ -6,6 +6,9 @@ leave out the block's residual and its MLP. The model itself is changed, so what
 or phreg, gets the read-out; meanwhile its pooled output means nothing. Final norm and projection come after,
 in `Backbone.forward`.
 
+So a model is handed out plain, and only those who read its dense features read it otherwise, and meanwhile
+(`read_as`): as phreg trained it, unless they are told how.
+
     plain        x + attention(norm(x)), + MLP
     naclip       out(softmax(keys·keys * scale + omega) · values)     omega: a Gaussian of patches' distances
     value-only   out(values)
@@ -17,7 +20,8 @@ NACLIP is Hajimiri et al., arXiv 2404.08181; value-only is MaskCLIP, Zhou et al.
 et al., arXiv 2312.01597, whose two attentions are added, not averaged.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -44,12 +48,7 @@ def set_readout(backbone: Backbone, readout: Readout) -> None:
         PhregError: The model is not of CLIP's type, or `naclip` cannot see its grid; nothing has changed
         then.
     """
-    if readout != "plain" and backbone.projection is None:
-        raise PhregError(
-            f"read-out {readout} asked of {backbone.describe()}, which has no projection from its tokens to "
-            "a space shared with text; leave target.teacher_readout and target.student_readout, or the head "
-            "of zero-shot tasks, at plain"
-        )
+    check_readout(backbone, readout)
     block, last = backbone.blocks[-1], len(backbone.blocks) - 1
     overrides: dict[nn.Module, Callable[..., Tensor]] = {}
     if readout in ("value-only", "clearclip"):
@@ -66,6 +65,47 @@ def set_readout(backbone: Backbone, readout: Readout) -> None:
     for module, forward in overrides.items():
         module.forward = forward
     backbone.readout = readout
+
+
+def check_readout(backbone: Backbone, readout: Readout) -> None:
+    """Refuses to read a model that is not of CLIP's type in another way than plain.
+
+    Raises:
+        PhregError: It has no projection from tokens to the joint space.
+    """
+    if readout != "plain" and backbone.projection is None:
+        raise PhregError(
+            f"read-out {readout} asked of {backbone.describe()}, which has no projection from its tokens to "
+            "a space shared with text; leave target.teacher_readout and target.student_readout, or a task's "
+            "readout or head, at plain"
+        )
+
+
+def dense_readout(backbone: Backbone) -> Readout:
+    """Says how a model's dense features are meant: as its read-out was set, or else as phreg trained it."""
+    return backbone.readout if backbone.readout != "plain" else backbone.trained_readout
+
+
+@contextmanager
+def read_as(backbone: Backbone, readout: Readout | None = None) -> Iterator[None]:
+    """Reads a model in a certain way for a while; it comes back as it was.
+
+    Args:
+        backbone: The model.
+        readout: None means as its dense features are meant, see `dense_readout`.
+
+    Raises:
+        PhregError: It cannot be read so.
+    """
+    before, asked = backbone.readout, readout or dense_readout(backbone)
+    if asked == before:
+        yield
+        return
+    set_readout(backbone, asked)
+    try:
+        yield
+    finally:
+        set_readout(backbone, before)
 
 
 @dataclass

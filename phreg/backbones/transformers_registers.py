@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
-from phreg.backbones.base import unit_movers
+from phreg.backbones.base import TRAINED_READOUT, unit_movers
 from phreg.errors import PhregError
 from phreg.storage import ADAPTER_FILE, FORMAT_VERSION, MODEL_FORMAT, write_file
 
@@ -290,6 +290,7 @@ def save_patched(
         "library": "transformers",
         "class": type(model).__name__,
         "registers": registers.tokens.shape[1],
+        "readout": vars(model).get(TRAINED_READOUT, "plain"),
         "config": json.loads(model.config.to_json_string(use_diff=False)),
         "versions": {name: version(name) for name in ("torch", "transformers")},
     }

@@ -57,8 +57,8 @@ class Settings(Config):
     of phreg's, or a TOML file of class = ["word", "synonym"]; unset means as in the data."""
     template: str | None = None
     """Sentence around a class's name, with {} for it; unset means open_clip's 80 for ImageNet."""
-    reading: Reading = Reading(fit="crop")
-    """Canvas of the images."""
+    reading: Reading = Reading(fit="crop", readout="plain")
+    """Canvas of the images; read plain, as global features mean something."""
     val_share: Annotated[float, Field(gt=0, lt=1)] = 0.2
     """Share of each class that is tested on, where the data has no splits."""
     neighbours: PositiveInt = 20
@@ -125,7 +125,8 @@ def run(reader: FeatureReader, data: str, settings: Settings, seed: int) -> Metr
             if not detail:
                 detail["top1"] = _per_class(scores, test)
     counts = {"train": len(train.labels) if train else 0, "test": len(test.labels)}
-    return Metrics(figures, detail, {"images": counts, "classes": len(test.classes)})
+    guarded = tuple(name for name in figures if name.endswith("top1"))
+    return Metrics(figures, detail, {"images": counts, "classes": len(test.classes)}, guarded)
 
 
 def knn_scores(

@@ -3,6 +3,8 @@
 Agreement asks whether dense features came closer to a clean reference, such as a teacher that averages many
 views; it is reported over all patches, for the worst of them, and for the patches that used to be artifacts
 alone. Drift asks what that cost: how far the CLS or pooled output moved.
+
+Channels mean the same in a network and in what was trained from it, and nowhere else (`why_incomparable`).
 """
 
 from dataclasses import dataclass
@@ -12,7 +14,12 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
+from phreg.backbones.base import Backbone
 from phreg.errors import PhregError
+
+KIN = 0.5
+"""Least cosine of two models' patch embeddings where one was trained from the other: it is about 1 of a
+student and its original, and about 0 of networks trained apart."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +96,28 @@ def agreement(
     meter = AgreementMeter()
     meter.update(features, reference, mask)
     return meter.compute()
+
+
+def why_incomparable(backbone: Backbone, other: Backbone) -> str | None:
+    """Says why patch features of two models cannot be set against each other; None where they can."""
+    names = backbone.describe(), other.describe()
+    patches, widths = zip(
+        *((side.spec.patch_size, side.spec.width) for side in (backbone, other)), strict=True
+    )
+    if patches[0] != patches[1]:
+        return f"{names[0]} has patches of {patches[0]} pixels, {names[1]} of {patches[1]}"
+    if widths[0] != widths[1]:
+        return f"{names[0]} has features of {widths[0]} channels, {names[1]} of {widths[1]}"
+    ours, theirs = _patch_embedding(backbone), _patch_embedding(other)
+    if ours.shape != theirs.shape or float(cosine_similarity(ours, theirs, dim=0)) < KIN:
+        return f"{names[0]} and {names[1]} are two networks, neither of which was trained from the other"
+    return None
+
+
+def _patch_embedding(backbone: Backbone) -> Float[Tensor, " weights"]:
+    """Reads the weight by which pixels become tokens, which no retrofit changes much."""
+    parameters = (backbone.model.get_parameter(name) for name in backbone.roles()["patch_embed"])
+    return max(parameters, key=Tensor.numel).detach().flatten().float()
 
 
 @dataclass(frozen=True)

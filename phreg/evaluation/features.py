@@ -35,8 +35,9 @@ from pydantic import PositiveInt
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, normalize
 
-from phreg.backbones.base import Backbone
+from phreg.backbones.base import Backbone, Readout
 from phreg.backbones.identity import identify
+from phreg.backbones.readout import dense_readout, read_as
 from phreg.config import Config
 from phreg.data import normalise
 from phreg.errors import PhregError
@@ -69,6 +70,9 @@ class Reading(Config):
     in the space that a CLIP-type model shares with text."""
     layer: int | None = None
     """Block that is read, 0-based or negative from the end; unset means the last."""
+    readout: Readout | None = None
+    """How a CLIP-type model's last block is read (phreg.backbones.readout); unset means as phreg trained the
+    model, and plain where it did not. Pooled outputs mean something when read plain alone."""
     norm: bool = True
     """Apply the final norm to tokens."""
     bias: bool = True
@@ -169,6 +173,10 @@ class FeatureReader:
         """Where the model is."""
         return self.backbone.device
 
+    def readout(self, reading: Reading) -> Readout:
+        """Says how the last block is read."""
+        return reading.readout or dense_readout(self.backbone)
+
     def of(self, backbone: Backbone) -> "FeatureReader":
         """Makes a reader of another model that is run in the same way."""
         return replace(self, backbone=backbone, identity=identify(backbone).whole)
@@ -182,7 +190,7 @@ class FeatureReader:
         """Says what features depend on beside the pictures, as JSON holds it."""
         return {
             "model": self.identity,
-            "readout": self.backbone.readout,  # which a task may have changed
+            "readout": self.readout(reading),
             "bf16": self.bf16,
             "reading": reading.model_dump(),
         }
@@ -212,7 +220,7 @@ class FeatureReader:
 
         Args:
             source: The pictures.
-            readings: What is read; the first says on which canvas.
+            readings: What is read; the first says on which canvas, and through which read-out.
             what: What this is for, told to the observer.
 
         Yields:
@@ -236,7 +244,8 @@ class FeatureReader:
         found = []
         for placed in self._batches(source, reading, what):
             images = self.normalise(torch.stack([pixels for pixels, _ in placed]))
-            with torch.no_grad(), torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
+            autocast = torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16)
+            with torch.no_grad(), autocast, read_as(self.backbone, reading.readout):
                 found.append(self.backbone.logits(images).float().cpu())
         return torch.cat(found)
 
@@ -371,7 +380,8 @@ class FeatureReader:
         left = sorted({index for index, reading in asked if reading.source in OUTPUTS})
         entered = sorted({index for index, reading in asked if reading.source not in OUTPUTS})
         found = []
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
+        autocast = torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16)
+        with autocast, read_as(backbone, readings[0].readout):
             with backbone.tap(left) as outputs, _entering(backbone.blocks, entered) as inputs:
                 pooled = backbone.run(images)
             for index, reading in asked:

@@ -293,7 +293,7 @@ def _measure(reader: FeatureReader, test: DepthMaps, settings: Settings, head: D
             repaired.append(_Squares(float(squares.sum()), squares.numel()))
     names = asdict(found[0])
     figures = {name: float(np.mean([getattr(errors, name) for errors in found])) for name in names}
-    notes: dict[str, Any] = {"images": len(found)}
+    notes: dict[str, Any] = {"images": len(found), "readout": reader.readout(settings.reading)}
     if places is not None:
         pixels = sum(squares.pixels for squares in repaired)
         total = sum(squares.total for squares in repaired)

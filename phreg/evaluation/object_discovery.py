@@ -14,12 +14,14 @@ fixed, has a figure of its own. Nothing is random but which pictures are drawn, 
 
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, UInt8
 from pydantic import Field, PositiveInt
 from torch import Tensor
 
@@ -87,6 +89,17 @@ class Combination(NamedTuple):
         return f"{self.source} of block {self.layer}{bias}"
 
 
+class Example(NamedTuple):
+    """What was found in one picture, and how, to be looked at (`phreg.report.discoveries`)."""
+
+    picture: UInt8[np.ndarray, "height width 3"]
+    truth: Float[Tensor, "objects 4"]
+    """True boxes in pixels: left, top, right, bottom."""
+    box: Float[Tensor, " 4"]
+    """The box that was found, likewise."""
+    discovery: Discovery
+
+
 def draws(_data: str, settings: Settings) -> bool:
     """Pictures are, where there are to be fewer."""
     return settings.count is not None
@@ -103,9 +116,7 @@ def run(reader: FeatureReader, data: str, settings: Settings, seed: int) -> Metr
         DataError: The dataset is of no known layout, or a file of it is wrong.
         PhregError: The model has no such block, or takes no such size.
     """
-    names = None if settings.names is None else Path(settings.names)
-    boxed = open_boxed(data, Choice(names, settings.hard, settings.components), layout=settings.layout)
-    chosen = _draw(len(boxed), settings.count, seed)
+    boxed, chosen = _open(data, settings, seed)
     places = artifact_places(reader, Subset(boxed.images, chosen), settings.reading)
 
     combinations = list(sweep(settings))
@@ -116,7 +127,31 @@ def run(reader: FeatureReader, data: str, settings: Settings, seed: int) -> Metr
             hits[number, place] = is_localised(box, boxed.boxes[chosen[number]])
             if places is not None:
                 at_artifact[number, place] = _marks(places[number], discovery)
-    return _metrics(combinations, hits, at_artifact if places is not None else None, boxed.without)
+    found = _metrics(combinations, hits, at_artifact if places is not None else None, boxed.without)
+    return replace(found, notes={**found.notes, "readout": reader.readout(settings.reading)})
+
+
+def examples(
+    reader: FeatureReader, data: str, settings: Settings, seed: int, best: str, *, count: int = 8
+) -> list[Example]:
+    """Looks for an object in the first pictures again, with one combination, and keeps the steps.
+
+    Args:
+        reader: The model.
+        data: As in `run`, like the next two.
+        settings: Of the task.
+        seed: Decides which pictures there are, where `count` is set.
+        best: The combination, as `run` notes it.
+        count: Pictures, at most.
+    """
+    boxed, chosen = _open(data, settings, seed)
+    source, layer, bias = next(which for which in sweep(settings) if str(which) == best)
+    alone = {"sources": (source,), "layers": (layer,), "biases": settings.biases if bias is None else (bias,)}
+    found = _search(reader, boxed, chosen[:count], settings.model_copy(update=alone))
+    return [
+        Example(np.array(boxed.images.read(number)), boxed.boxes[number], box, discovery)
+        for number, ((box, discovery),) in zip(chosen, found, strict=False)
+    ]
 
 
 def sweep(settings: Settings) -> Iterator[Combination]:
@@ -153,6 +188,13 @@ def box_in_picture(
     part_top, part_left, part_height, part_width = placement.part
     scale = torch.tensor([part_width / width, part_height / height]).repeat(2)
     return shown * scale + torch.tensor([part_left, part_top, part_left, part_top])
+
+
+def _open(data: str, settings: Settings, seed: int) -> tuple[Boxed, list[int]]:
+    """Lists the pictures with their boxes, and the numbers of those that are used."""
+    names = None if settings.names is None else Path(settings.names)
+    boxed = open_boxed(data, Choice(names, settings.hard, settings.components), layout=settings.layout)
+    return boxed, _draw(len(boxed), settings.count, seed)
 
 
 def _draw(total: int, count: int | None, seed: int) -> list[int]:

@@ -39,7 +39,9 @@ def artifact_places(
     baseline = reader.baseline
     if baseline is None:
         return None
-    before_norm = reading.model_copy(update={"source": "tokens", "layer": None, "norm": False, "unit": False})
+    before_norm = reading.model_copy(
+        update={"source": "tokens", "layer": None, "readout": "plain", "norm": False, "unit": False}
+    )
 
     def find() -> Sequence[Tensor] | None:
         norms = [

@@ -1,6 +1,6 @@
-"""Quantised: what classification loses when the linear layers compute in 8 bits.
+"""Quantised: what classification or zero-shot segmentation loses when the linear layers compute in 8 bits.
 
-Classified twice, as the model is and with int8 dynamic quantisation: weights in 255 steps per output channel,
+Measured twice, as the model is and with int8 dynamic quantisation: weights in 255 steps per output channel,
 inputs in 256 steps between the least and the greatest number of each image's tokens. A token of huge norm, as
 artifacts are, leaves few of these steps to all others, so that a repaired model should lose less.
 
@@ -8,30 +8,37 @@ artifacts are, leaves few of these steps to all others, so that a repaired model
     weight ──255 steps a channel─►┴─ linear, bias ──► output
 
 Numbers are rounded to those steps and multiplied in fp32, which gives what integer kernels give but for the
-order of sums, on any device; it measures accuracy, and says nothing of speed.
+order of sums, on any device; it measures accuracy, and says nothing of speed. Where a library joins queries,
+keys and values in one projection, a read-out other than plain takes its rounded weight apart, and what goes
+in stays as it is.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, fake_quantize_per_channel_affine, nn
 
 from phreg.config import Config
-from phreg.evaluation import classification
+from phreg.evaluation import classification, zero_shot_segmentation
 from phreg.evaluation.classification import Settings as Classification
 from phreg.evaluation.features import FeatureReader
 from phreg.evaluation.records import Metrics
+from phreg.evaluation.zero_shot_segmentation import Settings as ZeroShotSegmentation
 
 
 class Settings(Config):
-    """Classification before and after int8 dynamic quantisation."""
+    """A task before and after int8 dynamic quantisation."""
 
+    measured: Literal["classification", "zero-shot-segmentation"] = "classification"
+    """The task that is measured twice; it says what data there have to be."""
     classification: Classification = Classification()
-    """What is measured twice."""
+    """Settings of the one task."""
+    zero_shot_segmentation: ZeroShotSegmentation = ZeroShotSegmentation()
+    """Settings of the other."""
 
 
 def draws(data: str, settings: Settings) -> bool:
@@ -40,23 +47,29 @@ def draws(data: str, settings: Settings) -> bool:
 
 
 def run(reader: FeatureReader, data: str, settings: Settings, seed: int) -> Metrics:
-    """Classifies with the model as it is, and quantised.
+    """Measures the model as it is, and quantised.
 
     Returns:
-        `int8_top1`, `top1` and the difference, `lost_top1`, of the first method on the first feature; detail
-        has all figures, before and after.
+        Of the task's headline, `int8_top1`, `top1` and the difference, `lost_top1`, or the same of `miou`;
+        detail has all figures, before and after.
 
     Raises:
-        DataError: Images or labels cannot be read, or a class has no training image.
-        PhregError: The model has no classifier, and one was asked for.
+        PhregError: The task's data or the model do not fit, as in the task itself.
     """
-    before = classification.run(reader, data, settings.classification, seed)
+
+    def measure(reader: FeatureReader) -> Metrics:
+        if settings.measured == "classification":
+            return classification.run(reader, data, settings.classification, seed)
+        return zero_shot_segmentation.run(reader, data, settings.zero_shot_segmentation, seed)
+
+    before = measure(reader)
     with int8(reader.backbone):
-        quantised = replace(reader, identity=f"{reader.identity}-int8")
-        after = classification.run(quantised, data, settings.classification, seed)
-    top1, int8_top1 = before.figures["top1"], after.figures["top1"]
-    figures = {"int8_top1": int8_top1, "top1": top1, "lost_top1": top1 - int8_top1}
-    return Metrics(figures, {"full": before.figures, "int8": after.figures}, before.notes)
+        # Without the baseline, which may be the same model: its artifacts are those it has in full precision.
+        after = measure(replace(reader, identity=f"{reader.identity}-int8", reference=None))
+    name = next(iter(before.figures))
+    full, rounded = before.figures[name], after.figures[name]
+    figures = {f"int8_{name}": rounded, name: full, f"lost_{name}": full - rounded}
+    return Metrics(figures, {"full": before.figures, "int8": after.figures}, before.notes, (name,))
 
 
 @contextmanager

@@ -53,7 +53,8 @@ def measure_segmentation(
         if places is not None:
             there = dense.placement.restore(places[number][None].float(), "nearest")[0] > 0
             repaired.update(predicted[there], truth[there])
-    return segmentation_metrics(meter, test.classes, repaired if places is not None else None)
+    found = segmentation_metrics(meter, test.classes, repaired if places is not None else None)
+    return Metrics(found.figures, found.detail, {**found.notes, "readout": reader.readout(reading)})
 
 
 def segmentation_metrics(

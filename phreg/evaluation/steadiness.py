@@ -6,9 +6,11 @@
                                                    and where the baseline has artifacts
 
 Content moves with the picture and artifacts keep to the frame, so they lower the first two; the third asks
-how near one pass comes to what many views agree on. Without a baseline the model is its own.
+how near one pass comes to what many views agree on. Without a baseline the model is its own; a baseline that
+is another network is none, and the third is left out. The baseline is read through the model's read-out.
 """
 
+import logging
 from collections.abc import Sequence
 
 import torch
@@ -17,14 +19,18 @@ from pydantic import PositiveInt
 from torch import Tensor
 
 from phreg.analysis.norms import outlier_mask, outliers
+from phreg.backbones.base import Backbone, Readout
+from phreg.backbones.readout import read_as
 from phreg.config import Config, ViewsConfig
 from phreg.errors import PhregError
-from phreg.evaluation.consistency import Agreement, AgreementMeter
+from phreg.evaluation.consistency import Agreement, AgreementMeter, why_incomparable
 from phreg.evaluation.features import FeatureReader, Reading
 from phreg.evaluation.records import Metrics
 from phreg.images import Subset, open_images
 from phreg.seeding import keyed_generator
 from phreg.teacher import Teacher
+
+logger = logging.getLogger(__name__)
 
 
 class Settings(Config):
@@ -38,10 +44,17 @@ class Settings(Config):
     """Patches by which windows are apart, along both axes."""
     views: PositiveInt = 40
     """Views of the reference."""
+    readout: Readout | None = None
+    """How a CLIP-type model's last block is read (phreg.backbones.readout); unset means as phreg trained the
+    model, and plain where it did not."""
 
 
 def run(reader: FeatureReader, data: str, settings: Settings, seed: int) -> Metrics:
     """Measures agreement under shift and flip and with the reference, and the outlier rate.
+
+    Returns:
+        `shift_agreement`, `flip_agreement`, `outlier_rate` and, unless the baseline is another network,
+        `reference_agreement`, `reference_worst_percent` and, where it has artifacts, `artifact_agreement`.
 
     Raises:
         DataError: A picture cannot be read.
@@ -59,20 +72,25 @@ def run(reader: FeatureReader, data: str, settings: Settings, seed: int) -> Metr
     wide = _batches(reader, chosen, side + settings.shift)
     rows, cols = (side * unit for unit in spec.patch_size)
     batches = [images[..., :rows, :cols].contiguous() for images in wide]
-    moved = _moved(reader, wide, batches, side, settings.shift)
-    flipped = _flipped(reader, batches)
-    reference = _reference(reader, batches, settings, seed)
-    figures = {
-        "shift_agreement": moved.mean,
-        "flip_agreement": flipped.mean,
-        "reference_agreement": reference.mean,
-        "reference_worst_percent": reference.worst_percent,
-        "outlier_rate": outliers(reader.backbone, batches, show=1).outlier_rate,
-    }
-    if reference.masked is not None:
-        figures["artifact_agreement"] = reference.masked
+    reading = Reading(readout=settings.readout)
+    moved = _moved(reader, reading, wide, batches, side, settings.shift)
+    flipped = _flipped(reader, reading, batches)
+    figures = {"shift_agreement": moved.mean, "flip_agreement": flipped.mean}
+    notes = {"images": len(chosen), "readout": reader.readout(reading)}
+    rate = {"outlier_rate": outliers(reader.backbone, batches, show=1).outlier_rate}
+    baseline = reader.reference or reader.backbone
+    reason = why_incomparable(reader.backbone, baseline)
+    if reason is None:
+        found = _reference(reader, reading, baseline, batches, settings.views, seed)
+        figures |= {"reference_agreement": found.mean, "reference_worst_percent": found.worst_percent} | rate
+        if found.masked is not None:
+            figures["artifact_agreement"] = found.masked
+    else:
+        logger.warning("agreement with the baseline is left out: %s", reason)
+        notes["reference"] = f"left out: {reason}"
+        figures |= rate
     worst = {"shift": moved.worst_percent, "flip": flipped.worst_percent}
-    return Metrics(figures, {"worst_percent": worst}, {"images": len(chosen)})
+    return Metrics(figures, {"worst_percent": worst}, notes)
 
 
 def _batches(reader: FeatureReader, source: Subset, side: int) -> list[Float[Tensor, "_ 3 _ _"]]:
@@ -86,46 +104,53 @@ def _batches(reader: FeatureReader, source: Subset, side: int) -> list[Float[Ten
     ]
 
 
-def _grids(reader: FeatureReader, images: Tensor) -> Float[Tensor, "batch rows cols dim"]:
-    return reader(images, Reading()).grids
-
-
 def _moved(
-    reader: FeatureReader, wide: Sequence[Tensor], batches: Sequence[Tensor], side: int, shift: int
+    reader: FeatureReader,
+    reading: Reading,
+    wide: Sequence[Tensor],
+    batches: Sequence[Tensor],
+    side: int,
+    shift: int,
 ) -> Agreement:
     """Compares windows at the top left with those at the bottom right of a wider canvas."""
     meter, seen = AgreementMeter(), side - shift
     for number, (images, first) in enumerate(zip(wide, batches, strict=True)):
         second = images[..., images.shape[-2] - first.shape[-2] :, images.shape[-1] - first.shape[-1] :]
         meter.update(
-            _grids(reader, first)[:, shift:, shift:],
-            _grids(reader, second.contiguous())[:, :seen, :seen],
+            reader(first, reading).grids[:, shift:, shift:],
+            reader(second.contiguous(), reading).grids[:, :seen, :seen],
         )
         reader.observe("shifts", number + 1, len(wide))
     return meter.compute()
 
 
-def _flipped(reader: FeatureReader, batches: Sequence[Tensor]) -> Agreement:
+def _flipped(reader: FeatureReader, reading: Reading, batches: Sequence[Tensor]) -> Agreement:
     meter = AgreementMeter()
     for number, images in enumerate(batches):
-        meter.update(_grids(reader, images.flip(-1)).flip(2), _grids(reader, images))
+        meter.update(reader(images.flip(-1), reading).grids.flip(2), reader(images, reading).grids)
         reader.observe("flips", number + 1, len(batches))
     return meter.compute()
 
 
-def _reference(reader: FeatureReader, batches: Sequence[Tensor], settings: Settings, seed: int) -> Agreement:
+def _reference(
+    reader: FeatureReader,
+    reading: Reading,
+    baseline: Backbone,
+    batches: Sequence[Tensor],
+    views: int,
+    seed: int,
+) -> Agreement:
     """Compares with the mean of many views of the baseline; masked is where that has artifacts."""
-    baseline = reader.reference or reader.backbone
-    views = ViewsConfig(count=settings.views, sampler="uniform")
-    teacher = Teacher(baseline, views, bf16=reader.bf16)
+    teacher = Teacher(baseline, ViewsConfig(count=views, sampler="uniform"), bf16=reader.bf16)
     last = len(baseline.blocks) - 1
     gap = outliers(baseline, batches, layers=[last], show=1).blocks[-1].gap
     meter = AgreementMeter()
     for number, images in enumerate(batches):
-        target = teacher(images, keyed_generator("reference", seed, number)).patches
+        with read_as(baseline, reader.readout(reading)):
+            target = teacher(images, keyed_generator("reference", seed, number)).patches
         with torch.no_grad():
             tokens = baseline.block_tokens(images, [last])[last]
         norms = baseline.layout(images).to_grid(tokens).float().norm(dim=-1)
-        meter.update(_grids(reader, images), target, outlier_mask(norms, gap))
+        meter.update(reader(images, reading).grids, target, outlier_mask(norms, gap))
         reader.observe("many views", number + 1, len(batches))
     return meter.compute()

@@ -34,7 +34,7 @@ from phreg.config import Config, flatten
 from phreg.errors import DataError, PhregError
 from phreg.evaluation.feature_cache import FeatureCache, stamps
 from phreg.evaluation.features import FeatureReader, Observer
-from phreg.evaluation.records import RESULTS, TABLE, Metrics, Record, Results, hardware, summarise
+from phreg.evaluation.records import MAPS, RESULTS, TABLE, Metrics, Record, Results, hardware, summarise
 from phreg.evaluation.tasks import draws, find_task
 from phreg.images import open_images, walk
 
@@ -59,6 +59,7 @@ class Suite:
         batch_size: Pictures per forward.
         bf16: Whether forwards run under bf16 autocast.
         observe: Told of progress.
+        watch: Shown each model, ready to be read, with its record.
     """
 
     task: str
@@ -71,6 +72,7 @@ class Suite:
     batch_size: int
     bf16: bool
     observe: Observer
+    watch: Callable[[FeatureReader, Record], None] = lambda _reader, _record: None
 
     def check_folder(self) -> None:
         """Checks that results may be written to the folder.
@@ -144,6 +146,7 @@ class Suite:
         )
         for line in record.sweep:
             logger.info("%s: %s", name, line)
+        self.watch(reader, record)
         return record
 
     @cached_property
@@ -156,7 +159,7 @@ class Suite:
         root = Path(self.data).resolve()
         if root.is_dir():
             # What phreg itself keeps inside of the data is none of it.
-            kept = [*(self.folder / name for name in (RUNS, RESULTS, TABLE)), self.cache.folder]
+            kept = [*(self.folder / name for name in (RUNS, RESULTS, TABLE, MAPS)), self.cache.folder]
             inside = [place for path in kept if root in (place := path.resolve()).parents]
             for path in map(Path, walk(os.fspath(root))):
                 if not any(path.is_relative_to(place) for place in inside):

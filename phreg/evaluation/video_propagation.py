@@ -99,7 +99,8 @@ def run(reader: FeatureReader, data: str, settings: Settings, seed: int) -> Metr
         "f": {name: score[1] for name, score in scores.items()},
     }
     figures = {"j_and_f": (region + boundary) / 2, "j": region, "f": boundary}
-    return Metrics(figures, detail, {"sequences": len(videos), "objects": len(scores)})
+    notes = {"sequences": len(videos), "objects": len(scores), "readout": reader.readout(settings.reading)}
+    return Metrics(figures, detail, notes)
 
 
 def open_videos(data: str, sequences: str, resolution: str) -> list[Video]:

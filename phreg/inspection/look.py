@@ -36,6 +36,7 @@ from phreg.analysis.probes import (
 )
 from phreg.analysis.survey import Survey, survey
 from phreg.backbones.base import Backbone
+from phreg.backbones.readout import dense_readout, read_as
 from phreg.errors import UnsupportedModelError
 from phreg.report.html import Report
 from phreg.report.maps import photo
@@ -209,9 +210,13 @@ def look(
         effect = _interpolation(backbone, resampled)
     shown = torch.cat(list(batches[:show]))[:show]
     drawn = text_maps(backbone, shown, queries) if queries else None
+    meant = None
+    if dense_readout(backbone) != "plain":
+        with read_as(backbone):
+            meant = backbone(shown).patches.float().cpu()
     with stage("cost"):
         return replace(
-            of_survey(backbone, name, surveyed, sinks=sinks),
+            of_survey(backbone, name, surveyed, meant, sinks=sinks),
             position=position,
             reconstruction=reconstruction,
             classes=classes,

@@ -13,8 +13,9 @@ import timm
 import torch
 from torch import Tensor, nn
 
+import phreg
 from phreg.backbones.base import Backbone
-from phreg.backbones.readout import DenseForward, GridForward, gaussian_bias, set_readout
+from phreg.backbones.readout import DenseForward, GridForward, gaussian_bias, read_as, set_readout
 from phreg.backbones.resolve import adapt
 from phreg.errors import PhregError
 from phreg.registers import add_registers
@@ -282,6 +283,48 @@ def test_models_without_a_joint_token_space_are_refused_and_left_alone(readout):
         set_readout(backbone, readout)
     assert backbone.readout == "plain"
     assert not any("forward" in vars(module) for module in backbone.model.modules())
+
+
+@torch.no_grad()
+def test_a_model_is_read_otherwise_for_a_while_only(library):
+    backbone = build(library, 2)
+    expected = backbone(images()).patches
+    with read_as(backbone, "naclip"):
+        assert backbone(images()).patches.shape[-1] == 16
+    with pytest.raises(PhregError), read_as(backbone, "naclip"):
+        backbone(torch.zeros(1, 3, 30, 30))
+    assert backbone.readout == "plain"
+    assert torch.equal(backbone(images()).patches, expected)
+
+
+def test_unless_told_how_a_model_is_read_as_it_is_set_or_else_as_phreg_trained_it(library):
+    backbone = build(library)
+    with read_as(backbone):
+        assert backbone.readout == "plain"
+    backbone.trained_readout = "value-only"
+    with read_as(backbone):
+        assert backbone.readout == "value-only"
+    set_readout(backbone, "sclip")
+    with read_as(backbone):
+        assert backbone.readout == "sclip"
+
+
+def test_the_model_itself_says_how_it_is_read_and_was_trained(library):
+    backbone = build(library)
+    backbone.trained_readout = "value-only"
+    set_readout(backbone, "sclip")
+    again = adapt(copy.deepcopy(backbone.model))
+    assert (again.readout, again.trained_readout) == ("sclip", "value-only")
+    set_readout(again, "plain")
+    again.trained_readout = "plain"
+    assert vars(again.model).keys() == vars(build(library).model).keys()
+
+
+def test_a_trained_model_saved_by_its_own_library_comes_back_as_trained(tmp_path):
+    backbone = build("transformers", 2)
+    backbone.trained_readout = "value-only"
+    backbone.model.save_pretrained(tmp_path / "saved")
+    assert adapt(phreg.load(tmp_path / "saved")).trained_readout == "value-only"
 
 
 def test_omega_is_one_on_the_diagonal_of_patches_and_zero_ahead_of_them():

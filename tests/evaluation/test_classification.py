@@ -17,6 +17,7 @@ from phreg.evaluation.classification import Settings, knn_scores
 from phreg.evaluation.feature_cache import FeatureCache
 from phreg.evaluation.features import FeatureReader
 from phreg.evaluation.tasks import resolve_settings
+from phreg.images import open_images
 
 
 def clusters(seed, images=60, dim=6, classes=3, noise=1.5):
@@ -168,3 +169,26 @@ def test_what_needs_no_training_is_tested_on_the_validation_split(clip_reader, t
     settings = Settings(methods=("zero-shot",), template="{}")
     found = classification.run(clip_reader, str(tmp_path / "split"), settings, seed=0)
     assert found.notes == {"images": {"train": 0, "test": 4}, "classes": 2}
+
+
+@torch.no_grad()
+def test_pooled_outputs_of_a_model_trained_through_a_read_out_are_those_that_its_class_gives(
+    clip_reader, colours
+):
+    def pooled():
+        source = open_images(colours)
+        return torch.stack([dense.pooled for dense in clip_reader.stream(source, Settings().reading)])
+
+    before = pooled()
+    clip_reader.backbone.trained_readout = "value-only"
+    after = pooled()
+    clip_reader.backbone.trained_readout = "plain"
+    assert torch.equal(after, before)
+
+
+def test_a_gate_guards_the_top_1_of_every_method_on_every_feature(reader, colours):
+    settings = Settings(methods=("knn", "linear"), features=("pooled", "cls"), neighbours=3)
+    assert set(classification.run(reader, str(colours), settings, seed=0).guarded) == {
+        "top1",
+        *(f"{method}_{feature}_top1" for method in ("knn", "linear") for feature in ("pooled", "cls")),
+    }

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from pictures import noise
 from PIL import Image
 
+from phreg.backbones.readout import read_as
 from phreg.backbones.resolve import adapt
 from phreg.errors import PhregError
 from phreg.evaluation.feature_cache import FeatureCache
@@ -221,3 +222,34 @@ def test_a_model_without_classifier_says_so(tmp_path, photos):
 def test_a_placement_survives_json():
     placement = Placement((30, 43), (32, 48), (0, 0, 32, 48), (0, 0, 30, 43))
     assert Placement(*map(tuple, [list(part) for part in placement])) == placement
+
+
+@pytest.fixture
+def clip_reader(tmp_path):
+    backbone = adapt(FAMILIES["open_clip/clip"]()).eval()
+    return FeatureReader(backbone, "clip", FeatureCache(tmp_path / "cache"), batch_size=2)
+
+
+@torch.no_grad()
+def test_dense_features_are_read_as_phreg_trained_the_model_unless_asked_otherwise(clip_reader):
+    backbone, pixels = clip_reader.backbone, images(clip_reader)
+    plain = clip_reader(pixels, Reading())
+    with read_as(backbone, "value-only"):
+        expected = backbone(pixels).patches
+    assert clip_reader.readout(Reading()) == "plain"
+    backbone.trained_readout = "value-only"
+    assert clip_reader.readout(Reading()) == "value-only"
+    torch.testing.assert_close(clip_reader(pixels, Reading()).grids, expected, atol=ROUNDING, rtol=0)
+    asked = clip_reader(pixels, Reading(readout="plain"))
+    assert torch.equal(asked.grids, plain.grids)
+    assert torch.equal(asked.pooled, plain.pooled)
+    assert backbone.readout == "plain"
+
+
+def test_features_read_in_another_way_are_kept_apart(clip_reader, photos):
+    source = open_images(photos)
+    plain = clip_reader.features(source, Reading())
+    clip_reader.backbone.trained_readout = "value-only"
+    trained = clip_reader.features(source, Reading())
+    assert (plain.dim, trained.dim) == (32, 16)
+    assert clip_reader.features(source, Reading(readout="plain")).dim == 32

@@ -3,11 +3,13 @@ import pytest
 import torch
 from PIL import Image
 
+import phreg
 from phreg.backbones.resolve import adapt, load
 from phreg.evaluation import object_discovery
 from phreg.evaluation.feature_cache import FeatureCache
 from phreg.evaluation.features import FeatureReader, Placement, Reading
 from phreg.evaluation.lost import lost
+from phreg.evaluation.metrics import is_localised
 from phreg.evaluation.object_discovery import Combination, Settings, box_in_picture, sweep
 from phreg.evaluation.tasks import resolve_settings
 
@@ -123,6 +125,34 @@ def test_a_box_is_laid_onto_the_picture_and_cut_off_at_the_padding(reader):
     # A central square of 20 pixels at its own size begins 5 pixels into the picture.
     cropped = Placement((20, 30), (20, 20), (0, 0, 20, 20), (0, 5, 20, 20))
     assert box_in_picture((0, 1, 2, 3), (4, 4), cropped).tolist() == [5, 5, 15, 15]
+
+
+@pytest.mark.parametrize("algorithm", ["lost", "tokencut"])
+def test_examples_are_what_the_best_combination_found_in_the_first_pictures(reader, squares, algorithm):
+    settings = SMALL.model_copy(update={"algorithm": algorithm})
+    found = object_discovery.run(reader, squares, settings, seed=0)
+    every = object_discovery.examples(reader, squares, settings, 0, found.notes["best"])
+    hits = [is_localised(example.box, example.truth) for example in every]
+    assert sum(hits) / 3 == pytest.approx(found.figures["corloc"])
+    assert [example.picture.shape for example in every] == [(32, 32, 3), (40, 32, 3), (48, 32, 3)]
+    assert every[1].truth.tolist() == [[8, 8, 24, 24]]
+    assert len(object_discovery.examples(reader, squares, settings, 0, found.notes["best"], count=2)) == 2
+
+
+def size_of(path):
+    with Image.open(path) as picture:
+        return picture.size
+
+
+def test_an_evaluation_draws_how_each_model_found_its_boxes(saved, tiny, squares, tmp_path):
+    asked = {"task": "object-discovery", "data": squares, "device": "cpu", "sources": "keys", "layers": "-1"}
+    phreg.evaluate(saved, tiny(), output=tmp_path / "out", **asked)
+    drawn = size_of(tmp_path / "out" / "maps.png")
+    (tmp_path / "out" / "maps.png").unlink()
+    phreg.evaluate(saved, output=tmp_path / "out", **asked)
+    alone = size_of(tmp_path / "out" / "maps.png")
+    assert drawn[1] == alone[1]
+    assert drawn[0] == pytest.approx(2 * alone[0], abs=1), "models stand side by side, in whole pixels"
 
 
 @pytest.mark.real

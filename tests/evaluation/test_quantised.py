@@ -102,11 +102,13 @@ def test_what_is_lost_is_before_less_after(tiny, tmp_path, monkeypatch):
     weight = backbone.model.blocks[0].mlp.fc1.weight.detach().clone()
 
     def measured(reader, data, settings, seed):
+        assert (reader.reference is None) == (reader.identity == "tiny-int8"), "which may be quantised too"
         changed = not torch.equal(backbone.model.blocks[0].mlp.fc1.weight, weight)
         assert reader.identity == ("tiny-int8" if changed else "tiny"), "features are kept apart"
         return quantised.Metrics({"top1": 0.5 if changed else 0.75})
 
     monkeypatch.setattr("phreg.evaluation.classification.run", measured)
-    reader = FeatureReader(backbone, "tiny", FeatureCache(tmp_path / "cache"))
+    reader = FeatureReader(backbone, "tiny", FeatureCache(tmp_path / "cache"), reference=backbone)
     found = quantised.run(reader, "", Settings(), seed=0)
     assert found.figures == {"int8_top1": 0.5, "top1": 0.75, "lost_top1": 0.25}
+    assert found.guarded == ("top1",)

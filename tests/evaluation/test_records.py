@@ -108,6 +108,27 @@ def test_the_gate_lets_a_small_drop_pass_and_stops_a_larger_one():
         results.check_gate(0.01)
 
 
+def test_the_gate_guards_what_the_task_names_beside_the_headline():
+    def measured(model, **figures):
+        facts = dataclasses.asdict(record(model, [0.5]))
+        for own in ("figures", "guarded", "detail", "notes", "versions"):
+            del facts[own]
+        return summarise([Metrics({"top1": 0.5, **figures}, guarded=("top1", "cls_top1"))], **facts)
+
+    base = measured("a", cls_top1=0.9, top5=1.0)
+    assert base.guarded == ("top1", "cls_top1")
+    Results((measured("b", cls_top1=0.9, top5=0.1),), base).check_gate(0.05)
+    with pytest.raises(PhregError, match=r"found 1 larger: b: cls_top1 0\.1000, the baseline's is 0\.9000"):
+        Results((measured("b", cls_top1=0.1, top5=1.0),), base).check_gate(0.05)
+
+
+def test_read_outs_other_than_plain_are_told_under_the_table():
+    plain = record("a", [0.5])
+    trained = dataclasses.replace(plain, model="b", notes=({"readout": "value-only"},))
+    assert "last block: a plain, b value-only." in Results((trained,), plain).to_markdown()
+    assert "last block" not in Results((plain,)).to_markdown()
+
+
 def test_the_gate_knows_that_a_larger_error_is_worse():
     worse = Results((record("b", [0.5], "rmse"),), record("a", [0.4], "rmse"))
     with pytest.raises(PhregError, match="gate"):

@@ -1,12 +1,16 @@
+import copy
 import inspect
 import json
 import logging
+import shutil
 import sys
 from types import ModuleType
 
 import pytest
 import torch
+from families import FAMILIES
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import phreg
 from phreg import api, cli
@@ -310,6 +314,38 @@ def test_a_drop_beyond_the_gate_ends_in_an_error_after_the_results(saved, tiny, 
         phreg.evaluate(broken, baseline=saved, gate=0.01, **asked, **FAST)
     assert failed.value.results["top1"] < 1
     assert (tmp_path / "results.json").is_file()
+
+
+def test_a_failed_gate_ends_with_a_status_of_its_own_and_shows_the_table(saved, colours, tmp_path, capsys):
+    broken = tmp_path / "broken"
+    shutil.copytree(saved, broken)
+    weights = load_file(broken / "model.safetensors")
+    zeros = {name: torch.zeros_like(tensor) for name, tensor in weights.items()}
+    save_file(zeros, broken / "model.safetensors")
+    code = evaluate(
+        broken, "--task", "classification", "--data", colours, "--output", tmp_path / "out",
+        "--device", "cpu", "--set", "neighbours=3", "--baseline", saved, "--gate", "0.01",
+    )  # fmt: skip
+    printed = capsys.readouterr()
+    assert code == cli.GATE_FAILED == 3
+    assert "top1" in printed.out
+    assert "gate: asked for a drop" in printed.err
+
+
+def test_a_student_is_measured_as_it_was_trained_in_every_form_and_its_original_plainly(photos, tmp_path):
+    model = FAMILIES["open_clip/clip"]()
+    original = copy.deepcopy(model)
+    quick = {"steps": 1, "batch_size": 2, "views": {"count": 2}, "measure": {"images": 0}, "device": "cpu"}
+    phreg.distill(model, photos, tmp_path / "run", method="paper", data={"workers": 0}, **quick)
+    loaded = phreg.load(tmp_path / "run", into=copy.deepcopy(original))
+    asked = {"task": "consistency", "data": photos, "device": "cpu", "count": 2, "shift": 1, "views": 2}
+    results = phreg.evaluate(model, loaded, baseline=original, **asked)
+    assert results.baseline.notes[0]["readout"] == "plain"
+    assert [record.notes[0]["readout"] for record in results.records] == ["value-only", "value-only"]
+    assert results.records[0].figures == results.records[1].figures
+    plain = phreg.evaluate(model, readout="plain", **asked)
+    assert plain.records[0].notes[0]["readout"] == "plain"
+    assert plain["shift_agreement"] != results["shift_agreement"]
 
 
 @pytest.mark.parametrize(

@@ -12,12 +12,14 @@ from torch.nn.functional import interpolate, normalize
 
 from phreg.backbones.resolve import adapt
 from phreg.errors import PhregError
+from phreg.evaluation import quantised
 from phreg.evaluation.feature_cache import FeatureCache
 from phreg.evaluation.features import FeatureReader, Reading
+from phreg.evaluation.records import LOWER_IS_BETTER
 from phreg.evaluation.tasks import resolve_settings
 from phreg.evaluation.vocabulary import Queries
-from phreg.evaluation.zero_shot_segmentation import PROTOCOLS, Settings, choose_classes, run, with_head
-from phreg.registers import add_registers
+from phreg.evaluation.zero_shot_segmentation import PROTOCOLS, READOUTS, Settings, choose_classes, run
+from phreg.registers import add_registers, remove_registers
 
 WHOLE = {"reading": Reading(size=32), "template": "a {}", "threshold": 0.0}
 
@@ -104,17 +106,39 @@ def test_the_task_equals_a_slow_computation(reader, clip, pictures):
 
 @pytest.mark.parametrize("head", ["maskclip", "sclip", "clearclip", "naclip"])
 def test_every_head_runs_with_registers_and_leaves_the_model_as_it_was(reader, clip, pictures, head):
-    backbone = add_registers(adapt(families_open_clip.clip()), 2)
-    assert with_head(backbone, head).num_registers == 2
-    assert run(reader, str(pictures), Settings(**WHOLE, head=head), seed=0).figures["miou"] >= 0
-    assert reader.backbone.readout == backbone.readout == "plain"
+    add_registers(reader.backbone, 2)
+    found = run(reader, str(pictures), Settings(**WHOLE, head=head), seed=0)
+    remove_registers(reader.backbone)
+    assert found.figures["miou"] >= 0
+    assert found.notes["readout"] == READOUTS[head]
+    assert reader.backbone.readout == "plain"
 
 
-def test_the_students_head_is_the_one_it_was_trained_with():
-    backbone = adapt(families_open_clip.clip())
-    assert with_head(backbone, "student").readout == "plain"
-    backbone.trained_readout = "value-only"
-    assert with_head(backbone, "student").readout == "value-only"
+def test_the_students_head_is_the_one_it_was_trained_with(reader, pictures):
+    def found(head):
+        return run(reader, str(pictures), Settings(**WHOLE, head=head), seed=0)
+
+    assert found("student") == found("plain")
+    plain = found("plain")
+    reader.backbone.trained_readout = "value-only"
+    student, again = found("student"), found("plain")
+    reader.backbone.trained_readout = "plain"
+    assert student == found("maskclip")
+    assert again == plain, "the other heads stay what they are called"
+    assert student.figures != plain.figures
+
+
+def test_it_is_measured_in_8_bits_too_where_that_is_asked_for(reader, pictures):
+    settings = quantised.Settings(
+        measured="zero-shot-segmentation", zero_shot_segmentation=Settings(**WHOLE, head="plain")
+    )
+    found = quantised.run(reader, str(pictures), settings, seed=0)
+    full = run(reader, str(pictures), Settings(**WHOLE, head="plain"), seed=0).figures
+    assert list(found.figures) == ["int8_miou", "miou", "lost_miou"]
+    assert found.detail["full"] == full
+    assert found.detail["int8"]["pearson"] != full["pearson"]
+    assert found.figures["lost_miou"] == pytest.approx(full["miou"] - found.detail["int8"]["miou"])
+    assert "lost_miou" in LOWER_IS_BETTER
 
 
 def test_windows_that_see_the_whole_give_what_the_whole_gives(reader, pictures):
@@ -123,11 +147,12 @@ def test_windows_that_see_the_whole_give_what_the_whole_gives(reader, pictures):
     assert run(reader, str(pictures), Settings(**windows), seed=0).figures == once.figures
 
 
-def test_a_siglip_takes_the_plain_head_alone():
-    backbone = adapt(families_transformers.FAMILIES["siglip"]())
-    assert with_head(backbone, "plain").readout == "plain"
+def test_a_siglip_takes_the_plain_head_alone(pictures, tmp_path):
+    reader = FeatureReader(
+        adapt(families_transformers.FAMILIES["siglip"]()), "siglip", FeatureCache(tmp_path / "cache")
+    )
     with pytest.raises(PhregError, match="at plain"):
-        with_head(backbone, "maskclip")
+        run(reader, str(pictures), Settings(**WHOLE, head="maskclip"), seed=0)
 
 
 def test_a_model_without_text_is_refused(tiny, pictures, tmp_path):

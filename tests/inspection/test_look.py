@@ -14,6 +14,7 @@ from phreg.analysis.interpolation import interpolation_effect, stripes
 from phreg.analysis.norms import outliers
 from phreg.analysis.probes import global_probe, position_probe, reconstruction_probe, sample_tokens
 from phreg.analysis.survey import survey
+from phreg.backbones.readout import read_as
 from phreg.backbones.resolve import adapt
 from phreg.errors import PhregError
 from phreg.inspection import page
@@ -249,3 +250,17 @@ def test_an_inspection_shows_itself_as_its_report(sides, monkeypatch):
 def test_an_inspection_says_its_verdict_where_it_is_printed(sides):
     assert repr(sides[2]).startswith("sinking: ")
     assert repr(sides[2]).endswith("1 hidden unit causes 100.0 % of them.")
+
+
+@torch.no_grad()
+def test_features_shown_of_a_trained_model_are_those_it_was_trained_for():
+    backbone = adapt(FAMILIES["open_clip/clip"]())
+    images = noise(backbone, 2)
+    plain = looked_at(backbone, images=images).survey.shown
+    backbone.trained_readout = "value-only"
+    found = looked_at(backbone, images=images).survey.shown
+    with read_as(backbone):
+        expected = backbone(images).patches
+    for before, after, features in zip(plain, found, expected, strict=True):
+        torch.testing.assert_close(after.features, features)
+        assert torch.equal(after.norms[-1], before.norms[-1]), "all else is read plainly"
