@@ -396,10 +396,13 @@ def test_a_failed_gate_is_logged_by_the_run_and_by_whatever_loads_its_model(save
     result = api.distill(saved, photos, run, steps=3, **QUICK, **training)
     failures = "; ".join(result.failures)
     assert f"gates failed, and the adapter is marked so: {failures}" in caplog.text
-    loads = [lambda: phreg.load(run), lambda: phreg.load(run, into=timm.create_model(f"local-dir:{saved}"))]
-    loads.append(lambda: phreg.export(run, tmp_path / "out", format="adapter"))
-    loads.append(lambda: phreg.load(tmp_path / "out"))
-    for load in loads:
+    base = timm.create_model(f"local-dir:{saved}", pretrained=True).eval()
+    for load in (
+        lambda: phreg.load(run),
+        lambda: phreg.load(run, into=base),
+        lambda: phreg.export(run, tmp_path / "out", format="adapter"),
+        lambda: phreg.load(tmp_path / "out"),
+    ):
         caplog.clear()
         load()
         (warned,) = [record.getMessage() for record in caplog.records if "gates" in record.getMessage()]
