@@ -11,6 +11,7 @@ import logging
 import os
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -26,10 +27,16 @@ from phreg.backbones import hub, resolve
 from phreg.backbones.base import Backbone
 from phreg.backbones.readout import read_as, set_readout
 from phreg.backbones.resolve import Base, adapt
-from phreg.checkpoint import RunFolder, check_free, start_run
+from phreg.checkpoint import RunFolder, check_free, leaving_no_trace, start_run
 from phreg.config import DistillConfig, ViewsConfig
 from phreg.data import MEASURED_AT_ONCE, Crops, centre_crops, split, spread
-from phreg.distillation import add_configured, add_test_time, compare_with_original, save
+from phreg.distillation import (
+    add_configured,
+    add_test_time,
+    check_trainable,
+    compare_with_original,
+    save,
+)
 from phreg.errors import ConfigError, DataError, PhregError
 from phreg.evaluation import object_discovery
 from phreg.evaluation.feature_cache import GIGABYTE, FeatureCache
@@ -41,13 +48,13 @@ from phreg.evaluation.suite import Suite, compare_models
 from phreg.evaluation.tasks import resolve_settings
 from phreg.exports import Equality
 from phreg.images import ImageSource, open_images
-from phreg.inspection.folder import write_inspection
+from phreg.inspection.folder import check_output, write_inspection
 from phreg.inspection.images import labelled, larger
 from phreg.inspection.look import Inspection, called, look
 from phreg.report.canvas import save_png
 from phreg.report.discoveries import discovery_figure
 from phreg.report.html import Origin
-from phreg.saved import open_into, open_model, open_saved, record_of
+from phreg.saved import open_into, open_model, open_saved, record_of, tell_failures
 from phreg.seeding import keyed_generator
 from phreg.sinks import Sinks, locate
 from phreg.storage import OWN_FORMATS
@@ -75,7 +82,7 @@ class Distilled:
         model: The patched model, of its ordinary class, in eval mode; as it was, where there was nothing to
             repair.
         run: Its run folder.
-        sinks: The sinks that were found; None where there were none, or the method does not look for them.
+        sinks: The sinks that were found; None where there were none.
         outcome: Steps, images, seconds and skipped files; None where there was nothing to repair.
         comparison: The before/after figures; None where measuring was switched off, and on other processes.
         failures: What the run made worse than `config.GateConfig` allows, in words; the adapter is marked so.
@@ -147,28 +154,29 @@ def distill(
 
     run = RunFolder(Path(config.output or ""))
     accelerator = start_accelerator(config, run)
-    if accelerator.is_main_process:
-        start_run(run.path, config, resume=resume)
-    accelerator.wait_for_everyone()
-
-    student.eval().to(accelerator.device)
-    original = copy.deepcopy(student).requires_grad_(False)
     kept, measured, held_out = split(source, config)
-    sinks = None
-    if config.method != "paper":
+    check_trainable(student, len(kept), config, accelerator.num_processes)
+    with leaving_no_trace(run.path) if accelerator.is_main_process else nullcontext():
+        if accelerator.is_main_process:
+            start_run(run.path, config, resume=resume)
+        accelerator.wait_for_everyone()
+
+        student.eval().to(accelerator.device)
+        original = copy.deepcopy(student).requires_grad_(False)
         logger.info("looking for sinks on up to %d images", config.sinks.images)
         seen = list(centre_crops(original, spread(kept, config.sinks.images), side))
         sinks = locate(original, seen)
         if sinks is None and not config.force:
             return _nothing_to_repair(run, student, base, accelerator, seen)
 
-    if config.target.native_size:
-        student.set_input_size((side, side))
-    set_readout(original, config.target.teacher_readout)
-    set_readout(student, config.target.student_readout)
-    student.trained_readout = config.target.student_readout
-    logger.info("retrofitting on %d images, %d kept apart to measure on", len(kept), len(measured))
-    outcome = _retrofit(student, original, sinks, kept, config, run, accelerator, observe)
+        if config.target.native_size:
+            student.set_input_size((side, side))
+        set_readout(original, config.target.teacher_readout)
+        set_readout(student, config.target.student_readout)
+        student.trained_readout = config.target.student_readout
+        apart = "kept apart to measure on" if held_out else "of them measured on too"
+        logger.info("retrofitting on %d images, %d %s", len(kept), len(measured), apart)
+        outcome = _retrofit(student, original, sinks, kept, config, run, accelerator, observe)
 
     comparison = None
     if accelerator.is_main_process:
@@ -237,6 +245,7 @@ def load(
     else:
         open_into(found, into)
         model = into
+    tell_failures(found)
     return model.eval() if device is None else model.eval().to(device)
 
 
@@ -359,7 +368,7 @@ def denoise(
         Features after the final norm, in fp32.
     """
     backbone = adapt(model)
-    _check_images(backbone, images)
+    images = _checked(backbone, images)
     with read_as(backbone):
         return Teacher(backbone, _views(views))(images, keyed_generator("views", seed)).patches
 
@@ -385,13 +394,15 @@ def add_test_time_registers(
     """
     backbone = adapt(model)
     backbone.eval()
-    _check_images(backbone, images)
+    images = _checked(backbone, images)
+    if not len(images):
+        raise DataError("asked for test-time registers found on no images; give a few dozen at least")
     if backbone.num_registers:
         raise PhregError(
             f"asked for test-time registers on {backbone.describe()}, which has {backbone.num_registers} "
             "registers from phreg; call phreg.remove_registers(model) first"
         )
-    sinks = locate(backbone, list(images.to(backbone.device).split(MEASURED_AT_ONCE)))
+    sinks = locate(backbone, list(images.split(MEASURED_AT_ONCE)))
     if sinks is None:
         raise PhregError(
             f"asked for test-time registers on {backbone.describe()}, whose norms on {len(images)} images "
@@ -420,7 +431,8 @@ def inspect(
         model: A model in any form that `distill` takes, a run, or an adapter.
         images: Where images are, or a batch of normalised ones.
         against: Models to compare it with, on the same images.
-        output: Folder to write inspect.json, report.html and pictures to; None writes nothing.
+        output: Folder to write inspect.json, report.html and pictures to, new, empty or of an earlier look;
+            None writes nothing.
         size: Image side in pixels; None means each model's own.
         count: Images to look at, spread evenly over those there are.
         labels: Labelled images, in any layout of the task `classification` (a folder a class), to ask what
@@ -433,8 +445,12 @@ def inspect(
         What was found; in a notebook it shows itself as the report.
 
     Raises:
-        PhregError: A model or the images cannot be read.
+        PhregError: A model or the images cannot be read, or the output holds something else.
     """
+    if count < 1:
+        raise PhregError(f"asked to look at {count} images; give a --count of 1 or more")
+    if output is not None:
+        check_output(Path(output), images if isinstance(images, str | os.PathLike) else None)
     looks = [
         _look(name, given, images, size, count, labels, queries, device, observe or (lambda *_: None))
         for name, given in _short(_named([model, *against])).items()
@@ -633,9 +649,9 @@ def _look(
         chosen = spread(open_images(images), count)
         looked_at, resampled = list(centre_crops(backbone, chosen, side)), larger(backbone, chosen)
     else:
-        _check_images(backbone, images)
+        images = _checked(backbone, images)
         side = images.shape[-1]
-        looked_at = list(images.to(backbone.device).split(MEASURED_AT_ONCE))
+        looked_at = list(images.split(MEASURED_AT_ONCE))
         resampled = looked_at[:1] if tuple(images.shape[-2:]) != backbone.spec.input_size else []
     return look(
         backbone,
@@ -648,8 +664,8 @@ def _look(
     )
 
 
-def _check_images(backbone: Backbone, images: Any) -> None:
-    """Refuses what is no batch of normalised images, before it fails somewhere inside."""
+def _checked(backbone: Backbone, images: Any) -> Tensor:
+    """Gives a batch of normalised images as the model takes it; refuses anything else."""
     if isinstance(images, Tensor):
         fits = images.dim() == 4 and images.shape[1] == 3 and images.is_floating_point()
         found = f"a tensor of shape {tuple(images.shape)} and {images.dtype}"
@@ -661,6 +677,7 @@ def _check_images(backbone: Backbone, images: Any) -> None:
             f"{found}; normalise with mean {backbone.spec.mean} and standard deviation {backbone.spec.std}"
         )
     backbone.check_size((images.shape[-2], images.shape[-1]))
+    return images.to(backbone.device, backbone.dtype)
 
 
 def _views(settings: dict[str, Any]) -> ViewsConfig:

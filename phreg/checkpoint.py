@@ -31,7 +31,7 @@ from torch import Tensor
 from phreg import __version__
 from phreg.backbones.base import Backbone
 from phreg.backbones.resolve import Base
-from phreg.config import DistillConfig, flatten, to_toml, validate
+from phreg.config import DistillConfig, GateConfig, flatten, to_toml, validate
 from phreg.config import read_toml as read_settings
 from phreg.errors import CheckpointError, LoadError
 from phreg.storage import (
@@ -53,12 +53,14 @@ KEPT_STATES = 2
 FREE_ON_RESUME = frozenset(
     {
         "output",
+        "force",
         "device",
         "checkpoint_every",
         "keep_freed_memory",
         "trackers",
         "data.workers",
         "measure.views",
+        *(f"gate.{name}" for name in GateConfig.model_fields),
     }
 )
 """Settings that may differ between a run and its resumption: they do not decide the weights."""
@@ -96,6 +98,17 @@ class RunFolder:
         found = (self.path / "state").glob("step-*")
         return sorted(path for path in found if re.fullmatch(r"step-\d+", path.name))
 
+    @property
+    def begun(self) -> bool:
+        """Whether there is something to go on with, or to load: a logged step, a checkpoint, an adapter."""
+        logged = self.log.is_file() and self.log.stat().st_size > 0
+        return logged or bool(self.states) or self.model.exists()
+
+    @property
+    def is_verdict(self) -> bool:
+        """Whether the run found nothing to repair: all it left is what it saw."""
+        return (self.report / "inspect.json").is_file() and not self.begun
+
 
 def start_run(path: Path, config: DistillConfig, *, resume: bool) -> RunFolder:
     """Opens a run folder for writing and records its configuration.
@@ -106,21 +119,46 @@ def start_run(path: Path, config: DistillConfig, *, resume: bool) -> RunFolder:
     """
     run = RunFolder(path)
     check_free(path, resume=resume)
-    if run.recipe.exists():
+    if resume and run.recipe.exists():
         _check_same(run, config)
     path.mkdir(parents=True, exist_ok=True)
     write_text(run.recipe, to_toml(config))
     return run
 
 
+@contextmanager
+def leaving_no_trace(path: Path) -> Iterator[None]:
+    """Undoes what is written to a run folder inside, where it fails before the run's first step.
+
+    So what was wrong can be mended and asked for again. A run that has begun is left as it is, to go on with.
+    """
+    run = RunFolder(path)
+    there = set(path.iterdir()) if path.is_dir() else None
+    recipe = run.recipe.read_bytes() if run.recipe.is_file() else None
+    try:
+        yield
+    except BaseException:
+        if path.is_dir() and not run.begun:
+            for new in set(path.iterdir()) - (there or set()):
+                shutil.rmtree(new) if new.is_dir() else new.unlink()
+            if there is None:
+                path.rmdir()
+            if recipe is not None:
+                run.recipe.write_bytes(recipe)
+        raise
+
+
 def check_free(path: Path, *, resume: bool) -> None:
     """Checks, before anything is loaded, that a run may be written to a folder.
+
+    A run that found nothing to repair gives way to another: nothing was made that could be lost.
 
     Raises:
         CheckpointError: The folder holds another run and `resume` is off, or it holds something else.
     """
-    if RunFolder(path).recipe.exists():
-        if not resume:
+    run = RunFolder(path)
+    if run.recipe.exists():
+        if not resume and not run.is_verdict:
             raise CheckpointError(
                 f"output {path} holds a run already; go on with it by --resume, or choose another --output"
             )

@@ -78,6 +78,8 @@ def quickstart(output: Path = Path("runs/quickstart")) -> None:
         "  phreg distill facebook/dinov2-small --images photos/ --output runs/dinov2-small-reg",
         highlight=False,
     )
+    if result.failures:
+        sys.exit(GATE_FAILED)
 
 
 @app.command
@@ -128,7 +130,7 @@ def inspect(
     Args:
         model: Hub id, timm or open_clip name, local folder, run or adapter.
         images: Folder, text file of paths, tar shards or Hugging Face dataset.
-        output: Folder to write inspect.json, pictures and report.html to.
+        output: Folder to write inspect.json, pictures and report.html to: new, empty, or of an earlier look.
         against: Models to set beside it, on the same images.
         size: Image side in pixels; unset means each model's own.
         count: Images to look at.
@@ -476,8 +478,10 @@ def _show(result: Any) -> None:
             markup=False,
         )
     if result.comparison is None:
+        console.print("Not measured (--measure.images 0), so no gate was asked.", highlight=False)
         return
-    _table(result.comparison.rows(), title=f"on {result.comparison.images} images")
+    apart = "not trained on" if result.comparison.held_out else "that were trained on too"
+    _table(result.comparison.rows(), title=f"on {result.comparison.images} images {apart}")
     for failure in result.failures:
         console.print(f"[bold red]Gate failed:[/] {escape(failure)}.", highlight=False)
     if result.failures:

@@ -159,7 +159,8 @@ class GateConfig(Config):
     """What a run may not make worse, measured on images it was not trained on; beyond, it fails."""
 
     outlier_rate: Fraction = 0.001
-    """Largest rise of the outlier rate, a share of all patch tokens."""
+    """Largest rise of the outlier rate, a share of all patch tokens: in the last block, and in the block with
+    most."""
     agreement: NonNegativeFloat = 0.01
     """Largest fall of the mean cosine to the reference."""
     drift: Fraction = 0.95
@@ -256,6 +257,16 @@ class DistillConfig(Config):
         if self.steps is not None and self.epochs is not None:
             raise ValueError(
                 f"steps and epochs say the same in two ways, found {self.steps} and {self.epochs}; keep one"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _length_of_training(self) -> "DistillConfig":
+        given = [name for name in ("steps", "epochs") if getattr(self, name) is not None]
+        if self.method == "test-time" and given:
+            raise ValueError(
+                f"{given[0]}: method test-time trains nothing, found {getattr(self, given[0])}; "
+                "leave it out, or choose another method"
             )
         return self
 

@@ -4,7 +4,7 @@ Nothing here keeps state: `Order` says which numbers make which batch, and the p
 seed, epoch and number. So a run resumed at any step, with any number of reader processes, sees the very
 pixels it would have seen. What cannot be decoded is replaced by the next image, reported, and counted.
 
-    Order.batch(step) ──(epoch, index)──► Crops ──loader──► Batch uint8 (B,3,S,S) ──device──► normalise
+    Order.batch(step) ──(epoch, index)──► Crops ──loader──► Batch uint8 (B,3,S,S) ──as_input──► model
                                             └─ ImageSource.read(index)
 
 Flips and shifts are left to `views`.
@@ -150,6 +150,14 @@ def normalise(
         for values in (mean, std)
     )
     return (images.float() / 255 - centre) / spread
+
+
+def as_input(
+    backbone: Backbone, pixels: UInt8[Tensor, "batch 3 rows cols"]
+) -> Float[Tensor, "batch 3 rows cols"]:
+    """Makes of 8-bit RGB what a model takes: on its device, normalised for it, in its own precision."""
+    pixels = pixels.to(backbone.device, non_blocking=True)
+    return normalise(pixels, backbone.spec.mean, backbone.spec.std).to(backbone.dtype)
 
 
 # --- Order: which images make which batch --------------------------------------------------------------
@@ -370,6 +378,5 @@ def centre_crops(
         if not image.skipped:
             readable.append(image.images)
         if readable and (len(readable) == MEASURED_AT_ONCE or index + 1 == len(source)):
-            pixels = torch.cat(readable).to(backbone.device)
-            readable = []
-            yield normalise(pixels, backbone.spec.mean, backbone.spec.std)
+            pixels, readable = torch.cat(readable), []
+            yield as_input(backbone, pixels)

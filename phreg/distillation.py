@@ -5,6 +5,7 @@ original, sinks ──retrofit──► student ──compare_with_original─�
 
 import json
 import logging
+import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
 
@@ -18,6 +19,7 @@ from phreg.backbones.base import Backbone
 from phreg.backbones.resolve import Base
 from phreg.checkpoint import RunFolder, save_adapter, write_text
 from phreg.config import DistillConfig
+from phreg.data import Order
 from phreg.errors import PhregError
 from phreg.evaluation.retrofit import Comparison, compare, failed_gates
 from phreg.inspection.look import called, of_survey
@@ -30,12 +32,24 @@ from phreg.seeding import keyed_generator
 from phreg.sinks import Sinks
 from phreg.teacher import Teacher
 from phreg.trainer import Outcome
+from phreg.unlock import expand_roles
 from phreg.views import count_different
 
 # Nothing is bound by this shape: the last batch may be smaller than the others.
 Images = Float[Tensor, "_ 3 _ _"]
 
 logger = logging.getLogger(__name__)
+
+
+def check_trainable(student: Backbone, num_images: int, config: DistillConfig, processes: int) -> None:
+    """Checks what training will ask for, before anything is written and before the search for sinks.
+
+    Raises:
+        PhregError: The images do not fill a batch, or a role does not exist for the model.
+    """
+    if config.method != "test-time":
+        Order(num_images, config.batch_size, world_size=processes)
+        expand_roles(student, config.unlock.roles)
 
 
 def add_configured(student: Backbone, sinks: Sinks | None, config: DistillConfig) -> Relocation | None:
@@ -115,6 +129,10 @@ def save(
 ) -> None:
     """Writes the adapter with its record and card and, where there is a comparison, the report."""
     failures = failed_gates(comparison, config.gate) if comparison else []
+    if comparison is None:
+        logger.warning("not measured, so no gate was asked: measure.images is 0")
+    elif failures:
+        logger.warning("gates failed, and the adapter is marked so: %s", "; ".join(failures))
     record = {
         "size": config.size,
         "readout": config.target.student_readout,
@@ -142,6 +160,8 @@ def _report(
     comparison: Comparison,
 ) -> None:
     """Writes what the run changed: figures.json, and a page with the models side by side."""
+    if (run.report / "inspect.json").exists():  # of a verdict that --force overrode
+        shutil.rmtree(run.report)
     run.report.mkdir(exist_ok=True)
     write_text(run.report / "figures.json", json.dumps(comparison.to_json(), indent=2))
     surveys, features = comparison.surveys, comparison.shown

@@ -12,6 +12,7 @@ A new format is a row of `FORMATS` and a reader. What phreg did not write is a b
 `phreg.backbones.resolve`.
 """
 
+import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -30,6 +31,8 @@ from phreg.errors import LoadError, PhregError, UnsupportedModelError
 from phreg.storage import ADAPTER_FILE, ADAPTER_FORMAT, EXPORT_FILE, MODEL_FORMAT
 
 Reader = Callable[[Located], tuple[Backbone, Base]]
+
+logger = logging.getLogger(__name__)
 
 
 def record_of(found: Located) -> dict[str, Any] | None:
@@ -71,6 +74,7 @@ def open_model(
         return backbone, Base("demo", backbone.spec.library, None, weights_sha256(backbone.disk_state()))
     found = resolve.locate(source, revision)
     backbone, base = resolve.load(found) if record_of(found) is None else open_saved(found)
+    tell_failures(found)
     backbone.eval()
     return backbone, base
 
@@ -131,6 +135,14 @@ def open_into(found: Located, model: nn.Module) -> Backbone:
         if tower.model in around.modules() and around not in tower.model.modules():
             _guard(around, tower)
     return tower
+
+
+def tell_failures(found: Located) -> None:
+    """Warns of a model whose run failed its gates, and names them."""
+    record = record_of(found) or {}
+    gates = (record.get("run") or record).get("gates") or {}
+    if gates.get("failures"):
+        logger.warning("%s failed its gates: %s", found.source, "; ".join(gates["failures"]))
 
 
 @dataclass(frozen=True, repr=False)

@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from phreg.backbones.base import Backbone
 from phreg.checkpoint import RunFolder, load_state, save_state, truncate_log
 from phreg.config import DistillConfig
-from phreg.data import BrokenImages, Crops, Order, loader, normalise
+from phreg.data import BrokenImages, Crops, Order, as_input, loader
 from phreg.errors import Interrupted, PhregError, TrainingError
 from phreg.kept import KeptTargets
 from phreg.losses import distillation_loss
@@ -148,8 +148,7 @@ def train(  # noqa: C901 (the loop reads straight down)
                 batch = next(batches)
                 broken.add(batch)
                 names += batch.names
-                pixels = batch.images.to(accelerator.device, non_blocking=True)
-                pixels = normalise(pixels, student.spec.mean, student.spec.std)
+                pixels = as_input(student, batch.images)
                 views = keyed_generator("views", config.seed, step, micro, rank)
                 if kept_targets is None:
                     target = teacher(pixels, views)

@@ -88,7 +88,7 @@ def freeze_unused(
     A value-only read-out leaves out the last block's queries, keys and MLP, and a loss on an inner block all
     later ones. Weight decay would shrink them, and distributed training would wait for their gradients.
     """
-    blank = torch.zeros(1, 3, *size, device=backbone.device)
+    blank = torch.zeros(1, 3, *size, device=backbone.device, dtype=backbone.dtype)
     features = backbone(blank, target.layer, target.norm)
     # Against a target unlike anything, so that no gradient is zero by coincidence.
     unlike = type(features)(torch.ones_like(features.patches), torch.ones_like(features.pooled))

@@ -2,11 +2,12 @@ import json
 
 import jaxtyping
 import pytest
+import timm
 import torch
 from families import LIBRARIES
 
 import phreg
-from phreg import api
+from phreg import api, trainer
 from phreg.backbones.readout import read_as
 from phreg.backbones.resolve import adapt
 from phreg.errors import DataError, LoadError, PhregError
@@ -262,11 +263,12 @@ def test_resume_needs_nothing_but_the_run_and_an_unfinished_run_says_how_to_fini
         phreg.load(run)
 
 
-def test_a_clean_model_is_returned_untouched_with_the_verdict_unless_forced(tiny, photos, tmp_path):
+@pytest.mark.parametrize("method", ["relocate", "paper"])
+def test_a_clean_model_is_returned_untouched_with_the_verdict_unless_forced(method, tiny, photos, tmp_path):
     model = tiny()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     unforced = QUICK | {"force": False}
-    result = api.distill(model, photos, tmp_path / "run", steps=1, **unforced)
+    result = api.distill(model, photos, tmp_path / "run", method=method, steps=1, **unforced)
     assert result.model is model
     assert (result.sinks, result.outcome, result.comparison, result.failures) == (None, None, None, [])
     after = model.state_dict()
@@ -275,9 +277,106 @@ def test_a_clean_model_is_returned_untouched_with_the_verdict_unless_forced(tiny
     assert all(parameter.requires_grad for parameter in model.parameters())
     assert not (tmp_path / "run" / "model").exists()
     assert "No artifacts found" in (tmp_path / "run" / "report" / "report.html").read_text()
-    forced = api.distill(tiny(), photos, tmp_path / "forced", steps=1, **QUICK)
+    forced = api.distill(tiny(), photos, tmp_path / "forced", method=method, registers=4, steps=1, **QUICK)
     assert forced.outcome.steps == 1
     assert forced.model.num_prefix_tokens == 5
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_force_goes_on_in_the_folder_of_the_verdict(resume, saved, photos, tmp_path):
+    run, asked = tmp_path / "run", QUICK | {"steps": 1, "force": False}
+    assert api.distill(saved, photos, run, **asked).outcome is None
+    looks = {path.name for path in (run / "report").iterdir()}
+    with pytest.raises(DataError):
+        api.distill(saved, photos, run, **asked | {"force": True, "batch_size": 99})
+    assert {path.name for path in (run / "report").iterdir()} == looks, "a failure leaves the verdict"
+    assert api.distill(saved, photos, run, resume=resume, **asked | {"force": True}).outcome.steps == 1
+    assert {path.name for path in (run / "report").iterdir()} == {"report.html", "figures.json"}
+    phreg.load(run)
+
+
+WRONG = {
+    "batch": {"batch_size": 99},
+    "role": {"unlock": {"roles": ["blocks", "cheek"]}},
+    "nothing to train": {"registers": 0, "unlock": {"roles": []}},
+    "no units": {"method": "test-time"},
+}
+"""What cannot be done with the tiny model and twelve images, and is found out at different times."""
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_what_cannot_be_done_leaves_the_output_as_it_was(wrong, saved, photos, tmp_path):
+    run = tmp_path / "run"
+    for _ in range(2):
+        length = {} if wrong == "no units" else {"steps": 1}
+        with pytest.raises(PhregError) as told:
+            api.distill(saved, photos, run, **QUICK | length | WRONG[wrong])
+        assert "holds a run already" not in str(told.value)
+        assert not run.exists()
+    run.mkdir()
+    with pytest.raises(PhregError):
+        api.distill(saved, photos, run, **QUICK | length | WRONG[wrong])
+    assert list(run.iterdir()) == []
+    assert api.distill(saved, photos, run, steps=1, **QUICK).outcome.steps == 1
+
+
+@pytest.mark.parametrize("failing", [1, 3])
+def test_a_run_that_fails_leaves_nothing_before_its_first_step_and_goes_on_after_it(
+    failing, saved, photos, tmp_path, monkeypatch
+):
+    calls = iter(range(1, 99))
+    real = trainer.distillation_loss
+
+    def loss(*arguments):
+        if next(calls) == failing:
+            raise RuntimeError("the lights went out")
+        return real(*arguments)
+
+    monkeypatch.setattr(trainer, "distillation_loss", loss)
+    asked = QUICK | {"steps": 4, "checkpoint_every": 2}
+    with pytest.raises(RuntimeError):
+        api.distill(saved, photos, tmp_path / "run", **asked)
+    assert (tmp_path / "run").exists() == (failing > 1)
+    result = api.distill(saved, photos, tmp_path / "run", resume=failing > 1, **asked)
+    assert result.outcome.images == (8 if failing == 1 else 4), "two steps of two images were kept"
+
+
+@pytest.mark.parametrize("method", ["relocate", "paper"])
+def test_a_model_in_half_precision_is_inspected_distilled_and_loaded_in_its_own(
+    method, tiny, photos, tmp_path
+):
+    model = tiny().bfloat16()
+    assert phreg.inspect(model, photos, count=2).norms.images == 2
+    result = api.distill(model, photos, tmp_path / "run", method=method, steps=2, **QUICK)
+    assert result.model is model
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    loaded = phreg.load(tmp_path / "run", into=tiny().bfloat16())
+    assert torch.equal(loaded(images().bfloat16()), model(images().bfloat16()))
+    assert phreg.denoise(loaded, images(), count=2).dtype == torch.float32
+
+
+def test_inspect_writes_over_an_earlier_look_and_over_nothing_else(tiny, photos, tmp_path):
+    look = tmp_path / "look"
+    for _ in range(2):
+        phreg.inspect(tiny(), photos, output=look, count=1)
+    before = {path.name for path in photos.iterdir()}
+    for among in (photos, photos / "look"):
+        with pytest.raises(PhregError, match="among the images"):
+            phreg.inspect(tiny(), photos, output=among, count=1)
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "thesis.tex").write_text("do not lose me")
+    for other in (tmp_path / "thesis", tmp_path / "thesis" / "thesis.tex"):
+        with pytest.raises(PhregError, match="not empty"):
+            phreg.inspect(tiny(), images(2), output=other)
+    assert {path.name for path in photos.iterdir()} == before
+    assert [path.name for path in (tmp_path / "thesis").iterdir()] == ["thesis.tex"]
+
+
+def test_no_images_asked_for_or_given_is_one_clear_error(tiny, photos):
+    with pytest.raises(PhregError, match=r"0 images.*--count"):
+        phreg.inspect(tiny(), photos, count=0)
+    with pytest.raises(DataError, match="no images"):
+        phreg.add_test_time_registers(tiny(), images(0))
 
 
 def test_the_demonstrations_sinks_are_named_in_the_run_and_their_relocation_is_logged(photos, tmp_path):
@@ -301,7 +400,44 @@ def test_a_run_that_fails_a_gate_says_so_in_words_in_its_record_and_on_its_card(
     assert all(failure in card for failure in result.failures)
 
 
-def test_a_run_within_its_gates_is_marked_so_and_one_not_measured_neither_way(tiny, photos, tmp_path):
+def test_a_failed_gate_is_logged_by_the_run_and_by_whatever_loads_its_model(saved, photos, tmp_path, caplog):
+    training = {"optim": {"lr": 0.1, "schedule": "constant"}, "gate": {"drift": 1.0}}
+    run = tmp_path / "run"
+    result = api.distill(saved, photos, run, steps=3, **QUICK, **training)
+    failures = "; ".join(result.failures)
+    assert f"gates failed, and the adapter is marked so: {failures}" in caplog.text
+    base = timm.create_model(f"local-dir:{saved}", pretrained=True).eval()
+    for load in (
+        lambda: phreg.load(run),
+        lambda: phreg.load(run, into=base),
+        lambda: phreg.export(run, tmp_path / "out", format="adapter"),
+        lambda: phreg.load(tmp_path / "out"),
+    ):
+        caplog.clear()
+        load()
+        (warned,) = [record.getMessage() for record in caplog.records if "gates" in record.getMessage()]
+        assert failures in warned
+
+
+def test_a_model_within_its_gates_loads_without_a_word(saved, photos, tmp_path, caplog):
+    loose = {"gate": {"drift": 0.0, "agreement": 1.0, "outlier_rate": 1.0}}
+    api.distill(saved, photos, tmp_path / "run", steps=1, **QUICK, **loose)
+    phreg.load(tmp_path / "run")
+    assert "gate" not in caplog.text
+
+
+def test_a_finished_run_is_judged_anew_by_other_gates(saved, photos, tmp_path):
+    run = tmp_path / "run"
+    trained = QUICK | {"steps": 2, "gate": {"drift": 0.0, "agreement": 1.0, "outlier_rate": 1.0}}
+    assert api.distill(saved, photos, run, **trained).failures == []
+    weights = (run / "model" / "adapter.safetensors").read_bytes()
+    judged = api.distill(output=run, resume=True, gate={"drift": 1.0})
+    assert any("gate.drift = 1" in failure for failure in judged.failures)
+    assert not json.loads((run / "model" / "phreg.json").read_text())["gates"]["passed"]
+    assert (run / "model" / "adapter.safetensors").read_bytes() == weights
+
+
+def test_a_run_within_its_gates_is_marked_so_and_one_not_measured_neither_way(tiny, photos, tmp_path, caplog):
     loose = QUICK | {"gate": {"drift": 0.0, "agreement": 1.0, "outlier_rate": 1.0}}
     for name, images, passed in (("measured", 2, True), ("not", 0, None)):
         settings = loose | {"measure": {"images": images, "views": 3}}
@@ -309,4 +445,5 @@ def test_a_run_within_its_gates_is_marked_so_and_one_not_measured_neither_way(ti
         assert result.failures == []
         written = json.loads((tmp_path / name / "model" / "phreg.json").read_text())
         assert written["gates"] == {"passed": passed, "failures": []}
+        assert ("not measured" in caplog.text) == (passed is None)
         assert "Failed its gates" not in (tmp_path / name / "model" / "README.md").read_text()

@@ -58,7 +58,9 @@ def test_a_run_of_other_facts_is_not_resumed(tmp_path):
 def test_a_changed_recipe_is_refused_key_by_key_but_where_it_runs_may_change(tmp_path):
     config = resolve(None, {"steps": 5, "optim.lr": 1e-3})
     checkpoint.start_run(tmp_path / "run", config, resume=False)
-    moved = config.model_copy(update={"device": "cpu", "checkpoint_every": 3})
+    moved = resolve(
+        None, {"steps": 5, "optim.lr": 1e-3, "device": "cpu", "checkpoint_every": 3, "gate.drift": 0.5}
+    )
     checkpoint.start_run(tmp_path / "run", moved, resume=True)
     with pytest.raises(CheckpointError, match=r"optim.lr: was 0.001, is 0.01"):
         checkpoint.start_run(tmp_path / "run", resolve(None, {"steps": 5, "optim.lr": 1e-2}), resume=True)

@@ -2,6 +2,7 @@ import json
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -45,6 +46,7 @@ def test_distill_prints_the_table_and_leaves_the_run(saved, photos, tmp_path, ca
     assert code == 0
     assert "outlier rate" in printed
     assert "pooled output" in printed
+    assert "images not trained on" in " ".join(printed.split())
     assert "step 2/2" in printed, "a line where there is no terminal"
     assert (tmp_path / "run" / "report" / "report.html").is_file()
 
@@ -166,3 +168,21 @@ def test_nothing_to_repair_is_a_verdict_and_no_failure(saved, photos, tmp_path, 
     assert not (tmp_path / "run" / "model").exists()
     with pytest.raises(LoadError, match="holds no model, since it found nothing to repair; use its base"):
         load(tmp_path / "run")
+
+
+def test_a_quickstart_that_fails_a_gate_exits_with_status_3(tmp_path, monkeypatch):
+    result = SimpleNamespace(outcome=None, failures=["the pooled output drifted"])
+    monkeypatch.setattr("phreg.api.quickstart", lambda *_, **__: result)
+    assert phreg("quickstart", "--output", tmp_path / "run") == 3
+    result.failures = []
+    assert phreg("quickstart", "--output", tmp_path / "run") == 0
+
+
+def test_a_run_that_is_not_measured_or_on_what_it_trained_on_says_so(saved, photos, tmp_path, capsys):
+    for path in sorted(photos.iterdir())[3:]:
+        path.unlink()
+    asked = ["distill", saved, "--images", photos, "--steps", 1, *QUICK]
+    assert phreg(*asked, "--output", tmp_path / "seen", "--gate.drift", 0) == 0
+    assert "images that were trained on too" in " ".join(capsys.readouterr().out.split())
+    assert phreg(*asked, "--output", tmp_path / "not", "--measure.images", 0) == 0
+    assert "Not measured" in capsys.readouterr().out

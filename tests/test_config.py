@@ -41,6 +41,12 @@ def test_the_default_method_relocates_and_runs_for_eight_epochs_unless_told_othe
     assert resolved.register_init == "triggers"
     assert config.resolve(None, {"steps": 5}).epochs is None
     assert config.resolve(None, {"method": "test-time"}).registers == 1
+
+
+@pytest.mark.parametrize("length", ["steps", "epochs"])
+def test_a_method_that_does_not_train_takes_no_length_of_training(length):
+    with pytest.raises(ConfigError, match=f"{length}: method test-time trains nothing, found 5"):
+        config.resolve(None, {"method": "test-time", length: 5})
     paper = config.resolve(None, {"method": "paper"})
     assert (paper.epochs, paper.register_init, paper.target.keep) == (1, "randn", False)
     assert paper.data.limit == "all"

@@ -125,7 +125,10 @@ class Bench:
         if name in methods.UNTRAINED:
             return {}
         own = methods.settings(name, self.stick.norms.emergence_block, len(self.raw.blocks))
-        return json.loads(json.dumps(own | self.changes))
+        changes = self.changes
+        if own.get("method") == "test-time":  # which trains nothing, and so has no length
+            changes = {key: value for key, value in changes.items() if key not in ("steps", "epochs")}
+        return json.loads(json.dumps(own | changes))
 
     def row(self, name: str, seed: int) -> Row:
         """Runs and measures one method with one seed."""
@@ -257,17 +260,31 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--set", type=methods.setting, action="append", default=[], help="KEY=JSON, for all methods"
     )
-    parser.add_argument("--table", type=Path, help="only print this result file")
-    parser.add_argument("--merge", type=Path, nargs="+", help="only merge these into --output")
+    parser.add_argument("--table", type=_result_file, help="only print this result file")
+    parser.add_argument("--merge", type=_result_file, nargs="+", help="only merge these into --output")
     options = parser.parse_args(arguments)
+    kind = options.model.removeprefix("planted:") if (options.model or "").startswith("planted:") else None
+    if kind is not None and kind not in planted_models.BUILDS:
+        parser.error(f"no planted model {kind!r}; there are {', '.join(planted_models.BUILDS)}")
     unknown = sorted(set(options.methods) - set(methods.ROWS))
     if unknown:
         parser.error(f"--methods: no method {', '.join(unknown)}; there are {', '.join(methods.ROWS)}")
     if not options.table and not (options.output and (options.model or options.merge)):
         parser.error("give MODEL and --output, or --table FILE, or --merge FILES and --output")
-    if options.model and not options.model.startswith("planted:") and options.images is None:
+    if options.model and kind is None and options.images is None:
         parser.error("--images: give a folder of images; only planted models have photographs of their own")
     return options
+
+
+def _result_file(text: str) -> Path:
+    """Reads the path of a result file, which must be there."""
+    try:
+        found = json.loads(Path(text).read_text())
+    except (OSError, ValueError) as error:
+        raise argparse.ArgumentTypeError(f"cannot read {text} as a result file ({error})") from error
+    if not isinstance(found, dict) or not {"protocol", "rows"} <= found.keys():
+        raise argparse.ArgumentTypeError(f"{text} is no result file: it lacks protocol or rows")
+    return Path(text)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

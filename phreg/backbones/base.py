@@ -347,6 +347,11 @@ class Backbone(nn.Module, ABC):
         return next(self.model.parameters()).device
 
     @property
+    def dtype(self) -> torch.dtype:
+        """What images must come in: the type of the weights that meet them first."""
+        return self.model.get_parameter(self.roles()["patch_embed"][0]).dtype
+
+    @property
     def special_tokens(self) -> tuple[str, ...]:
         """Names of all tokens ahead of the patches, in order; native registers count before phreg's."""
         count = self.spec.num_prefix + self.num_registers - len(self.class_tokens)

@@ -349,7 +349,7 @@ def _locate_folder(folder: Path) -> Located:
     if (folder / EXPORT_FILE).is_file():
         _refuse_links(folder)
     if (folder / "recipe.toml").is_file():
-        if (folder / "report" / "inspect.json").is_file():
+        if (folder / "report" / "inspect.json").is_file() and not (folder / "log.jsonl").exists():
             raise LoadError(
                 f"run '{folder}' holds no model, since it found nothing to repair; use its base, which "
                 f"{folder / 'recipe.toml'} names, or distil it all the same with --force"

@@ -7,10 +7,12 @@ heads-1-01.png).
 """
 
 import json
+import os
 from pathlib import Path
 
 from phreg.analysis.feature_maps import attention_limits
 from phreg.checkpoint import write_text
+from phreg.errors import PhregError
 from phreg.inspection.look import Inspection
 from phreg.inspection.page import inspection_page
 from phreg.report.canvas import save_png
@@ -19,6 +21,34 @@ from phreg.report.maps import attention_maps, sheet
 
 HEAD_SIDE = 112
 """Pixels of a head's map on a sheet, at least."""
+
+
+def check_output(folder: Path, images: str | os.PathLike[str] | None) -> None:
+    """Checks, before anything is looked at, that pictures may be written to a folder.
+
+    An earlier look may be overwritten.
+
+    Args:
+        folder: Folder to write.
+        images: Where the images are, which must not gain pictures of phreg's; None where there is no folder.
+
+    Raises:
+        PhregError: The folder holds something else, or lies among the images.
+    """
+    asked = f"asked to write a report to {folder}"
+    if images is not None and Path(images).is_dir():
+        among = Path(images).resolve()
+        if among == folder.resolve() or among in folder.resolve().parents:
+            raise PhregError(
+                f"{asked}, which lies among the images in {images}; its pictures would be read as images by "
+                "the next run, so choose another --output"
+            )
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        if (folder / "inspect.json").is_file():
+            return
+        raise PhregError(
+            f"{asked}, which is not empty and holds no earlier look (inspect.json); choose another --output"
+        )
 
 
 def write_inspection(folder: Path, inspection: Inspection, origin: Origin = UNKNOWN) -> None:

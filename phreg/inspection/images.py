@@ -5,7 +5,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from phreg.backbones.base import Backbone
-from phreg.data import MEASURED_AT_ONCE, Crops, centre_crops, normalise, spread
+from phreg.data import MEASURED_AT_ONCE, Crops, as_input, centre_crops, spread
 from phreg.errors import DataError
 from phreg.evaluation.datasets import open_labelled
 from phreg.images import ImageSource
@@ -44,6 +44,6 @@ def labelled(backbone: Backbone, data: str, size: int) -> Labelled:
     batches, classes = [], []
     for start in range(0, len(numbers), MEASURED_AT_ONCE):
         batch = crops.batch([(0, number) for number in numbers[start : start + MEASURED_AT_ONCE]])
-        batches.append(normalise(batch.images.to(backbone.device), backbone.spec.mean, backbone.spec.std))
+        batches.append(as_input(backbone, batch.images))
         classes.append(found.labels[batch.indices])
     return Labelled(batches, torch.cat(classes))

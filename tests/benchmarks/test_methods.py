@@ -117,6 +117,23 @@ def test_every_method_is_one_that_phreg_takes(name):
     assert config.method in ("relocate", "paper", "test-time")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["planted:foo", "--output", "out.json"], "no planted model 'foo'; there are"),
+        (["--table", "nofile.json"], "cannot read nofile.json as a result file"),
+        (["--merge", "run.py", "--output", "out.json"], "as a result file"),
+        (["--table", "bare.json"], "lacks protocol or rows"),
+    ],
+)
+def test_what_is_not_there_is_an_error_of_the_command_line(arguments, told, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bare.json").write_text("{}")
+    with pytest.raises(SystemExit, match="2"):
+        run.main(arguments)
+    assert told in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_rows_are_kept_and_a_rerun_makes_only_what_is_missing(saved, photos, tmp_path, monkeypatch, capsys):
     output = tmp_path / "results" / "tiny.json"
