@@ -24,7 +24,7 @@ from phreg.inspection.look import called, of_survey
 from phreg.inspection.page import comparison_page
 from phreg.model_card import model_card
 from phreg.registers import add_registers
-from phreg.relocation import Relocation
+from phreg.relocation import Relocation, starting_tokens
 from phreg.report.html import Origin, write_report
 from phreg.seeding import keyed_generator
 from phreg.sinks import Sinks
@@ -49,8 +49,7 @@ def add_configured(student: Backbone, sinks: Sinks | None, config: DistillConfig
     elif sinks is None:
         add_registers(student, config.registers, "randn", config.seed)
     elif config.registers:
-        places = [place % len(sinks.triggers) for place in range(config.registers)]
-        student.insert_registers(sinks.triggers[places])
+        student.insert_registers(starting_tokens(sinks, config.registers))
     return Relocation(student, sinks) if known and sinks is not None and config.method == "relocate" else None
 
 

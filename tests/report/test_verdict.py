@@ -42,7 +42,7 @@ def test_tokens_that_stand_apart_only_after_the_final_norm_are_mentioned():
 
 def sinks(*units: Unit, explained: float) -> Sinks:
     norms = outliers(Planted({2: (CORNERS, 100.0)}), [pictures()])
-    return Sinks(norms, 2, units, explained, (), None, torch.zeros(4, 16))
+    return Sinks(norms, 2, units, explained, (), None, (torch.zeros(4, 16),))
 
 
 UNITS = [Unit(block=2, index=index, level=10.0, ordinary=0.0, share=0.5) for index in (7, 9)]
