@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from phreg import config as configuration
 from phreg import demo, exports, publish
+from phreg.analysis.norms import NormReport, outliers
 from phreg.backbones import hub, resolve
 from phreg.backbones.base import Backbone
 from phreg.backbones.readout import set_readout
@@ -75,6 +76,7 @@ class Distilled:
         comparison: The before/after figures; None where measuring was switched off, and on other processes.
         failures: What the run made worse than `config.GateConfig` allows, in words; the adapter is marked so.
         main_process: Whether this is the process that writes, of the many there may be.
+        norms: The norms that show nothing to repair, where that is so; None otherwise.
     """
 
     model: nn.Module
@@ -84,6 +86,7 @@ class Distilled:
     comparison: Comparison | None
     failures: list[str]
     main_process: bool
+    norms: NormReport | None = None
 
 
 def distill(
@@ -153,9 +156,10 @@ def distill(
     if config.method != "paper":
         logger.info("looking for sinks on up to %d images", config.sinks.images)
         seen = list(centre_crops(original, spread(kept, config.sinks.images), side))
-        sinks = locate(original, seen)
+        norms = outliers(original, seen)
+        sinks = locate(original, seen, norms)
         if sinks is None and not config.force:
-            return _nothing_to_repair(run, student, base, accelerator, seen)
+            return _nothing_to_repair(run, student, base, accelerator, seen, norms)
 
     if config.target.native_size:
         student.set_input_size((side, side))
@@ -619,10 +623,15 @@ def _retrofit(
 
 
 def _nothing_to_repair(
-    run: RunFolder, student: Backbone, base: Base, accelerator: Any, seen: Sequence[Tensor]
+    run: RunFolder,
+    student: Backbone,
+    base: Base,
+    accelerator: Any,
+    seen: Sequence[Tensor],
+    norms: NormReport,
 ) -> Distilled:
     """Leaves the model as it is, and shows in the run's report that it has no artifacts."""
     if accelerator.is_main_process:
         write_inspection(run.report, look(student, called(base.source), seen[:LOOKED_AT]))
     accelerator.wait_for_everyone()
-    return Distilled(student.model, run.path, None, None, None, [], accelerator.is_main_process)
+    return Distilled(student.model, run.path, None, None, None, [], accelerator.is_main_process, norms)

@@ -66,7 +66,9 @@ def add_test_time(student: Backbone, sinks: Sinks | None, count: int) -> None:
             f"asked for test-time registers on {student.describe()}, where no hidden unit was found to cause "
             "artifacts; use --method relocate, which can do without"
         )
-    test_time.install(student, test_time.moved_units(sinks), count)
+    rows, cols = sinks.norms.position_histogram.shape
+    size = (rows * student.spec.patch_size[0], cols * student.spec.patch_size[1])
+    test_time.install(student, test_time.moved_units(sinks), count, size)
 
 
 def compare_with_original(
@@ -118,6 +120,7 @@ def save(
         "size": config.size,
         "readout": config.target.student_readout,
         "test_time": test_time.installed(student),
+        "test_time_size": test_time.calibrated_size(student),
         "recipe": config.model_dump(mode="json", exclude_none=True),
         "outcome": asdict(outcome),
         "sinks": sinks.to_json() if sinks else None,
