@@ -66,7 +66,7 @@ def apply_adapter(folder: Path, backbone: Backbone) -> None:
         _check_tensors(tensors, own, before, same_dtype=kind == "whole")
         target.load_disk_state(tensors)
         if record.get("test_time"):
-            test_time.attach(backbone, record["test_time"])
+            test_time.attach(backbone, record["test_time"], record.get("test_time_size"))
         if kind == "whole":
             backbone.adapter = folder
     except PhregError as error:

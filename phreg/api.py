@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from phreg import config as configuration
 from phreg import demo, exports, publish
+from phreg.analysis.norms import NormReport, outliers
 from phreg.backbones import hub, resolve
 from phreg.backbones.base import Backbone
 from phreg.backbones.readout import read_as, set_readout
@@ -87,6 +88,7 @@ class Distilled:
         comparison: The before/after figures; None where measuring was switched off, and on other processes.
         failures: What the run made worse than `config.GateConfig` allows, in words; the adapter is marked so.
         main_process: Whether this is the process that writes, of the many there may be.
+        norms: The norms that show nothing to repair, where that is so; None otherwise.
     """
 
     model: nn.Module
@@ -96,6 +98,7 @@ class Distilled:
     comparison: Comparison | None
     failures: list[str]
     main_process: bool
+    norms: NormReport | None = None
 
 
 def distill(
@@ -165,9 +168,11 @@ def distill(
         original = copy.deepcopy(student).requires_grad_(False)
         logger.info("looking for sinks on up to %d images", config.sinks.images)
         seen = list(centre_crops(original, spread(kept, config.sinks.images), side))
-        sinks = locate(original, seen)
-        if sinks is None and not config.force:
-            return _nothing_to_repair(run, student, base, accelerator, seen)
+        norms = outliers(original, seen)
+        # The paper's method has no use for their causes.
+        sinks = locate(original, seen, norms) if config.method != "paper" else None
+        if norms.emergence_block is None and not config.force:
+            return _nothing_to_repair(run, student, base, accelerator, seen, norms)
 
         if config.target.native_size:
             student.set_input_size((side, side))
@@ -710,10 +715,15 @@ def _retrofit(
 
 
 def _nothing_to_repair(
-    run: RunFolder, student: Backbone, base: Base, accelerator: Any, seen: Sequence[Tensor]
+    run: RunFolder,
+    student: Backbone,
+    base: Base,
+    accelerator: Any,
+    seen: Sequence[Tensor],
+    norms: NormReport,
 ) -> Distilled:
     """Leaves the model as it is, and shows in the run's report that it has no artifacts."""
     if accelerator.is_main_process:
         write_inspection(run.report, look(student, called(base.source), seen[:LOOKED_AT]))
     accelerator.wait_for_everyone()
-    return Distilled(student.model, run.path, None, None, None, [], accelerator.is_main_process)
+    return Distilled(student.model, run.path, None, None, None, [], accelerator.is_main_process, norms)

@@ -455,13 +455,11 @@ def _show_results(results: Any, output: Path) -> None:
 
 def _show(result: Any) -> None:
     """Prints what a run found, and its before/after table."""
-    from phreg.report.verdict import causes
+    from phreg.report.verdict import causes, nothing_to_repair
 
     outcome = result.outcome
     if outcome is None:
-        console.print(
-            "Nothing to repair: no block's norms show artifacts. The model is left as it is (--force)."
-        )
+        console.print(nothing_to_repair(result.norms), highlight=False)
         return
     if result.sinks is not None:
         console.print(causes(result.sinks), highlight=False)

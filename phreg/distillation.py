@@ -26,7 +26,7 @@ from phreg.inspection.look import called, of_survey
 from phreg.inspection.page import comparison_page
 from phreg.model_card import model_card
 from phreg.registers import add_registers
-from phreg.relocation import Relocation
+from phreg.relocation import Relocation, starting_tokens
 from phreg.report.html import Origin, write_report
 from phreg.seeding import keyed_generator
 from phreg.sinks import Sinks
@@ -63,8 +63,7 @@ def add_configured(student: Backbone, sinks: Sinks | None, config: DistillConfig
     elif sinks is None:
         add_registers(student, config.registers, "randn", config.seed)
     elif config.registers:
-        places = [place % len(sinks.triggers) for place in range(config.registers)]
-        student.insert_registers(sinks.triggers[places])
+        student.insert_registers(starting_tokens(sinks, config.registers))
     return Relocation(student, sinks) if known and sinks is not None and config.method == "relocate" else None
 
 
@@ -81,7 +80,9 @@ def add_test_time(student: Backbone, sinks: Sinks | None, count: int) -> None:
             f"asked for test-time registers on {student.describe()}, where no hidden unit was found to cause "
             "artifacts; use --method relocate, which can do without"
         )
-    test_time.install(student, test_time.moved_units(sinks), count)
+    rows, cols = sinks.norms.position_histogram.shape
+    size = (rows * student.spec.patch_size[0], cols * student.spec.patch_size[1])
+    test_time.install(student, test_time.moved_units(sinks), count, size)
 
 
 def compare_with_original(
@@ -137,6 +138,7 @@ def save(
         "size": config.size,
         "readout": config.target.student_readout,
         "test_time": test_time.installed(student),
+        "test_time_size": test_time.calibrated_size(student),
         "recipe": config.model_dump(mode="json", exclude_none=True),
         "outcome": asdict(outcome),
         "sinks": sinks.to_json() if sinks else None,

@@ -82,6 +82,7 @@ def remove_registers(model: Model) -> Model:
     backbone = model if isinstance(model, Backbone) else adapt(model)
     for layer, key in unit_movers(backbone.model):
         del layer._forward_pre_hooks[key]
+        layer._forward_pre_hooks_with_kwargs.pop(key, None)
     if backbone.num_registers:
         backbone.remove_registers()
     return model

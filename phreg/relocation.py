@@ -9,6 +9,12 @@ explodes:
 
 h is the activation of a hidden unit, A its level on the original outliers (h has the sign of A), and both are
 means over units and images. Nothing but register tokens is left of it at inference.
+
+A unit that is off passes no gradient, so that a register has to start where it is on, and what sets off one
+kind of sink leaves the units of another off. So kinds are dealt out to the registers in turn: a register
+starts from a trigger of its kind, and is asked for the units of its kind alone.
+
+    4 registers, 2 kinds: 0 1 0 1        2 registers, 3 kinds: 0 and 2, 1
 """
 
 from collections.abc import Iterator
@@ -20,6 +26,28 @@ from torch import Tensor
 
 from phreg.backbones.base import Backbone
 from phreg.sinks import Sinks, reading_units
+
+
+def deal(num_registers: int, num_kinds: int) -> list[list[int]]:
+    """Deals kinds of sink out to registers: each register's kinds, several where registers are the fewer."""
+    turns = range(max(num_registers, num_kinds))
+    return [
+        sorted({turn % num_kinds for turn in turns if turn % num_registers == register})
+        for register in range(num_registers)
+    ]
+
+
+def starting_tokens(sinks: Sinks, num_registers: int) -> Float[Tensor, "registers width"]:
+    """Starts registers as what sets off their kinds: each kind's most frequent positions, one after another.
+
+    A register of several kinds starts halfway between their triggers.
+    """
+    tokens = []
+    for register, kinds in enumerate(deal(num_registers, len(sinks.triggers))):
+        turn = register // len(sinks.triggers)
+        own = [sinks.triggers[kind][turn % len(sinks.triggers[kind])] for kind in kinds]
+        tokens.append(torch.stack(own).mean(0))
+    return torch.stack(tokens)
 
 
 class Relocation:
@@ -39,6 +67,13 @@ class Relocation:
             )
             for block, units in sinks.by_block().items()
         }
+        dealt = deal(backbone.num_registers, len(sinks.triggers))
+        self._asked = {
+            block: torch.tensor(
+                [[float(unit.kind in kinds) for unit in units] for kinds in dealt], device=backbone.device
+            )
+            for block, units in sinks.by_block().items()
+        }
 
     @contextmanager
     def listening(self) -> Iterator[dict[int, Tensor]]:
@@ -52,9 +87,26 @@ class Relocation:
         """Computes the loss, in fp32, from what was collected on some images."""
         layout = self.backbone.layout(images)
         terms = []
-        for block, (index, level) in self._units.items():
-            relative = hidden[block][..., index].float() / level  # 1 on the original outliers
-            on_registers = (layout.registers(relative) - 1).square().mean((0, 1))
+        for block, relative in self._relative(hidden):
+            asked = self._asked[block]
+            misses = (layout.registers(relative) - 1).square() * asked
+            on_registers = misses.mean((0, 1)) * (len(asked) / asked.sum(0))
             on_patches = layout.patches(relative).clamp_min(0).square().sum(1).mean(0)
             terms.append(on_registers + on_patches)
         return torch.cat(terms).mean()
+
+    @torch.no_grad()
+    def silenced(self, hidden: dict[int, Tensor]) -> list[str]:
+        """Names the units, as block:unit, that no register asked for them holds at half their level."""
+        start = self.backbone.spec.num_prefix
+        names = []
+        for block, relative in self._relative(hidden):
+            asked = self._asked[block]
+            held = (relative[:, start : start + len(asked)].mean(0) * asked).amax(0)
+            names += [f"{block}:{unit}" for unit in self._units[block][0][held < 0.5].tolist()]
+        return names
+
+    def _relative(self, hidden: dict[int, Tensor]) -> Iterator[tuple[int, Tensor]]:
+        """Reads the units, block by block; 1 is their level on the original outliers."""
+        for block, (index, level) in self._units.items():
+            yield block, hidden[block][..., index].float() / level

@@ -213,7 +213,7 @@ def _read_patched(found: Located) -> tuple[Backbone, Base]:
             raise LoadError(f"it lacks {missing[:3]}")
         backbone.load_disk_state(tensors)
         if record.get("test_time"):
-            test_time.attach(backbone, record["test_time"])
+            test_time.attach(backbone, record["test_time"], record.get("test_time_size"))
     except (TypeError, ValueError, LookupError, AttributeError, RuntimeError, PhregError) as error:
         raise LoadError(
             f"patched model in {found.folder} cannot be loaded ({error}); save or copy it again"

@@ -12,10 +12,13 @@ each of which can come out empty:
 The third step is the proof, and no threshold is needed before it. While outliers remain, the search goes on
 where the remaining ones emerge, so that several kinds of sink are found, at several blocks. Where holding
 units does not help, attention or the input makes the sinks; then no unit is named.
+
+Units that answer to the same outliers are one kind, and each kind has triggers of its own: what sets off one
+leaves the units of another silent.
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
@@ -39,7 +42,7 @@ COVERED = 0.9
 """Share of what an MLP writes into outliers alone that a round of the search names units for."""
 
 ROUNDS = 8
-"""Most rounds of the search; each is one pass over the images."""
+"""Most rounds of the search; each is two passes over the images, to name units and to try them."""
 
 GONE = 0.99
 """Share of the outliers whose end ends the search."""
@@ -66,6 +69,7 @@ class Unit:
         share: For a cause, its share of what the MLP writes into outliers and not into others; for an
             upstream unit, its share of what sets the causes off, to first order. Shares add up to 1 over all
             units, those that work against it being negative, so that one alone can exceed 1.
+        kind: For a cause, the number of its kind, from 0; None for an upstream unit.
     """
 
     block: int
@@ -73,6 +77,7 @@ class Unit:
     level: float
     ordinary: float
     share: float
+    kind: int | None = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,8 +92,9 @@ class Sinks:
         chain: Units of earlier blocks that set the causes off, by share.
         attention: Share of CLS attention (where there is no CLS, of the patches') that falls on outliers,
             block by block.
-        triggers: What enters the blocks at outliers, before any norm: the mean at each position, the
-            positions with most outliers first.
+        triggers: For each kind of sink, what enters the blocks at its outliers, before any norm: the mean at
+            each position, the positions with most outliers first. Where units of several kinds are known, a
+            kind's outliers are those that its units answer to; otherwise there is one kind, and all are its.
     """
 
     norms: NormReport
@@ -97,7 +103,7 @@ class Sinks:
     explained: float
     chain: tuple[Unit, ...]
     attention: tuple[float, ...] | None
-    triggers: Float[Tensor, "positions width"]
+    triggers: tuple[Float[Tensor, "_ width"], ...]
 
     @property
     def fixed(self) -> bool:
@@ -142,26 +148,24 @@ def locate(backbone: Backbone, batches: Sequence[Images], norms: NormReport | No
     emergence = norms.emergence_block
     if emergence is None:
         return None
-    found = _Found(norms.blocks[norms.focus].block, norms)
-    at_first = before = found.count(backbone, batches)
+    found = plain = _remaining(backbone, batches, norms, ())
     for _ in range(ROUNDS):
-        block = found.emergence(backbone, batches)
-        named = _name_units(backbone, batches, found, block)
-        after = found.with_units(named).count(backbone, batches) if named else before
-        if before - after < WORTH_IT * at_first:
+        named = _name_units(backbone, batches, found)
+        tried = _remaining(backbone, batches, norms, (*found.units, *named)) if named else found
+        if found.count - tried.count < WORTH_IT * plain.count:
             break
-        found, before = found.with_units(named), after
-        if after <= (1 - GONE) * at_first:
+        found = tried
+        if found.count <= (1 - GONE) * plain.count:
             break
-    plain = replace(found, units=())
+    units, members = _kinds(backbone, batches, plain, found.units)
     return Sinks(
         norms=norms,
         block=emergence,
-        units=found.units,
-        explained=1 - before / at_first,
-        chain=_chain(backbone, batches, plain, found.units),
+        units=units,
+        explained=1 - found.count / plain.count,
+        chain=_chain(backbone, batches, plain, units),
         attention=_attention_share(backbone, batches, plain),
-        triggers=_triggers(backbone, batches, plain),
+        triggers=tuple(_triggers(backbone, batches, masks) for masks in members),
     )
 
 
@@ -196,52 +200,57 @@ def _hooked(module: nn.Module, hook: Any) -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class _Found:
-    """The units named so far, and the outliers that remain while they are held at their ordinary level."""
+class _Outliers:
+    """The outliers that remain while some units are held at their ordinary level.
 
-    focus: int
-    norms: NormReport
-    units: tuple[Unit, ...] = ()
+    Attributes:
+        units: Those units.
+        masks: The outliers among the patches, batch by batch.
+        block: The first block in which most of them are beyond the gap already.
+    """
 
-    def with_units(self, units: Sequence[Unit]) -> "_Found":
-        return replace(self, units=(*self.units, *units))
+    units: tuple[Unit, ...]
+    masks: list[Bool[Tensor, "_ patches"]]
+    block: int
 
-    def run(
-        self, backbone: Backbone, images: Tensor, taps: Sequence[int], reads: Sequence[int] = ()
-    ) -> tuple[dict[int, Tensor], dict[int, Tensor], Bool[Tensor, "batch patches"]]:
-        """Runs the model with the units held: patch tokens of blocks, hidden units of patches, outliers."""
+    @property
+    def count(self) -> int:
+        return sum(int(mask.sum()) for mask in self.masks)
+
+
+def _remaining(
+    backbone: Backbone, batches: Sequence[Images], norms: NormReport, units: tuple[Unit, ...]
+) -> _Outliers:
+    """Finds the outliers that remain while units are held, and the block where they emerge."""
+    focus = norms.blocks[norms.focus].block
+    blocks = [place for place in range(focus + 1) if norms.blocks[place].gap is not None]
+    beyond = dict.fromkeys(blocks, 0)
+    masks = []
+    for images in batches:
         layout = backbone.layout(images)
-        start = layout.num_tokens - layout.num_patches
-        with ExitStack() as stack:
-            hidden = stack.enter_context(reading_units(backbone, reads))
-            for block in {unit.block for unit in self.units}:
-                held = [unit for unit in self.units if unit.block == block]
-                mlp = backbone.mlp(block)
-                assert mlp is not None  # units were found there
-                stack.enter_context(_hooked(mlp.down, _Hold(held, start)))
-            tokens = backbone.block_tokens(images, sorted({*taps, self.focus}))
-        patches = {block: layout.patches(value).float() for block, value in tokens.items()}
-        hidden = {block: layout.patches(value) for block, value in hidden.items()}
-        return patches, hidden, self.beyond(self.focus, patches[self.focus])
+        with _holding(backbone, units):
+            tokens = backbone.block_tokens(images, blocks)
+        found = {
+            block: outlier_mask(layout.patches(value).float().norm(dim=-1), norms.blocks[block].gap)
+            for block, value in tokens.items()
+        }
+        masks.append(found[focus])
+        for block in blocks:
+            beyond[block] += int(found[block][found[focus]].sum())
+    total = beyond[focus]
+    return _Outliers(units, masks, next((block for block in blocks if beyond[block] > total / 2), focus))
 
-    def beyond(self, block: int, patches: Float[Tensor, "batch patches width"]) -> Tensor:
-        """Marks the tokens of a block beyond its gap."""
-        return outlier_mask(patches.norm(dim=-1), self.norms.blocks[block].gap)
 
-    def count(self, backbone: Backbone, batches: Sequence[Images]) -> int:
-        return sum(int(self.run(backbone, images, ())[2].sum()) for images in batches)
-
-    def emergence(self, backbone: Backbone, batches: Sequence[Images]) -> int:
-        """Finds the first block in which most of the remaining outliers are beyond the gap already."""
-        blocks = [place for place in range(self.focus + 1) if self.norms.blocks[place].gap is not None]
-        beyond = dict.fromkeys(blocks, 0)
-        total = 0
-        for images in batches:
-            patches, _, mask = self.run(backbone, images, blocks)
-            total += int(mask.sum())
-            for block in blocks:
-                beyond[block] += int(self.beyond(block, patches[block])[mask].sum())
-        return next((block for block in blocks if beyond[block] > total / 2), self.focus)
+@contextmanager
+def _holding(backbone: Backbone, units: Sequence[Unit]) -> Iterator[None]:
+    """Holds units of patches at their ordinary level while the model runs."""
+    with ExitStack() as stack:
+        for block in {unit.block for unit in units}:
+            mlp = backbone.mlp(block)
+            assert mlp is not None  # units were found there
+            held = [unit for unit in units if unit.block == block]
+            stack.enter_context(_hooked(mlp.down, _Hold(held, backbone.spec.num_prefix)))
+        yield
 
 
 class _Hold:
@@ -258,13 +267,13 @@ class _Hold:
         return (hidden,)
 
 
-def _name_units(backbone: Backbone, batches: Sequence[Images], found: _Found, block: int) -> tuple[Unit, ...]:
-    """Shares out what a block's MLP writes into the remaining outliers, and not into others, among its units.
+def _name_units(backbone: Backbone, batches: Sequence[Images], found: _Outliers) -> tuple[Unit, ...]:
+    """Shares out what the MLP where outliers emerge writes into them, and not into others, among its units.
 
     That is W (h - h'), h and h' being the mean hidden units of outliers and of other patches. A unit's share
     is its part of that vector's length; shares add up to 1.
     """
-    mlp = backbone.mlp(block)
+    block, mlp = found.block, backbone.mlp(found.block)
     if mlp is None:
         return ()
     levels = _levels(backbone, batches, found, [block]).get(block)
@@ -294,16 +303,19 @@ class _Levels(NamedTuple):
 
 
 def _levels(
-    backbone: Backbone, batches: Sequence[Images], found: _Found, blocks: Sequence[int]
+    backbone: Backbone, batches: Sequence[Images], found: _Outliers, blocks: Sequence[int]
 ) -> dict[int, _Levels]:
     """Measures hidden units on the remaining outliers and elsewhere; nothing where there are no outliers."""
     sums: dict[int, Tensor] = {}
     counts = torch.zeros(2, dtype=torch.float64)
-    for images in batches:
-        _, hidden, mask = found.run(backbone, images, (), blocks)
+    for images, mask in zip(batches, found.masks, strict=True):
+        # Read first: a held unit is measured as it would be.
+        with reading_units(backbone, blocks) as hidden, _holding(backbone, found.units):
+            backbone.run(images)
         counts += torch.tensor([int(mask.sum()), int((~mask).sum())])
         for block, value in hidden.items():
-            inside, outside = value[mask].float(), value[~mask].float()
+            patches = backbone.layout(images).patches(value)
+            inside, outside = patches[mask].float(), patches[~mask].float()
             part = torch.stack([inside.sum(0), outside.sum(0), inside.square().sum(0)])
             sums[block] = sums.get(block, 0) + part.cpu().double()
     if not counts.all():
@@ -318,15 +330,60 @@ def _levels(
 # -- what sets them off, and what they hold ------------------------------------------------------------------
 
 
+def _kinds(
+    backbone: Backbone, batches: Sequence[Images], plain: _Outliers, units: tuple[Unit, ...]
+) -> tuple[tuple[Unit, ...], list[list[Bool[Tensor, "_ patches"]]]]:
+    """Sorts units, and outliers, into kinds of sink: units answering mostly to the same outliers are one.
+
+    Returns:
+        The units, each with its kind, and for each kind its outliers, batch by batch.
+    """
+    if len(units) < 2:
+        return units, [plain.masks]
+    level = torch.cat(list(_relative_levels(backbone, batches, plain, units)))
+    fires = (level > 0.5) | (level == level.amax(0))  # every unit answers to some
+    both = fires.T.float() @ fires.float()
+    alone = both.diagonal()
+    alike = both > torch.minimum(alone, alone[:, None]) / 2
+    first = torch.arange(len(units))
+    for _ in units:  # the first unit that each is connected with, one step further at a time
+        first = torch.where(alike, first, len(units)).amin(1)
+    kinds = first.unique(return_inverse=True)[1].tolist()
+    units = tuple(replace(unit, kind=kind) for unit, kind in zip(units, kinds, strict=True))
+    if max(kinds) == 0:
+        return units, [plain.masks]
+    members = []
+    for kind in range(max(kinds) + 1):
+        own = fires[:, [unit.kind == kind for unit in units]].any(1).to(plain.masks[0].device)
+        parts = own.split([int(mask.sum()) for mask in plain.masks])
+        members.append(
+            [mask.masked_scatter(mask, part) for mask, part in zip(plain.masks, parts, strict=True)]
+        )
+    return units, members
+
+
+def _relative_levels(
+    backbone: Backbone, batches: Sequence[Images], plain: _Outliers, units: tuple[Unit, ...]
+) -> Iterator[Float[Tensor, "_ units"]]:
+    """Reads units on each outlier, batch by batch, from 0, as on ordinary patches, to 1, at their level."""
+    ordinary, level = torch.tensor([(unit.ordinary, unit.level) for unit in units]).T
+    for images, mask in zip(batches, plain.masks, strict=True):
+        with reading_units(backbone, sorted({unit.block for unit in units})) as hidden:
+            backbone.run(images)
+        layout = backbone.layout(images)
+        found = [layout.patches(hidden[unit.block])[mask][:, unit.index].float().cpu() for unit in units]
+        yield (torch.stack(found, dim=1) - ordinary) / (level - ordinary)
+
+
 def _triggers(
-    backbone: Backbone, batches: Sequence[Images], found: _Found
+    backbone: Backbone, batches: Sequence[Images], masks: Sequence[Bool[Tensor, "_ patches"]]
 ) -> Float[Tensor, "positions width"]:
     """Averages what enters the blocks at outliers, position by position, those with most outliers first."""
     entered: list[Tensor] = []
     totals, counts = [], []
     with _hooked(backbone.entrance, lambda _module, args: entered.append(args[0])):
-        for images in batches:
-            _, _, mask = found.run(backbone, images, ())
+        for images, mask in zip(batches, masks, strict=True):
+            backbone.run(images)
             entry = backbone.layout(images).patches(entered.pop()).float()
             totals.append(torch.einsum("bp,bpw->pw", mask.float(), entry).cpu().double())
             counts.append(mask.sum(0).cpu())
@@ -337,13 +394,12 @@ def _triggers(
 
 
 def _attention_share(
-    backbone: Backbone, batches: Sequence[Images], found: _Found
+    backbone: Backbone, batches: Sequence[Images], plain: _Outliers
 ) -> tuple[float, ...] | None:
     """Measures the share of attention that falls on outliers, block by block."""
     queries = slice(0, 1) if backbone.class_tokens else slice(None)
     shares = []
-    for images in batches:
-        _, _, mask = found.run(backbone, images, ())
+    for images, mask in zip(batches, plain.masks, strict=True):
         try:
             drawn = attention_weights(backbone, images, queries, lambda weights: weights.mean((1, 2)))
         except UnsupportedModelError as error:
@@ -355,7 +411,7 @@ def _attention_share(
 
 
 def _chain(
-    backbone: Backbone, batches: Sequence[Images], found: _Found, causes: Sequence[Unit]
+    backbone: Backbone, batches: Sequence[Images], plain: _Outliers, causes: Sequence[Unit]
 ) -> tuple[Unit, ...]:
     """Traces what sets off the causes in the first block that has any, to first order.
 
@@ -367,12 +423,11 @@ def _chain(
     block = min(unit.block for unit in causes)
     causes = [unit for unit in causes if unit.block == block]
     upstream = list(range(block))
-    levels = _levels(backbone, batches, found, upstream)
+    levels = _levels(backbone, batches, plain, upstream)
     weights = {unit.index: 1 / unit.level for unit in causes if unit.level}
     shares: dict[int, Tensor] = {}
     count = 0
-    for images in _first(batches, TRACED):
-        _, _, mask = found.run(backbone, images, ())
+    for images, mask in _first(zip(batches, plain.masks, strict=True), TRACED):
         layout = backbone.layout(images)
         with (
             torch.enable_grad(),
@@ -392,7 +447,12 @@ def _chain(
     whole = sum(weights[unit.index] * (unit.level - unit.ordinary) for unit in causes if unit.level)
     chain = [
         Unit(
-            place, index, float(levels[place].peak[index]), float(levels[place].ordinary[index]), float(part)
+            block=place,
+            index=index,
+            level=float(levels[place].peak[index]),
+            ordinary=float(levels[place].ordinary[index]),
+            share=part,
+            kind=None,
         )
         for place, share in shares.items()
         for index, part in enumerate((share / (count * whole)).tolist())
@@ -401,9 +461,10 @@ def _chain(
     return tuple(sorted(chain, key=lambda unit: -unit.share))
 
 
-def _first(batches: Sequence[Images], count: int) -> Iterator[Tensor]:
-    for images in batches:
+def _first(batches: Iterable[tuple[Images, Tensor]], count: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Takes images, and their masks, up to a count."""
+    for images, mask in batches:
         if count <= 0:
             return
-        yield images[:count]
+        yield images[:count], mask[:count]
         count -= len(images[:count])

@@ -102,7 +102,7 @@ def train(  # noqa: C901 (the loop reads straight down)
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)  # of LoRA's start, which PEFT draws from the global state
         trained = unlock(student.eval(), config.unlock)
-    trained = freeze_unused(student, trained, config.target, config.loss, size)
+    trained = freeze_unused(student, trained, config.target, config.loss, size, relocation)
     optim = optimizer(trained, config.optim)
     average = MovingAverage(trained, config.optim.ema) if config.optim.ema is not None else None
 
@@ -130,8 +130,8 @@ def train(  # noqa: C901 (the loop reads straight down)
     kept_targets = KeptTargets(run.path / "targets", accelerator.device) if config.target.keep else None
     with (
         stop_signals() as stop,
-        compiled(config.compile, student, teacher.backbone),
         relocation.listening() if relocation is not None else nullcontext({}) as hidden,
+        compiled(config.compile, student, teacher.backbone),
         run.log.open("a") as log,
     ):
         model = accelerator.prepare_model(student)
@@ -187,6 +187,13 @@ def train(  # noqa: C901 (the loop reads straight down)
                     f"stopped after step {step + 1} of {steps}, checkpoint written; go on with --resume"
                 )
         accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+        silenced = relocation.silenced(hidden) if relocation is not None and hidden else []
+        if silenced and config.loss.relocation and accelerator.is_main_process:
+            logger.warning(
+                "no register took over hidden units %s, which cause sinks: these were silenced rather than "
+                "moved; more --registers may help",
+                ", ".join(silenced),
+            )
     if kept_targets is not None and accelerator.is_main_process:
         kept_targets.remove()
 
@@ -366,9 +373,12 @@ def compiled(wanted: bool, *backbones: Backbone) -> Iterator[None]:
     """Compiles the blocks of backbones for as long as it lasts.
 
     Block by block: they are alike, so compilation is short, and hooks around them (registers, taps) stay
-        outside.
+    outside. Blocks with hooks inside (relocation listens there) are left out: alike blocks share what was
+    compiled for one of them, whose hooks the others would have, or lack.
     """
-    blocks = [block for backbone in backbones for block in backbone.blocks] if wanted else []
+    blocks = [block for backbone in backbones for block in backbone.blocks if not _hooked_inside(block)]
+    if not wanted:
+        blocks = []
     before = [block.__dict__.get("forward") for block in blocks]
     for block in blocks:
         block.forward = torch.compile(block.forward)
@@ -380,3 +390,11 @@ def compiled(wanted: bool, *backbones: Backbone) -> Iterator[None]:
                 del block.forward
             else:
                 block.forward = forward
+
+
+def _hooked_inside(block: nn.Module) -> bool:
+    return any(
+        module._forward_pre_hooks or module._forward_hooks
+        for module in block.modules()
+        if module is not block
+    )

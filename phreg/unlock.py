@@ -8,6 +8,7 @@ weights before anything is saved.
 import logging
 import math
 from collections.abc import Mapping
+from contextlib import nullcontext
 
 import torch
 from jaxtyping import Float
@@ -17,6 +18,7 @@ from phreg.backbones.base import Backbone
 from phreg.config import LossConfig, OptimConfig, TargetConfig, UnlockConfig
 from phreg.errors import ConfigError
 from phreg.losses import distillation_loss
+from phreg.relocation import Relocation
 
 logger = logging.getLogger(__name__)
 
@@ -82,17 +84,33 @@ def freeze_unused(
     target: TargetConfig,
     loss: LossConfig,
     size: tuple[int, int],
+    relocation: Relocation | None = None,
 ) -> dict[str, nn.Parameter]:
     """Freezes again what the loss does not reach, found by one backward pass on a blank image.
 
     A value-only read-out leaves out the last block's queries, keys and MLP, and a loss on an inner block all
     later ones. Weight decay would shrink them, and distributed training would wait for their gradients.
+
+    Raises:
+        ConfigError: The loss has no terms.
     """
     blank = torch.zeros(1, 3, *size, device=backbone.device, dtype=backbone.dtype)
-    features = backbone(blank, target.layer, target.norm)
+    with relocation.listening() if relocation is not None else nullcontext({}) as hidden:
+        features = backbone(blank, target.layer, target.norm)
     # Against a target unlike anything, so that no gradient is zero by coincidence.
     unlike = type(features)(torch.ones_like(features.patches), torch.ones_like(features.pooled))
-    distillation_loss(features, unlike, loss)[0].backward()
+    total, _ = distillation_loss(features, unlike, loss)
+    if relocation is not None and loss.relocation:
+        total = total + relocation.loss(hidden, blank)
+    if not total.requires_grad:
+        raise ConfigError(
+            "settings",
+            [
+                "loss: every weight that applies is 0, so nothing would train; set loss.cosine, loss.mse or "
+                "loss.pooled (loss.relocation applies where units that cause sinks are known, and registers)"
+            ],
+        )
+    total.backward()
     unused = [name for name, parameter in trained.items() if parameter.grad is None]
     for name in unused:
         trained[name].requires_grad_(False)

@@ -271,6 +271,7 @@ def test_a_clean_model_is_returned_untouched_with_the_verdict_unless_forced(meth
     result = api.distill(model, photos, tmp_path / "run", method=method, steps=1, **unforced)
     assert result.model is model
     assert (result.sinks, result.outcome, result.comparison, result.failures) == (None, None, None, [])
+    assert result.norms.emergence_block is None
     after = model.state_dict()
     assert after.keys() == before.keys()
     assert all(torch.equal(after[name], before[name]) for name in before)

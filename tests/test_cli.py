@@ -163,7 +163,7 @@ def test_nothing_to_repair_is_a_verdict_and_no_failure(saved, photos, tmp_path, 
     asked = ["distill", saved, "--images", photos, "--output", tmp_path / "run", "--steps", 1, *QUICK[:-1]]
     assert phreg(*asked) == 0
     printed = " ".join(capsys.readouterr().out.split())
-    assert "Nothing to repair" in printed
+    assert "Nothing to repair. No artifacts found" in printed
     assert "phreg.load" not in printed, "there is nothing to load"
     assert not (tmp_path / "run" / "model").exists()
     with pytest.raises(LoadError, match="holds no model, since it found nothing to repair; use its base"):

@@ -10,15 +10,17 @@ from phreg import demo
 from phreg.analysis.norms import outliers
 from phreg.backbones.resolve import adapt
 from phreg.registers import add_registers
-from phreg.relocation import Relocation
+from phreg.relocation import Relocation, deal, starting_tokens
 from phreg.sinks import Sinks, Unit, locate
 
 
 def sinks(*units):
-    """Sinks of some causes (block, unit, level); relocation asks for nothing else."""
-    causes = tuple(Unit(block, index, level, 0.0, 1.0) for block, index, level in units)
+    """Sinks of some causes (block, unit, level[, kind]) and their triggers; relocation asks for no more."""
+    causes = tuple(Unit(block, index, level, 0.0, 1.0, *kind) for block, index, level, *kind in units)
     norms = outliers(Planted(), [pictures()])
-    return Sinks(norms, 0, causes, 1.0, (), None, torch.zeros(1, 32))
+    # Triggers of 2 positions for the first kind, 3 for the second, each row told by its value.
+    triggers = [10 * kind + torch.arange(2.0 + kind)[:, None].expand(-1, 32) for kind in range(3)]
+    return Sinks(norms, 0, causes, 1.0, (), None, tuple(triggers[: 1 + max(unit.kind for unit in causes)]))
 
 
 @pytest.fixture
@@ -62,6 +64,57 @@ def test_several_units_and_blocks_count_alike(patched):
     assert loss.item() == pytest.approx(1 / 3), "two of three units are where they should be"
 
 
+@pytest.mark.parametrize(
+    ("registers", "kinds", "dealt"),
+    [
+        (4, 1, [[0], [0], [0], [0]]),
+        (4, 2, [[0], [1], [0], [1]]),
+        (2, 3, [[0, 2], [1]]),
+        (1, 2, [[0, 1]]),
+        (3, 3, [[0], [1], [2]]),
+    ],
+)
+def test_kinds_are_dealt_out_in_turn(registers, kinds, dealt):
+    assert deal(registers, kinds) == dealt
+
+
+def test_registers_start_from_triggers_of_their_kinds_the_most_frequent_first():
+    two = sinks((1, 5, 10.0, 0), (1, 6, 10.0, 1))
+    # Kind 0 has triggers 0 and 1, kind 1 has 10, 11 and 12.
+    assert starting_tokens(two, 6)[:, 0].tolist() == [0, 10, 1, 11, 0, 12]
+    assert starting_tokens(two, 1)[:, 0].tolist() == [5], "halfway between the first of both"
+    assert starting_tokens(sinks((1, 5, 10.0)), 3)[:, 0].tolist() == [0, 1, 0]
+
+
+def test_a_register_is_asked_for_the_units_of_its_own_kind_and_patches_for_none_of_any(patched):
+    relocation = Relocation(patched, sinks((1, 5, 10.0, 0), (1, 6, -4.0, 1)))
+    held = hidden_units(patched, [5, 6], 0.0, 0.0)
+    held[:, 1, 5], held[:, 2, 6] = 10.0, -4.0
+    assert relocation.loss({1: held}, IMAGES) == 0
+    held[:, 1, 6], held[:, 2, 5] = -9.0, 3.0  # of each other's kind they may do what they like
+    assert relocation.loss({1: held}, IMAGES) == 0
+    held[:, 2, 6] = 0.0
+    assert relocation.loss({1: held}, IMAGES).item() == pytest.approx(1 / 2), "one unit of two is nowhere"
+    held[:, 7, 5] = 5.0
+    assert relocation.loss({1: held}, IMAGES).item() == pytest.approx(1 / 2 + 0.25 / 2)
+
+
+def test_one_kind_with_several_registers_asks_each_of_them_alike(patched):
+    relocation = Relocation(patched, sinks((1, 5, 10.0), (1, 6, -4.0)))
+    held = hidden_units(patched, [5, 6], torch.tensor([10.0, -4.0]), 0.0)
+    held[:, 2, 5] = 0.0
+    assert relocation.loss({1: held}, IMAGES).item() == pytest.approx(1 / 4), "one unit, one register of two"
+
+
+def test_units_that_no_register_asked_for_them_holds_are_named(patched):
+    relocation = Relocation(patched, sinks((1, 5, 10.0, 0), (1, 6, -4.0, 1)))
+    held = hidden_units(patched, [5, 6], 0.0, 0.0)
+    held[:, 1, 5], held[:, 1, 6] = 6.0, -4.0  # the first register, which is of the first kind
+    assert relocation.silenced({1: held}) == ["1:6"]
+    held[:, 2, 6] = -3.0
+    assert relocation.silenced({1: held}) == []
+
+
 def test_gradients_reach_the_registers_and_the_units_rows_and_no_other_rows(patched):
     relocation = Relocation(patched, sinks((1, 5, 10.0)))
     with relocation.listening() as hidden:
@@ -89,7 +142,7 @@ def test_the_loss_is_in_full_precision_whatever_the_model_runs_in(patched):
 def test_training_moves_the_demonstrations_sinks_into_registers_and_keeps_them_there():
     backbone, images = adapt(demo.demo_model()), photographs(every=12)
     found = locate(backbone, images.split(8))
-    backbone.insert_registers(found.triggers[[0, 4]])
+    backbone.insert_registers(starting_tokens(found, 2))
     relocation = Relocation(backbone, found)
     rows = backbone.model.blocks[demo.SINK_BLOCK].mlp.fc1
     optimizer = torch.optim.Adam(
@@ -111,8 +164,10 @@ def test_training_moves_the_demonstrations_sinks_into_registers_and_keeps_them_t
         tokens = backbone.block_tokens(images, [demo.DEPTH - 1])[demo.DEPTH - 1]
     relative = hidden[demo.SINK_BLOCK][..., units] / level
     assert losses[-1] < 0.2 * losses[0]
-    # A register that starts where a unit is off cannot turn it on: the gradient of GELU is zero there.
-    assert layout.registers(relative).amax(1).mean() > 0.7
+    # One register a kind; a register that starts where a unit is off could not turn it on, as GELU passes no
+    # gradient there. Started at triggers of the corners alone, the background's unit stays at 0 on both.
+    assert layout.registers(relative).mean(0).diagonal().min() > 0.7
+    assert relocation.silenced(hidden) == []
     assert layout.patches(relative).amax() < 0.5
     norms = tokens.norm(dim=-1, keepdim=True)
     assert layout.registers(norms).mean() > 3 * layout.patches(norms).median()

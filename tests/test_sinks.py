@@ -50,16 +50,24 @@ def test_attention_falls_on_them_after_their_block_and_not_before(found):
     assert min(after) > 3 * max(before)
 
 
-def test_triggers_are_what_enters_the_blocks_where_most_outliers_lie(found):
+def test_neurons_that_answer_to_other_outliers_are_of_other_kinds_each_with_its_own_triggers(found):
     order = found.norms.position_histogram.flatten()
     corners = [0, demo.GRID - 1, demo.GRID * (demo.GRID - 1), demo.GRID**2 - 1]
     assert (order[corners] == 1).all()
-    assert len(found.triggers) == (order > 0).sum()
-    model = demo.demo_model()
-    position = model.pos_embed[0, corners]
-    # The position embedding marks the corners, and a trigger is a corner's with the mean content there.
-    mark = demo._directions().corner.float()
-    assert ((found.triggers[:4] @ mark) > 0.5 * (position @ mark).min()).all()
+    background, corner = found.triggers
+    assert {unit.index: unit.kind for unit in found.units} == {
+        demo.BACKGROUND_NEURON: 0,
+        demo.CORNER_NEURON: 1,
+    }
+    assert len(corner) == len(corners)
+    assert len(background) == (order > 0).sum() - len(corners)
+    position = demo.demo_model().pos_embed[0]
+    # The position embedding marks what sets each kind off, and a trigger has the mean content there besides.
+    to = demo._directions()
+    for own, mark, others in ((corner, to.corner, background), (background, to.quiet, corner)):
+        marked = (position @ mark.float()).amax()
+        assert (own @ mark.float() > 0.5 * marked).all()
+        assert (others @ mark.float() < 0.5 * marked).all()
 
 
 def test_what_json_holds_names_the_causes(found):
@@ -67,6 +75,8 @@ def test_what_json_holds_names_the_causes(found):
     assert written["emergence_block"] == demo.SINK_BLOCK
     assert {(unit["block"], unit["index"]) for unit in written["units"]} == PLANT
     assert written["triggered_by"] == "content"
+    assert {unit["kind"] for unit in written["units"]} == {0, 1}
+    assert {unit["kind"] for unit in written["chain"]} == {None}
 
 
 def test_the_clean_twin_has_no_sinks(images):
@@ -83,7 +93,8 @@ def test_the_same_images_give_the_same_answer_and_so_does_another_batching(image
         assert (one.level, one.ordinary, one.share) == pytest.approx(
             (two.level, two.ordinary, two.share), rel=1e-4, abs=1e-4
         )
-    torch.testing.assert_close(other.triggers, found.triggers, atol=1e-4, rtol=1e-4)
+    for one, two in zip(other.triggers, found.triggers, strict=True):
+        torch.testing.assert_close(one, two, atol=1e-4, rtol=1e-4)
 
 
 def test_the_model_is_left_as_it_was(images):
@@ -114,6 +125,21 @@ def test_two_kinds_of_sink_in_two_blocks_are_both_found(images):
     assert names(found.units) == PLANT | {(4, 11)}
     assert found.explained > 0.99
     assert found.by_block().keys() == {demo.SINK_BLOCK, 4}
+    assert {unit.kind for unit in found.units} == {0, 1, 2}
+    assert len(found.triggers[found.by_block()[4][0].kind]) == 1, "it answers to one patch"
+
+
+def test_units_that_share_their_outliers_are_one_kind_whose_triggers_are_those_of_all():
+    backbone = adapt(FAMILIES["timm/vit"]())
+    images = faint(backbone)
+    plant(backbone, 1, 5, images)
+    alone = locate(backbone, images.split(8))
+    write = 100 * torch.randn(backbone.spec.width, generator=torch.Generator().manual_seed(3))
+    plant(backbone, 1, 9, images, write=write)
+    found = locate(backbone, images.split(8))
+    assert names(found.units) == {(1, 5), (1, 9)}
+    assert [unit.kind for unit in found.units] == [0, 0]
+    assert torch.equal(found.triggers[0], alone.triggers[0])
 
 
 GATED = ["timm/eva02", "timm/dinov2-swiglu", "transformers/dinov2-swiglu", "transformers/dinov3-gated"]
@@ -166,7 +192,7 @@ def test_where_no_mlp_can_be_read_no_unit_is_named():
     assert found.chain == ()
     assert found.block == 2
     assert found.attention is None, "its blocks attend to nothing"
-    assert len(found.triggers) == len(CORNERS)
+    assert [len(own) for own in found.triggers] == [len(CORNERS)]
 
 
 @pytest.mark.parametrize("cause", ["attention", "position embedding"])

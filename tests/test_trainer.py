@@ -20,6 +20,7 @@ from phreg import api, trainer
 from phreg.backbones import resolve
 from phreg.backbones.readout import set_readout
 from phreg.errors import CheckpointError, ConfigError, DataError, Interrupted, PhregError, TrainingError
+from phreg.sinks import Sinks, Unit
 
 QUICK = {
     "batch_size": 2,
@@ -64,6 +65,56 @@ def test_the_loss_falls(tiny, photos, tmp_path):
     run(tiny(), photos, tmp_path / "run", steps=40, optim={"lr": 3e-3, "schedule": "constant"})
     losses = [json.loads(line)["loss"] for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert sum(losses[-8:]) < 0.7 * sum(losses[:8])
+
+
+@pytest.fixture
+def sinking(monkeypatch):
+    """Has sinks found in a model that has none: all that relocation is told of."""
+
+    def locate(_backbone, _batches, norms):
+        unit = Unit(block=1, index=5, level=10.0, ordinary=0.0, share=1.0)
+        return Sinks(norms, 1, (unit,), 1.0, (), None, (torch.zeros(1, 32),))
+
+    monkeypatch.setattr(api, "locate", locate)
+    return {"measure": {"images": 0}}
+
+
+def logged(output):
+    return [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.slow
+def test_compiled_blocks_give_the_same_losses_relocation_among_them(
+    tiny, photos, tmp_path, sinking, monkeypatch
+):
+    traced = []
+
+    def compile_(forward):
+        traced.append(forward)
+        return torch._dynamo.optimize("aot_eager")(forward)  # which traces everything and generates no code
+
+    monkeypatch.setattr(torch, "compile", compile_)
+    run(tiny(), photos, tmp_path / "eager", **sinking)
+    run(tiny(), photos, tmp_path / "compiled", compile=True, **sinking)
+    assert len(traced) == 5, "three blocks of the teacher, and those of the student that nobody listens in"
+    for eager, compiled in zip(logged(tmp_path / "eager"), logged(tmp_path / "compiled"), strict=True):
+        assert compiled["terms"].keys() == eager["terms"].keys() >= {"relocation"}
+        # Traced graphs sum in another order: fp32 rounding, over four steps.
+        assert compiled["terms"] == pytest.approx(eager["terms"], rel=1e-3)
+
+
+def test_relocation_alone_trains_and_no_loss_at_all_is_an_error(tiny, photos, tmp_path, sinking):
+    off = {"cosine": 0, "mse": 0, "pooled": 0}
+    run(tiny(), photos, tmp_path / "alone", loss=off, **sinking)
+    assert all(line["terms"].keys() == {"relocation"} for line in logged(tmp_path / "alone"))
+    assert not any("blocks.2." in name for name in weights(tmp_path / "alone")), "which it does not reach"
+    with pytest.raises(ConfigError, match="every weight that applies is 0"):
+        run(tiny(), photos, tmp_path / "none", loss=off | {"relocation": 0}, **sinking)
+
+
+def test_sinks_that_end_up_in_no_register_are_named(tiny, photos, tmp_path, sinking, caplog):
+    run(tiny(), photos, tmp_path / "run", steps=1, **sinking)
+    assert "no register took over hidden units 1:5" in caplog.text
 
 
 def test_only_what_was_unlocked_changes(tiny, photos, tmp_path):

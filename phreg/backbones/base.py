@@ -114,7 +114,7 @@ class Mlp:
 
         tokens ──up──► activation, gate ──(inner norm)──► hidden units ──down──► tokens
 
-    A hidden unit is moved through `rows`, and read or edited by a forward pre-hook on `down`. Ahead of the
+    A hidden unit is read or edited by a forward pre-hook on `down`, and fed by its `rows` alone. Ahead of the
     inner norm, unit u depends on its own rows alone: zeroed, they make it one constant for all tokens, and
     exactly zero where the activation of zero is zero or a gate multiplies. Behind it, what `down` receives
     of unit u also depends on the token's other units, and keeps the norm's bias.
@@ -149,7 +149,7 @@ class Mlp:
         return self.down.in_features
 
     def rows(self, units: Int[Tensor, " units"]) -> list[tuple[nn.Parameter, Int[Tensor, " rows"]]]:
-        """Finds all that must train to move some units: parameters, and which rows of each.
+        """Finds all that feeds some units: parameters, and which rows of each.
 
         Weights and biases of every layer of `up`, by indices into their first axis: the units in the order
         given and, in a layer that holds both halves of a gated MLP, once more for the second half.

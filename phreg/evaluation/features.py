@@ -39,7 +39,7 @@ from phreg.backbones.base import Backbone, Readout
 from phreg.backbones.identity import identify
 from phreg.backbones.readout import dense_readout, read_as
 from phreg.config import Config
-from phreg.data import normalise
+from phreg.data import as_input
 from phreg.errors import PhregError
 from phreg.evaluation.feature_cache import FeatureCache, StoredFeatures
 from phreg.images import ImageSource
@@ -306,7 +306,7 @@ class FeatureReader:
         self, pixels: UInt8[Tensor, "batch 3 height width"]
     ) -> Float[Tensor, "batch 3 height width"]:
         """Puts 8-bit RGB onto the model's device and normalises it for the model."""
-        return normalise(pixels.to(self.device), self.backbone.spec.mean, self.backbone.spec.std)
+        return as_input(self.backbone, pixels)
 
     def place(
         self, picture: Image.Image, reading: Reading

@@ -52,6 +52,7 @@ def contents(backbone: Backbone) -> Contents:
         "std": list(backbone.spec.std),
         "readout": backbone.readout,
         "test_time": test_time.installed(backbone),
+        "test_time_size": test_time.calibrated_size(backbone),
     }
     return Contents({"phreg.safetensors": backbone.disk_state()}, {ADAPTER_FILE: description})
 

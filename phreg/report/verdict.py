@@ -31,6 +31,13 @@ def headline(report: NormReport, sinks: Sinks | None) -> str:
     return f"{verdict(report).removesuffix('.')}; {cause}."
 
 
+def nothing_to_repair(report: NormReport) -> str:
+    """Says why a model was left as it is, and what can be done all the same."""
+    hidden = report.normed[-1].gap is not None
+    asked, forced = ("relocate", " without relocation") if hidden else ("repair", "")
+    return f"Nothing to {asked}. {verdict(report)} The model is left as it is; --force distils it{forced}."
+
+
 def outcome(comparison: Comparison) -> str:
     """Says in a sentence what a retrofit changed: artifacts, agreement with the reference, global output."""
     rates = [percent(report.outlier_rate) for report in comparison.norms]
@@ -50,12 +57,15 @@ def causes(sinks: Sinks) -> str:
     named = ", ".join(f"{unit.block}:{unit.index}" for unit in sinks.units[:4])
     more = f" and {len(sinks.units) - 4} more" if len(sinks.units) > 4 else ""
     noun = "hidden unit causes" if len(sinks.units) == 1 else "hidden units cause"
+    kinds = f", {len(sinks.triggers)} kinds of sink" if len(sinks.triggers) > 1 else ""
     text = (
-        f"{where}; {len(sinks.units)} {noun} {percent(sinks.explained)} of them (block:unit {named}{more})."
+        f"{where}; {len(sinks.units)} {noun} {percent(sinks.explained)} of them "
+        f"(block:unit {named}{more}{kinds})."
     )
     if sinks.attention is None:
         return text
-    return f"{text} They draw up to {percent(max(sinks.attention))} of the attention of CLS."
+    who = "CLS" if any(token.name == "CLS" for token in sinks.norms.tokens) else "the patches"
+    return f"{text} They draw up to {percent(max(sinks.attention))} of the attention of {who}."
 
 
 def percent(share: float) -> str:

@@ -5,7 +5,7 @@ import torch
 from planted import CORNERS, Planted, pictures
 
 from phreg.analysis.norms import outliers
-from phreg.report.verdict import causes, headline, percent, verdict
+from phreg.report.verdict import causes, headline, nothing_to_repair, percent, verdict
 from phreg.sinks import Sinks, Unit
 
 
@@ -40,9 +40,21 @@ def test_tokens_that_stand_apart_only_after_the_final_norm_are_mentioned():
     )
 
 
+def test_what_is_left_as_it_is_is_told_with_what_inspect_says_of_it():
+    clean, planted = (outliers(Planted(pushes), [pictures()]) for pushes in ({}, {2: (CORNERS, 100.0)}))
+    said = nothing_to_repair(clean)
+    assert said.startswith(f"Nothing to repair. {verdict(clean)}")
+    assert said.endswith("--force distils it.")
+    hidden = replace(clean, normed=planted.normed)
+    said = nothing_to_repair(hidden)
+    assert said.startswith(f"Nothing to relocate. {verdict(hidden)}")
+    assert "only after the final norm" in said
+    assert said.endswith("--force distils it without relocation.")
+
+
 def sinks(*units: Unit, explained: float) -> Sinks:
     norms = outliers(Planted({2: (CORNERS, 100.0)}), [pictures()])
-    return Sinks(norms, 2, units, explained, (), None, torch.zeros(4, 16))
+    return Sinks(norms, 2, units, explained, (), None, (torch.zeros(4, 16),))
 
 
 UNITS = [Unit(block=2, index=index, level=10.0, ordinary=0.0, share=0.5) for index in (7, 9)]
@@ -69,6 +81,14 @@ def test_causes_are_named_by_block_and_unit():
     )
     drawn = replace(sinks(*UNITS[:1], explained=0.5), attention=(0.0, 0.02, 0.31, 0.3))
     assert causes(drawn).endswith("They draw up to 31.0 % of the attention of CLS.")
+    without = replace(drawn, norms=replace(drawn.norms, tokens=()))
+    assert causes(without).endswith("They draw up to 31.0 % of the attention of the patches.")
+
+
+def test_several_kinds_of_sink_are_counted():
+    one = sinks(*UNITS, explained=1.0)
+    assert "kind" not in causes(one)
+    assert causes(replace(one, triggers=one.triggers * 2)).endswith("(block:unit 2:7, 2:9, 2 kinds of sink).")
 
 
 @pytest.mark.parametrize(
