@@ -53,7 +53,7 @@ def test_moving_squares_are_followed(reader, davis):
     assert found.figures["j"] > 0.8
     assert found.figures["j_and_f"] == pytest.approx((found.figures["j"] + found.figures["f"]) / 2)
     assert set(found.detail["j"]) == {"one/1", "two/1", "two/2"}
-    assert found.notes == {"sequences": 2, "objects": 3}
+    assert found.notes == {"sequences": 2, "objects": 3, "readout": "plain"}
 
 
 def test_what_moves_beyond_the_radius_is_lost(reader, davis):
