@@ -146,7 +146,7 @@ def test_training_moves_the_demonstrations_sinks_into_registers_and_keeps_them_t
     relocation = Relocation(backbone, found)
     rows = backbone.model.blocks[demo.SINK_BLOCK].mlp.fc1
     optimizer = torch.optim.Adam(
-        [backbone.registers, rows.weight, rows.bias, backbone.model.pos_embed], lr=2e-2
+        [backbone.registers, rows.weight, rows.bias, backbone.model.pos_embed], lr=5e-3
     )
     losses = []
     for _ in range(30):
@@ -163,7 +163,8 @@ def test_training_moves_the_demonstrations_sinks_into_registers_and_keeps_them_t
     with relocation.listening() as hidden, torch.no_grad():
         tokens = backbone.block_tokens(images, [demo.DEPTH - 1])[demo.DEPTH - 1]
     relative = hidden[demo.SINK_BLOCK][..., units] / level
-    assert losses[-1] < 0.2 * losses[0]
+    # A unit that no register holds would cost 1, and one of two that only half of the registers hold 1/4.
+    assert losses[-1] < 0.02
     # One register a kind; a register that starts where a unit is off could not turn it on, as GELU passes no
     # gradient there. Started at triggers of the corners alone, the background's unit stays at 0 on both.
     assert layout.registers(relative).mean(0).diagonal().min() > 0.7

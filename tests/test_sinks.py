@@ -59,15 +59,18 @@ def test_neurons_that_answer_to_other_outliers_are_of_other_kinds_each_with_its_
         demo.BACKGROUND_NEURON: 0,
         demo.CORNER_NEURON: 1,
     }
+    position, to = demo.demo_model().pos_embed[0], demo._directions()
+    quiet = position @ to.quiet.float() > demo.QUIET_MARK / 2
     assert len(corner) == len(corners)
-    assert len(background) == (order > 0).sum() - len(corners)
-    position = demo.demo_model().pos_embed[0]
-    # The position embedding marks what sets each kind off, and a trigger has the mean content there besides.
-    to = demo._directions()
-    for own, mark, others in ((corner, to.corner, background), (background, to.quiet, corner)):
-        marked = (position @ mark.float()).amax()
-        assert (own @ mark.float() > 0.5 * marked).all()
-        assert (others @ mark.float() < 0.5 * marked).all()
+    assert len(background) == ((order > 0) & quiet).sum(), "the position embedding marks where one can be"
+    # A trigger has the mark of its kind, and the mean content there besides.
+    for own, others, mark in (
+        (corner, background, demo.CORNER_MARK * to.corner),
+        (background, corner, demo.QUIET_MARK * to.quiet),
+    ):
+        marked = (mark @ mark).float() / 2
+        assert (own @ mark.float() > marked).all()
+        assert (others[:2] @ mark.float() < marked).all(), "the third corner happens to be marked quiet, too"
 
 
 def test_what_json_holds_names_the_causes(found):

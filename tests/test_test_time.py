@@ -95,13 +95,14 @@ def test_other_sizes_work(family):
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @torch.no_grad()
 def test_padding_is_no_patch(filling, implementation):
-    model = FAMILIES["transformers/siglip2"]()
+    model = FAMILIES["transformers/siglip2-vision"]()
     model.set_attn_implementation(implementation)
-    test_time.install(adapt(model), {1: [(unit, -1) for unit in range(16)]}, 2)
+    test_time.install(adapt(model), {1: [(unit, 1) for unit in range(16)]}, 2)
     rows, cols = 3, 4
-    pixels = torch.randn(1, rows * cols, 3 * adapt(model).spec.patch_size[0] ** 2)
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randn(1, rows * cols, model.embeddings.patch_embedding.in_features, generator=generator)
     shapes = torch.tensor([[rows, cols]])
-    alone = model(pixels, torch.ones(1, rows * cols), shapes).last_hidden_state
+    alone = model(pixels, torch.ones(1, rows * cols).long(), shapes).last_hidden_state
     more = {"zeros": torch.zeros_like, "noise": lambda part: 9 * torch.randn_like(part)}[filling](
         pixels[:, :5]
     )
