@@ -132,9 +132,13 @@ class Watch:
 
     def __init__(self, size: tuple[int, int] | None, tokens: int | None) -> None:
         self.size, self.tokens = size, tokens
-        self.warned = False
-        self.seen: Tensor | None = None
+        self._warned = False
+        self._seen: Tensor | None = None
+
+    @property
+    def seen(self) -> Tensor | None:
         """The tokens that any may attend to (batch, tokens), for the images on their way; None means all."""
+        return self._seen
 
     def __call__(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Reads the block's tokens and attention mask."""
@@ -143,10 +147,10 @@ class Watch:
         mask = next((value for value in given if isinstance(value, Tensor) and value.dim() == 4), None)
         if mask is not None and mask.is_floating_point():  # added to scores
             mask = mask > torch.finfo(mask.dtype).min / 2
-        self.seen = None if mask is None else mask.flatten(1, 2).any(1)
+        self._seen = None if mask is None else mask.flatten(1, 2).any(1)
         other = self.tokens is not None and tokens != self.tokens
-        if other and not self.warned and not torch.compiler.is_compiling():
-            self.warned = True
+        if other and not self._warned and not torch.compiler.is_compiling():
+            self._warned = True
             logger.warning(
                 "test-time registers found on images of %s pixels, %d tokens, run on %d tokens; "
                 "they hold for that size: find them anew at this one",

@@ -171,8 +171,9 @@ def test_nothing_to_repair_is_a_verdict_and_no_failure(saved, photos, tmp_path, 
 
 
 def test_a_quickstart_that_fails_a_gate_exits_with_status_3(tmp_path, monkeypatch):
-    result = SimpleNamespace(outcome=None, failures=["the pooled output drifted"])
+    result = SimpleNamespace(failures=["the pooled output drifted"])
     monkeypatch.setattr("phreg.api.quickstart", lambda *_, **__: result)
+    monkeypatch.setattr(cli, "_show", lambda _: None)
     assert phreg("quickstart", "--output", tmp_path / "run") == 3
     result.failures = []
     assert phreg("quickstart", "--output", tmp_path / "run") == 0

@@ -72,6 +72,7 @@ class Options:
         return {
             **{key: getattr(self, key) for key in same},
             "method": "paper",
+            "force": True,  # a model with random weights has nothing to repair
             "steps": steps,
             "views.count": self.views,
             "data.workers": self.workers,

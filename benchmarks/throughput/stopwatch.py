@@ -44,7 +44,7 @@ def forward_part() -> str:
 
 
 PARTS: dict[str, str | Callable[[], str]] = {
-    "phreg.trainer.normalise": "normalise",
+    "phreg.trainer.as_input": "normalise",
     "phreg.teacher.sample_views": "views",
     "phreg.views.Views.apply": "views",
     "phreg.backbones.base.Backbone.forward": forward_part,

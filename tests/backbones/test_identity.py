@@ -51,7 +51,7 @@ CHANGES = {
     "another number in that hook": lambda backbone: hook(backbone, 3.0),
     "mean": lambda backbone: vars(backbone).update(spec=replace(backbone.spec, mean=(0.1, 0.2, 0.3))),
     "read-out": lambda backbone: set_readout(backbone, "value-only"),
-    "read-out it was trained with": lambda backbone: vars(backbone).update(trained_readout="value-only"),
+    "read-out it was trained with": lambda backbone: setattr(backbone, "trained_readout", "value-only"),
     "activation": lambda backbone: setattr(backbone.blocks[0].mlp, "gelu", nn.ReLU()),
     "pooling": lambda backbone: setattr(tower(backbone), "pool_type", "avg"),
     "heads": lambda backbone: setattr(backbone.blocks[0].attn, "num_heads", 2),

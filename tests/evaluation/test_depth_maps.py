@@ -6,7 +6,7 @@ from scipy.io import savemat
 
 from phreg.errors import DataError
 from phreg.evaluation.depth_maps import open_depths
-from phreg.evaluation.feature_cache import _stamps
+from phreg.evaluation.feature_cache import stamps
 
 SIZE = (480, 640)
 
@@ -65,7 +65,7 @@ def test_the_labelled_file_is_read_in_metres_with_rows_before_columns(tmp_path):
     assert picture.shape == (*SIZE, 3)
     assert picture[5, 7].tolist() == values[2, :, 7, 5].tolist()
     assert train.images.name(1).endswith("[2]")
-    assert len(set(_stamps(train.images))) == 2, "features of each can be kept"
+    assert len(set(stamps(train.images))) == 2, "features of each can be kept"
 
 
 def test_the_labelled_file_needs_its_splits(tmp_path):

@@ -336,7 +336,7 @@ def test_a_student_is_measured_as_it_was_trained_in_every_form_and_its_original_
     model = FAMILIES["open_clip/clip"]()
     original = copy.deepcopy(model)
     quick = {"steps": 1, "batch_size": 2, "views": {"count": 2}, "measure": {"images": 0}, "device": "cpu"}
-    phreg.distill(model, photos, tmp_path / "run", method="paper", data={"workers": 0}, **quick)
+    phreg.distill(model, photos, tmp_path / "run", method="paper", force=True, data={"workers": 0}, **quick)
     loaded = phreg.load(tmp_path / "run", into=copy.deepcopy(original))
     asked = {"task": "consistency", "data": photos, "device": "cpu", "count": 2, "shift": 1, "views": 2}
     results = phreg.evaluate(model, loaded, baseline=original, **asked)
