@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 from tyro.conf import Positional, UseAppendAction, arg
 from tyro.extras import SubcommandApp
 
@@ -446,7 +446,8 @@ class Steps(AbstractContextManager["Steps"]):
 def _show_results(results: Any, output: Path) -> None:
     """Prints the table of an evaluation."""
     heading, rows = results.rows()
-    table = Table(*heading, title=f"{results.records[0].task} on {results.records[0].data}")
+    model = Column(heading[0], overflow="fold")  # paths are long, and told apart by their ends
+    table = Table(model, *heading[1:], title=f"{results.records[0].task} on {results.records[0].data}")
     for row in rows:
         table.add_row(*map(escape, row))
     console.print(table)

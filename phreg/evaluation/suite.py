@@ -144,8 +144,8 @@ class Suite:
             seconds=sum(seconds for _, seconds in runs),
             drawn=self.drawn,
         )
-        for line in record.sweep:
-            logger.info("%s: %s", name, line)
+        if record.sweep:
+            logger.info("%s:\n%s", name, "\n".join(record.sweep))
         self.watch(reader, record)
         return record
 
