@@ -83,7 +83,7 @@ class Distilled:
         model: The patched model, of its ordinary class, in eval mode; as it was, where there was nothing to
             repair.
         run: Its run folder.
-        sinks: The sinks that were found; None where there were none.
+        sinks: The sinks that were found; None where there were none, or the method does not look for them.
         outcome: Steps, images, seconds and skipped files; None where there was nothing to repair.
         comparison: The before/after figures; None where measuring was switched off, and on other processes.
         failures: What the run made worse than `config.GateConfig` allows, in words; the adapter is marked so.

@@ -83,6 +83,17 @@ class Task:
     drawn: bool = True
 
 
+def own_classifier(folder: str) -> Task:
+    """Asks the model's own classifier for the numbers of images in a folder of links."""
+    return Task(
+        "classification",
+        lambda _, links: links / folder,
+        ("top1", "top5"),
+        {"methods": ("head",)},
+        drawn=False,
+    )
+
+
 TASKS = {
     "linear-segmentation": Task(
         "linear-segmentation",
@@ -109,20 +120,8 @@ TASKS = {
         protocol="tokencut",
         drawn=False,
     ),
-    "top1": Task(
-        "classification",
-        lambda _, links: links / "numbered",
-        ("top1", "top5"),
-        {"methods": ("head",)},
-        drawn=False,
-    ),
-    "top1-crops": Task(
-        "classification",
-        lambda _, links: links / "crops",
-        ("top1", "top5"),
-        {"methods": ("head",)},
-        drawn=False,
-    ),
+    "top1": own_classifier("numbered"),
+    "top1-crops": own_classifier("crops"),
     "coarse": Task(
         "classification",
         lambda _, links: links / "coarse",
