@@ -10,22 +10,27 @@ explodes:
 h is the activation of a hidden unit, A its level on the original outliers (h has the sign of A), and both are
 means over units and images. Nothing but register tokens is left of it at inference.
 
-A unit that is off passes no gradient, so that a register has to start where it is on, and what sets off one
-kind of sink leaves the units of another off. So kinds are dealt out to the registers in turn: a register
-starts from a trigger of its kind, and is asked for the units of its kind alone.
+A unit that is off passes no gradient: a register that lost it, as the same weights silence it on patches,
+would never find it again. So the gradient of a register's h is taken as if h stood in proportion to what its
+activation is computed from, as it does at A (straight-through; Bengio et al. 2013, arXiv 1308.3432).
+
+What sets off one kind of sink leaves the units of another off. So kinds are dealt out to the registers in
+turn: a register starts from a trigger of its kind, and is asked for the units of its kind alone.
 
     4 registers, 2 kinds: 0 1 0 1        2 registers, 3 kinds: 0 and 2, 1
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from phreg.backbones.base import Backbone
-from phreg.sinks import Sinks, reading_units
+from phreg.hidden_units import Reading, UnitReader
+from phreg.sinks import Sinks
 
 
 def deal(num_registers: int, num_kinds: int) -> list[list[int]]:
@@ -60,53 +65,55 @@ class Relocation:
 
     def __init__(self, backbone: Backbone, sinks: Sinks) -> None:
         self.backbone = backbone
-        self._units = {
-            block: (
-                torch.tensor([unit.index for unit in units], device=backbone.device),
-                torch.tensor([unit.level for unit in units], device=backbone.device),
-            )
-            for block, units in sinks.by_block().items()
-        }
+        causes = sinks.by_block()
+        self._reader = UnitReader(
+            backbone, {block: [unit.index for unit in units] for block, units in causes.items()}
+        )
+
+        def there(values: list[Any]) -> Tensor:
+            return torch.tensor(values, dtype=torch.float32, device=backbone.device)
+
+        self._level = {block: there([unit.level for unit in units]) for block, units in causes.items()}
+        self._fed = {block: there([unit.fed for unit in units]) for block, units in causes.items()}
         dealt = deal(backbone.num_registers, len(sinks.triggers))
         self._asked = {
-            block: torch.tensor(
-                [[float(unit.kind in kinds) for unit in units] for kinds in dealt], device=backbone.device
-            )
-            for block, units in sinks.by_block().items()
+            block: there([[unit.kind in kinds for unit in units] for kinds in dealt])
+            for block, units in causes.items()
         }
 
     @contextmanager
-    def listening(self) -> Iterator[dict[int, Tensor]]:
+    def listening(self) -> Iterator[dict[int, Reading]]:
         """Collects hidden units while the model runs; give them to `loss`."""
-        with reading_units(self.backbone, list(self._units)) as hidden:
-            yield hidden
+        with self._reader.listening() as readings:
+            yield readings
 
     def loss(
-        self, hidden: dict[int, Tensor], images: Float[Tensor, "batch 3 height width"]
+        self, readings: dict[int, Reading], images: Float[Tensor, "batch 3 height width"]
     ) -> Float[Tensor, ""]:
         """Computes the loss, in fp32, from what was collected on some images."""
         layout = self.backbone.layout(images)
         terms = []
-        for block, relative in self._relative(hidden):
-            asked = self._asked[block]
-            misses = (layout.registers(relative) - 1).square() * asked
-            on_registers = misses.mean((0, 1)) * (len(asked) / asked.sum(0))
+        for block, reading in readings.items():
+            asked, relative = self._asked[block], self._relative(block, reading)
+            # Zero, with a gradient.
+            proportional = layout.registers(reading.fed).float() / self._fed[block]
+            held = layout.registers(relative).detach() + (proportional - proportional.detach()).sum(-1)
+            on_registers = ((held - 1).square() * asked).mean((0, 1)) * (len(asked) / asked.sum(0))
             on_patches = layout.patches(relative).clamp_min(0).square().sum(1).mean(0)
             terms.append(on_registers + on_patches)
         return torch.cat(terms).mean()
 
     @torch.no_grad()
-    def silenced(self, hidden: dict[int, Tensor]) -> list[str]:
+    def silenced(self, readings: dict[int, Reading]) -> list[str]:
         """Names the units, as block:unit, that no register asked for them holds at half their level."""
         start = self.backbone.spec.num_prefix
         names = []
-        for block, relative in self._relative(hidden):
-            asked = self._asked[block]
+        for block, reading in readings.items():
+            asked, relative = self._asked[block], self._relative(block, reading)
             held = (relative[:, start : start + len(asked)].mean(0) * asked).amax(0)
-            names += [f"{block}:{unit}" for unit in self._units[block][0][held < 0.5].tolist()]
+            names += [f"{block}:{unit}" for unit in self._reader.units[block][held < 0.5].tolist()]
         return names
 
-    def _relative(self, hidden: dict[int, Tensor]) -> Iterator[tuple[int, Tensor]]:
-        """Reads the units, block by block; 1 is their level on the original outliers."""
-        for block, (index, level) in self._units.items():
-            yield block, hidden[block][..., index].float() / level
+    def _relative(self, block: int, reading: Reading) -> Float[Tensor, "batch tokens units"]:
+        """Reads the units of a block; 1 is their level on the original outliers."""
+        return reading.hidden.float() / self._level[block]

@@ -32,6 +32,7 @@ from phreg.analysis.norms import NormReport, outlier_mask, outliers
 from phreg.analysis.positions import fixed_share
 from phreg.backbones.base import Backbone
 from phreg.errors import UnsupportedModelError
+from phreg.hidden_units import UnitReader, ahead_of, reading_units
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +71,8 @@ class Unit:
             upstream unit, its share of what sets the causes off, to first order. Shares add up to 1 over all
             units, those that work against it being negative, so that one alone can exceed 1.
         kind: For a cause, the number of its kind, from 0; None for an upstream unit.
+        fed: For a cause, what its activation is computed from at its level: one pre-activation in a plain
+            MLP, two in a gated one; none for an upstream unit.
     """
 
     block: int
@@ -78,6 +81,7 @@ class Unit:
     ordinary: float
     share: float
     kind: int | None = 0
+    fed: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,8 +116,7 @@ class Sinks:
 
     def by_block(self) -> dict[int, list[Unit]]:
         """The causes, block by block, first to last."""
-        blocks = sorted({unit.block for unit in self.units})
-        return {block: [unit for unit in self.units if unit.block == block] for block in blocks}
+        return by_block(self.units)
 
     def to_json(self) -> dict[str, Any]:
         """Returns what JSON can hold; norms have a JSON of their own."""
@@ -125,6 +128,12 @@ class Sinks:
             "attention_share": list(self.attention) if self.attention else None,
             "triggered_by": "position" if self.fixed else "content",
         }
+
+
+def by_block(units: Sequence[Unit]) -> dict[int, list[Unit]]:
+    """Sorts units by block, first to last; those of a block stay in their order."""
+    blocks = sorted({unit.block for unit in units})
+    return {block: [unit for unit in units if unit.block == block] for block in blocks}
 
 
 @torch.no_grad()
@@ -157,7 +166,7 @@ def locate(backbone: Backbone, batches: Sequence[Images], norms: NormReport | No
         found = tried
         if found.count <= (1 - GONE) * plain.count:
             break
-    units, members = _kinds(backbone, batches, plain, found.units)
+    units, members = _kinds(backbone, batches, plain, _fed(backbone, batches, plain, found.units))
     return Sinks(
         norms=norms,
         block=emergence,
@@ -167,33 +176,6 @@ def locate(backbone: Backbone, batches: Sequence[Images], norms: NormReport | No
         attention=_attention_share(backbone, batches, plain),
         triggers=tuple(_triggers(backbone, batches, masks) for masks in members),
     )
-
-
-@contextmanager
-def reading_units(backbone: Backbone, blocks: Sequence[int]) -> Iterator[dict[int, Tensor]]:
-    """Collects the hidden units of some blocks' MLPs, (batch, tokens, hidden), while the model runs."""
-    found: dict[int, Tensor] = {}
-
-    def keep(block: int) -> Any:
-        def hook(_module: nn.Module, args: tuple[Tensor]) -> None:
-            found[block] = args[0]
-
-        return hook
-
-    with ExitStack() as stack:
-        for block in blocks:
-            if (mlp := backbone.mlp(block)) is not None:
-                stack.enter_context(_hooked(mlp.down, keep(block)))
-        yield found
-
-
-@contextmanager
-def _hooked(module: nn.Module, hook: Any) -> Iterator[None]:
-    handle = module.register_forward_pre_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 # -- the search ----------------------------------------------------------------------------------------------
@@ -245,11 +227,10 @@ def _remaining(
 def _holding(backbone: Backbone, units: Sequence[Unit]) -> Iterator[None]:
     """Holds units of patches at their ordinary level while the model runs."""
     with ExitStack() as stack:
-        for block in {unit.block for unit in units}:
+        for block, held in by_block(units).items():
             mlp = backbone.mlp(block)
             assert mlp is not None  # units were found there
-            held = [unit for unit in units if unit.block == block]
-            stack.enter_context(_hooked(mlp.down, _Hold(held, backbone.spec.num_prefix)))
+            stack.enter_context(ahead_of(mlp.down, _Hold(held, backbone.spec.num_prefix)))
         yield
 
 
@@ -330,6 +311,26 @@ def _levels(
 # -- what sets them off, and what they hold ------------------------------------------------------------------
 
 
+def _fed(
+    backbone: Backbone, batches: Sequence[Images], plain: _Outliers, units: tuple[Unit, ...]
+) -> tuple[Unit, ...]:
+    """Notes what feeds units at their level: a mean over outliers, each counting by how the unit answers."""
+    reader = UnitReader(
+        backbone, {block: [unit.index for unit in own] for block, own in by_block(units).items()}
+    )
+    sums: dict[int, Tensor] = {}
+    for images, mask in zip(batches, plain.masks, strict=True):
+        with reader.listening() as found:
+            backbone.run(images)
+        patches = backbone.layout(images).patches
+        for block, (hidden, fed) in found.items():
+            answer = patches(hidden)[mask].unsqueeze(-1).float()
+            part = torch.cat([answer * patches(fed)[mask].float(), answer], dim=-1).sum(0)
+            sums[block] = sums.get(block, 0) + part.cpu().double()
+    feeds = {block: (total[:, :-1] / total[:, -1:]).tolist() for block, total in sums.items()}
+    return tuple(replace(unit, fed=tuple(feeds[unit.block].pop(0))) for unit in units)
+
+
 def _kinds(
     backbone: Backbone, batches: Sequence[Images], plain: _Outliers, units: tuple[Unit, ...]
 ) -> tuple[tuple[Unit, ...], list[list[Bool[Tensor, "_ patches"]]]]:
@@ -381,7 +382,7 @@ def _triggers(
     """Averages what enters the blocks at outliers, position by position, those with most outliers first."""
     entered: list[Tensor] = []
     totals, counts = [], []
-    with _hooked(backbone.entrance, lambda _module, args: entered.append(args[0])):
+    with ahead_of(backbone.entrance, lambda _module, args: entered.append(args[0])):
         for images, mask in zip(batches, masks, strict=True):
             backbone.run(images)
             entry = backbone.layout(images).patches(entered.pop()).float()
@@ -431,7 +432,7 @@ def _chain(
         layout = backbone.layout(images)
         with (
             torch.enable_grad(),
-            _hooked(backbone.entrance, lambda _m, args: (args[0].detach().requires_grad_(), *args[1:])),
+            ahead_of(backbone.entrance, lambda _m, args: (args[0].detach().requires_grad_(), *args[1:])),
             reading_units(backbone, [*upstream, block]) as hidden,
         ):
             backbone.run(images)

@@ -42,12 +42,12 @@ class TokenLayout:
         return tokens[:, : self.num_prefix]
 
     def registers(
-        self, tokens: Float[Tensor, "batch tokens width"]
-    ) -> Float[Tensor, "batch registers width"]:
+        self, tokens: Float[Tensor, "batch tokens *width"]
+    ) -> Float[Tensor, "batch registers *width"]:
         """Takes the registers phreg added."""
         return tokens[:, self.num_prefix : self.num_prefix + self.num_registers]
 
-    def patches(self, tokens: Float[Tensor, "batch tokens width"]) -> Float[Tensor, "batch patches width"]:
+    def patches(self, tokens: Float[Tensor, "batch tokens *width"]) -> Float[Tensor, "batch patches *width"]:
         """Takes the patch tokens, row by row."""
         return tokens[:, self.num_prefix + self.num_registers :]
 

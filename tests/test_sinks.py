@@ -157,6 +157,11 @@ def test_a_unit_is_found_in_plain_gated_split_and_fused_mlps(family):
     assert names(found.units) == {(1, 5)}
     assert found.explained == 1.0
     assert found.block == 1
+    (cause,) = found.units
+    if family in GATED:
+        assert len(cause.fed) == 2
+    else:  # far from zero GELU, in all its kinds, is the identity
+        assert cause.fed == pytest.approx([cause.level], rel=1e-3)
 
 
 def test_another_size_than_the_models_own_works():

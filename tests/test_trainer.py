@@ -72,7 +72,7 @@ def sinking(monkeypatch):
     """Has sinks found in a model that has none: all that relocation is told of."""
 
     def locate(_backbone, _batches, norms):
-        unit = Unit(block=1, index=5, level=10.0, ordinary=0.0, share=1.0)
+        unit = Unit(block=1, index=5, level=10.0, ordinary=0.0, share=1.0, fed=(10.0,))
         return Sinks(norms, 1, (unit,), 1.0, (), None, (torch.zeros(1, 32),))
 
     monkeypatch.setattr(api, "locate", locate)

@@ -1,0 +1,102 @@
+"""Reads hidden units of MLPs, and what feeds them, while a model runs."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from phreg.backbones.base import Backbone
+
+
+@contextmanager
+def reading_units(backbone: Backbone, blocks: Sequence[int]) -> Iterator[dict[int, Tensor]]:
+    """Collects all hidden units of some blocks' MLPs, (batch, tokens, hidden), while the model runs."""
+    found: dict[int, Tensor] = {}
+
+    def keep(block: int) -> Any:
+        def hook(_module: nn.Module, args: tuple[Tensor]) -> None:
+            found[block] = args[0]
+
+        return hook
+
+    with ExitStack() as stack:
+        for block in blocks:
+            if (mlp := backbone.mlp(block)) is not None:
+                stack.enter_context(ahead_of(mlp.down, keep(block)))
+        yield found
+
+
+@contextmanager
+def ahead_of(module: nn.Module, hook: Any) -> Iterator[None]:
+    """Runs a pre-hook for as long as it lasts."""
+    handle = module.register_forward_pre_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+class Reading(NamedTuple):
+    """Some hidden units of one MLP, and what feeds them."""
+
+    hidden: Float[Tensor, "batch tokens units"]
+    """The units: what the down projection receives of them."""
+    fed: Float[Tensor, "batch tokens units inputs"]
+    """What their activation is computed from: one input each in a plain MLP, two in a gated one."""
+
+
+class UnitReader:
+    """Reads some hidden units with what feeds them.
+
+    It finds layers by their names, so that layers wrapped since (LoRA) are read in their wrapping.
+
+    Args:
+        backbone: The model, its layers plain.
+        units: Hidden units, by block.
+    """
+
+    def __init__(self, backbone: Backbone, units: Mapping[int, Sequence[int]]) -> None:
+        self.backbone = backbone
+        self.units = {
+            block: torch.tensor(chosen, dtype=torch.long, device=backbone.device)
+            for block, chosen in units.items()
+        }
+        names = {module: name for name, module in backbone.named_modules()}
+        self._down: dict[str, int] = {}
+        self._up: dict[str, tuple[int, list[Int[Tensor, " units"]]]] = {}
+        for block, index in self.units.items():
+            mlp = backbone.mlp(block)
+            assert mlp is not None  # units were found there
+            self._down[names[mlp.down]] = block
+            for layer in mlp.up:
+                starts = range(0, layer.out_features, mlp.num_units)
+                self._up[names[layer]] = block, [index + start for start in starts]
+
+    @contextmanager
+    def listening(self) -> Iterator[dict[int, Reading]]:
+        """Collects readings by block while the model runs."""
+        found: dict[int, Reading] = {}
+        fed: dict[int, list[Tensor]] = {}
+
+        def note(block: int, rows: list[Tensor]) -> Any:
+            def hook(_module: nn.Module, _args: tuple[Tensor], output: Tensor) -> None:
+                fed.setdefault(block, []).extend(output[..., part] for part in rows)
+
+            return hook
+
+        def keep(block: int) -> Any:
+            def hook(_module: nn.Module, args: tuple[Tensor]) -> None:
+                found[block] = Reading(args[0][..., self.units[block]], torch.stack(fed.pop(block), dim=-1))
+
+            return hook
+
+        with ExitStack() as stack:
+            for name, (block, rows) in self._up.items():
+                layer = self.backbone.get_submodule(name)
+                stack.callback(layer.register_forward_hook(note(block, rows)).remove)
+            for name, block in self._down.items():
+                stack.enter_context(ahead_of(self.backbone.get_submodule(name), keep(block)))
+            yield found
