@@ -11,7 +11,6 @@ the work can be split over processes, by --tasks, --methods and --seed, into one
 """
 
 import argparse
-import fcntl
 import hashlib
 import json
 import os
@@ -30,6 +29,7 @@ from PIL import Image, ImageOps
 sys.path.insert(0, str(Path(__file__).parents[1] / "methods"))
 import measuring
 import methods
+import result_file
 
 import phreg
 from phreg.api import open_model
@@ -40,7 +40,7 @@ from phreg.images import SUFFIXES
 from phreg.trainer import keep_freed_memory
 
 METHODS = ("raw", "test-time", "paper", "relocate")
-Row = dict[str, Any]
+Row = result_file.Row
 
 
 # -- tasks ---------------------------------------------------------------------------------------------------
@@ -216,37 +216,17 @@ def _link(path: Path, to: Path) -> None:
         to.symlink_to(path)
 
 
-# -- results -------------------------------------------------------------------------------------------------
+# -- rows ----------------------------------------------------------------------------------------------------
 
 
-def store(path: Path, protocol: dict[str, Any], rows: Mapping[str, Row]) -> dict[str, Row]:
-    """Adds rows to a result file, which other processes may be writing too, and returns all of them.
-
-    Raises:
-        SystemExit: The file is of another protocol.
-    """
-    protocol = json.loads(json.dumps(protocol))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with Path(f"{path}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        known = json.loads(path.read_text()) if path.exists() else {"protocol": protocol, "rows": {}}
-        # A task may have come since; what is there must be the same.
-        before = known["protocol"] | {"tasks": protocol["tasks"] | known["protocol"]["tasks"]}
-        if before != protocol:
-            raise SystemExit(f"{path} is of another model, data or protocol; choose another --output")
-        known["protocol"] = protocol
-        known["rows"] = dict(sorted((known["rows"] | rows).items(), key=lambda item: _place(item[0])))
-        if rows or not path.exists():
-            write_text(path, json.dumps(known, indent=1) + "\n")
-        return known["rows"]
+def store(path: Path, protocol: Mapping[str, Any], rows: Mapping[str, Row]) -> dict[str, Row]:
+    """Adds rows to a result file, and returns all; a task may have come since."""
+    return result_file.add(path, protocol, rows, _place, growing=("tasks",))
 
 
 def _place(key: str) -> tuple[int, int, int]:
     task, method, seed = key.split("/")
     return list(TASKS).index(task), METHODS.index(method), int(seed)
-
-
-# -- rows ----------------------------------------------------------------------------------------------------
 
 
 class Bench:
@@ -407,7 +387,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Makes the rows that are missing and prints the tables."""
     options = parse(arguments)
     if options.table:
-        print(tables(json.loads(options.table.read_text())["rows"]))
+        print(tables(result_file.read(options.table)["rows"]))
         return
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     keep_freed_memory()

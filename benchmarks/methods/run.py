@@ -10,9 +10,7 @@ work can be split over processes, by --methods and --seed, into one file or into
 """
 
 import argparse
-import fcntl
 import json
-import os
 import platform
 import statistics
 import sys
@@ -28,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import measuring
 import methods
 import planted_models
+import result_file
 
 import phreg
 from phreg.api import open_model
@@ -38,39 +37,7 @@ from phreg.errors import PhregError
 from phreg.trainer import keep_freed_memory
 
 DEFAULT = ("raw", "teacher", *methods.METHODS)
-Row = dict[str, Any]
-
-
-# -- results -------------------------------------------------------------------------------------------------
-
-
-def read(path: Path) -> dict[str, Any] | None:
-    """Reads a result file; None where there is none yet."""
-    return json.loads(path.read_text()) if path.exists() else None
-
-
-def store(path: Path, protocol: dict[str, Any], rows: dict[str, Row]) -> None:
-    """Adds rows to a result file, which other processes may be writing too.
-
-    Raises:
-        SystemExit: The file is of another protocol.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with Path(f"{path}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        known = read(path) or {"protocol": protocol, "rows": {}}
-        if known["protocol"] != json.loads(json.dumps(protocol)):
-            raise SystemExit(f"{path} is of another model, images or protocol; choose another --output")
-        merged = known["rows"] | rows
-        known["rows"] = {key: merged[key] for key in sorted(merged, key=_order)}
-        unfinished = Path(f"{path}.{os.getpid()}.tmp")
-        unfinished.write_text(json.dumps(known, indent=1) + "\n")
-        unfinished.replace(path)
-
-
-def _order(key: str) -> tuple[int, str]:
-    name, _, seed = key.partition("/")
-    return methods.ROWS.index(name), seed
+Row = result_file.Row
 
 
 # -- rows ----------------------------------------------------------------------------------------------------
@@ -182,6 +149,11 @@ def environment() -> dict[str, Any]:
     }
 
 
+def _order(key: str) -> tuple[int, str]:
+    name, _, seed = key.partition("/")
+    return methods.ROWS.index(name), seed
+
+
 # -- table ---------------------------------------------------------------------------------------------------
 
 
@@ -291,27 +263,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the rows that are missing and prints the table."""
     options = parse(arguments)
     if options.table:
-        print(table(json.loads(options.table.read_text())))
+        print(table(result_file.read(options.table)))
         return
     if options.merge:
         for path in options.merge:
-            found = json.loads(path.read_text())
-            store(options.output, found["protocol"], found["rows"])
+            found = result_file.read(path)
+            result_file.add(options.output, found["protocol"], found["rows"], _order)
     else:
         keep_freed_memory()  # phreg distill does; so that rows do not depend on which came first
         bench = Bench(options)
-        store(options.output, bench.protocol, {})
+        result_file.add(options.output, bench.protocol, {}, _order)
         for seed in options.seed or range(options.seeds):
             for name in options.methods:
-                key = f"{name}/{seed}"
-                rows = json.loads(options.output.read_text())["rows"]
+                key, rows = f"{name}/{seed}", result_file.read(options.output)["rows"]
                 if (known := rows.get(key)) and known["settings"] == bench.settings(name):
                     continue
                 if name == "raw" and any(row["method"] == "raw" for row in rows.values()):
                     continue  # no seed decides it
                 print(f"{key} …", file=sys.stderr, flush=True)
-                store(options.output, bench.protocol, {key: bench.row(name, seed)})
-    print(table(json.loads(options.output.read_text())))
+                made = {key: bench.row(name, seed)}
+                result_file.add(options.output, bench.protocol, made, _order)
+    print(table(result_file.read(options.output)))
 
 
 if __name__ == "__main__":
