@@ -143,6 +143,8 @@ def distill(
             "settings", [f"{key}: not given; name it by flag, argument or recipe" for key in missing]
         )
     check_free(Path(early.output or ""), resume=resume)
+    if early.device is not None:
+        _usable(early.device)
     source = open_images(early.images or "", split=early.data.split, column=early.data.image_column)
     student, base = open_model(model if isinstance(model, nn.Module) else early.model or "", early.revision)
     if student.num_registers:
@@ -456,6 +458,8 @@ def inspect(
         raise PhregError(f"asked to look at {count} images; give a --count of 1 or more")
     if output is not None:
         check_output(Path(output), images if isinstance(images, str | os.PathLike) else None)
+    if device is not None:
+        _usable(device)
     looks = [
         _look(name, given, images, size, count, labels, queries, device, observe or (lambda *_: None))
         for name, given in _short(_named([model, *against])).items()

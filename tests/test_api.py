@@ -46,6 +46,16 @@ def test_registers_are_refused_where_there_are_some_and_where_the_count_makes_no
         phreg.add_registers(tiny(), -1)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_said_before_a_model_is_opened(tmp_path):
+    (tmp_path / "photos").mkdir()
+    with pytest.raises(PhregError, match="'cuda', which cannot be used here"):
+        phreg.distill("no/such-model", tmp_path / "photos", tmp_path / "run", device="cuda")
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(PhregError, match="'cuda', which cannot be used here"):
+        phreg.inspect("no/such-model", tmp_path / "photos", device="cuda")
+
+
 def test_a_convolutional_network_is_refused_with_the_reason():
     with pytest.raises(PhregError, match="cannot add registers to"):
         phreg.add_registers(torch.nn.Conv2d(3, 8, 3), 4)
