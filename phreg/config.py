@@ -127,9 +127,6 @@ class OptimConfig(Config):
     """Learning rate at the first step."""
     final_lr: NonNegativeFloat = 2e-6
     """Learning rate at the last step."""
-    register_lr: Fraction | Literal["same"] = 0.01
-    """Learning rate of the registers at the first step, as a share of their root mean square where they start
-    (at least 1 / sqrt(width)); it falls as lr does. same: that of the weights."""
     schedule: Literal["exponential", "cosine", "constant"] = "cosine"
     """How the learning rate goes from lr to final_lr."""
     schedule_unit: Literal["step", "epoch"] = "step"
@@ -284,7 +281,6 @@ PAPER: dict[str, Any] = {
     "loss.pooled": 0.0,
     "unlock.roles": ("pos_embed", "patch_embed", "block.-1"),
     "optim.final_lr": 5e-6,
-    "optim.register_lr": "same",
     "optim.schedule": "exponential",
     "optim.schedule_unit": "epoch",
 }

@@ -5,10 +5,11 @@ norm is scaled down by that norm, and the artifacts stay (benchmarks/methods). A
 trouble. Its activation is asked to be high on the registers and absent from the patches, ahead of all that
 explodes:
 
-    loss = mean over registers of (h - A)² / A²  +  sum over patches of max(h, 0)² / A²
+    loss = mean over registers of (h - A)² / A²  +  sum over patches of max(h, 0) / A
 
 h is the activation of a hidden unit, A its level on the original outliers (h has the sign of A), and both are
-means over units and images. Nothing but register tokens is left of it at inference.
+means over units and images. On patches it counts as it is, for squared, a sink of a tenth of the height would
+be nearly for nothing. Nothing but register tokens is left of it all at inference.
 
 A unit that is off passes no gradient: a register that lost it, as the same weights silence it on patches,
 would never find it again. So the gradient of a register's h is taken as if h stood in proportion to what its
@@ -99,7 +100,7 @@ class Relocation:
             proportional = layout.registers(reading.fed).float() / self._fed[block]
             held = layout.registers(relative).detach() + (proportional - proportional.detach()).sum(-1)
             on_registers = ((held - 1).square() * asked).mean((0, 1)) * (len(asked) / asked.sum(0))
-            on_patches = layout.patches(relative).clamp_min(0).square().sum(1).mean(0)
+            on_patches = layout.patches(relative).clamp_min(0).sum(1).mean(0)
             terms.append(on_registers + on_patches)
         return torch.cat(terms).mean()
 

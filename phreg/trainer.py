@@ -103,9 +103,7 @@ def train(  # noqa: C901 (the loop reads straight down)
         torch.manual_seed(config.seed)  # of LoRA's start, which PEFT draws from the global state
         trained = unlock(student.eval(), config.unlock)
     trained = freeze_unused(student, trained, config.target, config.loss, size, relocation)
-    registers = student.registers
-    new = registers is not None and registers.shape[1] == student.num_registers  # no native ones among them
-    optim = optimizer(trained, config.optim, registers if new else None)
+    optim = optimizer(trained, config.optim)
     average = MovingAverage(trained, config.optim.ema) if config.optim.ema is not None else None
 
     steps_per_epoch = max(1, order.steps_per_epoch // accumulate)
@@ -142,7 +140,7 @@ def train(  # noqa: C901 (the loop reads straight down)
         for step in range(done, steps):
             lr = learning_rate(config.optim, step, steps, steps_per_epoch)
             for group in optim.param_groups:
-                group["lr"] = lr * group["scale"]
+                group["lr"] = lr
 
             sums: dict[str, Tensor] = {}
             names: list[str] = []

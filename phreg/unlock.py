@@ -144,37 +144,21 @@ def merge_lora(backbone: Backbone) -> None:
         backbone.model.set_submodule(name, plain)
 
 
-def optimizer(
-    parameters: Mapping[str, nn.Parameter], config: OptimConfig, registers: nn.Parameter | None = None
-) -> torch.optim.Optimizer:
-    """Makes the optimizer; weight decay applies to everything that trains, as in the paper.
-
-    Registers have a learning rate of their own: each group notes its `scale`, in multiples of `config.lr`.
-
-    Args:
-        parameters: What trains, by name.
-        config: The optimizer's settings.
-        registers: Which of them are new registers, as they start.
-    """
-    weights = [parameter for parameter in parameters.values() if parameter is not registers]
-    new = [parameter for parameter in parameters.values() if parameter is registers]
-    scale = 1.0
-    if registers is not None and config.register_lr != "same":
-        length = registers.detach().float().square().mean().sqrt().item()
-        scale = config.register_lr * max(length, registers.shape[-1] ** -0.5) / config.lr
-    groups = [{"params": weights, "scale": 1.0}, {"params": new, "scale": scale}]
+def optimizer(parameters: Mapping[str, nn.Parameter], config: OptimConfig) -> torch.optim.Optimizer:
+    """Makes the optimizer over one group: weight decay applies to everything that trains, as in the paper."""
+    values = list(parameters.values())
     match config.name:
         case "adamw":
             return torch.optim.AdamW(
-                groups, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay
+                values, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay
             )
         case "adam":
             return torch.optim.Adam(
-                groups, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay
+                values, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay
             )
         case "sgd":
             return torch.optim.SGD(
-                groups, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay
+                values, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay
             )
 
 

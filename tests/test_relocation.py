@@ -61,7 +61,7 @@ def test_the_loss_counts_silent_registers_and_loud_patches_relative_to_the_level
     assert relocation.loss({1: reading(0.0, 0.0)}, IMAGES).item() == pytest.approx(1)
     loud = reading(level, 0.0)
     loud.hidden[:, [3, 9]] = level / 2  # two patches of each image at half the level
-    assert relocation.loss({1: loud}, IMAGES).item() == pytest.approx(2 * 0.25)
+    assert relocation.loss({1: loud}, IMAGES).item() == pytest.approx(2 * 0.5)
 
 
 def test_several_units_and_blocks_count_alike(patched):
@@ -104,7 +104,7 @@ def test_a_register_is_asked_for_the_units_of_its_own_kind_and_patches_for_none_
     held.hidden[:, 2, 1] = 0.0
     assert relocation.loss({1: held}, IMAGES).item() == pytest.approx(1 / 2), "one unit of two is nowhere"
     held.hidden[:, 7, 0] = 5.0
-    assert relocation.loss({1: held}, IMAGES).item() == pytest.approx(1 / 2 + 0.25 / 2)
+    assert relocation.loss({1: held}, IMAGES).item() == pytest.approx(1 / 2 + 0.5 / 2)
 
 
 def test_one_kind_with_several_registers_asks_each_of_them_alike(patched):

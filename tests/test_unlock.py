@@ -137,24 +137,6 @@ def test_the_moving_average_is_the_recursion_and_can_take_the_weights_place():
     torch.testing.assert_close(weights["w"].detach(), expected)
 
 
-@pytest.mark.parametrize(
-    ("start", "share", "expected"),
-    [
-        (torch.full((1, 2, 16), -0.4), 0.01, 0.004),
-        (torch.zeros(1, 2, 16), 0.01, 0.01 / 4),  # of 1 / sqrt(16)
-        (torch.full((1, 2, 16), -0.4), "same", 1e-4),
-    ],
-)
-def test_registers_learn_at_a_share_of_their_own_scale(start, share, expected):
-    registers = torch.nn.Parameter(start)
-    weights = {"w": torch.nn.Parameter(torch.ones(2)), "registers": registers}
-    optim = unlock.optimizer(weights, OptimConfig(lr=1e-4, register_lr=share), registers)
-    ordinary, new = optim.param_groups
-    assert new["params"] == [registers]
-    assert ordinary["scale"] == 1
-    assert 1e-4 * new["scale"] == pytest.approx(expected)
-
-
 @pytest.mark.parametrize("name", ["adamw", "adam", "sgd"])
 def test_every_optimizer_moves_the_weights(name):
     weight = torch.nn.Parameter(torch.ones(2))
