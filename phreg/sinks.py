@@ -40,7 +40,10 @@ logger = logging.getLogger(__name__)
 Images = Float[Tensor, "_ 3 _ _"]
 
 COVERED = 0.9
-"""Share of what an MLP writes into outliers alone that a round of the search names units for."""
+"""Share of what candidates write into outliers alone that a round of the search names units for."""
+
+OWN = 0.5
+"""Most that a cause does on ordinary patches, as a share of its level on outliers."""
 
 ROUNDS = 8
 """Most rounds of the search; each is two passes over the images, to name units and to try them."""
@@ -252,7 +255,8 @@ def _name_units(backbone: Backbone, batches: Sequence[Images], found: _Outliers)
     """Shares out what the MLP where outliers emerge writes into them, and not into others, among its units.
 
     That is W (h - h'), h and h' being the mean hidden units of outliers and of other patches. A unit's share
-    is its part of that vector's length; shares add up to 1.
+    is its part of that vector's length; shares add up to 1. A unit that answers to ordinary patches as well,
+    or to those alone, is no candidate: to move it would take from them what they need.
     """
     block, mlp = found.block, backbone.mlp(found.block)
     if mlp is None:
@@ -264,8 +268,11 @@ def _name_units(backbone: Backbone, batches: Sequence[Images], found: _Outliers)
     down = mlp.down.weight.cpu().double()
     write = down @ excess
     shares = excess * (down.T @ write) / write.square().sum().clamp_min(1e-30)
+    shares = torch.where(levels.ordinary.abs() < OWN * levels.peak.abs(), shares, 0).clamp_min(0)
+    if not shares.any():
+        return ()
     order = shares.argsort(descending=True)
-    needed = 1 + int((shares[order].cumsum(0) < COVERED).sum())
+    needed = 1 + int((shares[order].cumsum(0) < COVERED * shares.sum()).sum())
     return tuple(
         Unit(block, index, float(levels.peak[index]), float(levels.ordinary[index]), float(shares[index]))
         for index in order[:needed].tolist()

@@ -145,6 +145,20 @@ def test_units_that_share_their_outliers_are_one_kind_whose_triggers_are_those_o
     assert torch.equal(found.triggers[0], alone.triggers[0])
 
 
+def test_a_unit_that_answers_to_all_but_the_outliers_is_no_cause():
+    backbone = adapt(FAMILIES["timm/vit"]())
+    images = faint(backbone)
+    plant(backbone, 1, 5, images)
+    mlp = backbone.mlp(1)
+    plant(backbone, 1, 9, images, write=-0.2 * mlp.down.weight[:, 5].detach())
+    with torch.no_grad():
+        for parameter, rows in mlp.rows(torch.tensor([9])):
+            parameter[rows] *= -1  # silent on the sink, 10 elsewhere, and a sixth of what tells the two apart
+    found = locate(backbone, images.split(8))
+    assert names(found.units) == {(1, 5)}
+    assert found.explained == 1.0
+
+
 GATED = ["timm/eva02", "timm/dinov2-swiglu", "transformers/dinov2-swiglu", "transformers/dinov3-gated"]
 
 
