@@ -322,6 +322,8 @@ def _fed(
     backbone: Backbone, batches: Sequence[Images], plain: _Outliers, units: tuple[Unit, ...]
 ) -> tuple[Unit, ...]:
     """Notes what feeds units at their level: a mean over outliers, each counting by how the unit answers."""
+    if not units:
+        return ()
     reader = UnitReader(
         backbone, {block: [unit.index for unit in own] for block, own in by_block(units).items()}
     )
