@@ -160,5 +160,5 @@ def test_rows_are_kept_and_a_rerun_makes_only_what_is_missing(saved, photos, tmp
     assert made == ["relocate"]
     assert "| no-registers | 1 |" in capsys.readouterr().out
 
-    with pytest.raises(SystemExit, match="images or protocol"):
+    with pytest.raises(SystemExit, match="data or protocol"):
         run.main([*flags, "--set", "seed=1", "--methods", "raw"])
