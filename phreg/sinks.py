@@ -86,6 +86,10 @@ class Unit:
     kind: int | None = 0
     fed: tuple[float, ...] = ()
 
+    def to_json(self) -> dict[str, Any]:
+        """Returns what JSON can hold."""
+        return asdict(self) | {"fed": list(self.fed)}
+
 
 @dataclass(frozen=True, eq=False)
 class Sinks:
@@ -125,9 +129,9 @@ class Sinks:
         """Returns what JSON can hold; norms have a JSON of their own."""
         return {
             "emergence_block": self.block,
-            "units": [asdict(unit) for unit in self.units],
+            "units": [unit.to_json() for unit in self.units],
             "explained": self.explained,
-            "chain": [asdict(unit) for unit in self.chain],
+            "chain": [unit.to_json() for unit in self.chain],
             "attention_share": list(self.attention) if self.attention else None,
             "triggered_by": "position" if self.fixed else "content",
         }
