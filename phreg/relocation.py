@@ -21,8 +21,7 @@ turn: a register starts from a trigger of its kind, and is asked for the units o
     4 registers, 2 kinds: 0 1 0 1        2 registers, 3 kinds: 0 and 2, 1
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -82,11 +81,9 @@ class Relocation:
             for block, units in causes.items()
         }
 
-    @contextmanager
-    def listening(self) -> Iterator[dict[int, Reading]]:
+    def listening(self) -> AbstractContextManager[dict[int, Reading]]:
         """Collects hidden units while the model runs; give them to `loss`."""
-        with self._reader.listening() as readings:
-            yield readings
+        return self._reader.listening()
 
     def loss(
         self, readings: dict[int, Reading], images: Float[Tensor, "batch 3 height width"]
