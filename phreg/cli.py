@@ -16,6 +16,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict, Union, get_args, get_origin
 
+from pydantic import BaseModel
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.markup import escape
@@ -36,20 +37,26 @@ LINE_EVERY = 10.0
 """Seconds between progress lines where there is no terminal to draw a bar on."""
 
 
-def _flags() -> Any:
-    """Makes the type of distill's flags from the settings: a dictionary of those given, by dotted key."""
-    flags = {}
-    for key, field in config.fields().items():
-        if key == "model":
+def _flags(section: type[BaseModel] = config.DistillConfig) -> Any:
+    """Makes the type of distill's flags from the settings: a dictionary of those given, by section."""
+    flags: dict[str, Any] = {}
+    for name, field in section.model_fields.items():
+        kind: Any = field.annotation
+        if section is config.DistillConfig and name == "model":
+            continue
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            flags[name] = _flags(kind)
             continue
         default = "" if field.default is None else f" (default: {field.default})"
         # A flag that is not given is unset; none needs a way to say None.
-        kinds = tuple(kind for kind in get_args(field.annotation) if kind is not NoneType)
-        kind = Union[kinds] if get_origin(field.annotation) in (Union, UnionType) else field.annotation  # noqa: UP007
+        kinds = tuple(kind for kind in get_args(kind) if kind is not NoneType)
+        kind = Union[kinds] if get_origin(kind) in (Union, UnionType) else kind  # noqa: UP007
         text = " ".join(f"{field.description}{default}".split())
-        flags[key] = Annotated[kind, arg(help=text, help_behavior_hint="")]
+        flags[name] = Annotated[kind, arg(help=text, help_behavior_hint="")]
     make: Any = TypedDict
-    return make("Settings", flags, total=False)
+    made = make(section.__name__, flags, total=False)
+    made.__doc__ = section.__doc__
+    return made
 
 
 if TYPE_CHECKING:

@@ -132,7 +132,7 @@ def test_recipes_lists_every_shipped_recipe(capsys):
     assert all(name in printed for name in config.recipes())
 
 
-def test_every_setting_is_a_flag_with_its_description():
+def test_every_setting_is_a_flag_of_its_section():
     done = subprocess.run(
         [sys.executable, "-m", "phreg", "distill", "--help"], check=True, capture_output=True, text=True
     )
@@ -141,6 +141,9 @@ def test_every_setting_is_a_flag_with_its_description():
         if key != "model":
             leaf = "--" + key.replace("_", "-")
             assert leaf in printed, key
+    sections = {key.rpartition(".")[0] for key in config.fields()} - {""}
+    for section in sections:
+        assert f" {section} options " in printed, section
     assert "{None}" not in printed, "no flag asks for None"
 
 
