@@ -61,6 +61,7 @@ from phreg.sinks import Sinks, locate
 from phreg.storage import OWN_FORMATS
 from phreg.teacher import Teacher
 from phreg.trainer import Outcome, StepRecord, start_accelerator, train
+from phreg.views import surroundings
 
 Model = str | os.PathLike[str] | nn.Module
 Images = str | os.PathLike[str]
@@ -187,7 +188,8 @@ def distill(
 
     comparison = None
     if accelerator.is_main_process:
-        looked_at = list(centre_crops(student, measured, side))
+        around = surroundings(config.views, student.spec, (side, side))
+        looked_at = list(centre_crops(student, measured, side, around))
         if looked_at:
             logger.info("measuring before and after, then writing the report")
             comparison = compare_with_original(original, student, looked_at, config, base, held_out=held_out)
@@ -369,7 +371,8 @@ def denoise(
             trained.
         images: Normalised images on the model's device, sides a multiple of the patch size.
         seed: Seed of the views.
-        views: Settings of `ViewsConfig`, such as `count=10`.
+        views: Settings of `ViewsConfig`, such as `count=10`. Outside the images, which have no surroundings
+            here, views are white unless told otherwise.
 
     Returns:
         Features after the final norm, in fp32.
@@ -377,7 +380,8 @@ def denoise(
     backbone = adapt(model)
     images = _checked(backbone, images)
     with read_as(backbone):
-        return Teacher(backbone, _views(views))(images, keyed_generator("views", seed)).patches
+        teacher = Teacher(backbone, _views({"fill": "white"} | views))
+        return teacher(images, keyed_generator("views", seed)).patches
 
 
 def add_test_time_registers(
@@ -713,7 +717,10 @@ def _retrofit(
     relocation = add_configured(student, sinks, config)
     bf16 = accelerator.mixed_precision == "bf16"
     teacher = Teacher(original, config.views, config.target, bf16=bf16)
-    crops = Crops(images, config.size or 0, config.seed, "fixed" if config.target.keep else "random")
+    assert config.size is not None  # it is settled by now
+    around = surroundings(config.views, student.spec, (config.size, config.size))
+    crop = "fixed" if config.target.keep else "random"
+    crops = Crops(images, config.size, config.seed, crop, around)
     observe = observe or (lambda *_: None)
     return train(student, teacher, crops, config, run, accelerator, observe, relocation)
 

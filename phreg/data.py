@@ -21,7 +21,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int64, UInt8
+from jaxtyping import Float, Int64, Shaped, UInt8
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -57,8 +57,8 @@ class Skipped(NamedTuple):
 class Batch(NamedTuple):
     """Square images, and where they came from."""
 
-    images: UInt8[Tensor, "batch 3 size size"]
-    """RGB, 0 to 255."""
+    images: UInt8[Tensor, "batch 3 rows cols"]
+    """RGB, 0 to 255, with the surroundings that were asked for."""
     indices: Int64[Tensor, " batch"]
     """Number of each image in its source: the one asked for, or the one that replaced it."""
     names: Sequence[str]
@@ -71,10 +71,10 @@ class Batch(NamedTuple):
 class Crops:
     """Squares cut from images: the shorter side resampled to `size`, then a crop along the longer side.
 
-    Resampling is PIL's antialiased bicubic; nothing is flipped or recoloured. Where a random crop lies is a
-    function of (seed, epoch, index), or of (seed, index). An unreadable image is replaced by the next
-    readable one.
-    Source: PH-Reg's training transform (its flickr30k_dataset.py).
+    With surroundings, it is those that are resampled and cut, and the square is their middle. Resampling is
+    PIL's antialiased bicubic; nothing is flipped or recoloured. Where a random crop lies is a function of
+    (seed, epoch, index), or of (seed, index). An unreadable image is replaced by the next readable one.
+    Source: PH-Reg's training transform (its flickr30k_dataset.py), which has no surroundings.
 
     Attributes:
         source: Where the images are.
@@ -82,12 +82,14 @@ class Crops:
         seed: Seed of random crops.
         crop: `random` to train, `fixed` to train with the crop of the first epoch in all, `centre` to
             measure.
+        around: Rows and columns of surroundings to cut with the square, in pixels on each side.
     """
 
     source: ImageSource
     size: int
     seed: int = 0
     crop: Literal["random", "fixed", "centre"] = "random"
+    around: tuple[int, int] = (0, 0)
 
     def __len__(self) -> int:
         return len(self.source)
@@ -102,7 +104,7 @@ class Crops:
         names = tuple(map(self.source.name, indices))
         return Batch(torch.stack(images), torch.tensor(indices), names, tuple(itertools.chain(*skipped)))
 
-    def _read(self, key: Key) -> tuple[int, UInt8[Tensor, "3 size size"], list[Skipped]]:
+    def _read(self, key: Key) -> tuple[int, UInt8[Tensor, "3 rows cols"], list[Skipped]]:
         """Reads an image, or the next readable one; tells which one, and what was skipped."""
         skipped: list[Skipped] = []
         for offset in range(min(len(self), LONGEST_GAP)):
@@ -121,17 +123,30 @@ class Crops:
         raise DataError(f"found {len(skipped)} unreadable images in a row:\n  {reasons}\nreplace them")
 
     def _square(self, image: Image.Image, name: str, generator: torch.Generator) -> Image.Image:
-        shorter = min(image.size)
-        width, height = (int(self.size * side / shorter) for side in image.size)  # as torchvision truncates
+        rows, cols = (self.size + 2 * far for far in self.around)
+        # The side with the least to spare decides.
+        shorter, needed = min(zip(image.size, (cols, rows), strict=True), key=lambda side: side[0] / side[1])
+        width, height = (int(needed * side / shorter) for side in image.size)  # as torchvision truncates
         if Image.MAX_IMAGE_PIXELS is not None and width * height > Image.MAX_IMAGE_PIXELS:
             shape = f"{image.width}x{image.height}"
             raise unreadable(name, f"{shape} is so narrow that it would become {width}x{height} pixels")
         if image.size != (width, height):
             image = image.resize((width, height), Image.Resampling.BICUBIC)
-        room = max(width, height) - self.size
+        room = max(width - cols, height - rows)
         start = room / 2 if self.crop == "centre" else int(torch.randint(room + 1, (), generator=generator))
-        left, top = (round(start), 0) if width > height else (0, round(start))
-        return image.crop((left, top, left + self.size, top + self.size))
+        left, top = (round(start), 0) if width - cols > height - rows else (0, round(start))
+        return image.crop((left, top, left + cols, top + rows))
+
+
+def middle(images: Shaped[Tensor, "batch 3 _ _"], around: tuple[int, int]) -> Shaped[Tensor, "batch 3 _ _"]:
+    """Takes images out of their surroundings.
+
+    Args:
+        images: Images with surroundings.
+        around: Rows and columns of those, in pixels on each side.
+    """
+    rows, cols = around
+    return images[..., rows : images.shape[-2] - rows, cols : images.shape[-1] - cols]
 
 
 def normalise(
@@ -363,13 +378,13 @@ class BrokenImages:
 
 
 def centre_crops(
-    backbone: Backbone, source: ImageSource, size: int
-) -> Iterator[Float[Tensor, "batch 3 size size"]]:
+    backbone: Backbone, source: ImageSource, size: int, around: tuple[int, int] = (0, 0)
+) -> Iterator[Float[Tensor, "batch 3 rows cols"]]:
     """Reads images for measuring: centre crops, normalised for a model, on its device.
 
     Unreadable images are left out and warned of; too many stop it, as in training.
     """
-    crops = Crops(source, size, crop="centre")
+    crops = Crops(source, size, crop="centre", around=around)
     broken = BrokenImages(len(source), DataConfig().max_broken)
     readable: list[Tensor] = []
     for index in range(len(source)):

@@ -19,7 +19,7 @@ from phreg.backbones.base import Backbone
 from phreg.backbones.resolve import Base
 from phreg.checkpoint import RunFolder, save_adapter, write_text
 from phreg.config import DistillConfig
-from phreg.data import Order
+from phreg.data import Order, middle
 from phreg.errors import PhregError
 from phreg.evaluation.retrofit import Comparison, compare, failed_gates
 from phreg.inspection.look import called, of_survey
@@ -33,7 +33,7 @@ from phreg.sinks import Sinks
 from phreg.teacher import Teacher
 from phreg.trainer import Outcome
 from phreg.unlock import expand_roles
-from phreg.views import count_different
+from phreg.views import count_different, surroundings
 
 # Nothing is bound by this shape: the last batch may be smaller than the others.
 Images = Float[Tensor, "_ 3 _ _"]
@@ -96,12 +96,12 @@ def compare_with_original(
 ) -> Comparison:
     """Measures the student against the original, and both against the original averaged over many views.
 
-    Of the demonstration model the truth is known, and takes the place of that average.
+    Of the demonstration model the truth is known, and takes the place of that average. The images looked at
+    come with the surroundings that views show.
     """
-    grid = (
-        looked_at[0].shape[-2] // student.spec.patch_size[0],
-        looked_at[0].shape[-1] // student.spec.patch_size[1],
-    )
+    side = config.size or student.spec.input_size[0]
+    around = surroundings(config.views, student.spec, (side, side))
+    grid = (side // student.spec.patch_size[0], side // student.spec.patch_size[1])
     count = min(config.measure.views, count_different(config.views, grid) or config.measure.views)
     many = config.views.model_copy(update={"count": count, "sampler": "uniform"})
     teacher = Teacher(original, many, config.target)
@@ -110,11 +110,13 @@ def compare_with_original(
     def reference(images: Tensor, number: int) -> Tensor:
         if known:
             return demo.truth(images)
-        return teacher(images, keyed_generator("reference", config.seed, number)).patches
+        key = keyed_generator("reference", config.seed, number)
+        return teacher(looked_at[number], key, around).patches
 
     described = "the known truth" if known else f"the original averaged over {many.count} views"
+    images = [middle(whole, around) for whole in looked_at]
     return compare(
-        original, student, looked_at, reference, config.target, described=described, held_out=held_out
+        original, student, images, reference, config.target, described=described, held_out=held_out
     )
 
 

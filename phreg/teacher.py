@@ -15,7 +15,8 @@ from torch import Tensor
 
 from phreg.backbones.base import Backbone, Features
 from phreg.config import TargetConfig, ViewsConfig
-from phreg.views import sample_views
+from phreg.errors import PhregError
+from phreg.views import sample_views, surroundings
 
 logger = logging.getLogger(__name__)
 
@@ -51,21 +52,38 @@ class Teacher:
         )
 
     @torch.no_grad()
-    def __call__(self, images: Float[Tensor, "batch 3 height width"], generator: torch.Generator) -> Features:
+    def __call__(
+        self,
+        images: Float[Tensor, "batch 3 height width"],
+        generator: torch.Generator,
+        around: tuple[int, int] = (0, 0),
+    ) -> Features:
         """Makes the target of a batch.
 
         Args:
-            images: Normalised images on the backbone's device.
+            images: Normalised images on the backbone's device, with their surroundings.
             generator: CPU generator that decides the views.
+            around: Rows and columns of surroundings, in pixels, on each side of the images proper.
 
         Returns:
             The mean over views of the aligned patch features, fp32, each position averaged over the views
             that saw it; and the pooled output of the unmoved view.
+
+        Raises:
+            PhregError: Views are to show the images' surroundings, which are not there.
         """
+        size = (images.shape[-2] - 2 * around[0], images.shape[-1] - 2 * around[1])
+        needed = surroundings(self.views, self.backbone.spec, size)
+        if around != needed:
+            raise PhregError(
+                f"views.fill = {self.views.fill} needs images of {size[0]}x{size[1]} with {needed} pixels of "
+                f"surroundings on each side, above and at the sides; found {around}; give them, or choose "
+                "another views.fill, such as white"
+            )
         while True:
             state = generator.get_state()
             try:
-                total, count, pooled = self._read(images, generator)
+                total, count, pooled = self._read(images, size, generator)
             except torch.OutOfMemoryError:
                 if self.micro_batch == 1:
                     raise
@@ -80,11 +98,11 @@ class Teacher:
             return Features(total / count.unsqueeze(-1), pooled.clone())
 
     @torch.inference_mode()
-    def _read(self, images: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    def _read(
+        self, images: Tensor, size: tuple[int, int], generator: torch.Generator
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Sums aligned features over views, micro-batch by micro-batch, in a fixed order."""
-        groups = sample_views(
-            self.views, self.backbone.spec, (images.shape[-2], images.shape[-1]), len(images), generator
-        )
+        groups = sample_views(self.views, self.backbone.spec, size, len(images), generator)
         totals, counts, pooled = [], [], []
         # All views of a few images, rather than a few views of all: each image is padded only once.
         at_once = max(1, self.micro_batch // self.views.count)

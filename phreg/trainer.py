@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from phreg.backbones.base import Backbone
 from phreg.checkpoint import RunFolder, load_state, save_state, truncate_log
 from phreg.config import DistillConfig
-from phreg.data import BrokenImages, Crops, Order, as_input, loader
+from phreg.data import BrokenImages, Crops, Order, as_input, loader, middle
 from phreg.errors import Interrupted, PhregError, TrainingError
 from phreg.kept import KeptTargets
 from phreg.losses import distillation_loss
@@ -148,12 +148,11 @@ def train(  # noqa: C901 (the loop reads straight down)
                 batch = next(batches)
                 broken.add(batch)
                 names += batch.names
-                pixels = as_input(student, batch.images)
+                whole = as_input(student, batch.images)
+                pixels = middle(whole, images.around)
                 views = keyed_generator("views", config.seed, step, micro, rank)
-                if kept_targets is None:
-                    target = teacher(pixels, views)
-                else:
-                    target = kept_targets.read(batch.indices.tolist(), partial(teacher, pixels, views))
+                taught = partial(teacher, whole, views, images.around)
+                target = kept_targets.read(batch.indices.tolist(), taught) if kept_targets else taught()
                 # Processes exchange gradients once a step, with the last accumulated batch.
                 with accelerator.no_sync(model) if micro + 1 < accumulate else nullcontext():
                     features = model(pixels, config.target.layer, config.target.norm)

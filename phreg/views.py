@@ -6,9 +6,9 @@ whole cells: nothing is resampled.
 
     images ──apply──► moved images ──teacher──► token grids ──undo──► aligned grids, and what they saw
 
-All fills are one operation: the image is padded, and a view is a window of the padded image, mirrored or not.
-Views that shift by fractions of a patch or change scale have to resample; they are `AffineViews`, and kornia
-does the warping.
+All fills are one operation: the image is padded, or comes with its surroundings, and a view is a window of
+the whole, mirrored or not. Views that shift by fractions of a patch or change scale have to resample; they
+are `AffineViews`, and kornia does the warping.
 """
 
 from dataclasses import dataclass, replace
@@ -27,8 +27,9 @@ from phreg.errors import PhregError
 POOL_FACTOR = 10
 """Offsets drawn for each one that farthest-point sampling keeps (PH-Reg code)."""
 
-Fill = tuple[float, float, float] | str
-"""What lies outside the image: a value per channel, or a padding mode of `torch.nn.functional.pad`."""
+Fill = tuple[float, float, float] | str | None
+"""What lies outside the image: a value per channel, or a padding mode of `torch.nn.functional.pad`; None
+where images come with their surroundings, as far out as the margin."""
 
 
 @runtime_checkable
@@ -45,7 +46,7 @@ class ViewGroup(Protocol):
         ...
 
     def apply(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch views 3 h w"]:
-        """Makes the views of normalised images, on the images' device."""
+        """Makes the views of normalised images, given with the surroundings they need, on their device."""
         ...
 
     def undo(
@@ -89,10 +90,12 @@ class Views:
         return replace(self, offsets=self.offsets[images, views], flips=self.flips[images, views])
 
     def apply(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch views 3 h w"]:
-        """Makes the views of normalised images, on the images' device, without a host synchronisation."""
-        patch_h, patch_w = images.shape[-2] // self.grid[0], images.shape[-1] // self.grid[1]
-        padded = pad(images, self.margin[0] * patch_h, self.margin[1] * patch_w, self.fill)
-        cells = padded.unflatten(3, (-1, patch_w)).unflatten(2, (-1, patch_h)).permute(0, 2, 4, 1, 3, 5)
+        """Makes the views of normalised images, given with the surroundings they need, on their device.
+
+        There is no host synchronisation.
+        """
+        whole, (patch_h, patch_w) = padded(images, self.grid, self.margin, self.fill)
+        cells = whole.unflatten(3, (-1, patch_w)).unflatten(2, (-1, patch_h)).permute(0, 2, 4, 1, 3, 5)
         # One cell a row, plain ones and mirrored ones; a view is a list of row numbers.
         table = torch.stack([cells, cells.flip(-1)], 1)
         device = images.device
@@ -164,18 +167,21 @@ class AffineViews:
         return replace(self, offsets=offsets, scales=scales, flips=flips)
 
     def apply(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch views 3 h w"]:
-        """Makes the views of normalised images, on the images' device."""
-        height, width = images.shape[-2:]
-        patch = (height // self.grid[0], width // self.grid[1])
-        # Scale by padding first, so that what a zoomed-out view shows beyond the image is fill too.
+        """Makes the views of normalised images, given with the surroundings they need, on their device."""
+        # Scale after padding, so that what a zoomed-out view shows beyond the image is fill too.
+        whole, patch = padded(images, self.grid, self.margin, self.fill)
+        height, width = self.grid[0] * patch[0], self.grid[1] * patch[1]
         margin = (self.margin[0] * patch[0], self.margin[1] * patch[1])
-        padded = pad(images, *margin, self.fill).repeat_interleave(self.count, 0)
         matrices = self._matrices((height, width), patch, images.device)
         matrices[:, :, 2] -= (matrices[:, :, :2] @ matrices.new_tensor([[margin[1]], [margin[0]]])).squeeze(
             -1
         )
         moved = kornia.warp_affine(
-            padded, matrices, (height, width), padding_mode="border", align_corners=True
+            whole.repeat_interleave(self.count, 0),
+            matrices,
+            (height, width),
+            padding_mode="border",
+            align_corners=True,
         )
         return self._mirror(moved.unflatten(0, (len(images), self.count)), -1)
 
@@ -225,17 +231,41 @@ class AffineViews:
         return torch.where(flips, views.flip(axis), views)
 
 
-def pad(images: Float[Tensor, "batch 3 height width"], rows: int, cols: int, fill: Fill) -> Tensor:
-    """Pads images by pixels on all sides, with a value per channel or by a mode of `F.pad`."""
+def padded(
+    images: Float[Tensor, "batch 3 _ _"], grid: tuple[int, int], margin: tuple[int, int], fill: Fill
+) -> tuple[Float[Tensor, "batch 3 _ _"], tuple[int, int]]:
+    """Puts a margin of patches around images, unless it came with them.
+
+    Args:
+        images: Normalised images.
+        grid: Rows and columns of an image, in patches.
+        margin: Rows and columns of the margin, in patches.
+        fill: What the margin is made of.
+
+    Returns:
+        The images with their margin, and the height and width of a patch in pixels.
+    """
+    if fill is not None:
+        rows, cols = (
+            side // cells * far for side, cells, far in zip(images.shape[-2:], grid, margin, strict=True)
+        )
+        images = _pad(images, rows, cols, fill)
+    high, wide = (
+        side // (cells + 2 * far) for side, cells, far in zip(images.shape[-2:], grid, margin, strict=True)
+    )
+    return images, (high, wide)
+
+
+def _pad(images: Tensor, rows: int, cols: int, fill: tuple[float, float, float] | str) -> Tensor:
     if not rows and not cols:
         return images
     if isinstance(fill, str):
         return F.pad(images, (cols, cols, rows, rows), mode=fill)
     batch, channels, height, width = images.shape
     values = torch.tensor(fill, dtype=images.dtype).to(images.device, non_blocking=True)
-    padded = values.view(1, channels, 1, 1).repeat(batch, 1, height + 2 * rows, width + 2 * cols)
-    padded[:, :, rows : rows + height, cols : cols + width] = images
-    return padded
+    framed = values.view(1, channels, 1, 1).repeat(batch, 1, height + 2 * rows, width + 2 * cols)
+    framed[:, :, rows : rows + height, cols : cols + width] = images
+    return framed
 
 
 def sample_views(
@@ -269,12 +299,12 @@ def sample_views(
     offsets = sample_offsets(config, low, high, batch, generator)
     flips = torch.rand(batch, config.count, generator=generator) < config.flip
     offsets[:, 0], flips[:, 0] = 0, False
-    fill, margin = _fill_value(config, spec), (0, 0) if crop else reach
+    fill, margin = _fill_value(config, spec), _margin(config, grid)
     exact = Views(offsets, flips, grid, grid, margin, fill)
     if not crop and different is not None:
         return [exact]
     everything = slice(None)
-    unmoved = replace(exact.part(everything, slice(0, 1)), margin=(0, 0))
+    unmoved = exact.part(everything, slice(0, 1))
     if config.count == 1:
         return [unmoved]
     moved = exact.part(everything, slice(1, None))
@@ -284,8 +314,24 @@ def sample_views(
     if config.subpatch:
         shifts = shifts + torch.rand(shifts.shape, generator=generator) - 0.5
     scales = 1 + config.scale * (2 * torch.rand(shifts.shape[:2], generator=generator) - 1)
-    beyond = tuple(side + 1 + round(config.scale * cells) for side, cells in zip(reach, grid, strict=True))
-    return [unmoved, AffineViews(shifts, scales, moved.flips, grid, (beyond[0], beyond[1]), fill)]
+    return [unmoved, AffineViews(shifts, scales, moved.flips, grid, margin, fill)]
+
+
+def surroundings(config: ViewsConfig, spec: Spec, size: tuple[int, int]) -> tuple[int, int]:
+    """Tells how much of an image's surroundings its views show, above and below it and at its sides.
+
+    Args:
+        config: Range and fill.
+        spec: The model's patch size.
+        size: Height and width of the images, in pixels.
+
+    Returns:
+        Pixels on each side; none where views are filled in another way.
+    """
+    if config.fill != "surroundings":
+        return 0, 0
+    rows, cols = _margin(config, (size[0] // spec.patch_size[0], size[1] // spec.patch_size[1]))
+    return rows * spec.patch_size[0], cols * spec.patch_size[1]
 
 
 def sample_offsets(
@@ -332,8 +378,20 @@ def _reach(config: ViewsConfig, grid: tuple[int, int]) -> tuple[int, int]:
     return (round(config.max_shift * grid[0]), round(config.max_shift * grid[1]))
 
 
+def _margin(config: ViewsConfig, grid: tuple[int, int]) -> tuple[int, int]:
+    # In patches. Views that are resampled reach further.
+    if config.fill == "valid-crop":
+        return (0, 0)
+    reach = _reach(config, grid)
+    if count_different(config, grid) is not None:
+        return reach
+    return (reach[0] + 1 + round(config.scale * grid[0]), reach[1] + 1 + round(config.scale * grid[1]))
+
+
 def _fill_value(config: ViewsConfig, spec: Spec) -> Fill:
     match config.fill:
+        case "surroundings":
+            return None
         case "reflect" | "replicate":
             return config.fill
         case "white":

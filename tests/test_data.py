@@ -13,7 +13,7 @@ from pictures import noise, saved_dataset, tar_of
 from PIL import Image
 from torchvision.transforms import v2 as transforms
 
-from phreg.data import BrokenImages, Crops, Order, Skipped, holdout, loader, normalise
+from phreg.data import BrokenImages, Crops, Order, Skipped, holdout, loader, middle, normalise
 from phreg.errors import DataError
 from phreg.images import Subset, open_images
 
@@ -84,6 +84,24 @@ def test_a_crop_is_square_repeatable_and_keeps_the_whole_shorter_side(width, hei
     across = square if width >= height else square.mT
     # One level of 255: antialiasing rounds each pass.
     assert (across.int() - across[:, :, :1].int()).abs().max() <= 1
+
+
+@pytest.mark.parametrize("shape", [(90, 60), (60, 90), (60, 60)])
+@pytest.mark.parametrize("around", [(0, 0), (8, 8), (4, 12)], ids=str)
+def test_surroundings_are_cut_with_the_square_and_leave_it_in_their_middle(shape, around):
+    source = InMemory([noise(shape)])
+    rows, cols = 20 + 2 * around[0], 20 + 2 * around[1]
+    whole = Crops(source, 20, crop="centre", around=around).batch([(0, 0)]).images
+    assert whole.shape == (1, 3, rows, cols)
+    scale = max(cols / shape[0], rows / shape[1])
+    width, height = (round(scale * side) for side in shape)
+    left, top = round((width - cols) / 2), round((height - rows) / 2)
+    resized = source.read(0).resize((width, height), Image.Resampling.BICUBIC)
+    expected = np.asarray(resized.crop((left, top, left + cols, top + rows)))
+    assert np.array_equal(whole[0].permute(1, 2, 0).numpy(), expected)
+    square = middle(whole, around)
+    assert square.shape == (1, 3, 20, 20)
+    assert torch.equal(square[0, :, 0, 0], whole[0, :, around[0], around[1]])
 
 
 def test_seed_epoch_and_index_each_move_the_crop():

@@ -5,9 +5,10 @@ from hypothesis import strategies as st
 
 from phreg.backbones.base import Spec
 from phreg.config import ViewsConfig
+from phreg.data import middle
 from phreg.errors import PhregError
 from phreg.seeding import keyed_generator as generator
-from phreg.views import count_different, sample_offsets, sample_views
+from phreg.views import count_different, sample_offsets, sample_views, surroundings
 
 SPEC = Spec("timm", "test", (4, 4), 8, 1, 1, (24, 24), True, (0.5, 0.4, 0.3), (0.2, 0.25, 0.5))
 WHITE = [(1 - mean) / std for mean, std in zip(SPEC.mean, SPEC.std, strict=True)]
@@ -18,18 +19,19 @@ configs = st.builds(
     max_shift=st.floats(0.2, 0.5),
     sampler=st.sampled_from(["farthest-point", "uniform"]),
     flip=st.sampled_from([0.0, 0.5, 1.0]),
-    fill=st.sampled_from(["white", "black", "mean", "reflect", "replicate", "valid-crop"]),
+    fill=st.sampled_from(["surroundings", "white", "black", "mean", "reflect", "replicate", "valid-crop"]),
 )
 sizes = st.tuples(st.integers(5, 8), st.integers(5, 8)).map(lambda grid: (grid[0] * 4, grid[1] * 4))
 
 
-def numbered(size):
-    """An image whose cells all differ, and those numbers as a grid."""
-    rows, cols = size[0] // 4, size[1] // 4
+def numbered(size, around=(0, 0)):
+    """An image, with surroundings, whose cells all differ, and the numbers of its own cells as a grid."""
+    rows, cols = ((side + 2 * far) // 4 for side, far in zip(size, around, strict=True))
     grid = torch.arange(float(rows * cols)).view(1, rows, cols)
     image = grid.repeat_interleave(4, 1).repeat_interleave(4, 2).unsqueeze(1).repeat(2, 3, 1, 1)
     image[1] += 1000
-    return image, torch.stack([grid[0], grid[0] + 1000])
+    own = grid[0, around[0] // 4 : rows - around[0] // 4, around[1] // 4 : cols - around[1] // 4]
+    return image, torch.stack([own, own + 1000])
 
 
 def cells(views):
@@ -40,7 +42,7 @@ def cells(views):
 @settings(max_examples=60)
 @given(configs, sizes, st.integers(0, 2**32))
 def test_undo_inverts_apply_exactly_wherever_the_view_saw_the_image(config, size, seed):
-    image, grid = numbered(size)
+    image, grid = numbered(size, surroundings(config, SPEC, size))
     for group in sample_views(config, SPEC, size, 2, generator(seed)):
         aligned, seen = group.undo(cells(group.apply(image)))
         truth = grid.unsqueeze(1).expand_as(seen)
@@ -52,10 +54,11 @@ def test_undo_inverts_apply_exactly_wherever_the_view_saw_the_image(config, size
 def test_every_position_is_seen_by_the_first_view_at_least_and_that_view_is_the_image_itself(
     config, size, seed
 ):
-    image, _ = numbered(size)
+    around = surroundings(config, SPEC, size)
+    image, _ = numbered(size, around)
     groups = sample_views(config, SPEC, size, 2, generator(seed))
     first = groups[0].part(slice(None), slice(0, 1))
-    assert torch.equal(first.apply(image)[:, 0], image)
+    assert torch.equal(first.apply(image)[:, 0], middle(image, around))
     assert first.undo(cells(first.apply(image)))[1].all()
     assert sum(group.count for group in groups) == config.count
 
@@ -63,7 +66,7 @@ def test_every_position_is_seen_by_the_first_view_at_least_and_that_view_is_the_
 @pytest.mark.parametrize(("dy", "dx", "flip"), [(1, -2, False), (-2, 2, True), (0, 1, True), (2, 0, False)])
 def test_apply_is_a_slow_shift_then_mirror_with_white_outside(dy, dx, flip):
     # The published semantics, written out pixel by pixel: out[y, x] = in[y + dy, x + dx], then mirrored.
-    config = ViewsConfig(count=1, max_shift=0.5)
+    config = ViewsConfig(count=1, max_shift=0.5, fill="white")
     (group,) = sample_views(config, SPEC, (24, 24), 2, generator(0))
     group = type(group)(
         torch.tensor([[[dy, dx]]]).repeat(2, 1, 1),
@@ -144,17 +147,19 @@ def test_valid_crops_hold_nothing_but_image():
 @settings(max_examples=20)
 @given(st.integers(0, 2**32), st.sampled_from([0.0, 0.1]))
 def test_resampled_views_come_back_to_within_rounding_on_a_linear_image(seed, scale):
-    # Bilinear resampling is exact on a linear image, so only float rounding is left (1e-4 of a range of 2).
+    # Bilinear resampling is exact on a linear image, so only float rounding is left, and the thousandth part of
+    # what lies outside that `undo` lets a cell have: 4 at most, from white, 2.5, to the lowest value, -1.5.
     ramp = torch.linspace(-1, 1, 32)
     image = (ramp[:, None] + 0.5 * ramp[None]).expand(2, 3, 32, 32).contiguous()
-    config = ViewsConfig(count=4, max_shift=0.25, subpatch=True, scale=scale)
+    config = ViewsConfig(count=4, max_shift=0.25, subpatch=True, scale=scale, fill="white")
     _, group = sample_views(config, SPEC, (32, 32), 2, generator(seed))
     mean = lambda pixels: pixels.unfold(-2, 4, 4).unfold(-2, 4, 4).mean((-1, -2))  # noqa: E731
     aligned, seen = group.undo(mean(group.apply(image)).permute(0, 1, 3, 4, 2))
     truth = mean(image).permute(0, 2, 3, 1).unsqueeze(1)
     error = (aligned - truth).abs().amax(-1)
     assert seen.any()
-    assert error[seen].max() < 1e-4
+    assert error[seen].max() < 4e-3
+    assert error[seen].median() < 1e-5
 
 
 def test_a_shift_by_a_fraction_of_a_patch_is_one():
