@@ -371,8 +371,7 @@ def denoise(
             trained.
         images: Normalised images on the model's device, sides a multiple of the patch size.
         seed: Seed of the views.
-        views: Settings of `ViewsConfig`, such as `count=10`. Outside the images, which have no surroundings
-            here, views are white unless told otherwise.
+        views: Settings of `ViewsConfig`, such as `count=10`.
 
     Returns:
         Features after the final norm, in fp32.
@@ -380,8 +379,7 @@ def denoise(
     backbone = adapt(model)
     images = _checked(backbone, images)
     with read_as(backbone):
-        teacher = Teacher(backbone, _views({"fill": "white"} | views))
-        return teacher(images, keyed_generator("views", seed)).patches
+        return Teacher(backbone, _views(views))(images, keyed_generator("views", seed)).patches
 
 
 def add_test_time_registers(
@@ -717,10 +715,9 @@ def _retrofit(
     relocation = add_configured(student, sinks, config)
     bf16 = accelerator.mixed_precision == "bf16"
     teacher = Teacher(original, config.views, config.target, bf16=bf16)
-    assert config.size is not None  # it is settled by now
-    around = surroundings(config.views, student.spec, (config.size, config.size))
-    crop = "fixed" if config.target.keep else "random"
-    crops = Crops(images, config.size, config.seed, crop, around)
+    side = config.size or student.spec.input_size[0]
+    around = surroundings(config.views, student.spec, (side, side))
+    crops = Crops(images, side, config.seed, "fixed" if config.target.keep else "random", around)
     observe = observe or (lambda *_: None)
     return train(student, teacher, crops, config, run, accelerator, observe, relocation)
 

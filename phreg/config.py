@@ -51,9 +51,7 @@ class ViewsConfig(Config):
     text)."""
     flip: Fraction = 0.5
     """Probability that a view is mirrored left to right."""
-    fill: Literal["surroundings", "white", "black", "mean", "reflect", "replicate", "valid-crop"] = (
-        "surroundings"
-    )
+    fill: Literal["white", "black", "mean", "reflect", "replicate", "surroundings", "valid-crop"] = "white"
     """What a shifted view shows outside the image; surroundings: what lies there, the image being the middle
     of a larger crop; valid-crop: nothing, views being smaller crops."""
     subpatch: bool = False
@@ -279,7 +277,6 @@ PAPER: dict[str, Any] = {
     "batch_size": 8,
     "data.limit": "all",
     "epochs": 1,
-    "views.fill": "white",
     "target.keep": False,
     "loss.pooled": 0.0,
     "unlock.roles": ("pos_embed", "patch_embed", "block.-1"),

@@ -193,6 +193,16 @@ def test_a_hub_model_is_distilled_and_its_adapter_comes_back_from_the_hub(hub, s
     assert torch.equal(loaded(images()), result.model(images()))
 
 
+@pytest.mark.parametrize("resampled", [{}, {"scale": 0.1}], ids=str)
+def test_views_that_show_surroundings_are_trained_on_and_measured_with(tiny, photos, tmp_path, resampled):
+    views = {"count": 3, "max_shift": 0.25, "fill": "surroundings"} | resampled
+    result = phreg.distill(tiny(), photos, tmp_path / "run", steps=1, **QUICK | {"views": views})
+    assert result.outcome.steps == 1
+    assert 0 < result.comparison.agreement[1].mean <= 1
+    with pytest.raises(PhregError, match="surroundings"):
+        phreg.denoise(result.model, images(), count=3, max_shift=0.25, fill="surroundings")
+
+
 def test_the_public_door_opens_onto_everything_it_names():
     for name in phreg.__all__:
         assert getattr(phreg, name) is not None

@@ -9,8 +9,7 @@ from phreg.seeding import keyed_generator as generator
 from phreg.teacher import Teacher
 from phreg.views import sample_views, surroundings
 
-VIEWS = ViewsConfig(count=4, max_shift=0.25, fill="white")
-UNMOVED = ViewsConfig(count=1, fill="white")
+VIEWS = ViewsConfig(count=4, max_shift=0.25)
 
 
 def images(batch=3, seed=0):
@@ -71,7 +70,7 @@ def test_the_target_does_not_depend_on_the_micro_batch(tiny, micro_batch):
 
 def test_one_unmoved_view_is_the_model_itself(tiny):
     backbone = adapt(tiny())
-    target = Teacher(backbone, UNMOVED)(images(), generator(0))
+    target = Teacher(backbone, ViewsConfig(count=1))(images(), generator(0))
     with torch.no_grad():
         features = backbone(images())
     assert torch.equal(target.patches, features.patches)
@@ -96,14 +95,14 @@ def test_every_fill_makes_a_finite_target(tiny, fill):
 
 
 def test_subpatch_views_and_scales_make_a_finite_target(tiny):
-    views = ViewsConfig(count=4, max_shift=0.25, subpatch=True, scale=0.1, fill="white")
+    views = ViewsConfig(count=4, max_shift=0.25, subpatch=True, scale=0.1)
     assert torch.isfinite(Teacher(adapt(tiny()), views)(images(), generator(0)).patches).all()
 
 
 @pytest.mark.parametrize("resampled", [{}, {"subpatch": True}, {"scale": 0.1}], ids=str)
 def test_surroundings_are_seen_by_moved_views_alone(tiny, resampled):
     backbone = adapt(tiny())
-    views = ViewsConfig(count=4, max_shift=0.25, **resampled)
+    views = ViewsConfig(count=4, max_shift=0.25, fill="surroundings", **resampled)
     around = surroundings(views, backbone.spec, (32, 32))
     whole = torch.randn(3, 3, 32 + 2 * around[0], 32 + 2 * around[1], generator=generator("whole"))
     teacher = Teacher(backbone, views)
@@ -120,7 +119,7 @@ def test_surroundings_are_seen_by_moved_views_alone(tiny, resampled):
 
 def test_the_target_with_surroundings_is_the_mean_over_windows_of_the_whole(tiny):
     backbone = adapt(tiny())
-    config = ViewsConfig(count=4, max_shift=0.25, flip=0.0)
+    config = ViewsConfig(count=4, max_shift=0.25, flip=0.0, fill="surroundings")
     whole = torch.randn(1, 3, 48, 48, generator=generator("whole"))
     target = Teacher(backbone, config)(whole, generator(7), (8, 8)).patches[0]
     (views,) = sample_views(config, backbone.spec, (32, 32), 1, generator(7))
@@ -135,8 +134,9 @@ def test_the_target_with_surroundings_is_the_mean_over_windows_of_the_whole(tiny
 
 
 def test_images_without_the_surroundings_that_views_show_are_refused(tiny):
+    moved = VIEWS.model_copy(update={"fill": "surroundings"})
     with pytest.raises(PhregError, match=r"views.fill = surroundings needs .* \(8, 8\) .* found \(0, 0\)"):
-        Teacher(adapt(tiny()), ViewsConfig(count=4, max_shift=0.25))(images(), generator(0))
+        Teacher(adapt(tiny()), moved)(images(), generator(0))
     with pytest.raises(PhregError, match=r"views.fill = white needs .* \(0, 0\) .* found \(8, 8\)"):
         Teacher(adapt(tiny()), VIEWS)(torch.zeros(1, 3, 48, 48), generator(0), (8, 8))
 
@@ -144,7 +144,7 @@ def test_images_without_the_surroundings_that_views_show_are_refused(tiny):
 def test_an_inner_layer_without_norm_can_be_the_target(tiny):
     backbone = adapt(tiny())
     pixels = images()
-    target = Teacher(backbone, UNMOVED, TargetConfig(layer=-2, norm=False))(pixels, generator(0))
+    target = Teacher(backbone, ViewsConfig(count=1), TargetConfig(layer=-2, norm=False))(pixels, generator(0))
     tokens = backbone.block_tokens(pixels, [1])[1]
     assert torch.equal(target.patches, backbone.layout(pixels).to_grid(tokens))
 

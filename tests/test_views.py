@@ -66,7 +66,7 @@ def test_every_position_is_seen_by_the_first_view_at_least_and_that_view_is_the_
 @pytest.mark.parametrize(("dy", "dx", "flip"), [(1, -2, False), (-2, 2, True), (0, 1, True), (2, 0, False)])
 def test_apply_is_a_slow_shift_then_mirror_with_white_outside(dy, dx, flip):
     # The published semantics, written out pixel by pixel: out[y, x] = in[y + dy, x + dx], then mirrored.
-    config = ViewsConfig(count=1, max_shift=0.5, fill="white")
+    config = ViewsConfig(count=1, max_shift=0.5)
     (group,) = sample_views(config, SPEC, (24, 24), 2, generator(0))
     group = type(group)(
         torch.tensor([[[dy, dx]]]).repeat(2, 1, 1),
@@ -147,11 +147,11 @@ def test_valid_crops_hold_nothing_but_image():
 @settings(max_examples=20)
 @given(st.integers(0, 2**32), st.sampled_from([0.0, 0.1]))
 def test_resampled_views_come_back_to_within_rounding_on_a_linear_image(seed, scale):
-    # Bilinear resampling is exact on a linear image, so only float rounding is left, and the thousandth part of
-    # what lies outside that `undo` lets a cell have: 4 at most, from white, 2.5, to the lowest value, -1.5.
+    # Bilinear resampling is exact on a linear image, so only float rounding is left, and the thousandth part
+    # of what lies outside that `undo` lets a cell have: 4 at most, from white, 2.5, to the lowest, -1.5.
     ramp = torch.linspace(-1, 1, 32)
     image = (ramp[:, None] + 0.5 * ramp[None]).expand(2, 3, 32, 32).contiguous()
-    config = ViewsConfig(count=4, max_shift=0.25, subpatch=True, scale=scale, fill="white")
+    config = ViewsConfig(count=4, max_shift=0.25, subpatch=True, scale=scale)
     _, group = sample_views(config, SPEC, (32, 32), 2, generator(seed))
     mean = lambda pixels: pixels.unfold(-2, 4, 4).unfold(-2, 4, 4).mean((-1, -2))  # noqa: E731
     aligned, seen = group.undo(mean(group.apply(image)).permute(0, 1, 3, 4, 2))

@@ -141,7 +141,7 @@ def _reference(
     seed: int,
 ) -> Agreement:
     """Compares with the mean of many views of the baseline; masked is where that has artifacts."""
-    teacher = Teacher(baseline, ViewsConfig(count=views, sampler="uniform", fill="white"), bf16=reader.bf16)
+    teacher = Teacher(baseline, ViewsConfig(count=views, sampler="uniform"), bf16=reader.bf16)
     last = len(baseline.blocks) - 1
     gap = outliers(baseline, batches, layers=[last], show=1).blocks[-1].gap
     meter = AgreementMeter()

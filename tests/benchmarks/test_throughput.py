@@ -59,7 +59,7 @@ def build(request):
 def drawn(build):
     """Three images, and the views that phreg draws of them."""
     images = torch.randn(3, 3, 32, 32, generator=seeded())
-    config = ViewsConfig(count=5, fill="white")
+    config = ViewsConfig(count=5)
     (views,) = sample_views(config, adapt(build()).spec, (32, 32), len(images), seeded(1))
     assert views.flips.any()
     assert views.offsets.any()
@@ -91,7 +91,7 @@ def test_the_published_target_is_phregs(build, drawn):
     with torch.no_grad():
         grids = teacher(copies.flatten(0, 1)).unflatten(0, copies.shape[:2])
         found = published.aligned_mean(grids, places)
-    expected = Teacher(backbone, ViewsConfig(count=5, fill="white"))(images, seeded(1)).patches
+    expected = Teacher(backbone, ViewsConfig(count=5))(images, seeded(1)).patches
     torch.testing.assert_close(found, expected, **CLOSE)
 
 
