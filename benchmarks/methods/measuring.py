@@ -15,7 +15,7 @@ import resource
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ from phreg.data import centre_crops
 from phreg.evaluation.consistency import AgreementMeter, drift
 from phreg.images import SUFFIXES, open_images
 from phreg.seeding import keyed_generator
-from phreg.views import Views
+from phreg.views import Views, sample_views
 
 MEASURED = 5
 """Images whose number is a multiple of this are measured on, and never trained on."""
@@ -82,20 +82,23 @@ def shifts(config: ViewsConfig, grid: tuple[int, int]) -> Tensor:
 
 
 @torch.inference_mode()
-def average(backbone: Backbone, images: Tensor, config: ViewsConfig, key: int) -> Tensor:
+def average(
+    backbone: Backbone, images: Tensor, config: ViewsConfig, key: int, around: tuple[int, int] = (0, 0)
+) -> Tensor:
     """Averages patch features over `config.count` different views, drawn without repetition for each image.
 
-    A position counts in the views that saw it. The first view is the image as it is; the fill is white.
+    A position counts in the views that saw it. The first view is the image as it is. Images come with the
+    surroundings that views show, where they show any: `around`, in pixels.
     """
-    grid = backbone.layout(images).grid
-    every = shifts(config, grid)
+    size = (images.shape[-2] - 2 * around[0], images.shape[-1] - 2 * around[1])
     random = keyed_generator("reference", key)
+    (group,) = sample_views(config, backbone.spec, size, len(images), random.clone_state())
+    assert isinstance(group, Views)
+    every = shifts(config, group.grid)
     orders = torch.stack([1 + torch.randperm(len(every) - 1, generator=random) for _ in images])
     chosen = F.pad(orders, (1, 0))[:, : config.count]  # the image as it is first
-    white = [(1 - mean) / std for mean, std in zip(backbone.spec.mean, backbone.spec.std, strict=True)]
-    margin = tuple(every[:, :2].amax(0).tolist())
     drawn = every[chosen]
-    views = Views(drawn[..., :2], drawn[..., 2].bool(), grid, grid, margin, tuple(white))
+    views = replace(group, offsets=drawn[..., :2], flips=drawn[..., 2].bool())
     total, count = 0, 0
     at_once = max(1, 16 // len(images))
     for first in range(0, views.count, at_once):

@@ -60,6 +60,7 @@ VARIANTS: dict[str, Settings | Callable[[int | None, int], Settings]] = {
     "fill-reflect": {"views.fill": "reflect"},
     "fill-mean": {"views.fill": "mean"},
     "fill-valid-crop": {"views.fill": "valid-crop"},
+    "fill-surroundings": {"views.fill": "surroundings"},
     "unlock-paper": {"unlock.roles": ("pos_embed", "patch_embed", "block.-1")},
     "unlock-from-emergence": from_block,
     "lora-16": low_rank,

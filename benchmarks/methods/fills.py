@@ -1,0 +1,164 @@
+"""What the teacher's average is worth, by what its views show outside the image.
+
+    python benchmarks/methods/fills.py MODEL --images FOLDER --output FILE.json
+    python benchmarks/methods/fills.py planted:dinov2|planted:clip|planted:siglip --output FILE.json
+    python benchmarks/methods/fills.py --table FILE.json
+
+Images are the middle of larger crops, so that views can show what really surrounds them. A teacher of 10
+views is compared with averages over all different views, filled in each of several ways; of a planted model,
+with its clean twin.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parent))
+import measuring
+import planted_models
+import result_file
+
+from phreg.analysis.norms import outlier_mask, outliers
+from phreg.api import open_model
+from phreg.backbones.resolve import adapt
+from phreg.config import ViewsConfig
+from phreg.data import centre_crops, middle
+from phreg.evaluation.consistency import AgreementMeter
+from phreg.images import open_images
+from phreg.seeding import keyed_generator
+from phreg.teacher import Teacher
+from phreg.views import surroundings
+
+FILLS = ("white", "black", "mean", "reflect", "replicate", "valid-crop", "surroundings")
+REFERENCES = ("surroundings", "white", "reflect")
+SHOWN = ("all", "former outliers", "ring", "worst 1 %")
+
+
+class Bench:
+    """One model with its measured images; makes rows."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        kind = options.model.removeprefix("planted:") if options.model.startswith("planted:") else None
+        photos = options.images or planted_models.photographs(options.output.parent / ".photographs")
+        paths = measuring.split(photos)[1]
+        paths = paths[:: max(1, len(paths) // options.count)][: options.count]
+        self.raw = (adapt(planted_models.build(kind)) if kind else open_model(options.model)[0]).eval()
+        side = self.raw.spec.input_size[0]
+        self.around = surroundings(ViewsConfig(fill="surroundings"), self.raw.spec, (side, side))
+        source = open_images([str(path) for path in paths])
+        self.whole = list(centre_crops(self.raw, source, side, self.around))
+        self.images = [middle(images, self.around) for images in self.whole]
+        gap = outliers(self.raw, self.images, show=1).blocks[-1].gap
+        last = len(self.raw.blocks) - 1
+        with torch.no_grad():
+            norms = [
+                self.raw.layout(images).to_grid(self.raw.block_tokens(images, [last])[last]).norm(dim=-1)
+                for images in self.images
+            ]
+        self.were = [outlier_mask(norm, gap) for norm in norms]
+        self.protocol = {"model": Path(options.model).name, "size": side, "images": len(paths)}
+        twin = adapt(planted_models.build(kind, planted=False)).eval() if kind else None
+        self.references: dict[str, Callable[[int], Tensor]] = (
+            {"clean twin": lambda place: twin(self.images[place]).patches}
+            if twin is not None
+            else {fill: self._average(fill) for fill in REFERENCES}
+        )
+
+    def seen(self, fill: str, place: int) -> tuple[Tensor, tuple[int, int]]:
+        """Returns images of a batch as views of a fill need them, and the surroundings that they have."""
+        return (self.whole[place], self.around) if fill == "surroundings" else (self.images[place], (0, 0))
+
+    def _average(self, fill: Any) -> Callable[[int], Tensor]:
+        config = ViewsConfig(count=50, max_shift=0.15, fill=fill)
+        made: dict[int, Tensor] = {}
+
+        def average(place: int) -> Tensor:
+            if place not in made:
+                images, around = self.seen(fill, place)
+                with torch.inference_mode():
+                    made[place] = measuring.average(self.raw, images, config, place, around)
+            return made[place]
+
+        return average
+
+    @torch.no_grad()
+    def row(self, read: Callable[[int], Tensor]) -> dict[str, Any]:
+        """Compares features, batch by batch, with every reference."""
+        found: dict[str, Any] = {}
+        features = [read(place).float() for place in range(len(self.images))]
+        for name, reference in self.references.items():
+            whole, beside = AgreementMeter(), AgreementMeter()
+            for place, (patches, mask) in enumerate(zip(features, self.were, strict=True)):
+                whole.update(patches, reference(place).float(), mask)
+                beside.update(patches, reference(place).float(), measuring.ring(mask))
+            at = whole.compute()
+            figures = (at.mean, at.masked, beside.compute().masked, at.worst_percent)
+            found[name] = dict(zip(SHOWN, figures, strict=True))
+        return found
+
+    def teacher(self, fill: Any, seed: int) -> Callable[[int], Tensor]:
+        """Reads the teacher with the default views, filled in a way."""
+        teacher = Teacher(self.raw, ViewsConfig(fill=fill))
+
+        def read(place: int) -> Tensor:
+            images, around = self.seen(fill, place)
+            return teacher(images, keyed_generator("views", seed, place), around).patches
+
+        return read
+
+
+def table(results: dict[str, Any]) -> str:
+    """Renders results as Markdown: a row for each way of reading, figures by reference, means over seeds."""
+    by_name: dict[str, list[dict[str, Any]]] = {}
+    for key, row in results["rows"].items():
+        by_name.setdefault(key.partition("/")[0], []).append(row)
+    references = list(next(iter(by_name.values()))[0])
+    head = [f"{name}: {figure}" for name in references for figure in SHOWN]
+    text = [f"| views show outside | {' | '.join(head)} |", "|---|" + "---|" * len(head)]
+    for name, rows in by_name.items():
+        cells = [
+            f"{mean(row[reference][figure] for row in rows):.3f}"
+            for reference in references
+            for figure in SHOWN
+        ]
+        text.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(text)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Makes the rows and prints the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", nargs="?", help="anything that phreg opens, or planted:KIND")
+    parser.add_argument("--images", type=Path, help="folder of images named NNN…; planted: has its own")
+    parser.add_argument("--count", type=int, default=48, help="measured images to read")
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--table", type=Path, help="only print this result file")
+    options = parser.parse_args(arguments)
+    if options.table:
+        print(table(result_file.read(options.table)))
+        return
+    if not (options.model and options.output):
+        parser.error("give MODEL and --output, or --table FILE")
+    bench = Bench(options)
+    rows = {"the model itself": bench.row(lambda place: bench.raw(bench.images[place]).patches)}
+    for name, reference in bench.references.items():
+        if name != "clean twin":
+            rows[f"all views, {name}"] = bench.row(reference)
+    for fill in FILLS:
+        for seed in range(options.seeds):
+            rows[f"{fill}/{seed}"] = bench.row(bench.teacher(fill, seed))
+    result_file.add(options.output, bench.protocol, rows, list(rows).index)
+    print(table(result_file.read(options.output)))
+
+
+if __name__ == "__main__":
+    main()
