@@ -33,7 +33,7 @@ from phreg.evaluation.consistency import AgreementMeter
 from phreg.images import open_images
 from phreg.seeding import keyed_generator
 from phreg.teacher import Teacher
-from phreg.views import surroundings
+from phreg.views import count_different, surroundings
 
 FILLS = ("white", "black", "mean", "reflect", "replicate", "valid-crop", "surroundings")
 REFERENCES = ("surroundings", "white", "reflect")
@@ -74,8 +74,15 @@ class Bench:
         """Returns images of a batch as views of a fill need them, and the surroundings that they have."""
         return (self.whole[place], self.around) if fill == "surroundings" else (self.images[place], (0, 0))
 
+    def views(self, fill: Any, count: int | None) -> ViewsConfig:
+        """Says how to draw views: so many, or all different ones, if those are fewer or none is asked for."""
+        config = ViewsConfig(fill=fill)
+        different = count_different(config, self.raw.layout(self.images[0]).grid)
+        assert different is not None  # nothing is resampled
+        return config.model_copy(update={"count": min(count or different, different)})
+
     def _average(self, fill: Any) -> Callable[[int], Tensor]:
-        config = ViewsConfig(count=50, max_shift=0.15, fill=fill)
+        config = self.views(fill, None)
         made: dict[int, Tensor] = {}
 
         def average(place: int) -> Tensor:
@@ -104,7 +111,7 @@ class Bench:
 
     def teacher(self, fill: Any, seed: int) -> Callable[[int], Tensor]:
         """Reads the teacher with the default views, filled in a way."""
-        teacher = Teacher(self.raw, ViewsConfig(fill=fill))
+        teacher = Teacher(self.raw, self.views(fill, ViewsConfig().count))
 
         def read(place: int) -> Tensor:
             images, around = self.seen(fill, place)
@@ -123,12 +130,15 @@ def table(results: dict[str, Any]) -> str:
     text = [f"| views show outside | {' | '.join(head)} |", "|---|" + "---|" * len(head)]
     for name, rows in by_name.items():
         cells = [
-            f"{mean(row[reference][figure] for row in rows):.3f}"
-            for reference in references
-            for figure in SHOWN
+            _mean([row[reference][figure] for row in rows]) for reference in references for figure in SHOWN
         ]
         text.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(text)
+
+
+def _mean(figures: list[float | None]) -> str:
+    known = [figure for figure in figures if figure is not None]
+    return f"{mean(known):.3f}" if known else "-"
 
 
 def main(arguments: list[str] | None = None) -> None:

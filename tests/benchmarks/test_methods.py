@@ -14,6 +14,7 @@ from phreg.backbones.resolve import adapt
 FOLDER = Path(__file__).parents[2] / "benchmarks" / "methods"
 
 sys.path.insert(0, str(FOLDER))
+import fills  # noqa: E402
 import measuring  # noqa: E402
 import methods  # noqa: E402
 import planted_models  # noqa: E402
@@ -132,6 +133,21 @@ def test_what_is_not_there_is_an_error_of_the_command_line(arguments, told, tmp_
     with pytest.raises(SystemExit, match="2"):
         run.main(arguments)
     assert told in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_teachers_are_compared_by_what_their_views_show_outside(saved, photos, tmp_path, capsys):
+    output = tmp_path / "fills.json"
+    fills.main([str(saved), "--images", str(photos), "--output", str(output), "--seeds", "1"])
+    rows = json.loads(output.read_text())["rows"]
+    assert len(rows) == 1 + len(fills.REFERENCES) + len(fills.FILLS)
+    for name in fills.REFERENCES:
+        # What it is compared with itself is itself; the slack is fp32's.
+        assert rows[f"all views, {name}"][name]["all"] == pytest.approx(1, abs=1e-5)
+        # A teacher of few views comes nearest to the average of many that show the same outside.
+        near = {fill: rows[f"{fill}/0"][name]["all"] for fill in fills.REFERENCES}
+        assert max(near, key=near.get) == name
+    assert "| surroundings |" in capsys.readouterr().out
 
 
 @pytest.mark.slow
