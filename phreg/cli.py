@@ -5,6 +5,7 @@ so that a flag wins over a recipe, and a recipe over what its method implies.
 """
 
 import logging
+import signal
 import sys
 import time
 import tomllib
@@ -25,7 +26,7 @@ from rich.table import Column, Table
 from tyro.conf import Positional, UseAppendAction, arg
 from tyro.extras import SubcommandApp
 
-from phreg import config
+from phreg import __version__, config
 from phreg.errors import ConfigError, GateError, Interrupted, PhregError
 from phreg.storage import ADAPTER_FORMAT, Format
 
@@ -37,26 +38,38 @@ LINE_EVERY = 10.0
 """Seconds between progress lines where there is no terminal to draw a bar on."""
 
 
-def _flags(section: type[BaseModel] = config.DistillConfig) -> Any:
+def _flags(section: type[BaseModel] = config.DistillConfig, prefix: str = "") -> Any:
     """Makes the type of distill's flags from the settings: a dictionary of those given, by section."""
     flags: dict[str, Any] = {}
     for name, field in section.model_fields.items():
         kind: Any = field.annotation
-        if section is config.DistillConfig and name == "model":
+        if prefix + name == "model":
             continue
         if isinstance(kind, type) and issubclass(kind, BaseModel):
-            flags[name] = _flags(kind)
+            flags[name] = _flags(kind, f"{prefix}{name}.")
             continue
-        default = "" if field.default is None else f" (default: {field.default})"
         # A flag that is not given is unset; none needs a way to say None.
         kinds = tuple(kind for kind in get_args(kind) if kind is not NoneType)
         kind = Union[kinds] if get_origin(kind) in (Union, UnionType) else kind  # noqa: UP007
-        text = " ".join(f"{field.description}{default}".split())
+        text = " ".join(f"{field.description} {_defaults(prefix + name, field.default)}".split())
         flags[name] = Annotated[kind, arg(help=text, help_behavior_hint="")]
     make: Any = TypedDict
     made = make(section.__name__, flags, total=False)
     made.__doc__ = section.__doc__
     return made
+
+
+def _defaults(key: str, default: Any) -> str:
+    """Says what a setting is where it is not given, and with which methods it is something else."""
+
+    def said(value: Any) -> str:
+        return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+    told = [] if default in (None, ()) else [f"default: {said(default)}"]
+    told += [
+        f"{method}: {said(implied[key])}" for method, implied in config.METHODS.items() if key in implied
+    ]
+    return f"({'; '.join(told)})" if told else ""
 
 
 if TYPE_CHECKING:
@@ -91,11 +104,11 @@ def quickstart(output: Path = Path("runs/quickstart")) -> None:
 
 @app.command
 def distill(
-    model: Annotated[Positional[str | None], arg(metavar="MODEL")] = None,
+    model: Annotated[Positional[str | None], arg(metavar="[MODEL]", help_behavior_hint="")] = None,
     /,
     *,
     settings: Annotated[Settings, arg(name="")],
-    recipe: Annotated[str | None, arg(metavar="NAME|FILE")] = None,
+    recipe: Annotated[str | None, arg(metavar="NAME|FILE", help_behavior_hint="")] = None,
     resume: bool = False,
 ) -> None:
     """Retrofit registers onto a model by self-distillation.
@@ -125,12 +138,12 @@ def inspect(
     /,
     images: str,
     output: Path,
-    against: Annotated[tuple[str, ...], arg(metavar="MODEL…")] = (),
-    size: Annotated[int | None, arg(metavar="PIXELS")] = None,
+    against: Annotated[tuple[str, ...], arg(metavar="MODEL…", help_behavior_hint="")] = (),
+    size: Annotated[int | None, arg(metavar="PIXELS", help_behavior_hint="")] = None,
     count: int = 64,
-    labels: Annotated[str | None, arg(metavar="PATH")] = None,
-    queries: Annotated[tuple[str, ...], arg(metavar="TEXT…")] = (),
-    device: str | None = None,
+    labels: Annotated[str | None, arg(metavar="PATH", help_behavior_hint="")] = None,
+    queries: Annotated[tuple[str, ...], arg(metavar="TEXT…", help_behavior_hint="")] = (),
+    device: Annotated[str | None, arg(metavar="DEVICE", help_behavior_hint="")] = None,
 ) -> None:
     """Look for artifacts: how many, where, what causes them, what they hold; in one report.
 
@@ -385,7 +398,8 @@ def show(
 @app.command
 def recipes() -> None:
     """List the shipped recipes."""
-    table = Table("recipe", "model", "method")
+    # Names are there to be copied.
+    table = Table(Column("recipe", overflow="fold"), Column("model", overflow="fold"), "method")
     for name, path in config.recipes().items():
         settings = config.read_toml(path)
         table.add_row(name, settings.get("model", "any"), settings.get("method", "relocate"))
@@ -411,7 +425,8 @@ class Doing(AbstractContextManager["Doing"]):
                 self._progress.start()
                 self._tasks[what] = self._progress.add_task(escape(what), total=total)
             self._progress.update(self._tasks[what], completed=done, visible=done < total)
-        elif time.perf_counter() - self._last > LINE_EVERY or done == total:
+        elif what not in self._tasks or done == total or time.perf_counter() - self._last > LINE_EVERY:
+            self._tasks[what] = None  # said once when it begins
             self._last = time.perf_counter()
             console.print(f"{what} {done}/{total}", highlight=False, markup=False)
 
@@ -511,6 +526,9 @@ GATE_FAILED = 3
 INTERRUPTED = 130
 """Exit status of what the user stopped, as shells have it of Ctrl-C."""
 
+TERMINATED = 143
+"""Exit status of what was told to stop, as shells have it of SIGTERM."""
+
 
 def _table(rows: Sequence[Any], title: str | None = None) -> None:
     """Prints figures before and after."""
@@ -556,6 +574,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )  # fmt: skip
     logger.setLevel(logging.INFO)
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # which warns of fonts that no chart needs
+    if list(sys.argv[1:] if arguments is None else arguments) == ["--version"]:
+        console.print(f"phreg {__version__}", highlight=False)
+        return
+    # Ends as an exception does, so that what was begun is tidied up.
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
     try:
         app.cli(prog="phreg", args=arguments)
     except PhregError as error:
@@ -565,3 +588,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if isinstance(error, GateError):
             sys.exit(GATE_FAILED)
         sys.exit(INTERRUPTED if isinstance(error, Interrupted) else 1)
+    finally:
+        signal.signal(signal.SIGTERM, before)

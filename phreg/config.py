@@ -202,9 +202,10 @@ class DistillConfig(Config):
     revision: str | None = None
     """Hub commit, branch or tag to pin."""
     images: str | None = None
-    """Images to distil on: a folder, a text file of paths, tar shards, or a Hugging Face dataset."""
+    """Images to distil on: a folder, a text file of paths, tar shards, or a Hugging Face dataset; needed,
+    here or in a recipe."""
     output: str | None = None
-    """Run folder to write."""
+    """Run folder to write; needed, here or in a recipe."""
     method: Literal["relocate", "paper", "test-time"] = "relocate"
     """relocate: find the sinks, move them into the registers, then distil. paper: PH-Reg (arXiv 2505.21501)
     to the letter, for DINOv2- and CLIP-type models. test-time: move the sinks by a hook, without training."""
@@ -218,7 +219,7 @@ class DistillConfig(Config):
     steps: PositiveInt | None = None
     """Optimizer steps; unset means as epochs says."""
     epochs: PositiveInt | None = None
-    """Passes over the images; unset, with steps unset, means 8 (paper: 1)."""
+    """Passes over the images; unset means as steps says, or as the method implies."""
     batch_size: PositiveInt = 16
     """Images per process and batch."""
     size: PositiveInt | None = None

@@ -167,6 +167,7 @@ def locate(backbone: Backbone, batches: Sequence[Images], norms: NormReport | No
     found = plain = _remaining(backbone, batches, norms, ())
     for _ in range(ROUNDS):
         named = _name_units(backbone, batches, found)
+        logger.info("sinks in block %d: trying whether %d hidden units cause them", found.block, len(named))
         tried = _remaining(backbone, batches, norms, (*found.units, *named)) if named else found
         if found.count - tried.count < WORTH_IT * plain.count:
             break

@@ -1,12 +1,15 @@
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
+from importlib.metadata import version
 from types import SimpleNamespace
 
 import pytest
 
-from phreg import cli, config, load
+from phreg import api, cli, config, load
 from phreg.errors import LoadError
 
 
@@ -145,6 +148,28 @@ def test_every_setting_is_a_flag_of_its_section():
     for section in sections:
         assert f" {section} options " in printed, section
     assert "{None}" not in printed, "no flag asks for None"
+
+
+def test_what_a_method_changes_is_said_beside_the_default(capsys):
+    assert phreg("distill", "--help") == 0
+    printed = " ".join(capsys.readouterr().out.replace("│", "").split())
+    assert "(default: 4; paper: 16; test-time: 1)" in printed
+    assert "(relocate: 8; paper: 1)" in printed
+    assert "(default: pos_embed patch_embed blocks; paper: pos_embed patch_embed block.-1)" in printed
+
+
+def test_the_version_is_told(capsys):
+    assert phreg("--version") == 0
+    assert capsys.readouterr().out.split() == ["phreg", version("phreg")]
+
+
+def test_a_run_told_to_stop_before_its_first_step_leaves_nothing(saved, photos, tmp_path, monkeypatch):
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(api, "locate", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    asked = ["distill", saved, "--images", photos, "--output", tmp_path / "run", "--steps", 1, *QUICK]
+    assert phreg(*asked) == 143
+    assert not (tmp_path / "run").exists()
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["quickstart", "--help"], ["inspect", "--help"]])
