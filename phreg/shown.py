@@ -80,6 +80,11 @@ def show(source: str | os.PathLike[str], *, revision: str | None = None, base: M
     Raises:
         LoadError: phreg did not write it, or it cannot be read.
     """
+    if not Path(source).expanduser().exists() and "/" not in os.fspath(source):
+        raise LoadError(
+            f"asked to show {source}: there is no such folder; give a run, an adapter or an export, or the "
+            "owner/name of one on the hub"
+        )
     found = resolve.locate(source, revision)
     record = record_of(found)
     if record is None:

@@ -95,6 +95,8 @@ def test_a_model_saved_whole_is_told_as_far_as_it_says(tmp_path):
 
 
 def test_what_phreg_did_not_write_and_what_is_broken_are_one_clear_error_each(run, saved):
+    with pytest.raises(LoadError, match="no such folder; give a run, an adapter or an export"):
+        phreg.show("nowhere")
     with pytest.raises(LoadError, match="timm model that phreg did not write"):
         phreg.show(saved)
     (run.run / "model" / "adapter.safetensors").write_bytes(b"x")
