@@ -203,7 +203,7 @@ class AffineViews:
         aligned = kornia.warp_affine(planes, back, self.grid, padding_mode="zeros", align_corners=True)
         aligned = aligned.movedim(1, -1).unflatten(0, (batch, count))
         # A cell is whole where all of its bilinear weight fell inside; the slack covers rounding of the warp.
-        return aligned[..., :-1], aligned[..., -1] > 1 - 1e-3
+        return aligned[..., :-1], aligned[..., -1] > 1 - 1e-5
 
     def _matrices(self, size: tuple[int, int], unit: tuple[int, int], device: torch.device) -> Tensor:
         """The (x, y) matrices from image to unmirrored view, on a raster of `size`, a patch being `unit`."""
@@ -221,7 +221,10 @@ class AffineViews:
         for axis, cells in ((1, self.grid[0]), (0, self.grid[1])):
             scale, shift = matrices[:, axis, axis, None], matrices[:, axis, 2, None]
             centre = (torch.arange(cells, device=matrices.device) - shift) / scale
-            inside.append((centre - 0.5 / scale > -0.501) & (centre + 0.5 / scale < cells - 0.499))
+            # An enlarged view's outermost pixels are read closer to the edge, and blend in what lies beyond.
+            beside = (0.5 - 0.5 / scale).clamp_min(0) - 1e-5
+            first, last = centre - 0.5 / scale, centre + 0.5 / scale
+            inside.append((first > beside - 0.5) & (last < cells - 0.5 - beside))
         return inside[0][:, :, None] & inside[1][:, None, :]
 
     def _mirror(self, views: Tensor, axis: int) -> Tensor:

@@ -147,8 +147,7 @@ def test_valid_crops_hold_nothing_but_image():
 @settings(max_examples=20)
 @given(st.integers(0, 2**32), st.sampled_from([0.0, 0.1]))
 def test_resampled_views_come_back_to_within_rounding_on_a_linear_image(seed, scale):
-    # Bilinear resampling is exact on a linear image, so only float rounding is left, and the thousandth part
-    # of what lies outside that `undo` lets a cell have: 4 at most, from white, 2.5, to the lowest, -1.5.
+    # Bilinear resampling is exact on a linear image, so only float rounding is left (1e-4 of a range of 2).
     ramp = torch.linspace(-1, 1, 32)
     image = (ramp[:, None] + 0.5 * ramp[None]).expand(2, 3, 32, 32).contiguous()
     config = ViewsConfig(count=4, max_shift=0.25, subpatch=True, scale=scale)
@@ -158,8 +157,7 @@ def test_resampled_views_come_back_to_within_rounding_on_a_linear_image(seed, sc
     truth = mean(image).permute(0, 2, 3, 1).unsqueeze(1)
     error = (aligned - truth).abs().amax(-1)
     assert seen.any()
-    assert error[seen].max() < 4e-3
-    assert error[seen].median() < 1e-5
+    assert error[seen].max() < 1e-4
 
 
 def test_a_shift_by_a_fraction_of_a_patch_is_one():
