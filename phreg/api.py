@@ -48,7 +48,7 @@ from phreg.evaluation.retrofit import Comparison, failed_gates
 from phreg.evaluation.suite import Suite, compare_models
 from phreg.evaluation.tasks import resolve_settings
 from phreg.exports import Equality
-from phreg.images import ImageSource, open_images
+from phreg.images import open_images
 from phreg.inspection.folder import check_output, write_inspection
 from phreg.inspection.images import labelled, larger
 from phreg.inspection.look import Inspection, called, look
@@ -161,6 +161,8 @@ def distill(
     run = RunFolder(Path(config.output or ""))
     accelerator = start_accelerator(config, run)
     kept, measured, held_out = split(source, config)
+    around = surroundings(config.views, student.spec, (side, side))
+    crops = Crops(kept, side, config.seed, "fixed" if config.target.keep else "random", around)
     check_trainable(student, len(kept), config, accelerator.num_processes)
     with leaving_no_trace(run.path) if accelerator.is_main_process else nullcontext():
         if accelerator.is_main_process:
@@ -184,15 +186,16 @@ def distill(
         student.trained_readout = config.target.student_readout
         apart = "kept apart to measure on" if held_out else "of them measured on too"
         logger.info("retrofitting on %d images, %d %s", len(kept), len(measured), apart)
-        outcome = _retrofit(student, original, sinks, kept, config, run, accelerator, observe)
+        outcome = _retrofit(student, original, sinks, crops, config, run, accelerator, observe)
 
     comparison = None
     if accelerator.is_main_process:
-        around = surroundings(config.views, student.spec, (side, side))
         looked_at = list(centre_crops(student, measured, side, around))
         if looked_at:
             logger.info("measuring before and after, then writing the report")
-            comparison = compare_with_original(original, student, looked_at, config, base, held_out=held_out)
+            comparison = compare_with_original(
+                original, student, looked_at, around, config, base, held_out=held_out
+            )
         set_readout(original, "plain")
         set_readout(student, "plain")
         save(run, student, original, base, config, outcome, sinks, comparison)
@@ -702,7 +705,7 @@ def _retrofit(
     student: Backbone,
     original: Backbone,
     sinks: Sinks | None,
-    images: ImageSource,
+    crops: Crops,
     config: DistillConfig,
     run: RunFolder,
     accelerator: Any,
@@ -715,9 +718,6 @@ def _retrofit(
     relocation = add_configured(student, sinks, config)
     bf16 = accelerator.mixed_precision == "bf16"
     teacher = Teacher(original, config.views, config.target, bf16=bf16)
-    side = config.size or student.spec.input_size[0]
-    around = surroundings(config.views, student.spec, (side, side))
-    crops = Crops(images, side, config.seed, "fixed" if config.target.keep else "random", around)
     observe = observe or (lambda *_: None)
     return train(student, teacher, crops, config, run, accelerator, observe, relocation)
 

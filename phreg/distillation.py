@@ -33,7 +33,7 @@ from phreg.sinks import Sinks
 from phreg.teacher import Teacher
 from phreg.trainer import Outcome
 from phreg.unlock import expand_roles
-from phreg.views import count_different, surroundings
+from phreg.views import count_different
 
 # Nothing is bound by this shape: the last batch may be smaller than the others.
 Images = Float[Tensor, "_ 3 _ _"]
@@ -89,6 +89,7 @@ def compare_with_original(
     original: Backbone,
     student: Backbone,
     looked_at: Sequence[Images],
+    around: tuple[int, int],
     config: DistillConfig,
     base: Base,
     *,
@@ -97,11 +98,10 @@ def compare_with_original(
     """Measures the student against the original, and both against the original averaged over many views.
 
     Of the demonstration model the truth is known, and takes the place of that average. The images looked at
-    come with the surroundings that views show.
+    come with the surroundings that views show, so many pixels around them.
     """
-    side = config.size or student.spec.input_size[0]
-    around = surroundings(config.views, student.spec, (side, side))
-    grid = (side // student.spec.patch_size[0], side // student.spec.patch_size[1])
+    images = [middle(whole, around) for whole in looked_at]
+    grid = student.layout(images[0]).grid
     count = min(config.measure.views, count_different(config.views, grid) or config.measure.views)
     many = config.views.model_copy(update={"count": count, "sampler": "uniform"})
     teacher = Teacher(original, many, config.target)
@@ -114,7 +114,6 @@ def compare_with_original(
         return teacher(looked_at[number], key, around).patches
 
     described = "the known truth" if known else f"the original averaged over {many.count} views"
-    images = [middle(whole, around) for whole in looked_at]
     return compare(
         original, student, images, reference, config.target, described=described, held_out=held_out
     )

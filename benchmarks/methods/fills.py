@@ -24,12 +24,11 @@ import measuring
 import planted_models
 import result_file
 
-from phreg.analysis.norms import outlier_mask, outliers
+from phreg.analysis.norms import outliers
 from phreg.api import open_model
 from phreg.backbones.resolve import adapt
 from phreg.config import ViewsConfig
 from phreg.data import centre_crops, middle
-from phreg.evaluation.consistency import AgreementMeter
 from phreg.images import open_images
 from phreg.seeding import keyed_generator
 from phreg.teacher import Teacher
@@ -44,7 +43,7 @@ class Bench:
     """One model with its measured images; makes rows."""
 
     def __init__(self, options: argparse.Namespace) -> None:
-        kind = options.model.removeprefix("planted:") if options.model.startswith("planted:") else None
+        kind = planted_models.kind_of(options.model)
         photos = options.images or planted_models.photographs(options.output.parent / ".photographs")
         paths = measuring.split(photos)[1]
         paths = paths[:: max(1, len(paths) // options.count)][: options.count]
@@ -54,14 +53,7 @@ class Bench:
         source = open_images([str(path) for path in paths])
         self.whole = list(centre_crops(self.raw, source, side, self.around))
         self.images = [middle(images, self.around) for images in self.whole]
-        gap = outliers(self.raw, self.images, show=1).blocks[-1].gap
-        last = len(self.raw.blocks) - 1
-        with torch.no_grad():
-            norms = [
-                self.raw.layout(images).to_grid(self.raw.block_tokens(images, [last])[last]).norm(dim=-1)
-                for images in self.images
-            ]
-        self.were = [outlier_mask(norm, gap) for norm in norms]
+        self.were = measuring.outlying(self.raw, self.images, outliers(self.raw, self.images, show=1))
         self.protocol = {"model": Path(options.model).name, "size": side, "images": len(paths)}
         twin = adapt(planted_models.build(kind, planted=False)).eval() if kind else None
         self.references: dict[str, Callable[[int], Tensor]] = (
@@ -97,17 +89,12 @@ class Bench:
     @torch.no_grad()
     def row(self, read: Callable[[int], Tensor]) -> dict[str, Any]:
         """Compares features, batch by batch, with every reference."""
-        found: dict[str, Any] = {}
-        features = [read(place).float() for place in range(len(self.images))]
-        for name, reference in self.references.items():
-            whole, beside = AgreementMeter(), AgreementMeter()
-            for place, (patches, mask) in enumerate(zip(features, self.were, strict=True)):
-                whole.update(patches, reference(place).float(), mask)
-                beside.update(patches, reference(place).float(), measuring.ring(mask))
-            at = whole.compute()
-            figures = (at.mean, at.masked, beside.compute().masked, at.worst_percent)
-            found[name] = dict(zip(SHOWN, figures, strict=True))
-        return found
+        places = range(len(self.images))
+        features = [read(place).float() for place in places]
+        return {
+            name: measuring.agreement(features, [reference(place).float() for place in places], self.were)
+            for name, reference in self.references.items()
+        }
 
     def teacher(self, fill: Any, seed: int) -> Callable[[int], Tensor]:
         """Reads the teacher with the default views, filled in a way."""
@@ -158,6 +145,11 @@ def main(arguments: list[str] | None = None) -> None:
         return
     if not (options.model and options.output):
         parser.error("give MODEL and --output, or --table FILE")
+    kind = planted_models.kind_of(options.model)
+    if kind is not None and kind not in planted_models.BUILDS:
+        parser.error(f"no planted model {kind!r}; there are {', '.join(planted_models.BUILDS)}")
+    if kind is None and options.images is None:
+        parser.error("--images: give a folder of images; only planted models have photographs of their own")
     bench = Bench(options)
     rows = {"the model itself": bench.row(lambda place: bench.raw(bench.images[place]).patches)}
     for name, reference in bench.references.items():

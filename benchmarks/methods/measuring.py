@@ -181,6 +181,14 @@ class Yardstick:
 
 
 @torch.no_grad()
+def outlying(raw: Backbone, images: Sequence[Tensor], norms: NormReport) -> list[Tensor]:
+    """Marks the outliers of the last block, batch by batch."""
+    last, gap = len(raw.blocks) - 1, norms.blocks[-1].gap
+    tokens = [raw.layout(part).to_grid(raw.block_tokens(part, [last])[last]) for part in images]
+    return [outlier_mask(part.norm(dim=-1), gap) for part in tokens]
+
+
+@torch.no_grad()
 def yardstick(
     raw: Backbone, paths: Sequence[Path], size: int, *, labelled: bool, twin: Backbone | None, folder: Path
 ) -> Yardstick:
@@ -190,9 +198,7 @@ def yardstick(
     if sum(map(len, images)) != len(paths):
         raise SystemExit("some measured images cannot be read; remove them, so that all methods see the same")
     norms = outliers(raw, images, show=1)
-    last, gap = len(raw.blocks) - 1, norms.blocks[-1].gap
-    tokens = [raw.layout(part).to_grid(raw.block_tokens(part, [last])[last]) for part in images]
-    were = [outlier_mask(part.norm(dim=-1), gap) for part in tokens]
+    were = outlying(raw, images, norms)
     names = hashlib.sha256("\n".join(path.name for path in paths).encode()).hexdigest()
     weights = weights_sha256((twin or raw).disk_state())
     return Yardstick(
@@ -231,7 +237,7 @@ def figures(stick: Yardstick, model: Backbone, target: TargetConfig) -> dict[str
             right += int((getattr(output, "logits", output).argmax(1) == labels).sum())
     moved = drift(torch.cat(pooled), stick.pooled)
     set_readout(model, target.student_readout)
-    agreement = against(
+    cosine = against(
         stick, lambda images, _: model(images, target.layer, target.norm).patches, target.teacher_readout
     )
     set_readout(model, "plain")
@@ -239,29 +245,36 @@ def figures(stick: Yardstick, model: Backbone, target: TargetConfig) -> dict[str
         "outlier_rate": beyond / total,
         "pooled": {"mean": moved.mean, "worst": moved.min},
         "top1": None if stick.labels is None else right / len(stick.labels),
-        "cosine": agreement,
+        "cosine": cosine,
     }
 
 
 @torch.no_grad()
 def against(stick: Yardstick, read: Callable[[Tensor, int], Tensor], readout: str) -> dict[str, Any]:
     """Mean cosine of patch features to each reference: over all, former outliers, and the ring about them."""
-    found = {}
     sizes = [len(part) for part in stick.images]
     patches = [read(images, place) for place, images in enumerate(stick.images)]
-    for name, whole in stick.references(readout).items():
-        outlying, beside = AgreementMeter(), AgreementMeter()
-        for part, reference, mask in zip(patches, whole.split(sizes), stick.were, strict=True):
-            outlying.update(part, reference, mask)
-            beside.update(part, reference, ring(mask))
-        at, near = outlying.compute(), beside.compute()
-        found[name] = {
-            "all": at.mean,
-            "former outliers": at.masked,
-            "ring": near.masked,
-            "worst 1 %": at.worst_percent,
-        }
-    return found
+    return {
+        name: agreement(patches, whole.split(sizes), stick.were)
+        for name, whole in stick.references(readout).items()
+    }
+
+
+def agreement(
+    patches: Sequence[Tensor], references: Sequence[Tensor], were: Sequence[Tensor]
+) -> dict[str, float | None]:
+    """Mean cosine of patch features to a reference, batch by batch, given the former outliers."""
+    whole, beside = AgreementMeter(), AgreementMeter()
+    for part, reference, mask in zip(patches, references, were, strict=True):
+        whole.update(part, reference, mask)
+        beside.update(part, reference, ring(mask))
+    at, near = whole.compute(), beside.compute()
+    return {
+        "all": at.mean,
+        "former outliers": at.masked,
+        "ring": near.masked,
+        "worst 1 %": at.worst_percent,
+    }
 
 
 # -- cost ----------------------------------------------------------------------------------------------------

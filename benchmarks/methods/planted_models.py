@@ -86,6 +86,11 @@ class _Directions(NamedTuple):
     note: Tensor
 
 
+def kind_of(model: str) -> str | None:
+    """Returns the build of planted:KIND; None for other models."""
+    return model.removeprefix("planted:") if model.startswith("planted:") else None
+
+
 def build(kind: str, *, planted: bool = True) -> "VisionTransformer":
     """Builds a planted model: 160 pixels, 10x10 patches, width 192, 6 blocks; the same on every machine.
 

@@ -79,7 +79,7 @@ class Bench:
     @property
     def kind(self) -> str | None:
         """The planted model's name, where it is one."""
-        return self.source.removeprefix("planted:") if self.source.startswith("planted:") else None
+        return planted_models.kind_of(self.source)
 
     def open(self) -> Backbone:
         """Opens the raw model anew."""
@@ -235,7 +235,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--table", type=_result_file, help="only print this result file")
     parser.add_argument("--merge", type=_result_file, nargs="+", help="only merge these into --output")
     options = parser.parse_args(arguments)
-    kind = options.model.removeprefix("planted:") if (options.model or "").startswith("planted:") else None
+    kind = planted_models.kind_of(options.model or "")
     if kind is not None and kind not in planted_models.BUILDS:
         parser.error(f"no planted model {kind!r}; there are {', '.join(planted_models.BUILDS)}")
     unknown = sorted(set(options.methods) - set(methods.ROWS))
