@@ -1,16 +1,17 @@
 """What the teacher's average is worth, by what its views show outside the image.
 
-    python benchmarks/methods/fills.py MODEL --images FOLDER --output FILE.json
+    python benchmarks/methods/fills.py MODEL --images FOLDER --output FILE.json [--student FILL=RUN …]
     python benchmarks/methods/fills.py planted:dinov2|planted:clip|planted:siglip --output FILE.json
     python benchmarks/methods/fills.py --table FILE.json
 
 Images are the middle of larger crops, so that views can show what really surrounds them. A teacher of 10
 views is compared with averages over all different views, filled in each of several ways; of a planted model,
-with its clean twin.
+with its clean twin. So are students, models that phreg trained by teachers of a fill.
 """
 
 import argparse
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from statistics import mean
@@ -96,6 +97,11 @@ class Bench:
             for name, reference in self.references.items()
         }
 
+    def student(self, run: str) -> dict[str, Any]:
+        """Compares a model that was trained."""
+        student = open_model(run)[0].eval()
+        return self.row(lambda place: student(self.images[place]).patches)
+
     def teacher(self, fill: Any, seed: int) -> Callable[[int], Tensor]:
         """Reads the teacher with the default views, filled in a way."""
         teacher = Teacher(self.raw, self.views(fill, ViewsConfig().count))
@@ -137,6 +143,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--images", type=Path, help="folder of images named NNN…; planted: has its own")
     parser.add_argument("--count", type=int, default=48, help="measured images to read")
     parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument(
+        "--student", action="append", default=[], help="FILL=RUN: a model that a teacher of that fill trained"
+    )
     parser.add_argument("--output", type=Path)
     parser.add_argument("--table", type=Path, help="only print this result file")
     options = parser.parse_args(arguments)
@@ -158,6 +167,10 @@ def main(arguments: list[str] | None = None) -> None:
     for fill in FILLS:
         for seed in range(options.seeds):
             rows[f"{fill}/{seed}"] = bench.row(bench.teacher(fill, seed))
+    taught = Counter()
+    for fill, _, run in (student.partition("=") for student in options.student):
+        rows[f"student of {fill}/{taught[fill]}"] = bench.student(run)
+        taught[fill] += 1
     result_file.add(options.output, bench.protocol, rows, list(rows).index)
     print(table(result_file.read(options.output)))
 

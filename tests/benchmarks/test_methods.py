@@ -138,9 +138,11 @@ def test_what_is_not_there_is_an_error_of_the_command_line(arguments, told, tmp_
 @pytest.mark.slow
 def test_teachers_are_compared_by_what_their_views_show_outside(saved, photos, tmp_path, capsys):
     output = tmp_path / "fills.json"
-    fills.main([str(saved), "--images", str(photos), "--output", str(output), "--seeds", "1"])
+    flags = ["--images", str(photos), "--output", str(output), "--seeds", "1"]
+    fills.main([str(saved), *flags, "--student", f"none={saved}", "--student", f"none={saved}"])
     rows = json.loads(output.read_text())["rows"]
-    assert len(rows) == 1 + len(fills.REFERENCES) + len(fills.FILLS)
+    assert len(rows) == 1 + len(fills.REFERENCES) + len(fills.FILLS) + 2
+    assert rows["student of none/0"] == rows["student of none/1"] == rows["the model itself"]
     for name in fills.REFERENCES:
         # What it is compared with itself is itself; the slack is fp32's.
         assert rows[f"all views, {name}"][name]["all"] == pytest.approx(1, abs=1e-5)
