@@ -190,7 +190,9 @@ class FeatureCache:
                     temporary.mkdir()
                     writing.enter_context(_locked(temporary))
                 self._fill(temporary, run, items, count)
-                temporary.rename(folder)
+                with _locked(self.folder):
+                    if not folder.is_dir():  # since another run may have read the same meanwhile
+                        temporary.rename(folder)
         except OSError as error:
             raise self._unwritable(error) from error
         finally:

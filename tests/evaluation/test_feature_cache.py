@@ -129,6 +129,22 @@ def test_what_another_run_is_writing_is_left_alone(reader, mixed_photos):
     assert not any(name.endswith(".tmp") for name in entries(reader))
 
 
+def test_runs_that_read_the_same_at_the_same_time_share_one_entry(reader, mixed_photos, tmp_path):
+    source = open_images(mixed_photos)
+    kept = reader.features(source, READING)
+    (name,) = entries(reader)
+    entry = (reader.cache.folder / name).rename(tmp_path / "elsewhere")
+
+    def meanwhile():
+        yield from reader.stream(source, READING)
+        entry.rename(reader.cache.folder / name)  # the other run is done first
+
+    reader.cache._write(reader.cache.folder / name, {}, meanwhile(), len(source))
+    assert entries(reader) == [name]
+    again = reader.features(source, READING)
+    assert torch.equal(again[0].grid, kept[0].grid)
+
+
 def test_features_that_half_precision_cannot_hold_are_refused(reader, mixed_photos):
     with torch.no_grad():
         reader.backbone.model.norm.weight.fill_(1e6)
