@@ -93,7 +93,7 @@ class LossConfig(Config):
     """Weight of the mean squared error between student and target patch tokens."""
     pooled: NonNegativeFloat = 1.0
     """Weight of the same two terms on the pooled output (CLS), against the unmoved teacher view."""
-    relocation: NonNegativeFloat = 1.0
+    relocation: NonNegativeFloat = 0.3
     """Weight of the relocation term, where sinks with known causes are moved into the registers."""
 
 
@@ -299,7 +299,7 @@ PAPER_CLIP: dict[str, Any] = PAPER | {
 """PH-Reg for CLIP-type models, where it differs from the defaults (PH-Reg code, CLIP part)."""
 
 METHODS: dict[str, dict[str, Any]] = {
-    "relocate": {"epochs": 8},
+    "relocate": {"epochs": 8, "views.fill": "surroundings"},
     "paper": PAPER,
     "test-time": {"registers": 1},
 }

@@ -38,7 +38,7 @@ def test_the_default_method_relocates_and_runs_for_eight_epochs_unless_told_othe
     resolved = config.resolve()
     assert resolved.method == "relocate"
     assert (resolved.epochs, resolved.steps) == (8, None)
-    assert resolved.register_init == "triggers"
+    assert (resolved.register_init, resolved.views.fill) == ("triggers", "surroundings")
     assert config.resolve(None, {"steps": 5}).epochs is None
     assert config.resolve(None, {"method": "test-time"}).registers == 1
 
@@ -49,7 +49,7 @@ def test_a_method_that_does_not_train_takes_no_length_of_training(length):
         config.resolve(None, {"method": "test-time", length: 5})
     paper = config.resolve(None, {"method": "paper"})
     assert (paper.epochs, paper.register_init, paper.target.keep) == (1, "randn", False)
-    assert paper.data.limit == "all"
+    assert (paper.data.limit, paper.views.fill) == ("all", "white")
 
 
 def test_the_paper_means_other_settings_for_clip():

@@ -39,7 +39,7 @@ from phreg.evaluation.records import Metrics, Results, summarise, versions
 from phreg.images import SUFFIXES
 from phreg.trainer import keep_freed_memory
 
-METHODS = ("raw", "test-time", "paper", "relocate", "fill-surroundings")
+METHODS = ("raw", "test-time", "paper", "before", "relocate")
 Row = result_file.Row
 
 
