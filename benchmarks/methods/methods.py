@@ -69,8 +69,8 @@ VARIANTS: dict[str, Settings | Callable[[int | None, int], Settings]] = {
     "relocation-0.1": {"loss.relocation": 0.1},
     "paper-4": {"method": "paper", "epochs": 4},  # takes as long as `relocate`
 }
-"""Ablations: of `before`, each one setting away, then of `relocate`; and a longer `paper`. Two need to know the
-emergence block or the depth."""
+"""Ablations: of `before`, each one setting away, then of `relocate`; and a longer `paper`. Two need to know
+the emergence block or the depth."""
 
 ROWS = (*UNTRAINED, *METHODS, *VARIANTS)
 """Everything that `--methods` takes, in the order of the table."""
