@@ -11,8 +11,9 @@ with its clean twin. So are students, models that phreg trained by teachers of a
 
 import argparse
 import sys
-from collections import Counter
 from collections.abc import Callable
+from functools import partial
+from itertools import product
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -97,20 +98,20 @@ class Bench:
             for name, reference in self.references.items()
         }
 
-    def student(self, run: str) -> dict[str, Any]:
+    def student(self, run: Path) -> dict[str, Any]:
         """Compares a model that was trained."""
-        student = open_model(run)[0].eval()
+        student = open_model(str(run))[0].eval()
         return self.row(lambda place: student(self.images[place]).patches)
 
-    def teacher(self, fill: Any, seed: int) -> Callable[[int], Tensor]:
-        """Reads the teacher with the default views, filled in a way."""
+    def teacher(self, fill: Any, seed: int) -> dict[str, Any]:
+        """Compares the teacher with the default views, filled in a way."""
         teacher = Teacher(self.raw, self.views(fill, ViewsConfig().count))
 
         def read(place: int) -> Tensor:
             images, around = self.seen(fill, place)
             return teacher(images, keyed_generator("views", seed, place), around).patches
 
-        return read
+        return self.row(read)
 
 
 def table(results: dict[str, Any]) -> str:
@@ -134,8 +135,22 @@ def _mean(figures: list[float | None]) -> str:
     return f"{mean(known):.3f}" if known else "-"
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Makes the rows and prints the table."""
+def _order(key: str) -> tuple[int, str]:
+    name, _, one = key.partition("/")
+    averages = (f"all views, {fill}" for fill in REFERENCES)
+    students = (f"student of {fill}" for fill in FILLS)
+    return ["the model itself", *averages, *FILLS, *students].index(name), one
+
+
+def _student(text: str) -> tuple[str, Path]:
+    fill, _, run = text.partition("=")
+    if fill not in FILLS:
+        raise argparse.ArgumentTypeError(f"no fill {fill!r}; there are {', '.join(FILLS)}")
+    return fill, Path(run)
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """Reads the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -144,14 +159,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--count", type=int, default=48, help="measured images to read")
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument(
-        "--student", action="append", default=[], help="FILL=RUN: a model that a teacher of that fill trained"
+        "--student", type=_student, action="append", default=[], help="FILL=RUN: a model so taught"
     )
     parser.add_argument("--output", type=Path)
     parser.add_argument("--table", type=Path, help="only print this result file")
     options = parser.parse_args(arguments)
     if options.table:
-        print(table(result_file.read(options.table)))
-        return
+        return options
     if not (options.model and options.output):
         parser.error("give MODEL and --output, or --table FILE")
     kind = planted_models.kind_of(options.model)
@@ -159,19 +173,29 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(f"no planted model {kind!r}; there are {', '.join(planted_models.BUILDS)}")
     if kind is None and options.images is None:
         parser.error("--images: give a folder of images; only planted models have photographs of their own")
+    return options
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Makes the rows that are missing and prints the table."""
+    options = parse(arguments)
+    if options.table:
+        print(table(result_file.read(options.table)))
+        return
     bench = Bench(options)
-    rows = {"the model itself": bench.row(lambda place: bench.raw(bench.images[place]).patches)}
+    rows: dict[str, Callable[[], dict[str, Any]]] = {
+        "the model itself": lambda: bench.row(lambda place: bench.raw(bench.images[place]).patches)
+    }
     for name, reference in bench.references.items():
-        if name != "clean twin":
-            rows[f"all views, {name}"] = bench.row(reference)
-    for fill in FILLS:
-        for seed in range(options.seeds):
-            rows[f"{fill}/{seed}"] = bench.row(bench.teacher(fill, seed))
-    taught = Counter()
-    for fill, _, run in (student.partition("=") for student in options.student):
-        rows[f"student of {fill}/{taught[fill]}"] = bench.student(run)
-        taught[fill] += 1
-    result_file.add(options.output, bench.protocol, rows, list(rows).index)
+        if name in REFERENCES:
+            rows[f"all views, {name}"] = partial(bench.row, reference)
+    for fill, seed in product(FILLS, range(options.seeds)):
+        rows[f"{fill}/{seed}"] = partial(bench.teacher, fill, seed)
+    for fill, run in options.student:
+        rows[f"student of {fill}/{run.name}"] = partial(bench.student, run)
+    known = result_file.add(options.output, bench.protocol, {}, _order)
+    for key in rows.keys() - known.keys():
+        result_file.add(options.output, bench.protocol, {key: rows[key]()}, _order)
     print(table(result_file.read(options.output)))
 
 
