@@ -14,63 +14,58 @@ Settings = Mapping[str, Any]
 UNTRAINED = ("raw", "teacher")
 """Rows that distil nothing."""
 
-BEFORE: Settings = {"views.fill": "white", "loss.relocation": 1.0}
-"""What the defaults of `relocate` were when its parts were told apart."""
-
 METHODS: dict[str, Settings] = {
     "test-time": {"method": "test-time"},
     "paper": {"method": "paper", "epochs": 1},  # as many views of the teacher as 8 epochs of kept targets
-    "no-registers": BEFORE | {"registers": 0},
-    "registers-only-distilled": BEFORE | {"loss.relocation": 0.0},
+    "no-registers": {"registers": 0},
+    "registers-only-distilled": {"loss.relocation": 0.0},
     # Its pooled term wants the unmoved view alone, so a target is one forward.
-    "relocation-only": BEFORE | {"loss.cosine": 0.0, "loss.mse": 0.0, "views.count": 1},
-    "before": BEFORE,
+    "relocation-only": {"loss.cosine": 0.0, "loss.mse": 0.0, "views.count": 1},
+    "before": {"views.fill": "white", "loss.relocation": 1.0},
     "relocate": {},
 }
-"""Methods: settings that differ from the defaults; parts are those of `before`."""
+"""Methods: settings that differ from the defaults. `before` is what the defaults of `relocate` were once."""
 
 
 def from_block(first: int | None, depth: int) -> Settings:
     """Unlocks embeddings as the defaults do, but blocks only from `first` on (None: all of them)."""
     blocks = (f"block.{index}" for index in range(first or 0, depth))
-    return BEFORE | {"unlock.roles": ("pos_embed", "patch_embed", *blocks)}
+    return {"unlock.roles": ("pos_embed", "patch_embed", *blocks)}
 
 
 def low_rank(_first: int | None, depth: int) -> Settings:
     """Unlocks embeddings as the defaults do, and LoRA on all blocks in their place."""
-    return BEFORE | {
-        "unlock.roles": ("pos_embed", "patch_embed"),
-        "unlock.lora.rank": 16,
-        "unlock.lora.blocks": depth,
-    }
+    roles = ("pos_embed", "patch_embed")
+    return {"unlock.roles": roles, "unlock.lora.rank": 16, "unlock.lora.blocks": depth}
 
 
 VARIANTS: dict[str, Settings | Callable[[int | None, int], Settings]] = {
-    "views-5": BEFORE | {"views.count": 5},
-    "views-20": BEFORE | {"views.count": 20},
-    "registers-1": BEFORE | {"registers": 1},
-    "registers-16": BEFORE | {"registers": 16},
-    "registers-randn": BEFORE | {"register_init": "randn"},
-    "images-125": BEFORE | {"data.limit": 125},
-    "images-250": BEFORE | {"data.limit": 250},
-    "epochs-2": BEFORE | {"epochs": 2},
-    "epochs-4": BEFORE | {"epochs": 4},
-    "epochs-16": BEFORE | {"epochs": 16},
-    "fill-reflect": BEFORE | {"views.fill": "reflect"},
-    "fill-mean": BEFORE | {"views.fill": "mean"},
-    "fill-valid-crop": BEFORE | {"views.fill": "valid-crop"},
-    "unlock-paper": BEFORE | {"unlock.roles": ("pos_embed", "patch_embed", "block.-1")},
+    "views-5": {"views.count": 5},
+    "views-20": {"views.count": 20},
+    "registers-1": {"registers": 1},
+    "registers-16": {"registers": 16},
+    "registers-randn": {"register_init": "randn"},
+    "images-125": {"data.limit": 125},
+    "images-250": {"data.limit": 250},
+    "epochs-2": {"epochs": 2},
+    "epochs-4": {"epochs": 4},
+    "epochs-16": {"epochs": 16},
+    "fill-white": {"views.fill": "white"},
+    "fill-reflect": {"views.fill": "reflect"},
+    "fill-mean": {"views.fill": "mean"},
+    "fill-valid-crop": {"views.fill": "valid-crop"},
+    "unlock-paper": {"unlock.roles": ("pos_embed", "patch_embed", "block.-1")},
     "unlock-from-emergence": from_block,
     "lora-16": low_rank,
-    "pooled-0": BEFORE | {"loss.pooled": 0.0},
-    "pooled-2": BEFORE | {"loss.pooled": 2.0},
-    "ema": BEFORE | {"optim.ema": 0.98},  # 248 steps: an average over the last 50
+    "pooled-0": {"loss.pooled": 0.0},
+    "pooled-2": {"loss.pooled": 2.0},
+    "ema": {"optim.ema": 0.98},  # 248 steps: an average over the last 50
     "relocation-1.0": {"loss.relocation": 1.0},
     "relocation-0.1": {"loss.relocation": 0.1},
     "paper-4": {"method": "paper", "epochs": 4},  # takes as long as `relocate`
 }
-"""Ablations: of `before`, each one setting away, then of `relocate`; and a longer `paper`. Two need to know
-the emergence block or the depth."""
+"""Ablations of `relocate`, each one setting away, and a longer `paper`. Two need to know the emergence block
+or the depth."""
 
 ROWS = (*UNTRAINED, *METHODS, *VARIANTS)
 """Everything that `--methods` takes, in the order of the table."""
