@@ -12,7 +12,7 @@ import os
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -38,7 +38,7 @@ from phreg.distillation import (
     compare_with_original,
     save,
 )
-from phreg.errors import ConfigError, DataError, PhregError
+from phreg.errors import ConfigError, DataError, PhregError, PushError
 from phreg.evaluation import object_discovery
 from phreg.evaluation.feature_cache import GIGABYTE, FeatureCache
 from phreg.evaluation.features import FeatureReader
@@ -92,14 +92,14 @@ class Distilled:
         norms: The norms that show nothing to repair, where that is so; None otherwise.
     """
 
-    model: nn.Module
+    model: nn.Module = field(repr=False)
     run: Path
-    sinks: Sinks | None
+    sinks: Sinks | None = field(repr=False)
     outcome: Outcome | None
-    comparison: Comparison | None
+    comparison: Comparison | None = field(repr=False)
     failures: list[str]
     main_process: bool
-    norms: NormReport | None = None
+    norms: NormReport | None = field(default=None, repr=False)
 
 
 def distill(
@@ -262,7 +262,7 @@ def load(
 
 
 def export(
-    model: Model, path: str | os.PathLike[str], *, format: str, revision: str | None = None
+    model: Model, path: str | os.PathLike[str], format: str, *, revision: str | None = None
 ) -> list[Equality]:
     """Writes a patched model as a folder that its format's own library loads, and checks that it does.
 
@@ -337,6 +337,8 @@ def push(
         PushError: Token, permission or network is missing, or a folder or repository holds something else.
         PhregError: The model cannot be read, or cannot take the format.
     """
+    if repository.count("/") != 1:
+        raise PushError(f"asked to push to {repository!r}, which is no name of a repository; give owner/name")
     found = resolve.locate(model)
     record = record_of(found)
     kind = OWN_FORMATS.get(record["format"], record["format"]) if record else None
@@ -344,6 +346,8 @@ def push(
         if format not in (None, kind):
             export(model, Path(scratch) / "export", format=format)
             found = resolve.locate(Path(scratch) / "export")
+        else:
+            tell_failures(found)
         folder = Path(scratch) / "push" if dry_run is None else Path(dry_run)
         written = publish.assemble(found, folder, repository)
         files = sorted(path for path in folder.rglob("*") if path.is_file())
@@ -465,6 +469,9 @@ def inspect(
         check_output(Path(output), images if isinstance(images, str | os.PathLike) else None)
     if device is not None:
         _usable(device)
+    for other in against:  # now, so that a typo costs no look at the first
+        if not isinstance(other, nn.Module) and os.fspath(other) != "demo":
+            resolve.locate(other)
     looks = [
         _look(name, given, images, size, count, labels, queries, device, observe or (lambda *_: None))
         for name, given in _short(_named([model, *against])).items()
@@ -588,10 +595,12 @@ def _check_names(models: Sequence[Any], baseline: Any, data: Any) -> None:
     """Refuses what names neither models nor data, such as a list of them."""
     given = [*models, *([] if baseline is None else [baseline])]
     wrong = [type(model).__name__ for model in given if not isinstance(model, str | os.PathLike | nn.Module)]
-    if wrong or not models:
+    if not models:
+        raise PhregError("asked to evaluate no model; name one or more: phreg evaluate MODEL… --task TASK …")
+    if wrong:
         raise PhregError(
             f"asked to evaluate {len(models)} models, {len(wrong)} of which are none: "
-            f"{', '.join(wrong) or '-'}; give names, folders or instances, one or more, each on its own: "
+            f"{', '.join(wrong)}; give names, folders or instances, one or more, each on its own: "
             "phreg.evaluate(a, b, task=…)"
         )
     if not isinstance(data, str | os.PathLike):

@@ -13,6 +13,7 @@ crash leaves the old file or the new one.
 """
 
 import json
+import logging
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -44,6 +45,8 @@ from phreg.storage import (
     replacing,
     write_file,
 )
+
+logger = logging.getLogger(__name__)
 
 LIBRARIES = ("torch", "timm", "transformers", "open_clip_torch")
 """Packages whose versions an adapter records."""
@@ -121,6 +124,8 @@ def start_run(path: Path, config: DistillConfig, *, resume: bool) -> RunFolder:
     check_free(path, resume=resume)
     if resume and run.recipe.exists():
         _check_same(run, config)
+    elif resume:
+        logger.info("there is no run in %s to go on with: starting one", path)
     path.mkdir(parents=True, exist_ok=True)
     write_text(run.recipe, to_toml(config))
     return run

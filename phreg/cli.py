@@ -209,7 +209,7 @@ def export(
     table = Table("size", "largest difference", "relative", "equal")
     for size in api.export(model, output, format=format, revision=revision):
         pixels = f"{size.size[0]}x{size.size[1]}"
-        equal = "yes" if size.claimed else "no, use another size"
+        equal = "yes" if size.claimed else "no: differs at this size"
         table.add_row(pixels, f"{size.difference:.1e}", f"{size.relative:.1e}", equal)
     console.print(table)
     console.print(f"Written and loaded back by {format}: {output}", highlight=False)
@@ -387,7 +387,7 @@ def show(
     if json:
         console.print_json(data=shown.to_json())
         return
-    table = Table(show_header=False)
+    table = Table("", Column("", overflow="fold"), show_header=False)
     for name, value in _described(shown):
         table.add_row(name, escape(value))
     console.print(table)
@@ -503,6 +503,12 @@ def _show(result: Any) -> None:
         return
     apart = "not trained on" if result.comparison.held_out else "that were trained on too"
     _table(result.comparison.rows(), title=f"on {result.comparison.images} images {apart}")
+    before, after = (norms.outlier_rate for norms in result.comparison.norms)
+    if before and after > REMAINING * before:
+        console.print(
+            f"{after / before:.0%} of the artifacts remain. Train on more images, or for more epochs.",
+            highlight=False,
+        )
     for failure in result.failures:
         console.print(f"[bold red]Gate failed:[/] {escape(failure)}.", highlight=False)
     if result.failures:
@@ -519,6 +525,9 @@ LOADED: dict[Format, str] = {
     "adapter": 'phreg.load("{folder}")',
 }
 """What loads an export."""
+
+REMAINING = 0.05
+"""Share of the artifacts that a run may leave without a word."""
 
 GATE_FAILED = 3
 """Exit status of a run, or of an evaluation, that found something worse than its gates allow."""
@@ -548,6 +557,9 @@ def _described(shown: Any) -> list[tuple[str, str]]:
         "no": "no, the base at hand has other weights",
         "unknown": "not checked; give the base by --base",
     }
+    gates = "none failed" if shown.figures else "not asked"
+    if shown.failures:
+        gates = f"failed: {'; '.join(shown.failures)}"
     sizes = (f"{high}x{wide} {'yes' if claimed else 'no'}" for (high, wide), claimed in shown.sizes)
     lines = [
         ("format", f"{shown.format}, version {shown.format_version}"),
@@ -557,6 +569,7 @@ def _described(shown: Any) -> list[tuple[str, str]]:
         ("base sha256", base.sha256 if base else "-"),
         ("registers", str(shown.registers)),
         ("method", "-" if shown.method is None else f"{shown.method}, {shown.steps} steps"),
+        ("gates", gates),
         ("tensors", f"{shown.tensors}, {shown.num_bytes / 1e6:.2f} MB"),
         ("equal at", ", ".join(sizes) or "-"),
         ("versions", ", ".join(f"{name} {number}" for name, number in shown.versions.items())),

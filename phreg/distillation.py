@@ -63,7 +63,7 @@ def add_configured(student: Backbone, sinks: Sinks | None, config: DistillConfig
     elif sinks is None:
         add_registers(student, config.registers, "randn", config.seed)
     elif config.registers:
-        student.insert_registers(starting_tokens(sinks, config.registers))
+        student.insert_registers(starting_tokens(sinks, config.registers, config.seed))
     return Relocation(student, sinks) if known and sinks is not None and config.method == "relocate" else None
 
 
@@ -147,7 +147,7 @@ def save(
         "figures": comparison.to_json() if comparison else None,
     }
     if comparison:
-        _report(run, student, original, base, config, sinks, comparison)
+        _report(run, student, original, base, config, sinks, comparison, failures)
     tower = describe_tower(original)
     # Last, for what has an adapter is a finished run.
     save_adapter(run.model, student, base, original.disk_state(), record, model_card, tower=tower)
@@ -161,6 +161,7 @@ def _report(
     config: DistillConfig,
     sinks: Sinks | None,
     comparison: Comparison,
+    failures: Sequence[str],
 ) -> None:
     """Writes what the run changed: figures.json, and a page with the models side by side."""
     if (run.report / "inspect.json").exists():  # of a verdict that --force overrode
@@ -172,4 +173,5 @@ def _report(
     after = of_survey(student, "after", surveys[1], features[1], sinks=None)
     title = f"{called(base.source)}, before and after {config.registers} registers"
     origin = Origin.of("distill", configuration.flatten(config.model_dump(mode="json", exclude_none=True)))
-    write_report(run.report / "report.html", comparison_page(title, comparison, before, after, origin))
+    page = comparison_page(title, comparison, before, after, origin, failures=failures)
+    write_report(run.report / "report.html", page)

@@ -75,7 +75,12 @@ STOCK: dict[str, tuple[str, str]] = {
         "from transformers import AutoModel\n\n"
         'model = AutoModel.from_pretrained("{repository}", trust_remote_code=True)',
     ),
-    "onnx": ("onnxruntime", ""),
+    "onnx": (
+        "onnxruntime",
+        'import onnxruntime\n\nsession = onnxruntime.InferenceSession("model.onnx")  # of {repository}\n'
+        "# images: normalised, float32, (batch, 3, height, width)\n"
+        'patches, pooled = session.run(["patches", "pooled"], {{"images": images}})',
+    ),
 }
 """Format -> the library that loads it without phreg, and how."""
 
@@ -182,10 +187,10 @@ def _use(record: Mapping[str, Any], place: str, name: str) -> Iterator[str]:
     if code:
         yield f"Without phreg, in {library} as it is:"
         yield f"```python\n{code.format(repository=place)}\n```"
+        if record["format"] == "onnx":
+            yield "The graph ends with the features; a classifier or a text tower is not in it."
+            return
         yield "With phreg:"
-    elif library:
-        yield f"The model runs in {library}, without phreg."
-        return
     if record["format"] == ADAPTER_FORMAT:
         yield "An adapter: the registers and the weights retrained with them, put onto the base by phreg."
     yield f'```python\nimport phreg\n\nmodel = phreg.load("{place}")\n```'
@@ -259,7 +264,7 @@ def _equality(sizes: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     yield "## Equality to the trained model"
     rows = [
         f"| {size['size'][0]}x{size['size'][1]} | {size['relative']:.1e} | "
-        f"{'yes' if size['claimed'] else 'no, use another size'} |"
+        f"{'yes' if size['claimed'] else 'no: differs at this size'} |"
         for size in sizes
     ]
     yield "\n".join(["| pixels | largest relative difference | equal |", "| --- | --- | --- |", *rows])

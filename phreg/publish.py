@@ -67,6 +67,7 @@ def assemble(found: Located, folder: Path, repository: str) -> dict[str, Any]:
     exported = (found.folder / EXPORT_FILE).is_file()
     names = _visible(found.folder) if exported else [Path(OWN_FILES[record["format"]])]
     license = base_license(record.get("base") or {})
+    _tell_of_base(record)
     record = public(record)
     try:
         with replacing(folder.resolve()) as unfinished:
@@ -85,11 +86,11 @@ def assemble(found: Located, folder: Path, repository: str) -> dict[str, Any]:
 
 
 def public(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Takes paths of this disk out of a record; what is left of a base in a folder is its hash."""
+    """Takes paths of this disk out of a record; what is left of one is its last part."""
     shown = dict(record)
     base = shown.get("base")
     if base and Path(base["source"]).is_absolute():
-        shown["base"] = base | {"source": "instance"}
+        shown["base"] = base | {"source": Path(base["source"]).name}
     if shown.get("run"):
         shown["run"] = public(shown["run"])
     if shown.get("recipe"):
@@ -103,6 +104,17 @@ def public(record: Mapping[str, Any]) -> dict[str, Any]:
             "skipped": [_bare(name) for name in shown["outcome"]["skipped"]]
         }
     return shown
+
+
+def _tell_of_base(record: Mapping[str, Any]) -> None:
+    """Says what an adapter's base is to others, where it is no repository."""
+    source = str((record.get("base") or {}).get("source", ""))
+    if record["format"] == ADAPTER_FORMAT and Path(source).is_absolute():
+        logger.warning(
+            "the base is a folder here, %s: others find it where timm or a hub has the same weights by that "
+            "name, and else load the adapter by phreg.load(…, into=model)",
+            Path(source).name,
+        )
 
 
 def base_license(base: Mapping[str, Any]) -> License:

@@ -40,6 +40,7 @@ class Shown:
         method: The method of the run; None where it does not say.
         steps: Optimizer steps of the run; None where it does not say.
         figures: Before and after; empty where nothing was measured.
+        failures: What the run made worse than its gates allow, in words.
         sizes: Image sizes (height, width) that an export was measured at, and whether it is the model there.
         tensors: Tensors in its files.
         num_bytes: Bytes that they take.
@@ -57,6 +58,7 @@ class Shown:
     method: str | None
     steps: int | None
     figures: tuple[Row, ...]
+    failures: tuple[str, ...]
     sizes: tuple[tuple[tuple[int, int], bool], ...]
     tensors: int
     num_bytes: int
@@ -104,6 +106,7 @@ def show(source: str | os.PathLike[str], *, revision: str | None = None, base: M
         method=(run.get("recipe") or {}).get("method"),
         steps=(run.get("outcome") or {}).get("steps"),
         figures=tuple(table(run["figures"])) if run.get("figures") else (),
+        failures=tuple((run.get("gates") or {}).get("failures", ())),
         sizes=tuple((tuple(size["size"]), size["claimed"]) for size in record.get("equality") or ()),
         tensors=tensors,
         num_bytes=num_bytes,

@@ -13,7 +13,7 @@ The third step is the proof, and no threshold is needed before it. While outlier
 where the remaining ones emerge, so that several kinds of sink are found, at several blocks. Where holding
 units does not help, attention or the input makes the sinks; then no unit is named.
 
-Units that answer to the same outliers are one kind, and each kind has triggers of its own: what sets off one
+Units that answer to the same outliers are one kind, and each kind has a trigger of its own: what sets off one
 leaves the units of another silent.
 """
 
@@ -104,8 +104,8 @@ class Sinks:
         attention: Share of CLS attention (where there is no CLS, of the patches') that falls on outliers,
             block by block.
         triggers: For each kind of sink, what enters the blocks at its outliers, before any norm: the mean at
-            each position, the positions with most outliers first. Where units of several kinds are known, a
-            kind's outliers are those that its units answer to; otherwise there is one kind, and all are its.
+            the position that has most. Where units of several kinds are known, a kind's outliers are those
+            that its units answer to; otherwise there is one kind, and all are its.
     """
 
     norms: NormReport
@@ -114,7 +114,7 @@ class Sinks:
     explained: float
     chain: tuple[Unit, ...]
     attention: tuple[float, ...] | None
-    triggers: tuple[Float[Tensor, "_ width"], ...]
+    triggers: Float[Tensor, "kinds width"]
 
     @property
     def fixed(self) -> bool:
@@ -182,7 +182,7 @@ def locate(backbone: Backbone, batches: Sequence[Images], norms: NormReport | No
         explained=1 - found.count / plain.count,
         chain=_chain(backbone, batches, plain, units),
         attention=_attention_share(backbone, batches, plain),
-        triggers=tuple(_triggers(backbone, batches, masks) for masks in members),
+        triggers=torch.stack([_trigger(backbone, batches, masks) for masks in members]),
     )
 
 
@@ -390,22 +390,20 @@ def _relative_levels(
         yield (torch.stack(found, dim=1) - ordinary) / (level - ordinary)
 
 
-def _triggers(
+def _trigger(
     backbone: Backbone, batches: Sequence[Images], masks: Sequence[Bool[Tensor, "_ patches"]]
-) -> Float[Tensor, "positions width"]:
-    """Averages what enters the blocks at outliers, position by position, those with most outliers first."""
+) -> Float[Tensor, " width"]:
+    """Averages what enters the blocks at outliers, at the position that has most of them."""
+    counts = torch.stack([mask.sum(0).cpu() for mask in masks]).sum(0)
+    position = int(counts.argmax())
     entered: list[Tensor] = []
-    totals, counts = [], []
+    total = torch.zeros((), dtype=torch.float64)
     with ahead_of(backbone.entrance, lambda _module, args: entered.append(args[0])):
         for images, mask in zip(batches, masks, strict=True):
             backbone.run(images)
-            entry = backbone.layout(images).patches(entered.pop()).float()
-            totals.append(torch.einsum("bp,bpw->pw", mask.float(), entry).cpu().double())
-            counts.append(mask.sum(0).cpu())
-    total, count = torch.stack(totals).sum(0), torch.stack(counts).sum(0)
-    order = count.argsort(descending=True, stable=True)
-    order = order[count[order] > 0]
-    return (total[order] / count[order].unsqueeze(-1)).float()
+            there = backbone.layout(images).patches(entered.pop())[mask[:, position], position]
+            total = total + there.float().sum(0).cpu().double()
+    return (total / counts[position]).float()
 
 
 def _attention_share(

@@ -190,7 +190,7 @@ def train(  # noqa: C901 (the loop reads straight down)
         if silenced and config.loss.relocation and accelerator.is_main_process:
             logger.warning(
                 "no register took over hidden units %s, which cause sinks: these were silenced rather than "
-                "moved; more --registers may help",
+                "moved; train longer, or with a larger --loss.relocation",
                 ", ".join(silenced),
             )
     if kept_targets is not None and accelerator.is_main_process:

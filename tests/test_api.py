@@ -419,6 +419,9 @@ def test_a_run_that_fails_a_gate_says_so_in_words_in_its_record_and_on_its_card(
     card = (tmp_path / "run" / "model" / "README.md").read_text()
     assert "**Failed its gates:** " in card
     assert all(failure in card for failure in result.failures)
+    assert phreg.show(result.run).failures == tuple(result.failures)
+    headline = (result.run / "report" / "report.html").read_text().partition("</header>")[0]
+    assert headline.count("Gate failed: ") == len(result.failures)
 
 
 def test_a_failed_gate_is_logged_by_the_run_and_by_whatever_loads_its_model(saved, photos, tmp_path, caplog):
@@ -433,6 +436,7 @@ def test_a_failed_gate_is_logged_by_the_run_and_by_whatever_loads_its_model(save
         lambda: phreg.load(run, into=base),
         lambda: phreg.export(run, tmp_path / "out", format="adapter"),
         lambda: phreg.load(tmp_path / "out"),
+        lambda: phreg.push(run, "me/vit", dry_run=tmp_path / "dry"),
     ):
         caplog.clear()
         load()

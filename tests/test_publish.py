@@ -196,12 +196,14 @@ def test_of_many_images_and_layers_the_maps_of_a_few_are_pushed_and_none_that_sh
 
 
 def test_an_adapter_of_a_local_base_names_it_without_its_path_and_goes_into_a_model_at_hand(
-    saved, photos, tmp_path
+    saved, photos, tmp_path, caplog
 ):
     result = api.distill(saved, photos, tmp_path / "run", **QUICK)
     phreg.push(tmp_path / "run", "me/vit-reg", dry_run=tmp_path / "dry")
-    settings, _ = card_of(tmp_path / "dry")
+    assert f"the base is a folder here, {saved.name}: others find it where" in caplog.text
+    settings, text = card_of(tmp_path / "dry")
     assert "base_model" not in settings
+    assert f"Made from `{saved.name}`" in text
     with pytest.raises(LoadError, match="into=model"):
         phreg.load(tmp_path / "dry")
     base = timm.create_model(f"local-dir:{saved}", pretrained=True)

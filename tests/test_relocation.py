@@ -13,7 +13,7 @@ from phreg.analysis.norms import outliers
 from phreg.backbones.resolve import adapt
 from phreg.config import LoraConfig, UnlockConfig
 from phreg.hidden_units import Reading
-from phreg.registers import add_registers
+from phreg.registers import add_registers, initial_registers
 from phreg.relocation import Relocation, deal, starting_tokens
 from phreg.sinks import Sinks, Unit, locate
 from phreg.unlock import merge_lora, unlock
@@ -26,9 +26,9 @@ def sinks(*units):
         for block, index, level, *kind in units
     )
     norms = outliers(Planted(), [pictures()])
-    # Triggers of 2 positions for the first kind, 3 for the second, each row told by its value.
-    triggers = [10 * kind + torch.arange(2.0 + kind)[:, None].expand(-1, 32) for kind in range(3)]
-    return Sinks(norms, 0, causes, 1.0, (), None, tuple(triggers[: 1 + max(unit.kind for unit in causes)]))
+    # Each kind's trigger is told by its value.
+    triggers = torch.arange(1.0 + max(unit.kind for unit in causes))[:, None].expand(-1, 32)
+    return Sinks(norms, 0, causes, 1.0, (), None, triggers)
 
 
 @pytest.fixture
@@ -75,23 +75,23 @@ def test_several_units_and_blocks_count_alike(patched):
 @pytest.mark.parametrize(
     ("registers", "kinds", "dealt"),
     [
-        (4, 1, [[0], [0], [0], [0]]),
-        (4, 2, [[0], [1], [0], [1]]),
+        (4, 1, [[0], [], [], []]),
+        (4, 2, [[0], [1], [], []]),
         (2, 3, [[0, 2], [1]]),
         (1, 2, [[0, 1]]),
         (3, 3, [[0], [1], [2]]),
     ],
 )
-def test_kinds_are_dealt_out_in_turn(registers, kinds, dealt):
+def test_each_kind_has_a_register_and_what_remains_is_free(registers, kinds, dealt):
     assert deal(registers, kinds) == dealt
 
 
-def test_registers_start_from_triggers_of_their_kinds_the_most_frequent_first():
+def test_registers_start_from_the_triggers_of_their_kinds_and_free_ones_at_random():
     two = sinks((1, 5, 10.0, 0), (1, 6, 10.0, 1))
-    # Kind 0 has triggers 0 and 1, kind 1 has 10, 11 and 12.
-    assert starting_tokens(two, 6)[:, 0].tolist() == [0, 10, 1, 11, 0, 12]
-    assert starting_tokens(two, 1)[:, 0].tolist() == [5], "halfway between the first of both"
-    assert starting_tokens(sinks((1, 5, 10.0)), 3)[:, 0].tolist() == [0, 1, 0]
+    tokens = starting_tokens(two, 4, seed=3)
+    assert torch.equal(tokens[:2], two.triggers)
+    assert torch.equal(tokens[2:], initial_registers(4, 32, seed=3)[2:])
+    assert (starting_tokens(two, 1, seed=3) == 0.5).all(), "halfway between both"
 
 
 def test_a_register_is_asked_for_the_units_of_its_own_kind_and_patches_for_none_of_any(patched):
@@ -107,11 +107,13 @@ def test_a_register_is_asked_for_the_units_of_its_own_kind_and_patches_for_none_
     assert relocation.loss({1: held}, IMAGES).item() == pytest.approx(1 / 2 + 0.5 / 2)
 
 
-def test_one_kind_with_several_registers_asks_each_of_them_alike(patched):
-    relocation = Relocation(patched, sinks((1, 5, 10.0), (1, 6, -4.0)))
-    held = reading(torch.tensor([10.0, -4.0]), 0.0, num_units=2)
-    held.hidden[:, 2, 0] = 0.0
-    assert relocation.loss({1: held}, IMAGES).item() == pytest.approx(1 / 4), "one unit, one register of two"
+def test_a_register_without_a_kind_is_asked_for_nothing(patched):
+    relocation = Relocation(patched, sinks((1, 5, 10.0)))
+    held = reading(0.0, 0.0)
+    held.hidden[:, 1] = 10.0
+    assert relocation.loss({1: held}, IMAGES) == 0
+    held.hidden[:, 2] = 7.0
+    assert relocation.loss({1: held}, IMAGES) == 0
 
 
 def test_units_that_no_register_asked_for_them_holds_are_named(patched):
@@ -193,7 +195,7 @@ def test_the_loss_is_in_full_precision_whatever_the_model_runs_in(patched):
 def test_training_moves_the_demonstrations_sinks_into_registers_and_keeps_them_there():
     backbone, images = adapt(demo.demo_model()), photographs(every=12)
     found = locate(backbone, images.split(8))
-    backbone.insert_registers(starting_tokens(found, 2))
+    backbone.insert_registers(starting_tokens(found, 2, seed=0))
     relocation = Relocation(backbone, found)
     rows = backbone.model.blocks[demo.SINK_BLOCK].mlp.fc1
     optimizer = torch.optim.Adam(

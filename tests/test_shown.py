@@ -111,6 +111,7 @@ def test_the_command_prints_lines_and_json(run, capsys):
         "phreg-adapter, version 1",
         "relocate, 2 steps",
         "the base at hand is the one",
+        "none failed",
         "outlier rate",
     ):
         assert part in printed

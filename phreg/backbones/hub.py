@@ -84,8 +84,6 @@ def upload(
             Then there is no commit.
     """
     asked = f"asked to push to '{repository}' of {constants.ENDPOINT}"
-    if repository.count("/") != 1:
-        raise PushError(f"{asked}, which is no name of a repository; give owner/name")
     if get_token() is None:
         raise PushError(
             f"{asked}, and there is no token; log in with `hf auth login`, or set HF_TOKEN to one that "

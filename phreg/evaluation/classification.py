@@ -46,8 +46,8 @@ class Settings(Config):
     """Classification from frozen global features."""
 
     methods: tuple[Literal["knn", "linear", "head", "zero-shot"], ...] = ("knn", "linear")
-    """What classifies: neighbours, a linear probe, the model's own head, or class names (CLIP, SigLIP). The
-    first is the headline."""
+    """What classifies: knn (neighbours), linear (a probe), head (the model's own) or zero-shot (class names,
+    with CLIP and SigLIP). The first is the headline."""
     features: tuple[Feature, ...] = ("pooled",)
     """What neighbours and probe are given. The first is the headline."""
     labels: str | None = None

@@ -29,7 +29,9 @@ class Settings(Config):
     """Segmentation by nearest neighbours of patches."""
 
     layout: str = "auto"
-    """Layout of the dataset; auto tells it by its folders."""
+    """Layout of the dataset: camvid, voc21, voc20, pascal-context-60 or -59, coco-stuff, coco-object,
+    ade20k, cityscapes or folder (images/, masks/ of class indices, 255 uncounted, classes.txt); auto tells it
+    by its folders."""
     reading: Reading = Reading(size=448)
     """Canvas of the pictures."""
     bank_size: PositiveInt = 50_000

@@ -1,13 +1,17 @@
 """How datasets lie on disk, and how the layout of a folder is told."""
 
+import logging
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from phreg.errors import DataError
 from phreg.images import some
+
+logger = logging.getLogger(__name__)
 
 Reader = TypeVar("Reader", bound=Callable[..., Any])
 
@@ -45,14 +49,21 @@ def find_layout(
     if not root.is_dir():
         raise DataError(f"cannot read {root}: there is no such folder; give --data the dataset's own folder")
     if layout == "auto":
-        found = next((known for known in layouts.values() if known.fits(root)), None)
-        if found is None:
+        name = next((name for name, known in layouts.items() if known.fits(root)), None)
+        if name is None:
             inside = sorted(path.name for path in root.iterdir())
             raise DataError(
                 f"{root} {lacking}: found {some(inside) or 'nothing'}; expected "
                 f"{'; '.join(f'{name}: {known.looks}' for name, known in layouts.items())}"
             )
-        return found
+        _tell(root, name)
+        return layouts[name]
     if layout not in layouts:
         raise DataError(f"layout {layout!r} asked of {root}; known are auto, {', '.join(layouts)}")
     return layouts[layout]
+
+
+@cache
+def _tell(root: Path, layout: str) -> None:
+    """Says, once, as what a folder is read."""
+    logger.info("%s is read in the layout %r", root, layout)

@@ -48,7 +48,8 @@ class Settings(Config):
     """A linear head of depth bins on frozen tokens."""
 
     layout: str = "auto"
-    """Layout of the dataset; auto tells it by what lies in the folder."""
+    """Layout of the dataset: nyu-mat, nyu-folders or folder (images/ and depths/, each with train/ and val/);
+    auto tells it by what lies in the folder."""
     unit: PositiveFloat | None = None
     """Metres a step of the depth maps; unset means 0.001 for PNG, 1 for .npy."""
     min_depth: PositiveFloat = 1e-3

@@ -33,7 +33,9 @@ class Settings(Config):
     """A linear head on frozen patch tokens."""
 
     layout: str = "auto"
-    """Layout of the dataset; auto tells it by its folders."""
+    """Layout of the dataset: camvid, voc21, voc20, pascal-context-60 or -59, coco-stuff, coco-object,
+    ade20k, cityscapes or folder (images/, masks/ of class indices, 255 uncounted, classes.txt); auto tells it
+    by its folders."""
     reading: Reading = Reading(size=448)
     """Canvas of the pictures when testing, and when training without crops."""
     augment: bool = False

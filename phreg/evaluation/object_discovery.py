@@ -45,7 +45,8 @@ class Settings(Config):
     algorithm: Literal["lost", "tokencut"] = "lost"
     """What finds the object."""
     layout: str = "auto"
-    """Layout of the dataset; auto tells it by its folders."""
+    """Layout of the dataset: voc, coco, boxes (images, boxes.json or boxes.csv) or masks (images/, masks/ of
+    0 and 255); auto tells it by its folders."""
     names: str | None = None
     """File of the images to use, a name or number a line; unset means VOC's trainval, COCO20k's list, or all
     of a folder."""

@@ -50,7 +50,9 @@ class Settings(Config):
     """Segmentation by the names of classes."""
 
     layout: str = "auto"
-    """Layout of the dataset; auto tells it by its folders."""
+    """Layout of the dataset: camvid, voc21, voc20, pascal-context-60 or -59, coco-stuff, coco-object,
+    ade20k, cityscapes or folder (images/, masks/ of class indices, 255 uncounted, classes.txt); auto tells it
+    by its folders."""
     reading: Reading = Reading(size=448, window=336, stride=112)
     """Canvas of the pictures, and windows; source, layer, readout, norm and unit are set by the task."""
     head: Head = "maskclip"

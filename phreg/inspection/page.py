@@ -53,7 +53,13 @@ def inspection_page(inspection: Inspection, origin: Origin = UNKNOWN) -> Page:
 
 
 def comparison_page(
-    title: str, comparison: Comparison, before: Inspection, after: Inspection, origin: Origin = UNKNOWN
+    title: str,
+    comparison: Comparison,
+    before: Inspection,
+    after: Inspection,
+    origin: Origin = UNKNOWN,
+    *,
+    failures: Sequence[str] = (),
 ) -> Page:
     """Builds the page about a model before and after.
 
@@ -63,6 +69,7 @@ def comparison_page(
         before: What was found about the original.
         after: What was found about the patched model.
         origin: How to make the report again.
+        failures: What became worse than its gates allow, in words.
     """
     models = (before, after)
     apart = "not trained on" if comparison.held_out else "that were trained on too"
@@ -70,7 +77,7 @@ def comparison_page(
     return _page(
         models,
         title=title,
-        verdict=outcome(comparison),
+        verdict=" ".join([outcome(comparison), *(f"Gate failed: {failure}." for failure in failures)]),
         measured=f"Measured on {comparison.images} images {apart}.",
         lines=[*figures, *_lines(models)[1:]],  # the first is the outlier rate again
         origin=origin,
