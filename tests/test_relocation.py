@@ -223,3 +223,26 @@ def test_training_moves_the_demonstrations_sinks_into_registers_and_keeps_them_t
     assert layout.patches(relative).amax() < 0.5
     norms = tokens.norm(dim=-1, keepdim=True)
     assert layout.registers(norms).mean() > 3 * layout.patches(norms).median()
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("registers", [1, 16])
+def test_a_real_sink_moves_into_a_register_however_many_there_are(real_model, real_data, registers):
+    from phreg import api
+    from phreg.data import centre_crops
+    from phreg.images import Subset, open_images
+
+    backbone, _ = api.open_model(str(real_model))
+    source = open_images(real_data / "imagenet_samples")
+    (images,) = centre_crops(backbone, Subset(source, range(8)), 224)
+    found = locate(backbone, [images])
+    backbone.insert_registers(starting_tokens(found, registers, seed=0))
+    relocation = Relocation(backbone, found)
+    optimizer = torch.optim.AdamW(backbone.parameters(), lr=1e-4)
+    for _ in range(10):
+        with relocation.listening() as hidden:
+            backbone.run(images)
+            relocation.loss(hidden, images).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert relocation.silenced(hidden) == []
