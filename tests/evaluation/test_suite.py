@@ -425,7 +425,7 @@ def test_a_gpu_that_is_not_there_is_said_before_anything_is_run(saved, colours, 
 def test_lists_of_models_or_of_data_are_refused(saved, colours):
     with pytest.raises(PhregError, match="are none: list"):
         api._check_names([["a", "b"]], None, colours)
-    with pytest.raises(PhregError, match="0 models"):
+    with pytest.raises(PhregError, match="no model; name one or more"):
         api._check_names([], saved, colours)
     with pytest.raises(PhregError, match="data of type list"):
         api._check_names([saved], None, [colours])
