@@ -5,7 +5,7 @@ norm is scaled down by that norm, and the artifacts stay (benchmarks/methods). A
 trouble. Its activation is asked to be high on the registers and absent from the patches, ahead of all that
 explodes:
 
-    loss = (h - A)² / A² on a register  +  sum over patches of max(h, 0) / A
+    loss = mean over registers of (h - A)² / A²  +  sum over patches of max(h, 0) / A
 
 h is the activation of a hidden unit, A its level on the original outliers (h has the sign of A), and both are
 means over units and images. On patches it counts as it is, for squared, a sink of a tenth of the height would
@@ -15,14 +15,18 @@ A unit that is off passes no gradient: a register that lost it, as the same weig
 would never find it again. So the gradient of a register's h is taken as if h stood in proportion to what its
 activation is computed from, as it does at A (straight-through; Bengio et al. 2013, arXiv 1308.3432).
 
-What sets off one kind of sink leaves the units of another off. So each kind has a register of its own, which
-starts from the kind's trigger and is asked for its units alone. Registers beyond those start at random and
-are free: copies of a trigger take from each other what sets the units off, and of eight of them none holds
-the sink in the end (benchmarks/methods). Of fewer registers than kinds, some hold several.
+What sets off one kind of sink leaves the units of another off. So kinds are dealt out to the registers in
+turn: a register starts from a trigger of its kind, and is asked for the units of its kind alone. A kind gets
+no more registers than an image has sinks of it. What remains starts at random and is free: tokens that are
+alike take from each other what sets the units off, and with too many none holds the sink in the end
+(benchmarks/methods). Of fewer registers than kinds, some hold several.
 
-    4 registers, 2 kinds: 0, 1, free, free        2 registers, 3 kinds: 0 and 2, 1
+    sinks an image        registers
+    4                     4:  0 0 0 0           16:  0 0 0 0, 12 free
+    4 and 1               4:  0 1 0 0            1:  0 and 1
 """
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -36,17 +40,30 @@ from phreg.registers import initial_registers
 from phreg.sinks import Sinks
 
 
-def deal(num_registers: int, num_kinds: int) -> list[list[int]]:
-    """Deals kinds of sink out to registers: each register's kinds, none where registers are the more."""
-    return [list(range(register, num_kinds, num_registers)) for register in range(num_registers)]
+def deal(num_registers: int, sinks_an_image: Sequence[int]) -> list[list[int]]:
+    """Deals kinds of sink out to registers, each once before any twice, given how many an image has of each.
+
+    Returns:
+        Each register's kinds: none where registers are the more, several where kinds are.
+    """
+    turns = range(max(sinks_an_image))
+    order = [kind for turn in turns for kind, count in enumerate(sinks_an_image) if turn < count]
+    dealt: list[list[int]] = [[] for _ in range(num_registers)]
+    for place, kind in enumerate(order[: max(num_registers, len(sinks_an_image))]):
+        dealt[place % num_registers].append(kind)
+    return dealt
 
 
 def starting_tokens(sinks: Sinks, num_registers: int, seed: int) -> Float[Tensor, "registers width"]:
-    """Starts registers as the triggers of their kinds (the mean of several), or at random without a kind."""
-    tokens = initial_registers(num_registers, sinks.triggers.shape[1], seed=seed)
-    for register, kinds in enumerate(deal(num_registers, len(sinks.triggers))):
+    """Starts registers from triggers of their kinds, the most frequent first, and at random without a kind.
+
+    A register of several kinds starts halfway between their triggers.
+    """
+    tokens = initial_registers(num_registers, sinks.triggers[0].shape[1], seed=seed)
+    unused = [iter(own) for own in sinks.triggers]
+    for register, kinds in enumerate(deal(num_registers, [len(own) for own in sinks.triggers])):
         if kinds:
-            tokens[register] = sinks.triggers[kinds].mean(0)
+            tokens[register] = torch.stack([next(unused[kind]) for kind in kinds]).mean(0)
     return tokens
 
 
@@ -70,7 +87,7 @@ class Relocation:
 
         self._level = {block: there([unit.level for unit in units]) for block, units in causes.items()}
         self._fed = {block: there([unit.fed for unit in units]) for block, units in causes.items()}
-        dealt = deal(backbone.num_registers, len(sinks.triggers))
+        dealt = deal(backbone.num_registers, [len(own) for own in sinks.triggers])
         self._asked = {
             block: there([[unit.kind in kinds for unit in units] for kinds in dealt])
             for block, units in causes.items()
@@ -91,19 +108,19 @@ class Relocation:
             # Zero, with a gradient.
             proportional = layout.registers(reading.fed).float() / self._fed[block]
             held = layout.registers(relative).detach() + (proportional - proportional.detach()).sum(-1)
-            on_registers = ((held - 1).square() * asked).sum(1).mean(0)
+            on_registers = ((held - 1).square() * asked).sum(1).mean(0) / asked.sum(0)
             on_patches = layout.patches(relative).clamp_min(0).sum(1).mean(0)
             terms.append(on_registers + on_patches)
         return torch.cat(terms).mean()
 
     @torch.no_grad()
     def silenced(self, readings: dict[int, Reading]) -> list[str]:
-        """Names the units, as block:unit, that their register does not hold at half their level."""
+        """Names the units, as block:unit, that no register asked for them holds at half their level."""
         start = self.backbone.spec.num_prefix
         names = []
         for block, reading in readings.items():
             asked, relative = self._asked[block], self._relative(block, reading)
-            held = (relative[:, start : start + len(asked)].mean(0) * asked).sum(0)
+            held = (relative[:, start : start + len(asked)].mean(0) * asked).amax(0)
             names += [f"{block}:{unit}" for unit in self._reader.units[block][held < 0.5].tolist()]
         return names
 

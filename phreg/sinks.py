@@ -13,7 +13,7 @@ The third step is the proof, and no threshold is needed before it. While outlier
 where the remaining ones emerge, so that several kinds of sink are found, at several blocks. Where holding
 units does not help, attention or the input makes the sinks; then no unit is named.
 
-Units that answer to the same outliers are one kind, and each kind has a trigger of its own: what sets off one
+Units that answer to the same outliers are one kind, and each kind has triggers of its own: what sets off one
 leaves the units of another silent.
 """
 
@@ -104,8 +104,9 @@ class Sinks:
         attention: Share of CLS attention (where there is no CLS, of the patches') that falls on outliers,
             block by block.
         triggers: For each kind of sink, what enters the blocks at its outliers, before any norm: the mean at
-            the position that has most. Where units of several kinds are known, a kind's outliers are those
-            that its units answer to; otherwise there is one kind, and all are its.
+            each of the positions that have most, as many as an image has on average. Where units of several
+            kinds are known, a kind's outliers are those that its units answer to; otherwise there is one
+            kind, and all are its.
     """
 
     norms: NormReport
@@ -114,7 +115,7 @@ class Sinks:
     explained: float
     chain: tuple[Unit, ...]
     attention: tuple[float, ...] | None
-    triggers: Float[Tensor, "kinds width"]
+    triggers: tuple[Float[Tensor, "_ width"], ...]
 
     @property
     def fixed(self) -> bool:
@@ -182,7 +183,7 @@ def locate(backbone: Backbone, batches: Sequence[Images], norms: NormReport | No
         explained=1 - found.count / plain.count,
         chain=_chain(backbone, batches, plain, units),
         attention=_attention_share(backbone, batches, plain),
-        triggers=torch.stack([_trigger(backbone, batches, masks) for masks in members]),
+        triggers=tuple(_triggers(backbone, batches, masks) for masks in members),
     )
 
 
@@ -390,20 +391,22 @@ def _relative_levels(
         yield (torch.stack(found, dim=1) - ordinary) / (level - ordinary)
 
 
-def _trigger(
+def _triggers(
     backbone: Backbone, batches: Sequence[Images], masks: Sequence[Bool[Tensor, "_ patches"]]
-) -> Float[Tensor, " width"]:
-    """Averages what enters the blocks at outliers, at the position that has most of them."""
-    counts = torch.stack([mask.sum(0).cpu() for mask in masks]).sum(0)
-    position = int(counts.argmax())
+) -> Float[Tensor, "positions width"]:
+    """Averages what enters the blocks at outliers, at as many positions as an image has outliers, rounded."""
     entered: list[Tensor] = []
-    total = torch.zeros((), dtype=torch.float64)
+    totals, counts = [], []
     with ahead_of(backbone.entrance, lambda _module, args: entered.append(args[0])):
         for images, mask in zip(batches, masks, strict=True):
             backbone.run(images)
-            there = backbone.layout(images).patches(entered.pop())[mask[:, position], position]
-            total = total + there.float().sum(0).cpu().double()
-    return (total / counts[position]).float()
+            entry = backbone.layout(images).patches(entered.pop()).float()
+            totals.append(torch.einsum("bp,bpw->pw", mask.float(), entry).cpu().double())
+            counts.append(mask.sum(0).cpu())
+    total, count = torch.stack(totals).sum(0), torch.stack(counts).sum(0)
+    an_image = max(1, round(int(count.sum()) / sum(map(len, masks))))
+    order = count.argsort(descending=True, stable=True)[:an_image]
+    return (total[order] / count[order].unsqueeze(-1)).float()
 
 
 def _attention_share(

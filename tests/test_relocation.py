@@ -26,9 +26,9 @@ def sinks(*units):
         for block, index, level, *kind in units
     )
     norms = outliers(Planted(), [pictures()])
-    # Each kind's trigger is told by its value.
-    triggers = torch.arange(1.0 + max(unit.kind for unit in causes))[:, None].expand(-1, 32)
-    return Sinks(norms, 0, causes, 1.0, (), None, triggers)
+    # Triggers of 2 positions for the first kind, 3 for the second, each row told by its value.
+    triggers = [10 * kind + torch.arange(2.0 + kind)[:, None].expand(-1, 32) for kind in range(3)]
+    return Sinks(norms, 0, causes, 1.0, (), None, tuple(triggers[: 1 + max(unit.kind for unit in causes)]))
 
 
 @pytest.fixture
@@ -73,25 +73,28 @@ def test_several_units_and_blocks_count_alike(patched):
 
 
 @pytest.mark.parametrize(
-    ("registers", "kinds", "dealt"),
+    ("registers", "an_image", "dealt"),
     [
-        (4, 1, [[0], [], [], []]),
-        (4, 2, [[0], [1], [], []]),
-        (2, 3, [[0, 2], [1]]),
-        (1, 2, [[0, 1]]),
-        (3, 3, [[0], [1], [2]]),
+        (4, [4], [[0], [0], [0], [0]]),
+        (4, [1], [[0], [], [], []]),
+        (4, [2, 3], [[0], [1], [0], [1]]),
+        (4, [4, 1], [[0], [1], [0], [0]]),
+        (2, [5, 1, 1], [[0, 2], [1]]),
+        (1, [1, 1], [[0, 1]]),
+        (6, [2, 1], [[0], [1], [0], [], [], []]),
     ],
 )
-def test_each_kind_has_a_register_and_what_remains_is_free(registers, kinds, dealt):
-    assert deal(registers, kinds) == dealt
+def test_kinds_are_dealt_out_in_turn_and_each_as_often_as_an_image_has_it(registers, an_image, dealt):
+    assert deal(registers, an_image) == dealt
 
 
-def test_registers_start_from_the_triggers_of_their_kinds_and_free_ones_at_random():
+def test_registers_start_from_triggers_of_their_kinds_the_most_frequent_first_and_free_ones_at_random():
     two = sinks((1, 5, 10.0, 0), (1, 6, 10.0, 1))
-    tokens = starting_tokens(two, 4, seed=3)
-    assert torch.equal(tokens[:2], two.triggers)
-    assert torch.equal(tokens[2:], initial_registers(4, 32, seed=3)[2:])
-    assert (starting_tokens(two, 1, seed=3) == 0.5).all(), "halfway between both"
+    # Kind 0 has triggers 0 and 1, kind 1 has 10, 11 and 12.
+    tokens = starting_tokens(two, 7, seed=3)
+    assert tokens[:5, 0].tolist() == [0, 10, 1, 11, 12]
+    assert torch.equal(tokens[5:], initial_registers(7, 32, seed=3)[5:])
+    assert starting_tokens(two, 1, seed=3)[:, 0].tolist() == [5], "halfway between the first of both"
 
 
 def test_a_register_is_asked_for_the_units_of_its_own_kind_and_patches_for_none_of_any(patched):
@@ -107,8 +110,16 @@ def test_a_register_is_asked_for_the_units_of_its_own_kind_and_patches_for_none_
     assert relocation.loss({1: held}, IMAGES).item() == pytest.approx(1 / 2 + 0.5 / 2)
 
 
+def test_one_kind_with_several_registers_asks_each_of_them_alike(patched):
+    relocation = Relocation(patched, sinks((1, 5, 10.0), (1, 6, -4.0)))
+    held = reading(torch.tensor([10.0, -4.0]), 0.0, num_units=2)
+    held.hidden[:, 2, 0] = 0.0
+    assert relocation.loss({1: held}, IMAGES).item() == pytest.approx(1 / 4), "one unit, one register of two"
+
+
 def test_a_register_without_a_kind_is_asked_for_nothing(patched):
-    relocation = Relocation(patched, sinks((1, 5, 10.0)))
+    one = sinks((1, 5, 10.0))
+    relocation = Relocation(patched, replace(one, triggers=(one.triggers[0][:1],)))
     held = reading(0.0, 0.0)
     held.hidden[:, 1] = 10.0
     assert relocation.loss({1: held}, IMAGES) == 0

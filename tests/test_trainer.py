@@ -73,7 +73,7 @@ def sinking(monkeypatch):
 
     def locate(_backbone, _batches, norms):
         unit = Unit(block=1, index=5, level=10.0, ordinary=0.0, share=1.0, fed=(10.0,))
-        return Sinks(norms, 1, (unit,), 1.0, (), None, torch.zeros(1, 32))
+        return Sinks(norms, 1, (unit,), 1.0, (), None, (torch.zeros(1, 32),))
 
     monkeypatch.setattr(api, "locate", locate)
     return {"measure": {"images": 0}}

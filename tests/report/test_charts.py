@@ -32,7 +32,7 @@ def report() -> NormReport:
 def sinks(report: NormReport) -> Sinks:
     units = (Unit(2, 41, 167.0, 3.0, 0.9), Unit(3, 7, 12.0, 0.5, 0.05))
     chain = (Unit(1, 5, 8.0, 0.1, 0.4), Unit(0, 6, 4.0, 0.1, 0.2))
-    return Sinks(report, 2, units, 1.0, chain, (0.0, 0.01, 0.2, 0.3), torch.zeros(1, 16))
+    return Sinks(report, 2, units, 1.0, chain, (0.0, 0.01, 0.2, 0.3), (torch.zeros(4, 16),))
 
 
 def quantiles(low: float, high: float) -> list[float]:

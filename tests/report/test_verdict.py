@@ -54,7 +54,7 @@ def test_what_is_left_as_it_is_is_told_with_what_inspect_says_of_it():
 
 def sinks(*units: Unit, explained: float) -> Sinks:
     norms = outliers(Planted({2: (CORNERS, 100.0)}), [pictures()])
-    return Sinks(norms, 2, units, explained, (), None, torch.zeros(1, 16))
+    return Sinks(norms, 2, units, explained, (), None, (torch.zeros(4, 16),))
 
 
 UNITS = [Unit(block=2, index=index, level=10.0, ordinary=0.0, share=0.5) for index in (7, 9)]
@@ -88,9 +88,7 @@ def test_causes_are_named_by_block_and_unit():
 def test_several_kinds_of_sink_are_counted():
     one = sinks(*UNITS, explained=1.0)
     assert "kind" not in causes(one)
-    assert causes(replace(one, triggers=one.triggers.repeat(2, 1))).endswith(
-        "(block:unit 2:7, 2:9, 2 kinds of sink)."
-    )
+    assert causes(replace(one, triggers=one.triggers * 2)).endswith("(block:unit 2:7, 2:9, 2 kinds of sink).")
 
 
 @pytest.mark.parametrize(
