@@ -38,6 +38,11 @@ LINE_EVERY = 10.0
 """Seconds between progress lines where there is no terminal to draw a bar on."""
 
 
+def _unset(metavar: str) -> Any:
+    """Describes a flag that says in its own words what leaving it out means."""
+    return arg(metavar=metavar, help_behavior_hint="")
+
+
 def _flags(section: type[BaseModel] = config.DistillConfig, prefix: str = "") -> Any:
     """Makes the type of distill's flags from the settings: a dictionary of those given, by section."""
     flags: dict[str, Any] = {}
@@ -104,11 +109,11 @@ def quickstart(output: Path = Path("runs/quickstart")) -> None:
 
 @app.command
 def distill(
-    model: Annotated[Positional[str | None], arg(metavar="[MODEL]", help_behavior_hint="")] = None,
+    model: Annotated[Positional[str | None], _unset("[MODEL]")] = None,
     /,
     *,
     settings: Annotated[Settings, arg(name="")],
-    recipe: Annotated[str | None, arg(metavar="NAME|FILE", help_behavior_hint="")] = None,
+    recipe: Annotated[str | None, _unset("NAME|FILE")] = None,
     resume: bool = False,
 ) -> None:
     """Retrofit registers onto a model by self-distillation.
@@ -138,12 +143,12 @@ def inspect(
     /,
     images: str,
     output: Path,
-    against: Annotated[tuple[str, ...], arg(metavar="MODEL…", help_behavior_hint="")] = (),
-    size: Annotated[int | None, arg(metavar="PIXELS", help_behavior_hint="")] = None,
+    against: Annotated[tuple[str, ...], _unset("MODEL…")] = (),
+    size: Annotated[int | None, _unset("PIXELS")] = None,
     count: int = 64,
-    labels: Annotated[str | None, arg(metavar="PATH", help_behavior_hint="")] = None,
-    queries: Annotated[tuple[str, ...], arg(metavar="TEXT…", help_behavior_hint="")] = (),
-    device: Annotated[str | None, arg(metavar="DEVICE", help_behavior_hint="")] = None,
+    labels: Annotated[str | None, _unset("PATH")] = None,
+    queries: Annotated[tuple[str, ...], _unset("TEXT…")] = (),
+    device: Annotated[str | None, _unset("DEVICE")] = None,
 ) -> None:
     """Look for artifacts: how many, where, what causes them, what they hold; in one report.
 
@@ -192,7 +197,7 @@ def export(
     /,
     output: Path,
     format: Format,
-    revision: Annotated[str | None, arg(metavar="COMMIT")] = None,
+    revision: Annotated[str | None, _unset("COMMIT")] = None,
 ) -> None:
     """Write a patched model in another format, load it back, and check that it is the same model.
 
@@ -218,21 +223,21 @@ def export(
 
 @app.command
 def evaluate(
-    models: Annotated[Positional[tuple[str, ...]], arg(metavar="MODEL…")],
+    models: Annotated[Positional[tuple[str, ...]], _unset("MODEL…")],
     /,
     task: str,
     data: str,
     output: Path,
-    baseline: Annotated[str | None, arg(metavar="MODEL")] = None,
+    baseline: Annotated[str | None, _unset("MODEL")] = None,
     seeds: int = 1,
-    protocol: Annotated[str | None, arg(metavar="NAME")] = None,
+    protocol: Annotated[str | None, _unset("NAME")] = None,
     set: UseAppendAction[Annotated[tuple[tuple[str, ...], ...], arg(metavar="KEY=VALUE…")]] = (),
-    gate: Annotated[float | None, arg(metavar="DROP")] = None,
-    device: str | None = None,
+    gate: Annotated[float | None, _unset("DROP")] = None,
+    device: Annotated[str | None, _unset("DEVICE")] = None,
     precision: Literal["fp32", "bf16"] = "fp32",
     batch_size: int = 16,
     seed: int = 0,
-    cache: Annotated[Path | None, arg(metavar="DIR")] = None,
+    cache: Annotated[Path | None, _unset("DIR")] = None,
     cache_limit: Annotated[float, arg(metavar="GB")] = 20.0,
 ) -> None:
     """Measure models in a task, side by side: segmentation, classification and more.
@@ -281,7 +286,7 @@ def evaluate(
 
 
 @app.command
-def tasks(task: Annotated[Positional[str | None], arg(metavar="TASK")] = None, /) -> None:
+def tasks(task: Annotated[Positional[str | None], _unset("[TASK]")] = None, /) -> None:
     """List the tasks of `phreg evaluate`, or the settings of one.
 
     Args:
@@ -339,10 +344,10 @@ def push(
     model: Annotated[Positional[str], arg(metavar="RUN")],
     repository: Annotated[Positional[str], arg(metavar="OWNER/NAME")],
     /,
-    format: Format | None = None,
+    format: Annotated[Format | None, _unset("|".join(get_args(Format)))] = None,
     private: bool = False,
-    revision: Annotated[str | None, arg(metavar="BRANCH")] = None,
-    dry_run: Annotated[Path | None, arg(metavar="DIR")] = None,
+    revision: Annotated[str | None, _unset("BRANCH")] = None,
+    dry_run: Annotated[Path | None, _unset("DIR")] = None,
 ) -> None:
     """Put a run's adapter, or an export, on the Hugging Face hub, with a model card that fills itself.
 
@@ -369,8 +374,8 @@ def push(
 def show(
     path: Annotated[Positional[str], arg(metavar="PATH")],
     /,
-    base: Annotated[str | None, arg(metavar="MODEL")] = None,
-    revision: Annotated[str | None, arg(metavar="COMMIT")] = None,
+    base: Annotated[str | None, _unset("MODEL")] = None,
+    revision: Annotated[str | None, _unset("COMMIT")] = None,
     json: bool = False,
 ) -> None:
     """Say what an adapter, a run, an export or a hub id is, and whether it fits the base at hand.
