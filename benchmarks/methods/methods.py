@@ -18,13 +18,11 @@ METHODS: dict[str, Settings] = {
     "test-time": {"method": "test-time"},
     "paper": {"method": "paper", "epochs": 1},  # as many views of the teacher as 8 epochs of kept targets
     "no-registers": {"registers": 0},
-    "registers-only-distilled": {"loss.relocation": 0.0},
     # Its pooled term wants the unmoved view alone, so a target is one forward.
     "relocation-only": {"loss.cosine": 0.0, "loss.mse": 0.0, "views.count": 1},
-    "before": {"views.fill": "white", "loss.relocation": 1.0},
     "relocate": {},
 }
-"""Methods: settings that differ from the defaults. `before` is what the defaults of `relocate` were once."""
+"""Methods: settings that differ from the defaults."""
 
 
 def from_block(first: int | None, depth: int) -> Settings:
@@ -62,10 +60,12 @@ VARIANTS: dict[str, Settings | Callable[[int | None, int], Settings]] = {
     "ema": {"optim.ema": 0.98},  # 248 steps: an average over the last 50
     "relocation-1.0": {"loss.relocation": 1.0},
     "relocation-0.1": {"loss.relocation": 0.1},
+    "relocation-0": {"loss.relocation": 0.0},  # registers and distillation alone
+    "before": {"loss.relocation": 1.0, "views.fill": "white"},
     "paper-4": {"method": "paper", "epochs": 4},  # takes as long as `relocate`
 }
-"""Ablations of `relocate`, each one setting away, and a longer `paper`. Two need to know the emergence block
-or the depth."""
+"""Ablations of `relocate`, each one setting away; `before`, its defaults until two of them changed; and a longer
+`paper`. Two need to know the emergence block or the depth."""
 
 ROWS = (*UNTRAINED, *METHODS, *VARIANTS)
 """Everything that `--methods` takes, in the order of the table."""
