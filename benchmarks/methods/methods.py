@@ -64,8 +64,8 @@ VARIANTS: dict[str, Settings | Callable[[int | None, int], Settings]] = {
     "before": {"loss.relocation": 1.0, "views.fill": "white"},
     "paper-4": {"method": "paper", "epochs": 4},  # takes as long as `relocate`
 }
-"""Ablations of `relocate`, each one setting away; `before`, its defaults until two of them changed; and a longer
-`paper`. Two need to know the emergence block or the depth."""
+"""Ablations of `relocate`, each one setting away; `before`, its defaults until two of them changed; and a
+longer `paper`. Two need to know the emergence block or the depth."""
 
 ROWS = (*UNTRAINED, *METHODS, *VARIANTS)
 """Everything that `--methods` takes, in the order of the table."""
