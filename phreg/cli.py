@@ -223,7 +223,7 @@ def export(
 
 @app.command
 def evaluate(
-    models: Annotated[Positional[tuple[str, ...]], _unset("MODEL…")],
+    models: Annotated[Positional[tuple[str, ...]], arg(metavar="MODEL…", help_behavior_hint="(required)")],
     /,
     task: str,
     data: str,
