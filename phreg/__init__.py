@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from phreg.api import push as push
     from phreg.api import quickstart as quickstart
     from phreg.errors import PhregError as PhregError
+    from phreg.formats.info import show as show
     from phreg.registers import add_registers as add_registers
     from phreg.registers import remove_registers as remove_registers
-    from phreg.shown import show as show
 
 _DOOR = {
     "PhregError": "phreg.errors",
@@ -40,7 +40,7 @@ _DOOR = {
     "push": "phreg.api",
     "quickstart": "phreg.api",
     "remove_registers": "phreg.registers",
-    "show": "phreg.shown",
+    "show": "phreg.formats.info",
 }
 __all__ = [
     "PhregError",

@@ -22,15 +22,15 @@ from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
 from phreg import config as configuration
-from phreg import demo, exports, publish
+from phreg import demo
 from phreg.analysis.norms import NormReport, outliers
 from phreg.backbones import hub, resolve
 from phreg.backbones.base import Backbone
 from phreg.backbones.readout import read_as, set_readout
 from phreg.backbones.resolve import Base, adapt
-from phreg.checkpoint import RunFolder, check_free, leaving_no_trace, start_run
 from phreg.config import DistillConfig, ViewsConfig
-from phreg.data import MEASURED_AT_ONCE, Crops, centre_crops, split, spread
+from phreg.data.crops import MEASURED_AT_ONCE, Crops, centre_crops, split, spread
+from phreg.data.sources import open_images
 from phreg.distillation import (
     add_configured,
     add_test_time,
@@ -39,28 +39,30 @@ from phreg.distillation import (
     save,
 )
 from phreg.errors import ConfigError, DataError, PhregError, PushError
-from phreg.evaluation import object_discovery
+from phreg.evaluation.before_after import Comparison, failed_gates
 from phreg.evaluation.feature_cache import GIGABYTE, FeatureCache
 from phreg.evaluation.features import FeatureReader
 from phreg.evaluation.features import Observer as Progress
-from phreg.evaluation.records import MAPS, Record, Results
-from phreg.evaluation.retrofit import Comparison, failed_gates
-from phreg.evaluation.suite import Suite, compare_models
-from phreg.evaluation.tasks import resolve_settings
-from phreg.exports import Equality
-from phreg.images import open_images
-from phreg.inspection.folder import check_output, write_inspection
+from phreg.evaluation.results import MAPS, Record, Results
+from phreg.evaluation.runner import Suite, compare_models
+from phreg.evaluation.tasks import object_discovery
+from phreg.evaluation.tasks.table import resolve_settings
+from phreg.formats import export as exports
+from phreg.formats import publish
+from phreg.formats.export import Equality
+from phreg.formats.load import open_into, open_model, open_saved, record_of, tell_failures
 from phreg.inspection.images import labelled, larger
 from phreg.inspection.look import Inspection, called, look
 from phreg.report.canvas import save_png
 from phreg.report.discoveries import discovery_figure
+from phreg.report.folder import check_output, write_inspection
 from phreg.report.html import Origin
-from phreg.saved import open_into, open_model, open_saved, record_of, tell_failures
 from phreg.seeding import keyed_generator
-from phreg.sinks import Sinks, locate
+from phreg.sinks.locate import Sinks, locate
 from phreg.storage import OWN_FORMATS
 from phreg.teacher import Teacher
-from phreg.trainer import Outcome, StepRecord, start_accelerator, train
+from phreg.training.checkpoint import RunFolder, check_free, leaving_no_trace, start_run
+from phreg.training.loop import Outcome, StepRecord, start_accelerator, train
 from phreg.views import surroundings
 
 Model = str | os.PathLike[str] | nn.Module
@@ -272,7 +274,7 @@ def export(
         format: `timm` (most models), `transformers` (DINOv2, as DINOv2 with registers) or `open_clip` (its
             own, text tower included), which load as they are; `remote-code` (any model of transformers, with
             the code to load it); `onnx`; `merged` (for `load` without the base) or `adapter` (for `load` with
-            it). See phreg/exports/README.md.
+            it). See phreg/formats/export/README.md.
         revision: Hub commit, branch or tag of the adapter.
 
     Returns:
@@ -394,7 +396,7 @@ def add_test_time_registers(
 ) -> nn.Module:
     """Moves a model's artifacts into added registers by a hook, in place and without training.
 
-    The cheapest repair, and not the best (`phreg.test_time`); `remove_registers` undoes it.
+    The cheapest repair, and not the best (`phreg.sinks.test_time`); `remove_registers` undoes it.
 
     Args:
         model: Any supported model; put in eval mode.
@@ -502,7 +504,7 @@ def evaluate(
     observe: Progress | None = None,
     **settings: Any,
 ) -> Results:
-    """Measures models in a task, side by side: see `phreg.evaluation.tasks.TASKS`.
+    """Measures models in a task, side by side: see `phreg.evaluation.tasks.table.TASKS`.
 
     Args:
         models: One or more, in any form that `distill` takes, patched or not.

@@ -292,7 +292,7 @@ def tasks(task: Annotated[Positional[str | None], _unset("[TASK]")] = None, /) -
     Args:
         task: Task whose settings to list.
     """
-    from phreg.evaluation.tasks import TASKS, find_task, protocols
+    from phreg.evaluation.tasks.table import TASKS, find_task, protocols
 
     if task is None:
         table = Table("task", "what it measures")
@@ -386,7 +386,7 @@ def show(
         revision: Hub commit, branch or tag to pin.
         json: Print JSON.
     """
-    from phreg.shown import show
+    from phreg.formats.info import show
 
     shown = show(path, revision=revision, base=base)
     if json:

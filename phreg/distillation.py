@@ -13,26 +13,27 @@ from jaxtyping import Float
 from torch import Tensor
 
 from phreg import config as configuration
-from phreg import demo, test_time
-from phreg.adapter import describe_tower
+from phreg import demo
 from phreg.backbones.base import Backbone
 from phreg.backbones.resolve import Base
-from phreg.checkpoint import RunFolder, save_adapter, write_text
 from phreg.config import DistillConfig
-from phreg.data import Order, middle
+from phreg.data.crops import Order, middle
 from phreg.errors import PhregError
-from phreg.evaluation.retrofit import Comparison, compare, failed_gates
+from phreg.evaluation.before_after import Comparison, compare, failed_gates
+from phreg.formats.adapter import describe_tower
+from phreg.formats.card import model_card
 from phreg.inspection.look import called, of_survey
-from phreg.inspection.page import comparison_page
-from phreg.model_card import model_card
 from phreg.registers import add_registers
-from phreg.relocation import Relocation, starting_tokens
 from phreg.report.html import Origin, write_report
+from phreg.report.page import comparison_page
 from phreg.seeding import keyed_generator
-from phreg.sinks import Sinks
+from phreg.sinks import test_time
+from phreg.sinks.locate import Sinks
+from phreg.sinks.relocation import Relocation, starting_tokens
 from phreg.teacher import Teacher
-from phreg.trainer import Outcome
-from phreg.unlock import expand_roles
+from phreg.training.checkpoint import RunFolder, save_adapter, write_text
+from phreg.training.loop import Outcome
+from phreg.training.trainable import expand_roles
 from phreg.views import count_different
 
 # Nothing is bound by this shape: the last batch may be smaller than the others.

@@ -50,7 +50,7 @@ class GateError(PhregError):
     """A model fell further behind the baseline than it may.
 
     Attributes:
-        results: What was measured, a `phreg.evaluation.records.Results`.
+        results: What was measured, a `phreg.evaluation.results.Results`.
     """
 
     def __init__(self, message: str, results: Any) -> None:

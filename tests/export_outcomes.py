@@ -1,7 +1,7 @@
 """What becomes of every family in every format: the table, and a function that finds it out.
 
 `outcome` finds it out, `EXPECTED` is what it should find, and `markdown` writes that down for readers:
-`python tests/export_outcomes.py` prints what stands in phreg/exports/README.md and, in short, in README.md.
+`python tests/export_outcomes.py` prints the tables of phreg/formats/export/README.md and of README.md.
 """
 
 import re
@@ -15,11 +15,11 @@ from families import FAMILIES
 from phreg.backbones import resolve
 from phreg.backbones.base import Backbone
 from phreg.backbones.resolve import Base, weights_sha256
-from phreg.checkpoint import save_adapter
-from phreg.exports import export, why_not
+from phreg.formats.export import export, why_not
+from phreg.formats.load import open_saved
 from phreg.registers import add_registers
-from phreg.saved import open_saved
 from phreg.storage import Format
+from phreg.training.checkpoint import save_adapter
 
 COUNT = 3
 """Registers added."""
@@ -209,7 +209,7 @@ def expected(family: str, format: str) -> str:
 
 SIGNS = {EVERY_SIZE: "yes", OWN_SIZE: "own size"}
 START, END = "<!-- python tests/export_outcomes.py -->", "<!-- end -->"
-"""What the tables stand between in phreg/exports/README.md and README.md."""
+"""What the tables stand between in phreg/formats/export/README.md and README.md."""
 
 GROUPS = {
     "DINOv2, classifiers and backbones too": "transformers/dinov2(-swiglu|-classifier|-backbone)?",

@@ -10,7 +10,7 @@ import torch
 import phreg
 from phreg.backbones.resolve import adapt
 from phreg.config import TargetConfig, ViewsConfig
-from phreg.data import normalise
+from phreg.data.crops import normalise
 from phreg.teacher import Teacher
 
 pytestmark = [

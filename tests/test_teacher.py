@@ -3,7 +3,7 @@ import torch
 
 from phreg.backbones.resolve import adapt
 from phreg.config import TargetConfig, ViewsConfig
-from phreg.data import middle
+from phreg.data.crops import middle
 from phreg.errors import PhregError
 from phreg.seeding import keyed_generator as generator
 from phreg.teacher import Teacher

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from phreg.backbones.base import Spec
 from phreg.config import ViewsConfig
-from phreg.data import middle
+from phreg.data.crops import middle
 from phreg.errors import PhregError
 from phreg.seeding import keyed_generator as generator
 from phreg.views import count_different, sample_offsets, sample_views, surroundings

@@ -34,10 +34,10 @@ import result_file
 import phreg
 from phreg.api import open_model
 from phreg.backbones.resolve import weights_sha256
-from phreg.checkpoint import write_text
-from phreg.evaluation.records import Metrics, Results, summarise, versions
-from phreg.images import SUFFIXES
-from phreg.trainer import keep_freed_memory
+from phreg.data.sources import SUFFIXES
+from phreg.evaluation.results import Metrics, Results, summarise, versions
+from phreg.training.checkpoint import write_text
+from phreg.training.loop import keep_freed_memory
 
 METHODS = ("raw", "test-time", "paper", "before", "relocate")
 Row = result_file.Row

@@ -30,8 +30,8 @@ from phreg.analysis.norms import outliers
 from phreg.api import open_model
 from phreg.backbones.resolve import adapt
 from phreg.config import ViewsConfig
-from phreg.data import centre_crops, middle
-from phreg.images import open_images
+from phreg.data.crops import centre_crops, middle
+from phreg.data.sources import open_images
 from phreg.seeding import keyed_generator
 from phreg.teacher import Teacher
 from phreg.views import count_different, surroundings

@@ -30,9 +30,9 @@ from phreg.backbones.base import Backbone
 from phreg.backbones.readout import set_readout
 from phreg.backbones.resolve import weights_sha256
 from phreg.config import TargetConfig, ViewsConfig, resolve
-from phreg.data import centre_crops
-from phreg.evaluation.consistency import AgreementMeter, drift
-from phreg.images import SUFFIXES, open_images
+from phreg.data.crops import centre_crops
+from phreg.data.sources import SUFFIXES, open_images
+from phreg.evaluation.metrics.agreement import AgreementMeter, drift
 from phreg.seeding import keyed_generator
 from phreg.views import Views, sample_views
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from phreg.checkpoint import write_text
+from phreg.training.checkpoint import write_text
 
 Row = dict[str, Any]
 

@@ -34,7 +34,7 @@ from phreg.backbones.base import Backbone
 from phreg.backbones.resolve import adapt
 from phreg.config import TargetConfig
 from phreg.errors import PhregError
-from phreg.trainer import keep_freed_memory
+from phreg.training.loop import keep_freed_memory
 
 DEFAULT = ("raw", "teacher", *methods.METHODS)
 Row = result_file.Row

@@ -27,7 +27,7 @@ from phreg.backbones.resolve import adapt
 from phreg.config import DistillConfig, resolve
 from phreg.registers import add_registers, initial_registers
 from phreg.teacher import Teacher
-from phreg.unlock import unlock
+from phreg.training.trainable import unlock
 
 TURN = {"cpu": 1, "cuda": 8}
 """Steps in a turn."""

@@ -44,21 +44,21 @@ def forward_part() -> str:
 
 
 PARTS: dict[str, str | Callable[[], str]] = {
-    "phreg.trainer.as_input": "normalise",
+    "phreg.training.loop.as_input": "normalise",
     "phreg.teacher.sample_views": "views",
     "phreg.views.Views.apply": "views",
     "phreg.backbones.base.Backbone.forward": forward_part,
     "phreg.views.Views.undo": "undo and average",
     "phreg.teacher.Teacher.__call__": "undo and average",
-    "phreg.trainer.distillation_loss": "loss",
+    "phreg.training.loop.distillation_loss": "loss",
     "accelerate.Accelerator.backward": "backward",
     "torch.optim.AdamW.step": "optimizer",
-    "phreg.trainer.Reading.__init__": "logging",
-    "phreg.trainer.Journal.enter": "logging",
+    "phreg.training.loop.Reading.__init__": "logging",
+    "phreg.training.loop.Journal.enter": "logging",
 }
 """Functions of the loop, and the part of a step that each belongs to."""
 
-BATCHES = "phreg.trainer.loader"
+BATCHES = "phreg.training.loop.loader"
 """The function whose batches the loop waits for."""
 
 

@@ -329,7 +329,7 @@ class Backbone(nn.Module, ABC):
         _note(self.model, TRAINED_READOUT, readout)
 
     adapter: Path | None = None
-    """The adapter that made the model what it is; set by `phreg.adapter.apply_adapter`."""
+    """The adapter that made the model what it is; set by `phreg.formats.adapter.apply_adapter`."""
 
     def tower_state(self) -> dict[str, Tensor]:
         """Returns the tensors of the embeddings and the blocks, as the tower alone names them on disk.
@@ -494,7 +494,7 @@ def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor], described: str
 
 
 def unit_movers(model: nn.Module) -> list[tuple[nn.Module, int]]:
-    """Finds the hooks of test-time registers (`phreg.test_time`): the layer of each, and its key there."""
+    """Finds the hooks of test-time registers (`phreg.sinks.test_time`): each layer, and the key there."""
     return [
         (layer, key)
         for layer in model.modules()

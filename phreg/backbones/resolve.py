@@ -8,7 +8,7 @@ is imported before it is needed.
     owner/name, timm name, open_clip:ARCH/TAG ──hub──┐
     local folder ────────────────────────────────────┴► Located ──check, load──► Backbone + Base ◄── instance
 
-It finds phreg's own adapters, runs and exports, but does not read what they say: see `phreg.saved`.
+It finds phreg's own adapters, runs and exports, but does not read what they say: see `phreg.formats.load`.
 """
 
 import hashlib

@@ -31,8 +31,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from phreg.data.sources import Files, ImageSource, Subset, TarShards
 from phreg.errors import DataError, PhregError
-from phreg.images import Files, ImageSource, Subset, TarShards
 from phreg.storage import write_file
 
 if TYPE_CHECKING:

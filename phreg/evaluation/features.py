@@ -39,10 +39,10 @@ from phreg.backbones.base import Backbone, Readout
 from phreg.backbones.identity import identify
 from phreg.backbones.readout import dense_readout, read_as
 from phreg.config import Config
-from phreg.data import as_input
+from phreg.data.crops import as_input
+from phreg.data.sources import ImageSource
 from phreg.errors import PhregError
 from phreg.evaluation.feature_cache import FeatureCache, StoredFeatures
-from phreg.images import ImageSource
 
 Observer = Callable[[str, int, int], None]
 """Told what is being done, how much of it is done, and how much there is."""

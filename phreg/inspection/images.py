@@ -5,10 +5,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from phreg.backbones.base import Backbone
-from phreg.data import MEASURED_AT_ONCE, Crops, as_input, centre_crops, spread
+from phreg.data.crops import MEASURED_AT_ONCE, Crops, as_input, centre_crops, spread
+from phreg.data.sources import ImageSource
 from phreg.errors import DataError
-from phreg.evaluation.datasets import open_labelled
-from phreg.images import ImageSource
+from phreg.evaluation.datasets.labelled import open_labelled
 from phreg.inspection.look import Labelled
 
 LABELLED = 1000
@@ -28,7 +28,7 @@ def larger(backbone: Backbone, source: ImageSource) -> list[Float[Tensor, "_ 3 s
 
 
 def labelled(backbone: Backbone, data: str, size: int) -> Labelled:
-    """Reads images with classes: see `phreg.evaluation.datasets.open_labelled`.
+    """Reads images with classes: see `phreg.evaluation.datasets.labelled.open_labelled`.
 
     An unreadable image is replaced by the next one, with that one's class.
 

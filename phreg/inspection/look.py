@@ -1,6 +1,6 @@
 """Looks at a model from all sides: all that phreg can say of it from some images, as data.
 
-Each part is an analysis of its own (`phreg.analysis`, `phreg.sinks`); here is only the order, and what
+Each part is an analysis of its own (`phreg.analysis`, `phreg.sinks.locate`); here is only the order, and what
 becomes of the answers.
 
     images ──survey, one pass──► norms, attention, neighbours ──┬──► sinks and their causes
@@ -41,7 +41,7 @@ from phreg.errors import UnsupportedModelError
 from phreg.report.html import Report
 from phreg.report.maps import photo
 from phreg.report.verdict import headline
-from phreg.sinks import Sinks, locate
+from phreg.sinks.locate import Sinks, locate
 
 logger = logging.getLogger(__name__)
 
@@ -145,7 +145,7 @@ class Inspection:
 
     def report(self) -> Report:
         """Makes the report page."""
-        from phreg.inspection.page import inspection_page  # which reads this class
+        from phreg.report.page import inspection_page  # which reads this class
 
         return Report.of(inspection_page(self))
 

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor
 
-from phreg.evaluation.object_discovery import Example
+from phreg.evaluation.tasks.object_discovery import Example
 from phreg.report.canvas import COLOURS, FONT_SIZE, INK, legend_above, panels, wrapped
 
 PANEL = (1.9, 1.7)

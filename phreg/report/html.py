@@ -27,9 +27,9 @@ from jinja2 import Environment, StrictUndefined
 from matplotlib import colormaps
 from PIL import Image
 
-from phreg.checkpoint import write_text
-from phreg.evaluation.records import versions
+from phreg.evaluation.results import versions
 from phreg.report.canvas import png
+from phreg.training.checkpoint import write_text
 
 MAX_SHOWN = 12
 """Images on a page, at most, so that it stays small."""

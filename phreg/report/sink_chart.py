@@ -15,7 +15,7 @@ from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 
 from phreg.report.canvas import COLOURS, FONT_SIZE, INK, Chart, label, legend, paint
-from phreg.sinks import Sinks, Unit
+from phreg.sinks.locate import Sinks, Unit
 
 CAUSE, UPSTREAM = COLOURS[:2]
 

@@ -2,8 +2,8 @@
 
 from phreg.analysis.norms import BlockNorms, NormReport
 from phreg.analysis.positions import place
-from phreg.evaluation.retrofit import Comparison
-from phreg.sinks import Sinks
+from phreg.evaluation.before_after import Comparison
+from phreg.sinks.locate import Sinks
 
 
 def verdict(report: NormReport) -> str:

@@ -298,8 +298,8 @@ def test_a_block_that_is_not_there_is_refused():
 def test_the_known_artifacts_of_a_real_model_are_found():
     timm = pytest.importorskip("timm")
     from phreg.backbones.resolve import adapt
-    from phreg.data import Crops, normalise
-    from phreg.images import open_images
+    from phreg.data.crops import Crops, normalise
+    from phreg.data.sources import open_images
 
     folder = REAL / "models" / "vit_tiny_patch16_224.augreg_in21k_ft_in1k"
     backbone = adapt(timm.create_model(f"local-dir:{folder}", pretrained=True).eval())

@@ -188,9 +188,9 @@ def test_no_images_and_images_of_two_sizes_are_refused():
 
 @pytest.mark.real
 def test_the_corner_sinks_of_a_real_model_draw_attention(real_model, real_data):
-    from phreg.data import centre_crops, spread
-    from phreg.images import open_images
-    from phreg.saved import open_model
+    from phreg.data.crops import centre_crops, spread
+    from phreg.data.sources import open_images
+    from phreg.formats.load import open_model
 
     backbone, _ = open_model(real_model)
     source = spread(open_images(str(real_data / "imagenet_samples")), 16)

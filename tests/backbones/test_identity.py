@@ -13,10 +13,10 @@ from families import FAMILIES
 from safetensors.torch import save_file
 from torch import nn
 
-from phreg import test_time
 from phreg.backbones.identity import identify
 from phreg.backbones.readout import set_readout
 from phreg.backbones.resolve import adapt, load
+from phreg.sinks import test_time
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))

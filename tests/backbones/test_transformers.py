@@ -18,8 +18,8 @@ from phreg.backbones import transformers as adapter
 from phreg.backbones.transformers import adapt, load
 from phreg.backbones.transformers_registers import PadMask, Place
 from phreg.errors import LoadError, PhregError, UnsupportedModelError
+from phreg.formats.load import open_model
 from phreg.registers import add_registers, remove_registers
-from phreg.saved import open_model
 
 ROUNDING = {"rtol": 1e-4, "atol": 1e-5}
 """fp32 sums in another order differ by 1e-7 a block; values are of order 1, and mistakes change 1e-2."""

@@ -13,10 +13,10 @@ import torch
 
 from phreg.backbones.resolve import adapt
 from phreg.config import ViewsConfig, resolve
-from phreg.losses import distillation_loss
 from phreg.registers import add_registers, initial_registers
 from phreg.teacher import Teacher
-from phreg.unlock import unlock
+from phreg.training.losses import distillation_loss
+from phreg.training.trainable import unlock
 from phreg.views import Views, sample_views
 
 FOLDER = Path(__file__).parents[2] / "benchmarks" / "throughput"

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from phreg.backbones.resolve import adapt
+from phreg.data.sources import HubImages, Subset, open_images
 from phreg.errors import DataError, PhregError
 from phreg.evaluation.feature_cache import GRIDS, FeatureCache
 from phreg.evaluation.features import FeatureReader, Reading
-from phreg.images import HubImages, Subset, open_images
 
 READING = Reading(size=32)
 

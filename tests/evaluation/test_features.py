@@ -9,10 +9,10 @@ from PIL import Image
 
 from phreg.backbones.readout import read_as
 from phreg.backbones.resolve import adapt
+from phreg.data.sources import open_images
 from phreg.errors import PhregError
 from phreg.evaluation.feature_cache import FeatureCache
 from phreg.evaluation.features import FeatureReader, Placement, Reading
-from phreg.images import open_images
 from phreg.registers import add_registers
 
 ROUNDING = 1e-5

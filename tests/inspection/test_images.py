@@ -8,9 +8,9 @@ from families import FAMILIES
 from PIL import Image
 
 from phreg.backbones.resolve import adapt
-from phreg.data import MEASURED_AT_ONCE
+from phreg.data.crops import MEASURED_AT_ONCE
+from phreg.data.sources import open_images
 from phreg.errors import DataError
-from phreg.images import open_images
 from phreg.inspection import images as reading
 from phreg.inspection.images import labelled, larger
 

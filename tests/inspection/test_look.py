@@ -8,7 +8,7 @@ from families import FAMILIES
 from looking import BLOCK, CLASSES, UNIT, from_all_sides, larger, looked_at, noise, sinking_model
 from sinking import photographs
 
-from phreg import demo, test_time
+from phreg import demo
 from phreg.analysis.complexity import complexity
 from phreg.analysis.interpolation import interpolation_effect, stripes
 from phreg.analysis.norms import outliers
@@ -17,10 +17,11 @@ from phreg.analysis.survey import survey
 from phreg.backbones.readout import read_as
 from phreg.backbones.resolve import adapt
 from phreg.errors import PhregError
-from phreg.inspection import page
 from phreg.inspection.look import PROBED, Labelled, look
 from phreg.registers import add_registers
-from phreg.sinks import locate
+from phreg.report import page
+from phreg.sinks import test_time
+from phreg.sinks.locate import locate
 
 KINDS = [
     "timm/vit-gap",  # no CLS

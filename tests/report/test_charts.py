@@ -17,7 +17,7 @@ from phreg.report import charts
 from phreg.report.canvas import LINE_LENGTH, png, save_png, wrapped
 from phreg.report.maps import norm_map
 from phreg.report.sink_chart import MAX_UNITS, sink_chart
-from phreg.sinks import Sinks, Unit
+from phreg.sinks.locate import Sinks, Unit
 
 Histogram = namedtuple("Histogram", "edges counts")
 LONG = "vit_tiny_patch16_224.augreg_in21k_ft_in1k"

@@ -1,8 +1,8 @@
 import numpy as np
 import torch
 
-from phreg.evaluation.lost import lost
-from phreg.evaluation.object_discovery import Example
+from phreg.evaluation.tasks.lost import lost
+from phreg.evaluation.tasks.object_discovery import Example
 from phreg.report.canvas import png
 from phreg.report.discoveries import FOUND, TRUE, discovery_figure
 

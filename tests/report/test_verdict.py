@@ -6,7 +6,7 @@ from planted import CORNERS, Planted, pictures
 
 from phreg.analysis.norms import outliers
 from phreg.report.verdict import causes, headline, nothing_to_repair, percent, verdict
-from phreg.sinks import Sinks, Unit
+from phreg.sinks.locate import Sinks, Unit
 
 
 def judged(pushes: dict) -> str:

@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 import phreg
 from phreg.backbones import resolve
 from phreg.backbones.resolve import adapt
-from phreg.exports import export
+from phreg.formats.export import export
 
 COUNT = 3
 PICTURES = torch.randn(16, 3, 32, 32, generator=torch.Generator().manual_seed(0))

@@ -1,0 +1,397 @@
+"""Turns images into batches that depend on the seed and the step alone.
+
+Nothing here keeps state: `Order` says which numbers make which batch, and the place of a crop is a hash of
+seed, epoch and number. So a run resumed at any step, with any number of reader processes, sees the very
+pixels it would have seen. What cannot be decoded is replaced by the next image, reported, and counted.
+
+    Order.batch(step) ──(epoch, index)──► Crops ──loader──► Batch uint8 (B,3,S,S) ──as_input──► model
+                                            └─ ImageSource.read(index)
+
+Flips and shifts are left to `views`.
+"""
+
+import itertools
+import logging
+import multiprocessing
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int64, Shaped, UInt8
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from phreg.backbones.base import Backbone
+from phreg.config import DataConfig, DistillConfig
+from phreg.data.sources import ImageSource, Subset, open_images, some, unreadable
+from phreg.errors import DataError
+from phreg.seeding import keyed_generator
+
+logger = logging.getLogger(__name__)
+
+MEASURED_AT_ONCE = 8
+"""Images per forward outside of training."""
+
+LONGEST_GAP = 1000
+"""Unreadable images in a row before the search for a readable one is given up."""
+
+
+# --- Crops: an image becomes a square ------------------------------------------------------------------
+
+Key = tuple[int, int]
+"""Epoch, and number of an image."""
+
+
+class Skipped(NamedTuple):
+    """An unreadable image, and why."""
+
+    name: str
+    reason: str
+
+
+class Batch(NamedTuple):
+    """Square images, and where they came from."""
+
+    images: UInt8[Tensor, "batch 3 rows cols"]
+    """RGB, 0 to 255, with the surroundings that were asked for."""
+    indices: Int64[Tensor, " batch"]
+    """Number of each image in its source: the one asked for, or the one that replaced it."""
+    names: Sequence[str]
+    """Name of each image."""
+    skipped: Sequence[Skipped]
+    """Unreadable images that were replaced."""
+
+
+@dataclass(frozen=True)
+class Crops:
+    """Squares cut from images: the shorter side resampled to `size`, then a crop along the longer side.
+
+    With surroundings, it is those that are resampled and cut, and the square is their middle. Resampling is
+    PIL's antialiased bicubic; nothing is flipped or recoloured. Where a random crop lies is a function of
+    (seed, epoch, index), or of (seed, index). An unreadable image is replaced by the next readable one.
+    Source: PH-Reg's training transform (its flickr30k_dataset.py), which has no surroundings.
+
+    Attributes:
+        source: Where the images are.
+        size: Side of the square, in pixels.
+        seed: Seed of random crops.
+        crop: `random` to train, `fixed` to train with the crop of the first epoch in all, `centre` to
+            measure.
+        around: Rows and columns of surroundings to cut with the square, in pixels on each side.
+    """
+
+    source: ImageSource
+    size: int
+    seed: int = 0
+    crop: Literal["random", "fixed", "centre"] = "random"
+    around: tuple[int, int] = (0, 0)
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def batch(self, keys: Sequence[Key]) -> Batch:
+        """Reads images.
+
+        Raises:
+            DataError: Neither an image nor any after it (`LONGEST_GAP` at most) can be read.
+        """
+        indices, images, skipped = zip(*map(self._read, keys), strict=True)
+        names = tuple(map(self.source.name, indices))
+        return Batch(torch.stack(images), torch.tensor(indices), names, tuple(itertools.chain(*skipped)))
+
+    def _read(self, key: Key) -> tuple[int, UInt8[Tensor, "3 rows cols"], list[Skipped]]:
+        """Reads an image, or the next readable one; tells which one, and what was skipped."""
+        skipped: list[Skipped] = []
+        for offset in range(min(len(self), LONGEST_GAP)):
+            index = (key[1] + offset) % len(self)
+            name = self.source.name(index)
+            place = (0, index) if self.crop == "fixed" else key
+            try:
+                square = self._square(
+                    self.source.read(index), name, keyed_generator("crop", self.seed, *place)
+                )
+            except DataError as error:
+                skipped.append(Skipped(name, str(error)))
+            else:
+                return index, torch.from_numpy(np.array(square)).permute(2, 0, 1).contiguous(), skipped
+        reasons = some([reason for _, reason in skipped], "\n  ")
+        raise DataError(f"found {len(skipped)} unreadable images in a row:\n  {reasons}\nreplace them")
+
+    def _square(self, image: Image.Image, name: str, generator: torch.Generator) -> Image.Image:
+        rows, cols = (self.size + 2 * far for far in self.around)
+        # The side with the least to spare decides.
+        shorter, needed = min(zip(image.size, (cols, rows), strict=True), key=lambda side: side[0] / side[1])
+        width, height = (int(needed * side / shorter) for side in image.size)  # as torchvision truncates
+        if Image.MAX_IMAGE_PIXELS is not None and width * height > Image.MAX_IMAGE_PIXELS:
+            shape = f"{image.width}x{image.height}"
+            raise unreadable(name, f"{shape} is so narrow that it would become {width}x{height} pixels")
+        if image.size != (width, height):
+            image = image.resize((width, height), Image.Resampling.BICUBIC)
+        room = max(width - cols, height - rows)
+        start = room / 2 if self.crop == "centre" else int(torch.randint(room + 1, (), generator=generator))
+        left, top = (round(start), 0) if width - cols > height - rows else (0, round(start))
+        return image.crop((left, top, left + cols, top + rows))
+
+
+def middle(images: Shaped[Tensor, "batch 3 _ _"], around: tuple[int, int]) -> Shaped[Tensor, "batch 3 _ _"]:
+    """Takes images out of their surroundings.
+
+    Args:
+        images: Images with surroundings.
+        around: Rows and columns of those, in pixels on each side.
+    """
+    rows, cols = around
+    return images[..., rows : images.shape[-2] - rows, cols : images.shape[-1] - cols]
+
+
+def normalise(
+    images: UInt8[Tensor, "batch 3 rows cols"], mean: Sequence[float], std: Sequence[float]
+) -> Float[Tensor, "batch 3 rows cols"]:
+    """Computes (images / 255 - mean) / std in fp32, on the images' device.
+
+    Args:
+        images: RGB, 0 to 255.
+        mean: Of each channel, on a scale of 0 to 1.
+        std: Of each channel, on the same scale.
+    """
+    centre, spread = (
+        # Copied without waiting for the device, as torch.tensor(…, device=…) would.
+        torch.tensor(values, dtype=torch.float32).view(3, 1, 1).to(images.device, non_blocking=True)
+        for values in (mean, std)
+    )
+    return (images.float() / 255 - centre) / spread
+
+
+def as_input(
+    backbone: Backbone, pixels: UInt8[Tensor, "batch 3 rows cols"]
+) -> Float[Tensor, "batch 3 rows cols"]:
+    """Makes of 8-bit RGB what a model takes: on its device, normalised for it, in its own precision."""
+    pixels = pixels.to(backbone.device, non_blocking=True)
+    return normalise(pixels, backbone.spec.mean, backbone.spec.std).to(backbone.dtype)
+
+
+# --- Order: which images make which batch --------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Order:
+    """Which images make the batch of a step: a function of seed and step alone.
+
+    An epoch is a permutation of all images, cut into global batches of `batch_size * world_size`; those that
+    do not fill one are left out of this epoch. Rank r takes the r-th stretch of a global batch: the batches
+    of all ranks, one behind the other, are that of a single process with a `world_size` times larger batch.
+
+    Attributes:
+        num_images: Images there are.
+        batch_size: Images per process and step.
+        seed: Seed of the permutations.
+        rank: Number of this process.
+        world_size: Processes that train together.
+
+    Raises:
+        DataError: There are fewer images than one global batch takes.
+    """
+
+    num_images: int
+    batch_size: int
+    seed: int = 0
+    rank: int = 0
+    world_size: int = 1
+
+    def __post_init__(self) -> None:
+        if self.steps_per_epoch == 0:
+            raise DataError(
+                f"cannot fill a batch: it takes {self.batch_size} images on each of {self.world_size} "
+                f"processes = {self.batch_size * self.world_size}, found {self.num_images} to train on; add "
+                "images, or lower --batch-size"
+            )
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Global batches that an epoch fills."""
+        return self.num_images // (self.batch_size * self.world_size)
+
+    def epoch(self, step: int) -> int:
+        """Tells which epoch a step belongs to; both count from 0."""
+        return step // self.steps_per_epoch
+
+    def batch(self, step: int) -> list[Key]:
+        """Lists (epoch, index) of this process's images at a step."""
+        epoch, position = divmod(step, self.steps_per_epoch)
+        start = (position * self.world_size + self.rank) * self.batch_size
+        indices = _permutation(self.num_images, self.seed, epoch)[start : start + self.batch_size]
+        return [(epoch, index) for index in indices.tolist()]
+
+
+@lru_cache(maxsize=2)
+def _permutation(length: int, seed: int, epoch: int) -> Int64[Tensor, " length"]:
+    return torch.randperm(length, generator=keyed_generator("order", seed, epoch))
+
+
+def holdout(num_images: int, count: int) -> tuple[list[int], list[int]]:
+    """Sets images aside for measuring: the middle ones of `count` equal stretches.
+
+    At most a fifth is set aside, so none of fewer than 5 images.
+
+    Returns:
+        Numbers of the images to train on, and of those held out, both ascending.
+    """
+    count = min(count, num_images // 5)
+    held = [(2 * stretch + 1) * num_images // (2 * count) for stretch in range(count)]
+    return sorted(set(range(num_images)) - set(held)), held
+
+
+def split(source: ImageSource, config: DistillConfig) -> tuple[ImageSource, ImageSource, bool]:
+    """Splits a run's images into those to train on and those to measure on.
+
+    Returns:
+        Both, and whether they are kept apart: fewer than 5 images serve as both.
+    """
+    count = config.measure.images
+    limit = len(source) if config.data.limit == "all" else config.data.limit
+    if config.measure.source is not None:
+        return spread(source, limit), spread(open_images(config.measure.source), count), True
+    train_on, measure_on = holdout(len(source), count)
+    if measure_on:
+        return spread(Subset(source, train_on), limit), Subset(source, measure_on), True
+    return spread(source, limit), spread(source, count), not count
+
+
+def spread(source: ImageSource, count: int) -> ImageSource:
+    """Takes up to so many images, spread evenly over those there are."""
+    return Subset(source, range(0, len(source), max(1, len(source) // max(1, count)))[:count])
+
+
+# --- Loading: batches ahead of time --------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Batches(Dataset[Batch | DataError]):
+    """Batches by their keys. An error is handed over, not raised: torch would bury it in a traceback."""
+
+    crops: Crops
+
+    def __getitem__(self, keys: Sequence[Key]) -> Batch | DataError:
+        try:
+            return self.crops.batch(keys)
+        except DataError as error:
+            return error
+
+
+def loader(
+    crops: Crops,
+    order: Order,
+    start: int,
+    stop: int,
+    *,
+    workers: int | None = None,
+    pin_memory: bool = False,
+    start_method: Literal["fork", "spawn", "forkserver"] | None = None,
+) -> Iterator[Batch]:
+    """Reads the batches of steps `start` to `stop`, exclusive, in order and ahead of time.
+
+    Reader processes live as long as the iterator, across epochs; each has one thread (torch sees to it), and
+    neither they nor this process draw from a global random state. They are forked where the platform can,
+    even with CUDA in use here: readers touch PIL and CPU tensors alone.
+
+    Args:
+        crops: The images.
+        order: Which of them make which step.
+        start: First step.
+        stop: Step to end before.
+        workers: Reader processes; 0 reads in this one, unset means up to 8, one less than there are cores.
+        pin_memory: Put batches into pinned memory, for asynchronous copies to a GPU.
+        start_method: How readers start; unset means `fork`, or `spawn` where there is none.
+
+    Raises:
+        DataError: No readable image was found for a batch.
+    """
+    workers = _spare_cores() if workers is None else workers
+    can_fork = "fork" in multiprocessing.get_all_start_methods()
+    batches: Iterable[Batch | DataError] = DataLoader(
+        _Batches(crops),
+        sampler=map(order.batch, range(start, stop)),
+        batch_size=None,  # the sampler gives whole batches
+        collate_fn=_as_it_is,
+        num_workers=workers,
+        pin_memory=pin_memory,
+        multiprocessing_context=(start_method or ("fork" if can_fork else "spawn")) if workers else None,
+        generator=torch.Generator(),  # unset, torch would draw from the global one
+    )
+    for batch in batches:
+        if isinstance(batch, DataError):
+            raise batch
+        yield batch
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+def _spare_cores() -> int:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(8, cores - 1)
+
+
+class BrokenImages:
+    """Counts unreadable images, warns once of each, and ends the run when they are too many.
+
+    The share is of the images read so far, but of 100 at least (or of all, if they are fewer), lest one
+    broken image in the first batch end a run.
+
+    Attributes:
+        reasons: Why each unreadable image was skipped, by name.
+    """
+
+    def __init__(self, total: int, max_broken: float) -> None:
+        self.reasons: dict[str, str] = {}
+        self._total = total
+        self._max_broken = max_broken
+        self._read = 0
+
+    def add(self, batch: Batch) -> None:
+        """Counts a batch.
+
+        Raises:
+            DataError: More than `max_broken` of the images read cannot be.
+        """
+        new = {name: reason for name, reason in batch.skipped if name not in self.reasons}
+        for reason in new.values():
+            logger.warning("skipped an image: %s", reason)
+        self.reasons |= new
+        self._read = min(self._total, self._read + len(batch.names) + len(new))
+        if len(self.reasons) > self._max_broken * max(self._read, min(self._total, 100)):
+            reasons = some(list(self.reasons.values()), "\n  ")
+            raise DataError(
+                f"too many unreadable images: {len(self.reasons)} of {self._read} read so far, more than "
+                f"--data.max-broken {self._max_broken:g} allows:\n  {reasons}\n"
+                "replace them, or raise --data.max-broken"
+            )
+
+
+# --- Measuring: a few images, as they are ---------------------------------------------------------------
+
+
+def centre_crops(
+    backbone: Backbone, source: ImageSource, size: int, around: tuple[int, int] = (0, 0)
+) -> Iterator[Float[Tensor, "batch 3 rows cols"]]:
+    """Reads images for measuring: centre crops, normalised for a model, on its device.
+
+    Unreadable images are left out and warned of; too many stop it, as in training.
+    """
+    crops = Crops(source, size, crop="centre", around=around)
+    broken = BrokenImages(len(source), DataConfig().max_broken)
+    readable: list[Tensor] = []
+    for index in range(len(source)):
+        image = crops.batch([(0, index)])
+        broken.add(image)
+        if not image.skipped:
+            readable.append(image.images)
+        if readable and (len(readable) == MEASURED_AT_ONCE or index + 1 == len(source)):
+            pixels, readable = torch.cat(readable), []
+            yield as_input(backbone, pixels)

@@ -1,0 +1,194 @@
+"""The before/after table: what a retrofit changed, on images it was not trained on.
+
+Before is the original model, after the patched one. The reference that agreement is measured against is the
+original averaged over many views or, for the demonstration model, the known truth.
+
+    original ──survey──► outlier rate, where the outliers are, pooled output ──┐
+        └──many views──► reference ──► agreement of both                       ├──► drift
+    patched ──survey──► outlier rate, pooled output ───────────────────────────┘
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from phreg.analysis.norms import NormReport
+from phreg.analysis.survey import Survey, survey
+from phreg.backbones.base import Backbone
+from phreg.backbones.readout import set_readout
+from phreg.config import GateConfig, TargetConfig
+from phreg.evaluation.metrics.agreement import Agreement, AgreementMeter, Drift, drift
+
+# Nothing is bound by these shapes: the last batch may be smaller than the others.
+Images = Float[Tensor, "_ 3 _ _"]
+Grids = Float[Tensor, "_ _ _ _"]
+
+
+class Row(NamedTuple):
+    """One line of the before/after table; None where a figure does not exist."""
+
+    name: str
+    before: float | None
+    after: float | None
+    lower_is_better: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Comparison:
+    """A model before and after.
+
+    Attributes:
+        images: Images measured on.
+        held_out: Whether none of them was trained on.
+        reference: What agreement is measured against, in words.
+        surveys: What one look at either model tells, before and after, plainly read.
+        agreement: Cosine to the reference, before and after; masked: where the original had outliers.
+        drift: Cosine of the patched model's pooled output to the original's.
+        shown: Dense features of the first few images, before and after, read as they were distilled.
+    """
+
+    images: int
+    held_out: bool
+    reference: str
+    surveys: tuple[Survey, Survey]
+    agreement: tuple[Agreement, Agreement]
+    drift: Drift
+    shown: tuple[Grids, Grids]
+
+    @property
+    def norms(self) -> tuple[NormReport, NormReport]:
+        """Norms of patch tokens, before and after."""
+        before, after = self.surveys
+        return before.norms, after.norms
+
+    def rows(self) -> list[Row]:
+        """The table."""
+        return table(self.to_json())
+
+    def to_json(self) -> dict[str, Any]:
+        """The figures, without maps."""
+        return {
+            "images": self.images,
+            "held_out": self.held_out,
+            "reference": self.reference,
+            "outlier_rate": [report.outlier_rate for report in self.norms],
+            "outlier_rate_by_block": [[block.outlier_rate for block in side.blocks] for side in self.norms],
+            "emergence_block": [report.emergence_block for report in self.norms],
+            "agreement": [asdict(side) for side in self.agreement],
+            "drift": asdict(self.drift),
+        }
+
+
+def table(figures: Mapping[str, Any]) -> list[Row]:
+    """Lays out the figures that `Comparison.to_json` gave, before and after.
+
+    Those of earlier versions know no block but the last.
+    """
+    rates, (before, after), drift = (figures[name] for name in ("outlier_rate", "agreement", "drift"))
+    masked = "the same, where the original had outliers"
+    by_block = figures.get("outlier_rate_by_block")
+    most = "the same, in the block with most"
+    return [
+        Row("outlier rate (share of patch tokens)", *rates, lower_is_better=True),
+        *([Row(most, *map(max, by_block), lower_is_better=True)] if by_block else []),
+        Row(f"cosine to {figures['reference']}, mean", before["mean"], after["mean"], lower_is_better=False),
+        Row(
+            "the same, worst 1 % of patches",
+            before["worst_percent"],
+            after["worst_percent"],
+            lower_is_better=False,
+        ),
+        Row(masked, before["masked"], after["masked"], lower_is_better=False),
+        Row("pooled output, cosine to the original's, mean", 1.0, drift["mean"], lower_is_better=False),
+        Row("the same, worst image", 1.0, drift["min"], lower_is_better=False),
+    ]
+
+
+@torch.no_grad()
+def compare(
+    original: Backbone,
+    patched: Backbone,
+    batches: Sequence[Images],
+    reference: Callable[[Images, int], Grids],
+    target: TargetConfig,
+    *,
+    described: str,
+    held_out: bool,
+    show: int = 8,
+) -> Comparison:
+    """Measures a patched model against its original.
+
+    Both models are left plainly read.
+
+    Args:
+        original: The model as it was.
+        patched: The model with registers.
+        batches: Normalised images, on the models' device.
+        reference: Makes the reference of a batch, given the batch and its number.
+        target: Which block and read-outs were distilled; agreement is measured on those.
+        described: What the reference is, in a few words.
+        held_out: Whether none of the images was trained on.
+        show: Images whose features and maps are kept.
+    """
+    sides = (original, patched)
+    for side in sides:
+        set_readout(side, "plain")
+    surveys = survey(original, batches, show=show), survey(patched, batches, show=show)
+    were_outliers = surveys[0].outliers.split([len(images) for images in batches])
+
+    set_readout(original, target.teacher_readout)
+    set_readout(patched, target.student_readout)
+    meters = AgreementMeter(), AgreementMeter()
+    kept: tuple[list[Tensor], list[Tensor]] = ([], [])
+    for number, (images, mask) in enumerate(zip(batches, were_outliers, strict=True)):
+        truth = reference(images, number)
+        features = [side(images, target.layer, target.norm).patches.float() for side in sides]
+        for meter, grids, grid in zip(meters, kept, features, strict=True):
+            meter.update(grid, truth, mask.to(grid.device))
+            grids.append(grid.cpu() if sum(map(len, grids)) < show else grid[:0].cpu())
+    for side in sides:
+        set_readout(side, "plain")
+    return Comparison(
+        images=sum(map(len, batches)),
+        held_out=held_out,
+        reference=described,
+        surveys=surveys,
+        agreement=(meters[0].compute(), meters[1].compute()),
+        drift=drift(surveys[1].pooled, surveys[0].pooled),
+        shown=(torch.cat(kept[0])[:show], torch.cat(kept[1])[:show]),
+    )
+
+
+def failed_gates(comparison: Comparison, gate: GateConfig) -> list[str]:
+    """Says in words what became worse than the gates allow; a figure that is NaN is worse than any.
+
+    Outliers are judged in the last block, and in the block with most: they can rise inside the model alone.
+    """
+    rates = [report.outlier_rate for report in comparison.norms]
+    most = [max(report.blocks, key=lambda block: block.outlier_rate) for report in comparison.norms]
+    before, after = comparison.agreement
+    risen = f"by more than gate.outlier_rate = {gate.outlier_rate:g}"
+    last_holds = rates[1] <= rates[0] + gate.outlier_rate
+    checks = [
+        (not last_holds, f"the outlier rate rose from {rates[0]:.4f} to {rates[1]:.4f}, {risen}"),
+        (
+            last_holds and not most[1].outlier_rate <= most[0].outlier_rate + gate.outlier_rate,
+            f"the outlier rate inside the model rose from {most[0].outlier_rate:.4f} at most (block "
+            f"{most[0].block}) to {most[1].outlier_rate:.4f} (block {most[1].block}), {risen}",
+        ),
+        (
+            not after.mean >= before.mean - gate.agreement,
+            f"agreement with {comparison.reference} fell from {before.mean:.4f} to {after.mean:.4f}, by more "
+            f"than gate.agreement = {gate.agreement:g}",
+        ),
+        (
+            not comparison.drift.mean >= gate.drift,
+            f"the pooled output drifted to a cosine of {comparison.drift.mean:.4f} to the original's, below "
+            f"gate.drift = {gate.drift:g}: what reads it (a classifier, zero-shot text) will suffer",
+        ),
+    ]
+    return [message for failed, message in checks if failed]

@@ -1,0 +1,1 @@
+"""How labelled datasets lie on disk, and how they are read."""

@@ -1,0 +1,69 @@
+"""How datasets lie on disk, and how the layout of a folder is told."""
+
+import logging
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from phreg.data.sources import some
+from phreg.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+Reader = TypeVar("Reader", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True)
+class Layout(Generic[Reader]):
+    """How a dataset lies on disk.
+
+    Attributes:
+        looks: What its folder looks like, for messages.
+        fits: Tells whether a folder is of this layout.
+        read: Lists what is in a folder.
+    """
+
+    looks: str
+    fits: Callable[[Path], bool]
+    read: Reader
+
+
+def find_layout(
+    root: str | os.PathLike[str], layout: str, layouts: Mapping[str, Layout[Reader]], *, lacking: str
+) -> Layout[Reader]:
+    """Finds a layout by its name or, for `auto`, the first that fits a folder.
+
+    Args:
+        root: Folder of the dataset.
+        layout: Name of a layout, or `auto`.
+        layouts: Those there are, in the order they are tried.
+        lacking: What is said of a folder that none fits.
+
+    Raises:
+        DataError: There is no such folder, no layout of that name, or none fits.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise DataError(f"cannot read {root}: there is no such folder; give --data the dataset's own folder")
+    if layout == "auto":
+        name = next((name for name, known in layouts.items() if known.fits(root)), None)
+        if name is None:
+            inside = sorted(path.name for path in root.iterdir())
+            raise DataError(
+                f"{root} {lacking}: found {some(inside) or 'nothing'}; expected "
+                f"{'; '.join(f'{name}: {known.looks}' for name, known in layouts.items())}"
+            )
+        _tell(root, name)
+        return layouts[name]
+    if layout not in layouts:
+        raise DataError(f"layout {layout!r} asked of {root}; known are auto, {', '.join(layouts)}")
+    return layouts[layout]
+
+
+@cache
+def _tell(root: Path, layout: str) -> None:
+    """Says, once, as what a folder is read."""
+    logger.info("%s is read in the layout %r", root, layout)

@@ -1,0 +1,112 @@
+"""Pictures with a file of truth each, a mask or depths: found by name, checked to be there, turned alike.
+
+A picture's name is its path inside its folder without the suffix, and its truth has the same one. EXIF may
+say that a picture is to be turned, which its truth never says: the size of the truth tells which way that was
+drawn. Where it fits both ways, nobody but the user knows, and nothing is guessed.
+
+    images/a/f0.5.jpg ──name a/f0.5──┐
+    masks/a/f0.5.png ───name a/f0.5──┴─► pair ──EXIF, sizes──► read upright, read as stored, or refused
+"""
+
+import os
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
+
+from phreg.data.sources import SUFFIXES, Files, exif_orientation, some, walk
+from phreg.errors import DataError
+
+Pairs = Sequence[tuple[Path, Path]]
+"""Files of pictures, each with that of its truth."""
+
+
+def read_lines(path: Path, what: str) -> list[str]:
+    """Reads the lines of a text file that are not blank.
+
+    Args:
+        path: The file.
+        what: What is listed in it, for messages.
+
+    Raises:
+        DataError: It is missing, or no text.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(
+            f"cannot read {what} from {path}: {error}; write one a line, in a text file of UTF-8"
+        ) from error
+    return [line.strip() for line in lines if line.strip()]
+
+
+def without_suffix(name: str) -> str:
+    """Takes the suffix of an image off a name; what follows another dot is part of the name (`f0.5`)."""
+    stem, suffix = os.path.splitext(name)  # noqa: PTH122 - names, not paths
+    return stem if suffix.lower() in SUFFIXES else name
+
+
+def find_files(folder: Path, suffixes: Collection[str] = SUFFIXES) -> dict[str, Path]:
+    """Finds the files at all levels of a folder, by name, in the order of their names.
+
+    Raises:
+        DataError: There is no such folder, or two files have one name.
+    """
+    if not folder.is_dir():
+        raise DataError(f"files asked for in {folder}, and there is no such folder; add it, or set layout")
+    found: dict[str, Path] = {}
+    for path in map(Path, walk(os.fspath(folder))):
+        if path.suffix.lower() not in suffixes:
+            continue
+        name = path.relative_to(folder).with_suffix("").as_posix()
+        if name in found:
+            raise DataError(
+                f"cannot tell which file of {folder} is {name!r}: found {found[name].name} and {path.name}; "
+                "keep one"
+            )
+        found[name] = path
+    return found
+
+
+def pair_files(
+    root: Path, pairs: Pairs, truth: str, searched: Path, size_of: Callable[[Path], tuple[int, ...]]
+) -> tuple[Files, tuple[str, ...]]:
+    """Checks that pictures and their truth are there, and finds out how each picture is to be turned.
+
+    Args:
+        root: Folder of the dataset.
+        pairs: The files.
+        truth: What the truth is, for messages.
+        searched: Where the pictures were looked for, for messages.
+        size_of: Reads the height and width of a file of truth.
+
+    Returns:
+        The pictures, and the paths of their truth.
+
+    Raises:
+        DataError: There are none, a file is missing, or a picture may lie two ways.
+    """
+    if not pairs:
+        raise DataError(
+            f"{root} has 0 pairs of image and {truth}: found no images by {searched}; unpack the whole "
+            "dataset, or correct --data"
+        )
+    missing = [os.fspath(path) for pair in pairs for path in pair if not path.is_file()]
+    if missing:
+        raise DataError(
+            f"{root} has {len(pairs)} pairs of image and {truth}, {len(missing)} files of which are missing: "
+            f"{some(missing)}; unpack the whole dataset, {truth} too"
+        )
+    unturned, unclear = [], []
+    for number, (image, path) in enumerate(pairs):
+        orientation, size = exif_orientation(image)
+        if orientation > 1 and (orientation < 5 or size[0] == size[1]):  # from 5 on, sides change places
+            unclear.append(os.fspath(image))
+        elif orientation > 1 and size_of(path) == size:
+            unturned.append(number)
+    if unclear:
+        raise DataError(
+            f"EXIF says of {len(unclear)} of {len(pairs)} images of {root} that they are to be turned, and "
+            f"the size of their {truth} fits with and without: {some(unclear)}; turn them as their {truth} "
+            "are, and save them without an EXIF orientation"
+        )
+    images = Files(tuple(os.fspath(image) for image, _ in pairs), frozenset(unturned))
+    return images, tuple(os.fspath(path) for _, path in pairs)

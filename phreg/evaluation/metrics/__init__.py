@@ -1,0 +1,1 @@
+"""Figures: how features and predictions are scored."""

@@ -1,0 +1,250 @@
+"""Runs a task on several models and seeds, and keeps what is done, so that an interrupted run goes on.
+
+    for each model: open ─► for each seed: task.run ─► runs/<key>.json ─► summarise ─► Record
+    records ─► Results ─► results.json, results.md
+
+A finished run, one model with one seed, is found again by a hash of task, settings, models, data and seed. So
+an interrupted evaluation loses the run it was in, but for the features that were kept whole. A model is known
+by its identity (`phreg.backbones.identity`). Data on the disk, and files that settings name, are known by
+their names, sizes and times, so that a run on what has changed since is done again; a dataset of the hub is
+known by its name alone.
+
+A folder holds the results of one task with its data and settings; those of another are refused there.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from phreg import __version__
+from phreg.backbones.base import Backbone
+from phreg.backbones.identity import identify
+from phreg.config import Config, flatten
+from phreg.data.sources import open_images, walk
+from phreg.errors import DataError, PhregError
+from phreg.evaluation.feature_cache import FeatureCache, stamps
+from phreg.evaluation.features import FeatureReader, Observer
+from phreg.evaluation.results import MAPS, RESULTS, TABLE, Metrics, Record, Results, hardware, summarise
+from phreg.evaluation.tasks.table import draws, find_task
+from phreg.training.checkpoint import write_text
+
+logger = logging.getLogger(__name__)
+
+RUNS = "runs"
+"""Folder of finished runs."""
+
+
+@dataclass(frozen=True, eq=False)
+class Suite:
+    """A task with its data and settings, to be run on any model.
+
+    Attributes:
+        task: Name of the task.
+        data: Where its images are.
+        settings: Its settings.
+        seeds: Seeds asked for; of a task that draws nothing the first stands for all.
+        folder: Where runs, features and results go.
+        cache: Where features are kept.
+        device: Where models run.
+        batch_size: Pictures per forward.
+        bf16: Whether forwards run under bf16 autocast.
+        observe: Told of progress.
+        watch: Shown each model, ready to be read, with its record.
+    """
+
+    task: str
+    data: str
+    settings: Config
+    seeds: tuple[int, ...]
+    folder: Path
+    cache: FeatureCache
+    device: torch.device
+    batch_size: int
+    bf16: bool
+    observe: Observer
+    watch: Callable[[FeatureReader, Record], None] = lambda _reader, _record: None
+
+    def check_folder(self) -> None:
+        """Checks that results may be written to the folder.
+
+        Raises:
+            PhregError: It holds those of another task, other data or other settings.
+        """
+        path = self.folder / RESULTS
+        if not path.is_file():
+            return
+        try:
+            held = json.loads(path.read_text(encoding="utf-8"))["models"][0]
+            theirs = _asked(held["task"], held["data"], held["settings"])
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            raise PhregError(
+                f"asked to write results to {self.folder}, whose {RESULTS} is none of phreg's; choose "
+                "another --output, or move that file"
+            ) from error
+        ours = _asked(self.task, self.data, self.settings.model_dump(mode="json"))
+        changed = [
+            f"{name} {theirs.get(name)!r} there, {ours.get(name)!r} asked for"
+            for name in dict.fromkeys([*ours, *theirs])
+            if theirs.get(name) != ours.get(name)
+        ]
+        # Of another task or other data, the settings are beside the point.
+        changed = [text for text in changed if text.startswith(("task ", "data "))] or changed
+        if changed:
+            raise PhregError(
+                f"asked to write results to {self.folder}, which holds others: {'; '.join(changed)}. Choose "
+                f"another --output (features can be shared by --cache), or remove {RESULTS} and {TABLE} there"
+            )
+
+    @cached_property
+    def drawn(self) -> bool:
+        """Whether a seed decides anything."""
+        return draws(self.task, self.data, self.settings)
+
+    def record(self, name: str, backbone: Backbone, reference: Backbone | None = None) -> Record:
+        """Measures one model.
+
+        Args:
+            name: What the user calls it.
+            backbone: The model; put into eval mode and onto the device.
+            reference: The baseline, in eval mode and on the device, where there is one.
+        """
+        backbone.eval().to(self.device)
+        identity = identify(backbone)
+        reader = FeatureReader(
+            backbone,
+            identity.whole,
+            self.cache,
+            self.batch_size,
+            self.bf16,
+            lambda what, done, total: self.observe(f"{name}: {what}", done, total),
+            reference,
+        )
+        seeds = self.seeds if self.drawn else self.seeds[:1]
+        runs = [self._run(reader, seed) for seed in seeds]
+        record = summarise(
+            [metrics for metrics, _ in runs],
+            task=self.task,
+            model=name,
+            sha256=identity.weights,
+            registers=backbone.num_registers,
+            data=self.data,
+            settings=self.settings.model_dump(mode="json"),
+            seeds=seeds,
+            hardware=hardware(self.device, bf16=self.bf16),
+            seconds=sum(seconds for _, seconds in runs),
+            drawn=self.drawn,
+        )
+        if record.sweep:
+            logger.info("%s:\n%s", name, "\n".join(record.sweep))
+        self.watch(reader, record)
+        return record
+
+    @cached_property
+    def _files(self) -> str:
+        """A hash of the names, sizes and times of all files of the data, and of those that settings name."""
+        found = [*self._data_stamps(), *(_stamp(path) for path in _named_files(self.settings))]
+        return hashlib.sha256(json.dumps(found).encode()).hexdigest()
+
+    def _data_stamps(self) -> Iterator[tuple[Any, ...]]:
+        root = Path(self.data).resolve()
+        if root.is_dir():
+            # What phreg itself keeps inside of the data is none of it.
+            kept = [*(self.folder / name for name in (RUNS, RESULTS, TABLE, MAPS)), self.cache.folder]
+            inside = [place for path in kept if root in (place := path.resolve()).parents]
+            for path in map(Path, walk(os.fspath(root))):
+                if not any(path.is_relative_to(place) for place in inside):
+                    with suppress(FileNotFoundError):  # a link to nowhere; a reader that needs it says so
+                        yield _stamp(path)
+        elif root.is_file() or any(mark in self.data for mark in "*?[{"):
+            with suppress(DataError):  # what the task cannot read, it says itself
+                yield from stamps(open_images(self.data))
+
+    def _run(self, reader: FeatureReader, seed: int) -> tuple[Metrics, float]:
+        """Runs the task once, or reads what it found before."""
+        asked = {
+            "phreg": __version__,
+            **_asked(self.task, self.data, self.settings.model_dump(mode="json")),
+            "files": self._files,
+            "model": reader.identity,
+            "reference": reader.baseline.identity if reader.baseline else None,
+            "bf16": self.bf16,
+            "seed": seed,
+        }
+        key = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
+        path = self.folder / RUNS / f"{self.task}-{key}.json"
+        # A run that is not there, or of which a power cut left half, is done again.
+        with suppress(OSError, ValueError):
+            done = json.loads(path.read_text(encoding="utf-8"))
+            return Metrics(**done["metrics"]), done["seconds"]
+        started = time.perf_counter()
+        metrics = find_task(self.task).run(reader, self.data, self.settings, seed)
+        seconds = time.perf_counter() - started
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, json.dumps({"asked": asked, "metrics": asdict(metrics), "seconds": seconds}))
+        return metrics, seconds
+
+
+def compare_models(
+    suite: Suite,
+    models: Sequence[str],
+    baseline: str | None,
+    open_backbone: Callable[[str], Backbone],
+) -> Results:
+    """Measures several models, the baseline first, and writes the results.
+
+    Args:
+        suite: What to measure.
+        models: What the user calls them.
+        baseline: The model they are set against, at whose artifacts they are measured too. Without one, the
+            others are set against the first, and each is measured as if alone.
+        open_backbone: Opens a model by name.
+
+    Raises:
+        PhregError: The folder holds other results, or anything asked for does not exist or does not fit.
+    """
+    suite.check_folder()
+    if not suite.drawn and len(suite.seeds) > 1:
+        logger.info("%s draws nothing here: one run stands for all %d seeds", suite.task, len(suite.seeds))
+    reference = None if baseline is None else open_backbone(baseline).eval().to(suite.device)
+    found: dict[str, Record] = {}
+    if baseline is not None and reference is not None:
+        found[baseline] = suite.record(baseline, reference, reference)
+    for name in models:
+        if name not in found:
+            found[name] = suite.record(name, open_backbone(name), reference)
+    records = tuple(found[name] for name in models)
+    if baseline is not None:
+        results = Results(records, found[baseline])
+    else:
+        results = Results(records, first=records[0] if len(records) > 1 else None)
+    results.write(suite.folder)
+    return results
+
+
+def _asked(task: str, data: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """Says what is measured, by dotted key, a folder by its absolute path."""
+    where = os.fspath(Path(data).resolve()) if Path(data).exists() else data
+    return {"task": task, "data": where, **flatten({"settings": settings})}
+
+
+def _named_files(settings: Config) -> Iterator[Path]:
+    """Finds the files that settings name, whatever they are for."""
+    for value in flatten(settings.model_dump(mode="json")).values():
+        # By this, as a name may be longer than a path can be, or hold what none can.
+        if isinstance(value, str) and os.path.isfile(value):  # noqa: PTH113
+            yield Path(value).resolve()
+
+
+def _stamp(path: Path) -> tuple[Any, ...]:
+    status = path.stat()
+    return str(path), status.st_size, status.st_mtime_ns

@@ -1,0 +1,1 @@
+"""The evaluation tasks, a module each."""

@@ -1,0 +1,281 @@
+"""Classification from global features: neighbours, a linear probe, the model's own classifier, class names.
+
+This is the regression gate: a retrofit that repairs patches must not cost what CLS and pooled output know.
+
+    training images ──► CLS, pooled, patch mean ──┬─ k nearest neighbours, by cosine ─┐
+                                                  └─ logistic regression ─────────────┼─► top-1, top-5
+    test images ─────► CLS, pooled, patch mean, logits of the model's own head ───────┤
+    class names ─────► text embeddings of a CLIP-type model, compared with pooled ────┘
+
+k-NN is that of Wu et al. 2018 (arXiv 1805.01978), as DINO and DINOv2 evaluate it: votes weighted by
+exp(cosine / temperature). The probe is multinomial logistic regression with an L2 penalty, on standardised
+features, solved by L-BFGS to convergence; there is no schedule to tune.
+
+The data is divided into `train` and `val`, or else by the seed, class by class. The model's own head needs no
+training images: its classes are numbered as the labels are, e.g. 0 to 999 for ImageNet. Nor does zero-shot
+classification, which takes the class whose name, in 80 prompts, is nearest (Radford et al. 2021, arXiv
+2103.00020).
+"""
+
+import re
+from collections.abc import Callable
+from typing import Annotated, Literal, NamedTuple
+
+import torch
+from jaxtyping import Float, Int64
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from torch import Tensor
+from torch.nn.functional import normalize, one_hot
+
+from phreg.analysis.linear import fit_softmax
+from phreg.backbones.text import imagenet_names, text_encoder
+from phreg.config import Config
+from phreg.data.sources import Subset
+from phreg.errors import DataError, PhregError
+from phreg.evaluation.datasets.labelled import Labelled, open_labelled
+from phreg.evaluation.datasets.vocabulary import Vocabulary, embed_vocabulary, find_vocabulary
+from phreg.evaluation.features import FeatureReader, Reading
+from phreg.evaluation.metrics.scores import top_k
+from phreg.evaluation.results import Metrics
+from phreg.seeding import keyed_generator
+
+Feature = Literal["cls", "pooled", "patch-mean"]
+
+
+class Settings(Config):
+    """Classification from frozen global features."""
+
+    methods: tuple[Literal["knn", "linear", "head", "zero-shot"], ...] = ("knn", "linear")
+    """What classifies: knn (neighbours), linear (a probe), head (the model's own) or zero-shot (class names,
+    with CLIP and SigLIP). The first is the headline."""
+    features: tuple[Feature, ...] = ("pooled",)
+    """What neighbours and probe are given. The first is the headline."""
+    labels: str | None = None
+    """File of labels for a flat folder: CSV lines of file,class, or JSON; unset means labels.csv in it."""
+    words: str | None = None
+    """What classes are called, for zero-shot: imagenet (open_clip's names, classes numbered 0 to 999), a list
+    of phreg's, or a TOML file of class = ["word", "synonym"]; unset means as in the data."""
+    template: str | None = None
+    """Sentence around a class's name, with {} for it; unset means open_clip's 80 for ImageNet."""
+    reading: Reading = Reading(fit="crop", readout="plain")
+    """Canvas of the images; read plain, as global features mean something."""
+    val_share: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    """Share of each class that is tested on, where the data has no splits."""
+    neighbours: PositiveInt = 20
+    """Neighbours that vote; at most as many as there are training images."""
+    temperature: PositiveFloat = 0.07
+    """Temperature of votes."""
+    penalty: NonNegativeFloat = 1e-3
+    """L2 penalty of the probe, times half the squared weights, beside the mean cross-entropy."""
+
+
+UNTRAINED = frozenset({"head", "zero-shot"})
+"""Methods that need no training images."""
+
+
+class Globals(NamedTuple):
+    """Global features of a set of images, on the CPU."""
+
+    features: dict[Feature, Float[Tensor, "images _"]]
+    logits: Float[Tensor, "images classes"] | None
+
+
+def draws(data: str, settings: Settings) -> bool:
+    """What is held back for testing is, where something learns and the data has no splits."""
+    learns = not set(settings.methods) <= UNTRAINED
+    return learns and open_labelled(data, "val", labels=settings.labels) is None
+
+
+def run(reader: FeatureReader, data: str, settings: Settings, seed: int) -> Metrics:
+    """Measures the accuracy of each method on each feature.
+
+    Raises:
+        DataError: Images or labels cannot be read, there are no two classes, or one has no training image.
+        PhregError: The model has no classifier, and one was asked for.
+    """
+    figures: dict[str, float] = {}
+    detail: dict[str, dict[str, float]] = {}
+    train, test = (
+        (None, _tested(data, settings))
+        if set(settings.methods) <= UNTRAINED
+        else _divide(data, settings, seed)
+    )
+    seen = _read(reader, test, settings, "test images", head="head" in settings.methods)
+    learned = _read(reader, train, settings, "training images", head=False) if train else None
+    for method in settings.methods:
+        if method == "head":
+            assert seen.logits is not None
+            _check_head(seen.logits, test, reader)
+            _add(figures, "head", seen.logits, test.labels)
+            continue
+        if method == "zero-shot":
+            scores = zero_shot_scores(reader, seen.features["pooled"], test.classes, settings)
+            _add(figures, "zero_shot", scores, test.labels)
+            if not detail:
+                detail["top1"] = _per_class(scores, test)
+            continue
+        assert train is not None
+        assert learned is not None
+        for feature in settings.features:
+            score = SCORES[method]
+            scores = score(
+                learned.features[feature], train.labels, seen.features[feature], len(test.classes), settings
+            )
+            _add(figures, f"{method}_{feature.replace('-', '_')}", scores, test.labels)
+            if not detail:
+                detail["top1"] = _per_class(scores, test)
+    counts = {"train": len(train.labels) if train else 0, "test": len(test.labels)}
+    guarded = tuple(name for name in figures if name.endswith("top1"))
+    return Metrics(figures, detail, {"images": counts, "classes": len(test.classes)}, guarded)
+
+
+def knn_scores(
+    bank: Float[Tensor, "images dim"],
+    labels: Int64[Tensor, " images"],
+    queries: Float[Tensor, "queries dim"],
+    num_classes: int,
+    neighbours: int = 20,
+    temperature: float = 0.07,
+) -> Float[Tensor, "queries {num_classes}"]:
+    """Lets the nearest images of a bank vote for their classes, weighted by exp(cosine / temperature)."""
+    bank = normalize(bank, dim=1)
+    scores = []
+    for part in normalize(queries, dim=1).split(1024):  # a bank may hold a million images
+        cosines, nearest = (part @ bank.T).topk(min(neighbours, len(bank)), dim=1)
+        votes = one_hot(labels[nearest], num_classes).float()
+        scores.append(((cosines / temperature).exp().unsqueeze(-1) * votes).sum(1))
+    return torch.cat(scores)
+
+
+def zero_shot_scores(
+    reader: FeatureReader, pooled: Float[Tensor, "images dim"], classes: tuple[str, ...], settings: Settings
+) -> Float[Tensor, "images _"]:
+    """Computes the cosine of images and class names, each name's synonyms averaged.
+
+    Raises:
+        DataError: A class has no name but a number.
+        PhregError: The model has no text tower.
+    """
+    queries = embed_vocabulary(
+        _vocabulary(classes, settings.words), text_encoder(reader.backbone), settings.template, "mean"
+    )
+    return normalize(pooled, dim=1) @ queries.embeddings.cpu().T
+
+
+def _vocabulary(classes: tuple[str, ...], words: str | None) -> Vocabulary:
+    """Finds what classes are called; ImageNet's all count, whether or not there are images of each."""
+    if words != "imagenet":
+        if words is None and all(re.fullmatch(r"\d+|n\d{8}", label) for label in classes):
+            raise DataError(
+                f"zero-shot asked for of {len(classes)} classes without names, such as {classes[0]}; set "
+                "words=imagenet where they are ImageNet's, numbered 0 to 999, or give a TOML file of names"
+            )
+        return find_vocabulary(classes, words)
+    names = imagenet_names()
+    numbers = all(label.isdigit() and int(label) < len(names) for label in classes)
+    # All of ImageNet's folders, which are numbered in the order of their WordNet ids, as its classes are.
+    folders = len(classes) == len(names) and all(re.fullmatch(r"n\d{8}", label) for label in classes)
+    if not (numbers or folders):
+        raise DataError(
+            f"words=imagenet asked for {len(classes)} classes such as {classes[0]}, expected numbers 0 to "
+            f"{len(names) - 1}, or ImageNet's {len(names)} folders; number the classes in labels.csv"
+        )
+    return Vocabulary("imagenet", tuple((name,) for name in names))
+
+
+def _knn(bank: Tensor, labels: Tensor, queries: Tensor, num_classes: int, settings: Settings) -> Tensor:
+    return knn_scores(bank, labels, queries, num_classes, settings.neighbours, settings.temperature)
+
+
+def _linear(bank: Tensor, labels: Tensor, queries: Tensor, num_classes: int, settings: Settings) -> Tensor:
+    return fit_softmax(bank, labels, num_classes, settings.penalty, max_steps=500)(queries)
+
+
+SCORES: dict[str, Callable[[Tensor, Tensor, Tensor, int, Settings], Tensor]] = {
+    "knn": _knn,
+    "linear": _linear,
+}
+"""Scores of test images (images, classes), by method."""
+
+
+def _tested(data: str, settings: Settings) -> Labelled:
+    """Test images where nothing is learned: the validation split, or all there are."""
+    found = open_labelled(data, "val", labels=settings.labels) or open_labelled(data, labels=settings.labels)
+    assert found is not None
+    if "zero-shot" in settings.methods and settings.words != "imagenet":
+        _check_classes(len(found.classes), data)
+    return found
+
+
+def _check_classes(count: int, data: str) -> None:
+    """Refuses one class alone, of which whatever is said is right."""
+    if count < 2:
+        raise DataError(
+            f"classification asked for of {data}, found {count} class, and nothing to tell it from; add "
+            "images of another class"
+        )
+
+
+def _divide(data: str, settings: Settings, seed: int) -> tuple[Labelled, Labelled]:
+    """Training and test images: the data's own splits, or a share of each class drawn by the seed."""
+    train = open_labelled(data, "train", labels=settings.labels)
+    test = open_labelled(data, "val", labels=settings.labels)
+    if train is not None and test is not None:
+        if train.classes != test.classes:
+            raise DataError(
+                f"{data} has {len(train.classes)} classes to train on and {len(test.classes)} to test on, "
+                "which are not the same; give both the same class folders"
+            )
+        _check_classes(len(train.labels.unique()), data)
+        return train, test
+    whole = open_labelled(data, labels=settings.labels)
+    assert whole is not None
+    _check_classes(len(whole.labels.unique()), data)
+    held: list[int] = []
+    for label in whole.labels.unique().tolist():
+        members = (whole.labels == label).nonzero().flatten()
+        if len(members) < 2:
+            raise DataError(
+                f"class {whole.classes[label]!r} of {data} has 1 image, and neighbours and probe need one to "
+                "learn from and one to test on; add images, or use methods=head"
+            )
+        count = min(len(members) - 1, max(1, round(settings.val_share * len(members))))
+        order = torch.randperm(len(members), generator=keyed_generator("split", seed, label))
+        held += members[order[:count]].tolist()
+    kept = sorted(set(range(len(whole.labels))) - set(held))
+    parts = [
+        Labelled(Subset(whole.images, part), whole.labels[part], whole.classes)
+        for part in (kept, sorted(held))
+    ]
+    return parts[0], parts[1]
+
+
+def _read(reader: FeatureReader, images: Labelled, settings: Settings, what: str, *, head: bool) -> Globals:
+    rows: dict[Feature, list[Tensor]] = {"cls": [], "pooled": [], "patch-mean": []}
+    for dense in reader.stream(images.images, settings.reading, what):
+        rows["cls"].append(dense.cls)
+        rows["pooled"].append(dense.pooled)
+        rows["patch-mean"].append(dense.grid.mean((0, 1)))
+    features: dict[Feature, Tensor] = {name: torch.stack(found) for name, found in rows.items()}
+    return Globals(features, reader.logits(images.images, settings.reading, what) if head else None)
+
+
+def _check_head(logits: Tensor, test: Labelled, reader: FeatureReader) -> None:
+    if int(test.labels.max()) >= logits.shape[1]:
+        raise PhregError(
+            f"head asked of {reader.backbone.describe()}, whose classifier has {logits.shape[1]} classes, on "
+            f"labels up to {int(test.labels.max())}; number the labels as the classifier does, in labels.csv"
+        )
+
+
+def _add(figures: dict[str, float], name: str, scores: Tensor, labels: Tensor) -> None:
+    """Adds top-1 and top-5; the first method's are also the headline."""
+    found = {"top1": top_k(scores, labels, 1), "top5": top_k(scores, labels, 5)}
+    if not figures:
+        figures |= found
+    figures |= {f"{name}_{figure}": value for figure, value in found.items()}
+
+
+def _per_class(scores: Tensor, test: Labelled) -> dict[str, float]:
+    right = (scores.argmax(1) == test.labels).double()
+    return {name: float(right[test.labels == number].mean()) for number, name in enumerate(test.classes)}

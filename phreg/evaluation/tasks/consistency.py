@@ -1,0 +1,156 @@
+"""Consistency: whether patches say the same of the same content; no labels, so on any images.
+
+    canvas ──► two windows, whole patches apart ──► cosine where both see the same      shift
+    picture ──► and its mirror image, mirrored back ──► cosine of all patches           flip
+    many moved views of the baseline, averaged ──► cosine of all patches, of the worst, reference
+                                                   and where the baseline has artifacts
+
+Content moves with the picture and artifacts keep to the frame, so they lower the first two; the third asks
+how near one pass comes to what many views agree on. Without a baseline the model is its own; a baseline that
+is another network is none, and the third is left out. The baseline is read through the model's read-out.
+"""
+
+import logging
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from pydantic import PositiveInt
+from torch import Tensor
+
+from phreg.analysis.norms import outlier_mask, outliers
+from phreg.backbones.base import Backbone, Readout
+from phreg.backbones.readout import read_as
+from phreg.config import Config, ViewsConfig
+from phreg.data.sources import Subset, open_images
+from phreg.errors import PhregError
+from phreg.evaluation.features import FeatureReader, Reading
+from phreg.evaluation.metrics.agreement import Agreement, AgreementMeter, why_incomparable
+from phreg.evaluation.results import Metrics
+from phreg.seeding import keyed_generator
+from phreg.teacher import Teacher
+
+logger = logging.getLogger(__name__)
+
+
+class Settings(Config):
+    """Agreement of patch features with themselves and with a many-view reference."""
+
+    size: PositiveInt | None = None
+    """Side of the square pictures in pixels; unset means the model's own."""
+    count: PositiveInt = 64
+    """Pictures looked at, spread evenly over those there are."""
+    shift: PositiveInt = 3
+    """Patches by which windows are apart, along both axes."""
+    views: PositiveInt = 40
+    """Views of the reference."""
+    readout: Readout | None = None
+    """How a CLIP-type model's last block is read (phreg.backbones.readout); unset means as phreg trained the
+    model, and plain where it did not."""
+
+
+def run(reader: FeatureReader, data: str, settings: Settings, seed: int) -> Metrics:
+    """Measures agreement under shift and flip and with the reference, and the outlier rate.
+
+    Returns:
+        `shift_agreement`, `flip_agreement`, `outlier_rate` and, unless the baseline is another network,
+        `reference_agreement`, `reference_worst_percent` and, where it has artifacts, `artifact_agreement`.
+
+    Raises:
+        DataError: A picture cannot be read.
+        PhregError: The model takes no such size.
+    """
+    source = open_images(data)
+    step = max(1, len(source) // settings.count)
+    chosen = Subset(source, range(0, len(source), step)[: settings.count])
+    spec = reader.backbone.spec
+    side = round((settings.size or spec.input_size[0]) / spec.patch_size[0])
+    if side <= settings.shift:
+        raise PhregError(
+            f"a shift of {settings.shift} patches asked of pictures of {side}; lower shift, or raise size"
+        )
+    wide = _batches(reader, chosen, side + settings.shift)
+    rows, cols = (side * unit for unit in spec.patch_size)
+    batches = [images[..., :rows, :cols].contiguous() for images in wide]
+    reading = Reading(readout=settings.readout)
+    moved = _moved(reader, reading, wide, batches, side, settings.shift)
+    flipped = _flipped(reader, reading, batches)
+    figures = {"shift_agreement": moved.mean, "flip_agreement": flipped.mean}
+    notes = {"images": len(chosen), "readout": reader.readout(reading)}
+    rate = {"outlier_rate": outliers(reader.backbone, batches, show=1).outlier_rate}
+    baseline = reader.reference or reader.backbone
+    reason = why_incomparable(reader.backbone, baseline)
+    if reason is None:
+        found = _reference(reader, reading, baseline, batches, settings.views, seed)
+        figures |= {"reference_agreement": found.mean, "reference_worst_percent": found.worst_percent} | rate
+        if found.masked is not None:
+            figures["artifact_agreement"] = found.masked
+    else:
+        logger.warning("agreement with the baseline is left out: %s", reason)
+        notes["reference"] = f"left out: {reason}"
+        figures |= rate
+    worst = {"shift": moved.worst_percent, "flip": flipped.worst_percent}
+    return Metrics(figures, {"worst_percent": worst}, notes)
+
+
+def _batches(reader: FeatureReader, source: Subset, side: int) -> list[Float[Tensor, "_ 3 _ _"]]:
+    """Reads central squares of so many patches."""
+    patch = reader.backbone.spec.patch_size
+    reading = Reading(fit="crop", size=side * patch[0])
+    placed = [reader.place(source.read(number), reading)[0] for number in range(len(source))]
+    return [
+        reader.normalise(torch.stack(placed[first : first + reader.batch_size]))
+        for first in range(0, len(placed), reader.batch_size)
+    ]
+
+
+def _moved(
+    reader: FeatureReader,
+    reading: Reading,
+    wide: Sequence[Tensor],
+    batches: Sequence[Tensor],
+    side: int,
+    shift: int,
+) -> Agreement:
+    """Compares windows at the top left with those at the bottom right of a wider canvas."""
+    meter, seen = AgreementMeter(), side - shift
+    for number, (images, first) in enumerate(zip(wide, batches, strict=True)):
+        second = images[..., images.shape[-2] - first.shape[-2] :, images.shape[-1] - first.shape[-1] :]
+        meter.update(
+            reader(first, reading).grids[:, shift:, shift:],
+            reader(second.contiguous(), reading).grids[:, :seen, :seen],
+        )
+        reader.observe("shifts", number + 1, len(wide))
+    return meter.compute()
+
+
+def _flipped(reader: FeatureReader, reading: Reading, batches: Sequence[Tensor]) -> Agreement:
+    meter = AgreementMeter()
+    for number, images in enumerate(batches):
+        meter.update(reader(images.flip(-1), reading).grids.flip(2), reader(images, reading).grids)
+        reader.observe("flips", number + 1, len(batches))
+    return meter.compute()
+
+
+def _reference(
+    reader: FeatureReader,
+    reading: Reading,
+    baseline: Backbone,
+    batches: Sequence[Tensor],
+    views: int,
+    seed: int,
+) -> Agreement:
+    """Compares with the mean of many views of the baseline; masked is where that has artifacts."""
+    teacher = Teacher(baseline, ViewsConfig(count=views, sampler="uniform"), bf16=reader.bf16)
+    last = len(baseline.blocks) - 1
+    gap = outliers(baseline, batches, layers=[last], show=1).blocks[-1].gap
+    meter = AgreementMeter()
+    for number, images in enumerate(batches):
+        with read_as(baseline, reader.readout(reading)):
+            target = teacher(images, keyed_generator("reference", seed, number)).patches
+        with torch.no_grad():
+            tokens = baseline.block_tokens(images, [last])[last]
+        norms = baseline.layout(images).to_grid(tokens).float().norm(dim=-1)
+        meter.update(reader(images, reading).grids, target, outlier_mask(norms, gap))
+        reader.observe("many views", number + 1, len(batches))
+    return meter.compute()

@@ -1,0 +1,99 @@
+"""Dense nearest neighbours: segmentation by looking patches up, without any training.
+
+    training images ──► patch features, and the share of each class in them ──► memory bank
+    test images ──► patch features ──k nearest, softmax(cosine / temperature)──► class shares ──► pixels
+
+What a patch is taken for is the weighted mean of what its neighbours show, as in "Towards In-Context Scene
+Understanding" (Balažević et al. 2023, arXiv 2306.01667). Here the bank holds the same number of patches of
+every image, drawn evenly; theirs prefers patches of rare classes.
+"""
+
+import torch
+from jaxtyping import Float
+from pydantic import PositiveFloat, PositiveInt
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from phreg.config import Config
+from phreg.evaluation.datasets.labelled import Segmentation, open_segmentation
+from phreg.evaluation.features import Dense, FeatureReader, Reading
+from phreg.evaluation.results import Metrics
+from phreg.evaluation.tasks.segmentation import measure_segmentation, patch_shares
+from phreg.seeding import keyed_generator
+
+AT_ONCE = 4096
+"""Patches that are looked up at a time."""
+
+
+class Settings(Config):
+    """Segmentation by nearest neighbours of patches."""
+
+    layout: str = "auto"
+    """Layout of the dataset: camvid, voc21, voc20, pascal-context-60 or -59, coco-stuff, coco-object,
+    ade20k, cityscapes or folder (images/, masks/ of class indices, 255 uncounted, classes.txt); auto tells it
+    by its folders."""
+    reading: Reading = Reading(size=448)
+    """Canvas of the pictures."""
+    bank_size: PositiveInt = 50_000
+    """Patches in the memory bank."""
+    neighbours: PositiveInt = 30
+    """Neighbours that vote."""
+    temperature: PositiveFloat = 0.02
+    """Temperature of their votes."""
+
+
+def run(reader: FeatureReader, data: str, settings: Settings, seed: int) -> Metrics:
+    """Fills the bank from the training split and labels the validation split.
+
+    Raises:
+        DataError: The dataset is of no known layout, or a file of it is wrong.
+    """
+    train, test = (open_segmentation(data, split, layout=settings.layout) for split in ("train", "val"))
+    bank, shares = _fill(reader, train, settings, seed)
+
+    def score(dense: Dense) -> Tensor:
+        queries = dense.grid.flatten(0, 1).to(reader.device)
+        found = look_up(bank, shares, queries, settings.neighbours, settings.temperature)
+        return found.unflatten(0, dense.grid.shape[:2]).permute(2, 0, 1)
+
+    found = measure_segmentation(reader, test, settings.reading, score)
+    return Metrics(found.figures, found.detail, {**found.notes, "bank": len(bank)})
+
+
+def look_up(
+    bank: Float[Tensor, "patches dim"],
+    shares: Float[Tensor, "patches classes"],
+    queries: Float[Tensor, "queries dim"],
+    neighbours: int,
+    temperature: float,
+) -> Float[Tensor, "queries classes"]:
+    """Averages what the nearest patches of a bank show, weighted by softmax(cosine / temperature).
+
+    Args:
+        bank: Features of length 1.
+        shares: What each shows.
+        queries: Features of any length.
+        neighbours: How many are averaged.
+        temperature: How much more the nearer ones count.
+    """
+    found = []
+    for part in normalize(queries, dim=1).split(AT_ONCE):
+        cosines, nearest = (part @ bank.T).topk(min(neighbours, len(bank)), dim=1)
+        weights = (cosines / temperature).softmax(dim=1)
+        found.append((weights.unsqueeze(-1) * shares[nearest]).sum(1))
+    return torch.cat(found)
+
+
+def _fill(reader: FeatureReader, train: Segmentation, settings: Settings, seed: int) -> tuple[Tensor, Tensor]:
+    """Draws the same number of patches from each image; those that show nothing that counts are left out."""
+    each = max(1, settings.bank_size // len(train))
+    features, shares = [], []
+    for number, dense in enumerate(reader.stream(train.images, settings.reading, "training images")):
+        grid = dense.grid.shape[0], dense.grid.shape[1]
+        shown = patch_shares(train, number, dense.placement, grid).flatten(0, 1)
+        counted = (shown.sum(1) > 0).nonzero().flatten()
+        order = torch.randperm(len(counted), generator=keyed_generator("bank", seed, number))
+        chosen = counted[order[:each]]
+        features.append(normalize(dense.grid.flatten(0, 1)[chosen], dim=1))
+        shares.append(shown[chosen])
+    return torch.cat(features).to(reader.device), torch.cat(shares).to(reader.device)

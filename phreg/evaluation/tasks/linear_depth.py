@@ -1,0 +1,368 @@
+"""Linear depth: how well a linear map of frozen patch tokens tells how far away each pixel is.
+
+The head of DINOv2's linear evaluation (Oquab et al. 2024, arXiv 2304.07193, section 7.4), with bins as in
+AdaBins (arXiv 2011.14141): a 1x1 convolution of patch and CLS token scores 256 depths, and their mean is the
+answer.
+
+    [patch, CLS] ──linear──► scores, 4 times as fine ──relu + 0.1, over their sum──► shares ──· bins──► metres
+
+It learns by the scale-invariant loss of BTS (arXiv 1907.10326) and the gradient matching of MegaDepth
+(arXiv 1804.00607), from features read once or from crops read anew each step. Tested is the mean of what it
+says of a picture and of its mirror image, at the picture's own resolution; figures are means over pictures.
+"""
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from PIL import Image, ImageOps
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from torch import Tensor, nn
+from torch.nn.functional import interpolate
+
+from phreg.config import Config
+from phreg.data.sources import ImageSource
+from phreg.errors import DataError
+from phreg.evaluation.artifacts import artifact_places
+from phreg.evaluation.datasets.augmentation import CropConfig, PairedCrops
+from phreg.evaluation.datasets.depth import DepthMaps, open_depths
+from phreg.evaluation.features import Dense, FeatureReader, Reading
+from phreg.evaluation.metrics.scores import DepthErrors, depth_errors
+from phreg.evaluation.results import Metrics
+from phreg.seeding import keyed_generator
+
+FINER = 4
+"""Scores are resampled so many times finer than patches, before they become depths."""
+FLOOR = 0.1
+"""Added to each score, so that none of the shares is 0."""
+SCALES = (1, 2, 4, 8)
+"""Steps in pixels at which gradients are matched."""
+
+
+class Settings(Config):
+    """A linear head of depth bins on frozen tokens."""
+
+    layout: str = "auto"
+    """Layout of the dataset: nyu-mat, nyu-folders or folder (images/ and depths/, each with train/ and val/);
+    auto tells it by what lies in the folder."""
+    unit: PositiveFloat | None = None
+    """Metres a step of the depth maps; unset means 0.001 for PNG, 1 for .npy."""
+    min_depth: PositiveFloat = 1e-3
+    """Nearest depth in metres; nearer pixels do not count."""
+    max_depth: PositiveFloat = 10.0
+    """Farthest depth in metres; farther pixels do not count."""
+    bins: Annotated[int, Field(ge=2)] = 256
+    """Depths the head scores, evenly spaced."""
+    reading: Reading = Reading(size=448)
+    """Canvas of the pictures when testing, and when training without crops."""
+    flip: bool = True
+    """Test the mirror image too, and take the mean."""
+    augment: bool = False
+    """Train on random crops, read anew each step, rather than on features read once."""
+    crop: CropConfig = CropConfig(size=416, scale=(1.0, 1.0), max_class_share=1.0)
+    """Those crops."""
+    steps: PositiveInt = 1000
+    """Training steps."""
+    train_batch_size: PositiveInt = 8
+    """Pictures per training step."""
+    lr: PositiveFloat = 5e-3
+    """Highest learning rate of AdamW."""
+    weight_decay: NonNegativeFloat = 1e-2
+    """Weight decay of AdamW."""
+    warmup: NonNegativeInt = 100
+    """Steps of linear warm-up, ahead of a cosine decay to 0."""
+    scale_only: NonNegativeInt = 100
+    """First steps, in which the loss sees the mean error of log depths alone."""
+    gradient_weight: NonNegativeFloat = 0.5
+    """Weight of the gradient loss."""
+    clip: PositiveFloat = 35.0
+    """Largest norm of the gradient."""
+
+    @model_validator(mode="after")
+    def _range(self) -> "Settings":
+        if self.min_depth >= self.max_depth:
+            raise ValueError(
+                f"min_depth should be less than max_depth, found {self.min_depth:g} and {self.max_depth:g}"
+            )
+        return self
+
+
+PROTOCOLS: Mapping[str, Mapping[str, Any]] = {
+    "ph-reg": {
+        "reading": {"size": None, "fit": "pad"},
+        "augment": True,
+        "crop": {"size": (416, 544), "scale": (426 / 416, 426 / 416), "rotation": 2.5},
+        "steps": 30_000,
+        "train_batch_size": 16,
+        "warmup": 12_800,
+    },
+}
+"""PH-Reg's settings for NYUv2: pictures at their own 480x640, padded to whole patches when testing. Crops lie
+within the 426x560 pixels that count, theirs in 427x565 without the frame; both become whole patches."""
+
+
+def run(reader: FeatureReader, data: str, settings: Settings, seed: int) -> Metrics:
+    """Trains a head on the training split and tests it on the validation split.
+
+    Raises:
+        DataError: The dataset is of no known layout, or a file of it is wrong.
+    """
+    train, test = (
+        open_depths(data, split, layout=settings.layout, unit=settings.unit) for split in ("train", "val")
+    )
+    _check_depths(train, settings)
+    batches = (_crops if settings.augment else _kept)(reader, train, settings, seed)
+    head = train_head(batches, settings, seed, reader)
+    return _measure(reader, test, settings, head)
+
+
+def _check_depths(train: DepthMaps, settings: Settings) -> None:
+    """Refuses training pictures none of which has a pixel that counts, after reading the first that has."""
+    for number in range(len(train)):
+        width, height = train.images.read(number).size
+        if _counted(train.depth(number, (height, width)), settings).any():
+            return
+    raise DataError(
+        f"none of the {len(train)} training pictures has a depth between {settings.min_depth:g} and "
+        f"{settings.max_depth:g} m, from {train.names[0]} on; correct unit or max_depth, or the depths"
+    )
+
+
+def _counted(truth: Float[Tensor, "*shape"], settings: Settings) -> Bool[Tensor, "*shape"]:
+    """Tells which depths count."""
+    return (truth > settings.min_depth) & (truth < settings.max_depth)
+
+
+class DepthHead(nn.Module):
+    """Patch features and CLS to depths.
+
+    Args:
+        dim: Channels of both together.
+        depths: The bins, in metres.
+        seed: Seed of the first weights.
+    """
+
+    def __init__(self, dim: int, depths: Float[Tensor, " bins"], seed: int) -> None:
+        super().__init__()
+        self.score = nn.Conv2d(dim, len(depths), 1)
+        weight, bias = self.score.parameters()
+        nn.init.normal_(weight, std=0.01, generator=keyed_generator("head", seed))
+        nn.init.zeros_(bias)
+        self.depths = nn.Buffer(depths)
+
+    def forward(
+        self, features: Float[Tensor, "batch dim rows cols"]
+    ) -> Float[Tensor, "batch 1 fine_rows fine_cols"]:
+        """Computes depths in metres, `FINER` times as fine as the features."""
+        # A linear map and resampling commute; this way round, fewer channels are resampled.
+        scores = interpolate(self.score(features), scale_factor=FINER, mode="bilinear", align_corners=False)
+        shares = scores.relu() + FLOOR
+        return (shares * self.depths.view(-1, 1, 1)).sum(1, keepdim=True) / shares.sum(1, keepdim=True)
+
+
+def train_head(
+    batches: Iterator[tuple[Tensor, Tensor]], settings: Settings, seed: int, reader: FeatureReader
+) -> DepthHead:
+    """Trains a head.
+
+    Args:
+        batches: Features (batch, dim, rows, cols), and depths in metres (batch, 1, height, width).
+        settings: Bins, steps and optimiser.
+        seed: Seed of the first weights.
+        reader: Told of progress.
+    """
+    first = next(batches)
+    bins = torch.linspace(settings.min_depth, settings.max_depth, settings.bins)
+    head = DepthHead(first[0].shape[1], bins, seed).to(first[0].device).train()
+    optimizer = torch.optim.AdamW(head.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
+    for step, (features, truth) in enumerate(itertools.chain([first], batches)):
+        for group in optimizer.param_groups:
+            group["lr"] = settings.lr * _decay(step, settings)
+        predicted = interpolate(head(features), truth.shape[-2:], mode="bilinear", align_corners=False)
+        counted = _counted(truth, settings)
+        errors = predicted.log() - truth.where(counted, 1).log()
+        loss = scale_loss(errors, counted, mean_only=step < settings.scale_only)
+        loss = loss + settings.gradient_weight * gradient_loss(errors, counted)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(head.parameters(), settings.clip)
+        optimizer.step()
+        reader.observe("training the head", step + 1, settings.steps)
+    return head.eval()
+
+
+def scale_loss(
+    errors: Float[Tensor, "batch 1 height width"],
+    counted: Bool[Tensor, "batch 1 height width"],
+    *,
+    mean_only: bool = False,
+) -> Float[Tensor, ""]:
+    """Computes the scale-invariant loss: the root of the variance and 0.15 times the squared mean.
+
+    Args:
+        errors: Log of predicted less log of true depth.
+        counted: Pixels that count; the loss is 0 where none do.
+        mean_only: Leave out the variance, so that the scale is found first.
+    """
+    valid = errors[counted]
+    if len(valid) < 2:
+        return errors.sum() * 0
+    square = 0.15 * valid.mean().square() + (0 if mean_only else valid.var())
+    return square.clamp(min=1e-12).sqrt()  # whose slope at 0 is infinite
+
+
+def gradient_loss(
+    errors: Float[Tensor, "batch 1 height width"], counted: Bool[Tensor, "batch 1 height width"]
+) -> Float[Tensor, ""]:
+    """Computes how steep log errors are, summed over `SCALES`: edges of depth should be edges of the answer.
+
+    Args:
+        errors: Log of predicted less log of true depth.
+        counted: Pixels that count.
+    """
+    total = errors.new_zeros(())
+    for step in SCALES:
+        error, valid = errors[..., ::step, ::step], counted[..., ::step, ::step]
+        for axis in (-2, -1):
+            both = valid.narrow(axis, 1, valid.shape[axis] - 1) & valid.narrow(axis, 0, valid.shape[axis] - 1)
+            total = total + (error.diff(dim=axis).abs() * both).sum() / valid.sum().clamp(min=1)
+    return total
+
+
+@dataclass(frozen=True)
+class Mirrored:
+    """Images of a source, each mirrored left to right."""
+
+    source: ImageSource
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def name(self, index: int) -> str:
+        """Names an image as the source does."""
+        return self.source.name(index)
+
+    def read(self, index: int) -> Image.Image:
+        """Decodes an image and mirrors it."""
+        return ImageOps.mirror(self.source.read(index))
+
+
+class _Squares(NamedTuple):
+    """Squared errors at the baseline's artifacts."""
+
+    total: float
+    pixels: int
+
+
+@torch.no_grad()
+def _measure(reader: FeatureReader, test: DepthMaps, settings: Settings, head: DepthHead) -> Metrics:
+    """Compares with the truth picture by picture, and the pixels at the baseline's artifacts on their own."""
+
+    def predict(dense: Dense) -> Tensor:
+        features = _features(dense.grid[None], dense.cls[None]).to(reader.device)
+        return dense.placement.restore(head(features)[0])[0].cpu()
+
+    places = artifact_places(reader, test.images, settings.reading)
+    seen = reader.stream(test.images, settings.reading, "test images")
+    mirrored: Iterator[Dense | None] = itertools.repeat(None)
+    if settings.flip:
+        mirrored = reader.stream(Mirrored(test.images), settings.reading, "mirrored test images")
+    found: list[DepthErrors] = []
+    repaired: list[_Squares] = []
+    for number, (dense, other) in enumerate(zip(seen, mirrored, strict=False)):
+        truth = dense.placement.cut(test.depth(number, dense.placement.picture_size))
+        counted = _counted(truth, settings)
+        if not counted.any():
+            raise DataError(
+                f"depths {test.names[number]} have no pixel between {settings.min_depth:g} and "
+                f"{settings.max_depth:g} m, found up to {float(truth.max()):g} m; correct unit or "
+                "max_depth, or remove the image"
+            )
+        predicted = predict(dense)
+        if other is not None:
+            predicted = (predicted + predict(other).flip(-1)) / 2
+        predicted = predicted.clamp(settings.min_depth, settings.max_depth)
+        found.append(depth_errors(predicted[counted], truth[counted]))
+        if places is not None:
+            there = dense.placement.restore(places[number][None].float(), "nearest")[0] > 0
+            squares = (predicted - truth)[counted & there].double().square()
+            repaired.append(_Squares(float(squares.sum()), squares.numel()))
+    names = asdict(found[0])
+    figures = {name: float(np.mean([getattr(errors, name) for errors in found])) for name in names}
+    notes: dict[str, Any] = {"images": len(found), "readout": reader.readout(settings.reading)}
+    if places is not None:
+        pixels = sum(squares.pixels for squares in repaired)
+        total = sum(squares.total for squares in repaired)
+        figures["artifact_rmse"] = math.sqrt(total / pixels) if pixels else math.nan
+        notes["pixels_at_artifacts"] = pixels
+    return Metrics(figures, notes=notes)
+
+
+def _features(
+    grids: Float[Tensor, "batch rows cols dim"], cls: Float[Tensor, "batch dim"]
+) -> Float[Tensor, "batch both rows cols"]:
+    """Puts the CLS beside each patch."""
+    beside = cls[:, None, None].expand_as(grids)
+    return torch.cat([grids, beside], dim=-1).permute(0, 3, 1, 2)
+
+
+def _decay(step: int, settings: Settings) -> float:
+    """Warms up linearly and decays as a cosine, both over all steps, as mmcv's schedule does."""
+    decay = (1 + math.cos(math.pi * step / settings.steps)) / 2
+    return decay * min(1.0, (step + 1) / settings.warmup) if settings.warmup else decay
+
+
+def _kept(
+    reader: FeatureReader, train: DepthMaps, settings: Settings, seed: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches of features read once, with depths at the resolution of the canvas."""
+    stored = reader.features(train.images, settings.reading, "training images")
+    # Pictures of one canvas make a batch; those of others, another.
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for number, grid in enumerate(stored.grids):
+        groups.setdefault(grid, []).append(number)
+    members = list(groups.values())
+    sizes = torch.tensor([len(group) for group in members], dtype=torch.float)
+    for step in range(settings.steps):
+        generator = keyed_generator("batch", seed, step)
+        group = members[int(torch.multinomial(sizes, 1, generator=generator))]
+        chosen = torch.randperm(len(group), generator=generator)[: settings.train_batch_size].tolist()
+        items = [stored[group[place]] for place in chosen]
+        truths = [
+            item.placement.put(train.depth(group[place], item.placement.picture_size)[None], 0)
+            for place, item in zip(chosen, items, strict=True)
+        ]
+        features = _features(
+            torch.stack([item.grid for item in items]), torch.stack([item.cls for item in items])
+        )
+        yield features.to(reader.device), torch.stack(truths).to(reader.device)
+
+
+def _crops(
+    reader: FeatureReader, train: DepthMaps, settings: Settings, seed: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches of features of random crops, with the depths of their pixels."""
+    spec = reader.backbone.spec
+    crops = PairedCrops(settings.crop, settings.crop.whole_patches(spec.patch_size), spec.mean, unknown=0)
+    whole = settings.reading.model_copy(update={"window": None})
+    mean, std = (torch.tensor(values, device=reader.device).view(3, 1, 1) for values in (spec.mean, spec.std))
+    order = (
+        number
+        for epoch in itertools.count()
+        for number in torch.randperm(len(train), generator=keyed_generator("order", seed, epoch)).tolist()
+    )
+    for step in range(settings.steps):
+        pictures, truths = [], []
+        for number in itertools.islice(order, settings.train_batch_size):
+            picture = torch.from_numpy(np.array(train.images.read(number))).permute(2, 0, 1)
+            truth = train.depth(number, (picture.shape[1], picture.shape[2]))
+            pictures.append(picture[:, *train.counted].to(reader.device).float() / 255)
+            truths.append(truth[None, *train.counted].to(reader.device))
+        images, truth = crops(pictures, truths, seed, step)
+        seen = reader((images - mean) / std, whole)
+        yield _features(seen.grids, seen.cls), truth

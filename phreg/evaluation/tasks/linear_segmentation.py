@@ -1,0 +1,216 @@
+"""Linear segmentation: how well a linear map of frozen patch tokens names what each pixel shows.
+
+The head is a batch norm and a 1x1 convolution, its scores resampled bilinearly, as DINOv2 evaluates dense
+features (Oquab et al. 2024, arXiv 2304.07193, section 7.4). Two ways to train it:
+
+    without crops   features read once, kept on disk; a patch's truth is the share of it each class covers
+    with crops      pictures cropped, mirrored, recoloured and read anew each step; truth pixel by pixel
+
+The first costs one reading of the images and a minute; the second is what papers do (`PROTOCOLS`). Testing is
+the same: the picture whole or through windows, scores at its own resolution, IoU over the whole split.
+"""
+
+import itertools
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, interpolate
+
+from phreg.config import Config
+from phreg.evaluation.datasets.augmentation import CropConfig, PairedCrops
+from phreg.evaluation.datasets.labelled import IGNORE, Segmentation, open_segmentation
+from phreg.evaluation.features import Dense, FeatureReader, Reading
+from phreg.evaluation.results import Metrics
+from phreg.evaluation.tasks.segmentation import measure_segmentation, patch_shares
+from phreg.seeding import keyed_generator
+
+
+class Settings(Config):
+    """A linear head on frozen patch tokens."""
+
+    layout: str = "auto"
+    """Layout of the dataset: camvid, voc21, voc20, pascal-context-60 or -59, coco-stuff, coco-object,
+    ade20k, cityscapes or folder (images/, masks/ of class indices, 255 uncounted, classes.txt); auto tells it
+    by its folders."""
+    reading: Reading = Reading(size=448)
+    """Canvas of the pictures when testing, and when training without crops."""
+    augment: bool = False
+    """Train on random crops, read anew each step, rather than on features read once."""
+    crop: CropConfig = CropConfig()
+    """Those crops."""
+    steps: PositiveInt = 1000
+    """Training steps."""
+    train_batch_size: PositiveInt = 8
+    """Pictures per training step."""
+    lr: PositiveFloat = 1e-3
+    """Learning rate of AdamW."""
+    weight_decay: NonNegativeFloat = 1e-4
+    """Weight decay of AdamW."""
+    power: PositiveFloat = 0.9
+    """Exponent of the polynomial decay of the learning rate to 0."""
+    warmup: NonNegativeInt = 0
+    """Steps of linear warm-up."""
+
+
+_DINOV2 = {
+    "reading": {"size": 512, "window": 512, "stride": 341},
+    "augment": True,
+    "crop": {"size": 512},
+    "steps": 40_000,
+    "train_batch_size": 16,
+    "power": 1.0,
+    "warmup": 1500,
+}
+
+PROTOCOLS: Mapping[str, Mapping[str, Any]] = {
+    "dinov2": _DINOV2,
+    "dvt": _DINOV2,
+    "ph-reg": {
+        "reading": {"size": 518, "window": 518, "stride": 341},
+        "augment": True,
+        "crop": {"size": 518},
+        "steps": 20_000,
+    },
+}
+"""Published protocols: DINOv2's configurations, which DVT (arXiv 2401.02957) took over; PH-Reg's for VOC,
+with twice the steps on ADE20K. Sizes become whole patches."""
+
+
+def run(reader: FeatureReader, data: str, settings: Settings, seed: int) -> Metrics:
+    """Trains a head on the training split and tests it on the validation split.
+
+    Raises:
+        DataError: The dataset is of no known layout, or a file of it is wrong.
+    """
+    train, test = (open_segmentation(data, split, layout=settings.layout) for split in ("train", "val"))
+    batches = (_crops if settings.augment else _kept)(reader, train, settings, seed)
+    head = train_head(batches, len(train.classes), settings, seed, reader)
+
+    def score(dense: Dense) -> Tensor:
+        return head(dense.grid.permute(2, 0, 1)[None].to(reader.device))[0]
+
+    return measure_segmentation(reader, test, settings.reading, score)
+
+
+def train_head(
+    batches: Iterator[tuple[Tensor, Tensor]],
+    num_classes: int,
+    settings: Settings,
+    seed: int,
+    reader: FeatureReader,
+) -> nn.Module:
+    """Trains batch norm and 1x1 convolution.
+
+    Args:
+        batches: Features (batch, dim, rows, cols), and their truth: classes of pixels (batch, height, width),
+            or shares of patches (batch, classes, rows, cols).
+        num_classes: Number of classes.
+        settings: Steps and optimiser.
+        seed: Seed of the first weights.
+        reader: Told of progress.
+    """
+    head: nn.Module | None = None
+    optimizer: torch.optim.Optimizer | None = None
+    for step in range(settings.steps):
+        features, truth = next(batches)
+        if head is None or optimizer is None:
+            head = _head(features.shape[1], num_classes, seed).to(features.device).train()
+            optimizer = torch.optim.AdamW(
+                head.parameters(), lr=settings.lr, weight_decay=settings.weight_decay
+            )
+        for group in optimizer.param_groups:
+            group["lr"] = settings.lr * _decay(step, settings)
+        loss = head_loss(head(features), truth)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        reader.observe("training the head", step + 1, settings.steps)
+    assert head is not None
+    return head.eval()
+
+
+def head_loss(scores: Float[Tensor, "batch classes rows cols"], truth: Tensor) -> Float[Tensor, ""]:
+    """Computes the cross-entropy with classes of pixels, or with shares of patches.
+
+    Args:
+        scores: What the head says of each patch.
+        truth: Classes (batch, height, width), `IGNORE` where they do not count, or shares like `scores`.
+    """
+    if truth.dtype == torch.long:
+        scores = interpolate(scores, truth.shape[-2:], mode="bilinear", align_corners=False)
+        # A crop may show nothing that counts.
+        return cross_entropy(scores, truth, ignore_index=IGNORE, reduction="sum") / max(
+            1, int((truth != IGNORE).sum())
+        )
+    return -(scores.log_softmax(1) * truth).sum() / truth.sum().clamp(min=1)
+
+
+def _head(dim: int, num_classes: int, seed: int) -> nn.Module:
+    convolution = nn.Conv2d(dim, num_classes, 1)
+    weight, bias = convolution.parameters()
+    nn.init.normal_(weight, std=0.01, generator=keyed_generator("head", seed))
+    nn.init.zeros_(bias)
+    return nn.Sequential(nn.BatchNorm2d(dim), convolution)
+
+
+def _decay(step: int, settings: Settings) -> float:
+    decay = (1 - step / settings.steps) ** settings.power
+    return decay * min(1.0, (step + 1) / settings.warmup) if settings.warmup else decay
+
+
+def _kept(
+    reader: FeatureReader, train: Segmentation, settings: Settings, seed: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches of features read once, with the shares of classes in each patch."""
+    stored = reader.features(train.images, settings.reading, "training images")
+    shares: dict[int, Tensor] = {}
+    # Pictures of one grid make a batch; those of others, another.
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for number, grid in enumerate(stored.grids):
+        groups.setdefault(grid, []).append(number)
+    members = list(groups.values())
+    for step in range(settings.steps):
+        generator = keyed_generator("batch", seed, step)
+        sizes = torch.tensor([len(group) for group in members], dtype=torch.float)
+        group = members[int(torch.multinomial(sizes, 1, generator=generator))]
+        chosen = torch.randperm(len(group), generator=generator)[: settings.train_batch_size].tolist()
+        items = [(group[place], stored[group[place]]) for place in chosen]
+        for number, item in items:
+            if number not in shares:
+                grid = item.grid.shape[0], item.grid.shape[1]
+                shares[number] = patch_shares(train, number, item.placement, grid).half()
+        features = torch.stack([item.grid for _, item in items]).permute(0, 3, 1, 2)
+        truth = torch.stack([shares[number] for number, _ in items]).permute(0, 3, 1, 2)
+        yield features.to(reader.device), truth.to(reader.device).float()
+
+
+def _crops(
+    reader: FeatureReader, train: Segmentation, settings: Settings, seed: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches of features of random crops, with the classes of their pixels."""
+    spec = reader.backbone.spec
+    crops = PairedCrops(settings.crop, settings.crop.whole_patches(spec.patch_size), spec.mean)
+    whole = settings.reading.model_copy(update={"window": None})
+    mean, std = (torch.tensor(values, device=reader.device).view(3, 1, 1) for values in (spec.mean, spec.std))
+    order = _shuffled(len(train), seed)
+    for step in range(settings.steps):
+        chosen = list(itertools.islice(order, settings.train_batch_size))
+        pictures, truths = [], []
+        for number in chosen:
+            picture = train.picture(number)
+            mask = train.mask(number, (picture.shape[1], picture.shape[2]))
+            pictures.append(picture.to(reader.device).float() / 255)
+            truths.append(mask[None].float().to(reader.device))
+        images, truth = crops(pictures, truths, seed, step)
+        grids = reader((images - mean) / std, whole).grids
+        yield grids.permute(0, 3, 1, 2), truth[:, 0].long()
+
+
+def _shuffled(count: int, seed: int) -> Iterator[int]:
+    """Goes through all numbers again and again, each time in another order."""
+    for epoch in itertools.count():
+        yield from torch.randperm(count, generator=keyed_generator("order", seed, epoch)).tolist()

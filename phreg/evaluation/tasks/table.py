@@ -1,0 +1,102 @@
+"""The tasks: what each is called, and the module that does it.
+
+A task is a module of this package with
+
+    class Settings(Config)                    every number it depends on, each with a default and a docstring
+    PROTOCOLS: Mapping[str, Mapping]          named sets of settings, e.g. of a paper (optional)
+    draws(data, settings) -> bool             whether the seed decides anything (optional: it does)
+    run(reader, data, settings, seed) -> Metrics
+
+`run` reads a model through the `FeatureReader` alone, draws from generators made of `seed` alone
+(`phreg.seeding.keyed_generator`), tells `reader.observe(what, done, total)` how far it is, and puts its
+headline figure first. A task that tries several things and reports the best names the figure in a note
+`sweep`, and what each reached in the detail of that name. To add a task, write the module and name it here.
+"""
+
+import importlib
+from collections.abc import Mapping
+from typing import Any, Protocol, cast, runtime_checkable
+
+from phreg.config import Config, build, flatten
+from phreg.errors import ConfigError, PhregError
+from phreg.evaluation.features import FeatureReader
+from phreg.evaluation.results import Metrics
+
+TASKS = {
+    "classification": "phreg.evaluation.tasks.classification",
+    "linear-segmentation": "phreg.evaluation.tasks.linear_segmentation",
+    "linear-depth": "phreg.evaluation.tasks.linear_depth",
+    "zero-shot-segmentation": "phreg.evaluation.tasks.zero_shot_segmentation",
+    "dense-nn": "phreg.evaluation.tasks.dense_nn",
+    "video-propagation": "phreg.evaluation.tasks.video_propagation",
+    "quantised": "phreg.evaluation.tasks.quantised",
+    "consistency": "phreg.evaluation.tasks.consistency",
+    "object-discovery": "phreg.evaluation.tasks.object_discovery",
+}
+
+
+@runtime_checkable
+class Task(Protocol):
+    """What a task's module offers."""
+
+    Settings: type[Config]
+
+    def run(self, reader: FeatureReader, data: str, settings: Any, seed: int) -> Metrics:
+        """Measures a model once."""
+        ...
+
+
+def find_task(name: str) -> Task:
+    """Imports a task.
+
+    Raises:
+        PhregError: There is none of that name.
+    """
+    if name not in TASKS:
+        raise PhregError(f"task {name!r} asked for; there are {', '.join(TASKS)}")
+    return cast(Task, importlib.import_module(TASKS[name]))
+
+
+def protocols(task: Task) -> Mapping[str, Mapping[str, Any]]:
+    """Lists a task's named sets of settings."""
+    return getattr(task, "PROTOCOLS", {})
+
+
+def draws(name: str, data: str, settings: Config) -> bool:
+    """Tells whether a task draws anything from its seed, on these data with these settings.
+
+    Raises:
+        DataError: The data cannot be read.
+        PhregError: There is no such task.
+    """
+    told = getattr(find_task(name), "draws", None)
+    return True if told is None else told(data, settings)
+
+
+def resolve_settings(name: str, given: Mapping[str, Any], protocol: str | None = None) -> Config:
+    """Builds the settings of a task: its defaults, what a protocol sets, and what is given on top.
+
+    Args:
+        name: The task.
+        given: Settings by dotted key or nested; texts are understood, e.g. `"1e-3"` or `"knn,linear"`.
+        protocol: Name of a set of settings; None means the defaults.
+
+    Raises:
+        ConfigError: Any setting is wrong; all problems are listed.
+        PhregError: There is no such task.
+    """
+    task = find_task(name)
+    known = protocols(task)
+    if protocol is not None and protocol not in known:
+        raise ConfigError(
+            f"task {name}", [f"protocol: no protocol {protocol!r}; there are {', '.join(known) or 'none'}"]
+        )
+    # Whole, so that one number of a section leaves the section's other defaults as the task has them.
+    defaults = flatten(task.Settings().model_dump())
+    asked = {
+        key: value.split(",") if isinstance(value, str) and isinstance(defaults.get(key), tuple) else value
+        for key, value in flatten(given).items()
+    }
+    return build(
+        task.Settings, defaults | flatten(known.get(protocol or "", {})) | asked, source=f"task {name}"
+    )

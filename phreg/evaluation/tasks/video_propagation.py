@@ -1,0 +1,226 @@
+"""Video propagation: the objects of the first frame followed through a video, by looking patches up.
+
+No training: a patch of a frame takes over the labels of its nearest patches in the first frame and the last
+few, as DINO evaluates features on DAVIS (Caron et al. 2021, arXiv 2104.14294, section 4.2.1).
+
+    first frame, its mask ─┐
+    last frames, as found ─┴─► the nearest patches within a radius ──exp(cosine / temperature)─┐
+                 ▲                                                                             ▼
+                 └────────────────────────────── labels of patches ──bilinear──► masks ──► J and F
+
+Read are folders in the layout of DAVIS 2017: JPEGImages/480p/SEQUENCE/*.jpg, Annotations/480p/SEQUENCE/*.png
+of object numbers, and a file of sequence names. As in its semi-supervised benchmark, first and last frame of
+a sequence do not count, and every object counts the same, whatever its sequence.
+"""
+
+from collections import deque
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Bool, Float, Int64
+from pydantic import PositiveFloat, PositiveInt
+from torch import Tensor
+from torch.nn.functional import one_hot
+
+from phreg.config import Config
+from phreg.data.sources import SUFFIXES, Files, some
+from phreg.errors import DataError
+from phreg.evaluation.datasets.labelled import read_index_mask
+from phreg.evaluation.features import Dense, FeatureReader, Reading
+from phreg.evaluation.metrics.scores import IGNORE, boundary_accuracy, region_similarity
+from phreg.evaluation.results import Metrics
+
+AT_ONCE = 1024
+"""Patches that are looked up at a time."""
+
+
+class Settings(Config):
+    """Label propagation by nearest patches; the defaults are DINO's."""
+
+    sequences: str = "ImageSets/2017/val.txt"
+    """File of the sequences' names, one a line, relative to the data."""
+    resolution: str = "480p"
+    """Folder of frames and of masks."""
+    reading: Reading = Reading(size=480, unit=True)
+    """Canvas of the frames."""
+    frames: PositiveInt = 7
+    """Last frames that are looked up, beside the first."""
+    radius: PositiveInt = 12
+    """Patches by which a neighbour may be away, along each axis."""
+    neighbours: PositiveInt = 5
+    """Neighbours that vote."""
+    temperature: PositiveFloat = 0.1
+    """Temperature of their votes."""
+
+
+@dataclass(frozen=True)
+class Video:
+    """The frames of a sequence, with a mask of object numbers each."""
+
+    name: str
+    frames: Files
+    masks: tuple[str, ...]
+
+    def mask(self, number: int, size: tuple[int, int]) -> Int64[Tensor, "height width"]:
+        """Reads the mask of a frame of that height and width: object numbers, 0 for none, `IGNORE` for void.
+
+        Raises:
+            DataError: It cannot be read, or has another size than the frame.
+        """
+        values = read_index_mask(self.masks[number])
+        if values.shape != size:
+            raise DataError(
+                f"mask {self.masks[number]} measures {values.shape[1]}x{values.shape[0]} pixels, its frame "
+                f"{size[1]}x{size[0]}; take both of one resolution"
+            )
+        return torch.from_numpy(values)
+
+
+def draws(_data: str, _settings: Settings) -> bool:
+    """Nothing is drawn."""
+    return False
+
+
+def run(reader: FeatureReader, data: str, settings: Settings, seed: int) -> Metrics:  # noqa: ARG001
+    """Follows the objects of every sequence.
+
+    Raises:
+        DataError: A file is missing or wrong, or a first frame shows no object.
+    """
+    scores: dict[str, tuple[float, float]] = {}
+    videos = open_videos(data, settings.sequences, settings.resolution)
+    for done, video in enumerate(videos, start=1):
+        scores |= _follow(reader, video, settings)
+        reader.observe("sequences", done, len(videos))
+    region, boundary = (sum(side) / len(scores) for side in zip(*scores.values(), strict=True))
+    detail = {
+        "j": {name: score[0] for name, score in scores.items()},
+        "f": {name: score[1] for name, score in scores.items()},
+    }
+    figures = {"j_and_f": (region + boundary) / 2, "j": region, "f": boundary}
+    notes = {"sequences": len(videos), "objects": len(scores), "readout": reader.readout(settings.reading)}
+    return Metrics(figures, detail, notes)
+
+
+def open_videos(data: str, sequences: str, resolution: str) -> list[Video]:
+    """Lists the sequences of a folder in DAVIS's layout.
+
+    Raises:
+        DataError: The list of names, a frame's mask, or a whole sequence is missing.
+    """
+    root = Path(data)
+    listing = root / sequences
+    if not listing.is_file():
+        raise DataError(
+            f"no list of sequences in {root}: {sequences} is missing; give --data the folder that holds "
+            "JPEGImages, Annotations and ImageSets, or name the list in sequences"
+        )
+    videos = []
+    for name in listing.read_text(encoding="utf-8").split():
+        folder, masks = (root / kind / resolution / name for kind in ("JPEGImages", "Annotations"))
+        frames = sorted(path for path in folder.glob("*") if path.suffix.lower() in SUFFIXES)
+        paths = [masks / f"{frame.stem}.png" for frame in frames]
+        missing = [str(path) for path in paths if not path.is_file()]
+        if missing or len(frames) < 3:
+            raise DataError(
+                f"sequence {name} has {len(frames)} frames in {folder}, of which 3 are needed, and "
+                f"{len(missing)} have no mask: {some(missing) or 'none'}; unpack the whole dataset, or "
+                f"take it off {listing}"
+            )
+        videos.append(Video(name, Files(tuple(map(str, frames))), tuple(map(str, paths))))
+    if not videos:
+        raise DataError(f"no sequences in {listing}, which is empty; write a name a line")
+    return videos
+
+
+def propagate(
+    context: Float[Tensor, "frames rows cols dim"],
+    labels: Float[Tensor, "frames rows cols objects"],
+    queries: Float[Tensor, "rows cols dim"],
+    settings: Settings,
+) -> Float[Tensor, "rows cols objects"]:
+    """Gives each patch the mean label of its nearest patches in the context, by exp(cosine / temperature).
+
+    Args:
+        context: Features of length 1 of earlier frames.
+        labels: What their patches show.
+        queries: Features of length 1.
+        settings: Radius, neighbours and temperature.
+    """
+    rows, cols = queries.shape[:2]
+    bank, shown = context.flatten(0, 2), labels.flatten(0, 2)
+    row = torch.arange(rows, device=queries.device).repeat_interleave(cols)
+    col = torch.arange(cols, device=queries.device).repeat(rows)
+    found = []
+    for part in torch.arange(rows * cols, device=queries.device).split(AT_ONCE):
+        far = ((row[part, None] - row).abs() > settings.radius) | (
+            (col[part, None] - col).abs() > settings.radius
+        )
+        cosines = queries.flatten(0, 1)[part] @ bank.T
+        cosines = cosines.masked_fill(far.repeat(1, len(context)), -torch.inf)
+        near, nearest = cosines.topk(min(settings.neighbours, len(bank)), dim=1)
+        weights = (near / settings.temperature).softmax(dim=1)
+        found.append((weights.unsqueeze(-1) * shown[nearest]).sum(1))
+    return torch.cat(found).unflatten(0, (rows, cols))
+
+
+@torch.no_grad()
+def _follow(reader: FeatureReader, video: Video, settings: Settings) -> dict[str, tuple[float, float]]:
+    """Follows the objects of one sequence: J and F of each, means over frames."""
+    stream = reader.stream(video.frames, settings.reading, video.name)
+    start = next(stream)
+    mask = video.mask(0, start.placement.picture_size)
+    objects = [number for number in mask.unique().tolist() if number not in (0, IGNORE)]
+    if not objects:
+        raise DataError(
+            f"mask {video.masks[0]} shows no object, and only those of a first frame are followed; take "
+            f"{video.name} off the list"
+        )
+    first = start.grid.to(reader.device), _labels(mask, objects, start).to(reader.device)
+    recent: deque[tuple[Tensor, Tensor]] = deque(maxlen=settings.frames)
+    scores: list[list[tuple[float, float]]] = []
+    for number, dense in enumerate(stream, start=1):
+        features, labels = (torch.stack(side) for side in zip(first, *recent, strict=True))
+        queries = dense.grid.to(reader.device)
+        shown = propagate(features, labels, queries, settings)
+        recent.append((queries, shown))
+        if number == len(video.masks) - 1:
+            break
+        predicted = _objects(shown.cpu(), dense)
+        truth = dense.placement.cut(video.mask(number, dense.placement.picture_size))
+        scores.append(
+            [
+                _score((predicted == place) & (truth != IGNORE), truth == name)
+                for place, name in enumerate(objects, start=1)
+            ]
+        )
+    return {
+        f"{video.name}/{name}": (
+            sum(frame[place][0] for frame in scores) / len(scores),
+            sum(frame[place][1] for frame in scores) / len(scores),
+        )
+        for place, name in enumerate(objects)
+    }
+
+
+def _score(predicted: Bool[Tensor, "rows cols"], truth: Bool[Tensor, "rows cols"]) -> tuple[float, float]:
+    return region_similarity(predicted, truth), boundary_accuracy(predicted, truth)
+
+
+def _labels(mask: Tensor, objects: list[int], dense: Dense) -> Float[Tensor, "rows cols objects"]:
+    """Labels patches by the pixel in their middle: 1 at the place of its object, 0 the background's."""
+    places = torch.zeros_like(mask)
+    for place, name in enumerate(objects, start=1):
+        places[mask == name] = place
+    canvas = dense.placement.put(places[None].float(), 0)
+    rows, cols = dense.grid.shape[:2]
+    middle = torch.nn.functional.interpolate(canvas[None], (rows, cols), mode="nearest-exact")[0, 0]
+    return one_hot(middle.long(), len(objects) + 1).float()
+
+
+def _objects(shown: Float[Tensor, "rows cols objects"], dense: Dense) -> Int64[Tensor, "height width"]:
+    """Finds the object of each pixel; each object's map is stretched from 0 to 1 first, as DINO does."""
+    maps = dense.placement.restore(shown.permute(2, 0, 1))
+    low, high = maps.amin((1, 2), keepdim=True), maps.amax((1, 2), keepdim=True)
+    return ((maps - low) / (high - low).clamp(min=1e-12)).argmax(0)

@@ -1,0 +1,1 @@
+"""What phreg writes and reads: adapters, whole models, exports, model cards."""

@@ -1,0 +1,290 @@
+"""The model card of an adapter or an export: what it is, what it was made from, and what was measured.
+
+Everything in it is read from what phreg.json or phreg_export.json says; the front matter is what the Hugging
+Face hub reads. A card is written when a run ends, and written anew, knowing more, when it is pushed.
+
+    record ──┬── front matter: base_model, library_name, pipeline_tag, license, tags
+             └── use, origin, method, data, before/after, pictures, equality, versions, citation
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCardData
+
+from phreg.evaluation.before_after import table
+from phreg.storage import ADAPTER_FORMAT, MODEL_FORMAT
+
+CITATION = """```bibtex
+@inproceedings{chen2025phreg,
+  title         = {Vision Transformers with Self-Distilled Registers},
+  author        = {Chen, Yinjie and Yan, Zipeng and Zhou, Chong and Dai, Bo and Luo, Andrew F.},
+  booktitle     = {Advances in Neural Information Processing Systems},
+  year          = {2025},
+  eprint        = {2505.21501},
+  archivePrefix = {arXiv}
+}
+@inproceedings{darcet2024registers,
+  title         = {Vision Transformers Need Registers},
+  author        = {Darcet, Timoth{\\'e}e and Oquab, Maxime and Mairal, Julien and Bojanowski, Piotr},
+  booktitle     = {International Conference on Learning Representations},
+  year          = {2024},
+  eprint        = {2309.16588},
+  archivePrefix = {arXiv}
+}
+```"""
+
+SETTINGS = (
+    "method",
+    "registers",
+    "register_init",
+    "optim.name",
+    "optim.lr",
+    "optim.schedule",
+    "unlock.roles",
+    "views.count",
+    "views.max_shift",
+    "target.teacher_readout",
+    "target.student_readout",
+    "loss.pooled",
+    "loss.relocation",
+    "seed",
+)
+"""Settings that a card tells, as far as the run has them."""
+
+STOCK: dict[str, tuple[str, str]] = {
+    "timm": (
+        "timm",
+        'import timm\n\nmodel = timm.create_model("hf-hub:{repository}", pretrained=True)',
+    ),
+    "transformers": (
+        "transformers",
+        "from transformers import AutoImageProcessor, AutoModel\n\n"
+        'model = AutoModel.from_pretrained("{repository}")\n'
+        'processor = AutoImageProcessor.from_pretrained("{repository}")',
+    ),
+    "open_clip": (
+        "open_clip",
+        "import open_clip\n\n"
+        'model, _, preprocess = open_clip.create_model_and_transforms("hf-hub:{repository}")',
+    ),
+    "remote-code": (
+        "transformers",
+        "from transformers import AutoModel\n\n"
+        'model = AutoModel.from_pretrained("{repository}", trust_remote_code=True)',
+    ),
+    "onnx": (
+        "onnxruntime",
+        'import onnxruntime\n\nsession = onnxruntime.InferenceSession("model.onnx")  # of {repository}\n'
+        "# images: normalised, float32, (batch, 3, height, width)\n"
+        'patches, pooled = session.run(["patches", "pooled"], {{"images": images}})',
+    ),
+}
+"""Format -> the library that loads it without phreg, and how."""
+
+JOINT = ("CLIPModel", "SiglipModel", "Siglip2Model", "MetaClip2Model", "Aimv2Model", "CLIP", "CustomTextCLIP")
+"""Classes of image-text models."""
+
+
+@dataclass(frozen=True)
+class License:
+    """A licence as the hub's front matter has it.
+
+    Attributes:
+        identifier: Such as `apache-2.0`, or `other`, `unknown`.
+        name: Name of an `other` licence.
+        link: Where its text is.
+    """
+
+    identifier: str = "unknown"
+    name: str | None = None
+    link: str | None = None
+
+
+@dataclass(frozen=True)
+class Illustration:
+    """A picture beside the card.
+
+    Attributes:
+        path: Its file, relative to the card.
+        alt: What there is to see.
+    """
+
+    path: Path
+    alt: str
+
+
+def model_card(
+    record: Mapping[str, Any],
+    *,
+    repository: str | None = None,
+    license: License | None = None,
+    pictures: Sequence[Illustration] = (),
+) -> str:
+    """Writes a model card in Markdown.
+
+    Args:
+        record: What phreg.json or phreg_export.json says.
+        repository: Hub id that it is pushed to; None where it stays here.
+        license: The base's licence; None where nobody looked, and the card then claims nothing.
+        pictures: Pictures of the run's report.
+    """
+    run = record.get("run") or record
+    base = record.get("base") or {"source": record.get("class", "a model"), "revision": None, "sha256": None}
+    name = _name(base)
+    sections = [
+        _front_matter(record, base, license),
+        f"# {name} with {record['registers']} registers",
+        f"`{name}` with {record['registers']} register tokens, retrofitted by self-distillation: tokens that "
+        "take over the artifacts which a large vision transformer otherwise writes over its patches.",
+        *_use(record, repository or "path/of/this/folder", name),
+        *_origin(record, base, name, license),
+        *_method(run),
+        *_results(run, pictures),
+        *_equality(record.get("equality") or []),
+        "## Versions",
+        ", ".join(f"{package} {number}" for package, number in record["versions"].items()) + ".",
+        "## Citation",
+        CITATION,
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def figure(value: float | None) -> str:
+    """Writes a figure with four digits after the point; a dash where there is none."""
+    return "-" if value is None else f"{value:.4f}"
+
+
+def _front_matter(record: Mapping[str, Any], base: Mapping[str, Any], license: License | None) -> str:
+    format, model_class = record["format"], str(record.get("class"))
+    adapter = format == ADAPTER_FORMAT
+    task = "image-feature-extraction"
+    if "ForImageClassification" in model_class:
+        task = "image-classification"
+    elif model_class in JOINT:
+        task = "zero-shot-image-classification"
+    from_hub = base["revision"] is not None
+    recipe = (record.get("run") or record).get("recipe") or {}
+    data = ModelCardData(
+        base_model=base["source"].removeprefix("hf-hub:") if from_hub else None,
+        base_model_relation=("adapter" if adapter else "finetune") if from_hub else None,
+        library_name="phreg" if format in (ADAPTER_FORMAT, MODEL_FORMAT) else STOCK[format][0],
+        pipeline_tag=task,
+        license=license.identifier if license else None,
+        license_name=license.name if license else None,
+        license_link=license.link if license else None,
+        datasets=recipe.get("images") if _is_dataset(recipe.get("images")) else None,
+        tags=["phreg", "registers", "vision-transformer"],
+    )
+    return f"---\n{data.to_yaml()}\n---"
+
+
+def _use(record: Mapping[str, Any], place: str, name: str) -> Iterator[str]:
+    yield "## Use"
+    library, code = STOCK.get(record["format"], ("", ""))
+    if code:
+        yield f"Without phreg, in {library} as it is:"
+        yield f"```python\n{code.format(repository=place)}\n```"
+        if record["format"] == "onnx":
+            yield "The graph ends with the features; a classifier or a text tower is not in it."
+            return
+        yield "With phreg:"
+    if record["format"] == ADAPTER_FORMAT:
+        yield "An adapter: the registers and the weights retrained with them, put onto the base by phreg."
+    yield f'```python\nimport phreg\n\nmodel = phreg.load("{place}")\n```'
+    if record["format"] == ADAPTER_FORMAT:
+        yield (
+            f'`phreg.load("{place}", into=model)` patches a `{name}` at hand, or a model built around it, '
+            "such as a vision-language model."
+        )
+
+
+def _origin(
+    record: Mapping[str, Any], base: Mapping[str, Any], name: str, license: License | None
+) -> Iterator[str]:
+    yield "## Origin and licence"
+    at = f", revision `{base['revision']}`" if base["revision"] else ""
+    weights = f", weights sha256 `{base['sha256']}`" if base["sha256"] else ""
+    yield f"Made from `{name}` ({record.get('class')}{at}{weights})."
+    if license is None:
+        yield "The licence is that of the base model."
+    elif license.identifier == "unknown":
+        yield "The licence of the base model is **unknown** here; look it up before use, for it applies."
+    else:
+        words = license.name or license.identifier
+        words = f"[{words}]({license.link})" if license.link else f"`{words}`"
+        yield f"The licence of the base model, {words}, is kept."
+
+
+def _method(run: Mapping[str, Any]) -> Iterator[str]:
+    yield "## How it was made"
+    recipe, outcome = run.get("recipe") or {}, run.get("outcome") or {}
+    if not (recipe and outcome):
+        yield "By [phreg](https://arxiv.org/abs/2505.21501); the record of the run is not at hand."
+        return
+    yield (
+        f"By [phreg](https://arxiv.org/abs/2505.21501), method `{recipe['method']}`: {outcome['steps']} "
+        f"steps of {recipe['batch_size']} images per process at {run['size']} pixels; "
+        f"{outcome['trained']:,} weights trained."
+    )
+    found = {key: value for key in SETTINGS if (value := _at(recipe, key)) is not None}
+    yield "\n".join(["| setting | value |", "| --- | --- |", *(f"| {key} | {found[key]} |" for key in found)])
+    yield "## Data"
+    where = f"the dataset `{recipe['images']}`" if _is_dataset(recipe["images"]) else "images of its maker"
+    skipped = len(outcome["skipped"])
+    yield f"No labels. Trained on {where}" + (f"; {skipped} unreadable images skipped." if skipped else ".")
+
+
+def _results(run: Mapping[str, Any], pictures: Sequence[Illustration]) -> Iterator[str]:
+    yield "## Before and after"
+    figures = run.get("figures")
+    if figures:
+        rows = [f"| {row.name} | {figure(row.before)} | {figure(row.after)} |" for row in table(figures)]
+        yield "\n".join(["| figure | before | after |", "| --- | --- | --- |", *rows])
+        apart = "not trained on" if figures["held_out"] else "that were trained on too"
+        yield f"On {figures['images']} images {apart}."
+    else:
+        yield "Not measured."
+    if (run.get("gates") or {}).get("failures"):
+        yield f"**Failed its gates:** {'; '.join(run['gates']['failures'])}."
+    if run.get("readout", "plain") != "plain":
+        yield (
+            f"Its dense features are meant to be read through the last block's {run['readout']} read-out; "
+            "the model's ordinary pooled output was not trained, and the table says how far it drifted."
+        )
+    if pictures:
+        yield "\n".join(f"![{picture.alt}]({picture.path.as_posix()})" for picture in pictures)
+
+
+def _equality(sizes: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    if not sizes:
+        return
+    yield "## Equality to the trained model"
+    rows = [
+        f"| {size['size'][0]}x{size['size'][1]} | {size['relative']:.1e} | "
+        f"{'yes' if size['claimed'] else 'no: differs at this size'} |"
+        for size in sizes
+    ]
+    yield "\n".join(["| pixels | largest relative difference | equal |", "| --- | --- | --- |", *rows])
+
+
+def _name(base: Mapping[str, Any]) -> str:
+    """Names a base as others know it: without the path that it has on its maker's disk."""
+    source = str(base["source"]).removeprefix("hf-hub:")
+    return Path(source).name if Path(source).is_absolute() else source
+
+
+def _is_dataset(images: str | None) -> bool:
+    """Tells a Hugging Face dataset from a folder, a list of paths or shards."""
+    if images is None or images.count("/") != 1 or images.startswith(("/", ".", "~")):
+        return False
+    return not images.endswith((".txt", ".tar", "/")) and not Path(images).exists()
+
+
+def _at(recipe: Mapping[str, Any], key: str) -> Any:
+    value: Any = recipe
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else value

@@ -1,0 +1,177 @@
+"""Putting together the folder that is pushed to the hub: what phreg wrote, a full card, and pictures.
+
+What is nobody else's business stays behind: paths of this disk, photographs, checkpoints, logs.
+
+    run or adapter ──phreg.json, adapter.safetensors──┐
+    exported folder ──all of its files────────────────┴──► folder + README.md + report/*.png
+                                     base's card ──licence──┘
+"""
+
+import json
+import logging
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import metadata_load
+
+from phreg.backbones import hub
+from phreg.backbones.resolve import Located
+from phreg.errors import LoadError, PushError
+from phreg.formats.card import Illustration, License, model_card
+from phreg.formats.load import record_of
+from phreg.report.html import read_pictures
+from phreg.storage import ADAPTER_FILE, ADAPTER_FORMAT, EXPORT_FILE, MODEL_FORMAT, replacing
+from phreg.training.checkpoint import RunFolder, write_text
+
+logger = logging.getLogger(__name__)
+
+OURS = (ADAPTER_FILE, EXPORT_FILE)
+"""Files by which a repository is known as pushed by phreg."""
+
+REPLACED = ("*.safetensors", "*.json", "*.py", "*.onnx", "report/*.png")
+"""What an earlier push may have left that another format does not write."""
+
+OWN_FILES = {ADAPTER_FORMAT: "adapter.safetensors", MODEL_FORMAT: "phreg.safetensors"}
+"""The file of tensors of phreg's own formats."""
+
+MAPS = re.compile(r"(norms|features) of image [1-4], ")
+"""Maps of images beside a card, by what a report says that they show: two layers of the first four images."""
+
+
+def assemble(found: Located, folder: Path, repository: str) -> dict[str, Any]:
+    """Writes the folder that is pushed, whole or not at all.
+
+    Args:
+        found: A run, an adapter, a patched model saved whole, or an exported folder.
+        folder: Folder to write; it must not hold anything.
+        repository: Hub id that the card speaks of.
+
+    Returns:
+        What phreg.json or phreg_export.json says there.
+
+    Raises:
+        PushError: The source is none of phreg's, or the folder holds something or cannot be written.
+        LoadError: The source cannot be read.
+    """
+    record = record_of(found)
+    if record is None:
+        raise PushError(
+            f"asked to push {found.source}, which phreg did not write; give a run, an adapter or an export"
+        )
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise PushError(f"asked to write {folder}, which is not empty; give a new or an empty folder")
+    exported = (found.folder / EXPORT_FILE).is_file()
+    names = _visible(found.folder) if exported else [Path(OWN_FILES[record["format"]])]
+    license = base_license(record.get("base") or {})
+    _tell_of_base(record)
+    record = public(record)
+    try:
+        with replacing(folder.resolve()) as unfinished:
+            for name in names:
+                (unfinished / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(found.folder / name, unfinished / name)
+            if exported:
+                _point_to(repository, unfinished, found.folder)
+            write_text(unfinished / (EXPORT_FILE if exported else ADAPTER_FILE), json.dumps(record, indent=2))
+            pictures = _write_pictures(RunFolder(found.folder.parent), unfinished / "report")
+            card = model_card(record, repository=repository, license=license, pictures=pictures)
+            write_text(unfinished / "README.md", card)
+    except OSError as error:
+        raise PushError(f"asked to write {folder} ({error}); free space, or give another folder") from error
+    return record
+
+
+def public(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Takes paths of this disk out of a record; what is left of one is its last part."""
+    shown = dict(record)
+    base = shown.get("base")
+    if base and Path(base["source"]).is_absolute():
+        shown["base"] = base | {"source": Path(base["source"]).name}
+    if shown.get("run"):
+        shown["run"] = public(shown["run"])
+    if shown.get("recipe"):
+        recipe = {name: value for name, value in shown["recipe"].items() if name not in ("output", "device")}
+        recipe |= {name: _bare(recipe[name]) for name in ("model", "images") if name in recipe}
+        if recipe.get("measure", {}).get("source"):
+            recipe["measure"] = recipe["measure"] | {"source": _bare(recipe["measure"]["source"])}
+        shown["recipe"] = recipe
+    if shown.get("outcome"):
+        shown["outcome"] = shown["outcome"] | {
+            "skipped": [_bare(name) for name in shown["outcome"]["skipped"]]
+        }
+    return shown
+
+
+def _tell_of_base(record: Mapping[str, Any]) -> None:
+    """Says what an adapter's base is to others, where it is no repository."""
+    source = str((record.get("base") or {}).get("source", ""))
+    if record["format"] == ADAPTER_FORMAT and Path(source).is_absolute():
+        logger.warning(
+            "the base is a folder here, %s: others find it where timm or a hub has the same weights by that "
+            "name, and else load the adapter by phreg.load(…, into=model)",
+            Path(source).name,
+        )
+
+
+def base_license(base: Mapping[str, Any]) -> License:
+    """Reads a base's licence in its own card or config; unknown where neither says it or is at hand."""
+    source, revision = str(base.get("source", "")).removeprefix("hf-hub:"), base.get("revision")
+    folder = Path(source)
+    if revision:
+        try:
+            folder = hub.snapshot(source, revision, ["README.md", "config.json"])
+        except LoadError as error:
+            logger.warning("the licence of %s is not known: %s", source, error)
+            return License()
+    try:
+        card = (metadata_load(folder / "README.md") if (folder / "README.md").is_file() else None) or {}
+        config = (
+            json.loads((folder / "config.json").read_bytes()) if (folder / "config.json").is_file() else {}
+        )
+    except (ValueError, yaml.YAMLError) as error:
+        logger.warning("the licence of %s is not known: its card or config is broken (%s)", source, error)
+        return License()
+    if card.get("license"):
+        return License(str(card["license"]), card.get("license_name"), card.get("license_link"))
+    told = config.get("pretrained_cfg", {}).get("license") or config.get("license")
+    return License(str(told)) if told else License()
+
+
+def _point_to(repository: str, folder: Path, written_for: Path) -> None:
+    """Has configs that name the folder they were written for, as open_clip's do, name the repository."""
+    here = json.dumps(f"local-dir:{written_for}")[1:-1]
+    for config in folder.glob("*.json"):
+        text = config.read_text(encoding="utf-8")
+        if here in text:
+            write_text(config, text.replace(here, f"hf-hub:{repository}"))
+
+
+def _visible(folder: Path) -> list[Path]:
+    """Lists the files of a folder and of those in it, hidden ones left out."""
+    files = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    return [name for name in files if not any(part.startswith(".") for part in name.parts)]
+
+
+def _bare(path: str) -> str:
+    """Leaves the last part of what may be a path here; a hub id stays as it is."""
+    return path if path.count("/") == 1 and not Path(path).exists() else Path(path).name
+
+
+def _write_pictures(run: RunFolder, folder: Path) -> list[Illustration]:
+    """Writes the charts and the first images' maps of a run's report, where there is one."""
+    page = run.report / "report.html"
+    if not (run.recipe.is_file() and page.is_file()):
+        return []
+    found = read_pictures(page)
+    shown = [(alt, content) for alt, content in found if " of image " not in alt or MAPS.match(alt)]
+    folder.mkdir()
+    pictures = []
+    for number, (alt, content) in enumerate(shown, start=1):
+        path = folder / f"{number:02}.png"
+        path.write_bytes(content)
+        pictures.append(Illustration(path.relative_to(folder.parent), alt))
+    return pictures

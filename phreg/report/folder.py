@@ -1,0 +1,74 @@
+"""Writes what was found about a model, and those it is compared with, into a folder.
+
+Every figure goes to inspect.json, the page to report.html, and each of its charts to a PNG file of its own.
+Beside them lies what is too much for the page: for each image shown, the attention of every head in the last
+block, a row for CLS and for each register, the mean over heads first (heads-01.png; with several models,
+heads-1-01.png).
+"""
+
+import json
+import os
+from pathlib import Path
+
+from phreg.analysis.feature_maps import attention_limits
+from phreg.errors import PhregError
+from phreg.inspection.look import Inspection
+from phreg.report.canvas import save_png
+from phreg.report.html import UNKNOWN, Origin, write_report
+from phreg.report.maps import attention_maps, sheet
+from phreg.report.page import inspection_page
+from phreg.training.checkpoint import write_text
+
+HEAD_SIDE = 112
+"""Pixels of a head's map on a sheet, at least."""
+
+
+def check_output(folder: Path, images: str | os.PathLike[str] | None) -> None:
+    """Checks, before anything is looked at, that pictures may be written to a folder.
+
+    An earlier look may be overwritten.
+
+    Args:
+        folder: Folder to write.
+        images: Where the images are, which must not gain pictures of phreg's; None where there is no folder.
+
+    Raises:
+        PhregError: The folder holds something else, or lies among the images.
+    """
+    asked = f"asked to write a report to {folder}"
+    if images is not None and Path(images).is_dir():
+        among = Path(images).resolve()
+        if among == folder.resolve() or among in folder.resolve().parents:
+            raise PhregError(
+                f"{asked}, which lies among the images in {images}; its pictures would be read as images by "
+                "the next run, so choose another --output"
+            )
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        if (folder / "inspect.json").is_file():
+            return
+        raise PhregError(
+            f"{asked}, which is not empty and holds no earlier look (inspect.json); choose another --output"
+        )
+
+
+def write_inspection(folder: Path, inspection: Inspection, origin: Origin = UNKNOWN) -> None:
+    """Writes the folder.
+
+    Args:
+        folder: Folder to write; files of these names are replaced.
+        inspection: What was found.
+        origin: How to make the report again.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / "inspect.json", json.dumps(inspection.to_json(), indent=2))
+    page = inspection_page(inspection, origin)
+    write_report(folder / "report.html", page)
+    for section in page.sections:
+        for chart in section.charts:
+            (folder / f"{chart.name}.png").write_bytes(chart.png)
+    for place, model in enumerate(inspection.models, start=1):
+        seen = [image.attention for image in model.survey.shown if image.attention is not None]
+        which = f"{place}-" if inspection.against else ""
+        for number, attention in enumerate(seen, start=1):
+            tiles = attention_maps(attention, attention_limits(*seen).high, side=HEAD_SIDE)
+            save_png(folder / f"heads-{which}{number:02}.png", sheet(tiles))

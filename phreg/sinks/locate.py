@@ -1,0 +1,486 @@
+"""Finds out why a model has artifacts: where they emerge, which hidden units make them, what sets them off.
+
+Artifacts are sinks. At some block, a few MLP hidden units answer to a few tokens with activations far beyond
+any other and write one huge vector into them (register neurons: Jiang et al. 2025, arXiv 2506.08010); from
+there on these tokens draw attention and hold no local content. Which units they are is asked in three steps,
+each of which can come out empty:
+
+    norms of every block ──gap──► outlier tokens, the block where they emerge
+    MLP of that block    ──► what it writes into outliers and not into others, shared out among its units
+    the same images, those units held at their ordinary level ──► are the outliers gone?
+
+The third step is the proof, and no threshold is needed before it. While outliers remain, the search goes on
+where the remaining ones emerge, so that several kinds of sink are found, at several blocks. Where holding
+units does not help, attention or the input makes the sinks; then no unit is named.
+
+Units that answer to the same outliers are one kind, and each kind has triggers of its own: what sets off one
+leaves the units of another silent.
+"""
+
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from phreg.analysis.attention import attention_weights
+from phreg.analysis.norms import NormReport, outlier_mask, outliers
+from phreg.analysis.positions import fixed_share
+from phreg.backbones.base import Backbone
+from phreg.errors import UnsupportedModelError
+from phreg.sinks.units import UnitReader, ahead_of, reading_units
+
+logger = logging.getLogger(__name__)
+
+# Nothing is bound by this shape: the last batch may be smaller than the others.
+Images = Float[Tensor, "_ 3 _ _"]
+
+COVERED = 0.9
+"""Share of what candidates write into outliers alone that a round of the search names units for."""
+
+OWN = 0.5
+"""Most that a cause does on ordinary patches, as a share of its level on outliers."""
+
+ROUNDS = 8
+"""Most rounds of the search; each is two passes over the images, to name units and to try them."""
+
+GONE = 0.99
+"""Share of the outliers whose end ends the search."""
+
+WORTH_IT = 0.05
+"""Smallest share of the outliers that a round has to remove for its units to count as a cause."""
+
+TRACED = 16
+"""Images that the upstream chain is traced on; it takes a backward pass."""
+
+CHAIN_SHARE = 0.05
+"""Smallest share of the units' excess that an upstream unit has to carry to be named."""
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One hidden unit of an MLP.
+
+    Attributes:
+        block: Index of its block.
+        index: Its index among the block's hidden units.
+        level: Its activation on the outliers it answers to.
+        ordinary: Its mean activation on all other patches.
+        share: For a cause, its share of what the MLP writes into outliers and not into others; for an
+            upstream unit, its share of what sets the causes off, to first order. Shares add up to 1 over all
+            units, those that work against it being negative, so that one alone can exceed 1.
+        kind: For a cause, the number of its kind, from 0; None for an upstream unit.
+        fed: For a cause, what its activation is computed from at its level: one pre-activation in a plain
+            MLP, two in a gated one; none for an upstream unit.
+    """
+
+    block: int
+    index: int
+    level: float
+    ordinary: float
+    share: float
+    kind: int | None = 0
+    fed: tuple[float, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns what JSON can hold."""
+        return asdict(self) | {"fed": list(self.fed)}
+
+
+@dataclass(frozen=True, eq=False)
+class Sinks:
+    """The sinks of a model.
+
+    Attributes:
+        norms: The norms that show them.
+        block: Index of the block where they emerge.
+        units: Hidden units that cause them; none where no unit does.
+        explained: Share of the outliers that vanish when those units are held at their ordinary level.
+        chain: Units of earlier blocks that set the causes off, by share.
+        attention: Share of CLS attention (where there is no CLS, of the patches') that falls on outliers,
+            block by block.
+        triggers: For each kind of sink, what enters the blocks at its outliers, before any norm: the mean at
+            each of the positions that have most, as many as an image has on average. Where units of several
+            kinds are known, a kind's outliers are those that its units answer to; otherwise there is one
+            kind, and all are its.
+    """
+
+    norms: NormReport
+    block: int
+    units: tuple[Unit, ...]
+    explained: float
+    chain: tuple[Unit, ...]
+    attention: tuple[float, ...] | None
+    triggers: tuple[Float[Tensor, "_ width"], ...]
+
+    @property
+    def fixed(self) -> bool:
+        """Whether position sets them off rather than content: most lie where most images have one."""
+        return fixed_share(self.norms.position_histogram) > 0.5
+
+    def by_block(self) -> dict[int, list[Unit]]:
+        """The causes, block by block, first to last."""
+        return by_block(self.units)
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns what JSON can hold; norms have a JSON of their own."""
+        return {
+            "emergence_block": self.block,
+            "units": [unit.to_json() for unit in self.units],
+            "explained": self.explained,
+            "chain": [unit.to_json() for unit in self.chain],
+            "attention_share": list(self.attention) if self.attention else None,
+            "triggered_by": "position" if self.fixed else "content",
+        }
+
+
+def by_block(units: Sequence[Unit]) -> dict[int, list[Unit]]:
+    """Sorts units by block, first to last; those of a block stay in their order."""
+    blocks = sorted({unit.block for unit in units})
+    return {block: [unit for unit in units if unit.block == block] for block in blocks}
+
+
+@torch.no_grad()
+def locate(backbone: Backbone, batches: Sequence[Images], norms: NormReport | None = None) -> Sinks | None:
+    """Finds a model's sinks and what causes them.
+
+    The same images give the same answer. The model runs in the mode it is in; put it in eval mode first.
+
+    Args:
+        backbone: The model, without registers of phreg.
+        batches: Normalised images of one size, a few dozen at least; they are passed over several times.
+        norms: Its norms on these images in every block, where they are known already.
+
+    Returns:
+        The sinks; None where the norms of no block show any: there is nothing to repair.
+
+    Raises:
+        DataError: There are no images, or their sizes differ.
+    """
+    norms = outliers(backbone, batches) if norms is None else norms
+    emergence = norms.emergence_block
+    if emergence is None:
+        return None
+    found = plain = _remaining(backbone, batches, norms, ())
+    for _ in range(ROUNDS):
+        named = _name_units(backbone, batches, found)
+        logger.info("sinks in block %d: trying whether %d hidden units cause them", found.block, len(named))
+        tried = _remaining(backbone, batches, norms, (*found.units, *named)) if named else found
+        if found.count - tried.count < WORTH_IT * plain.count:
+            break
+        found = tried
+        if found.count <= (1 - GONE) * plain.count:
+            break
+    units, members = _kinds(backbone, batches, plain, _fed(backbone, batches, plain, found.units))
+    return Sinks(
+        norms=norms,
+        block=emergence,
+        units=units,
+        explained=1 - found.count / plain.count,
+        chain=_chain(backbone, batches, plain, units),
+        attention=_attention_share(backbone, batches, plain),
+        triggers=tuple(_triggers(backbone, batches, masks) for masks in members),
+    )
+
+
+# -- the search ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Outliers:
+    """The outliers that remain while some units are held at their ordinary level.
+
+    Attributes:
+        units: Those units.
+        masks: The outliers among the patches, batch by batch.
+        block: The first block in which most of them are beyond the gap already.
+    """
+
+    units: tuple[Unit, ...]
+    masks: list[Bool[Tensor, "_ patches"]]
+    block: int
+
+    @property
+    def count(self) -> int:
+        return sum(int(mask.sum()) for mask in self.masks)
+
+
+def _remaining(
+    backbone: Backbone, batches: Sequence[Images], norms: NormReport, units: tuple[Unit, ...]
+) -> _Outliers:
+    """Finds the outliers that remain while units are held, and the block where they emerge."""
+    focus = norms.blocks[norms.focus].block
+    blocks = [place for place in range(focus + 1) if norms.blocks[place].gap is not None]
+    beyond = dict.fromkeys(blocks, 0)
+    masks = []
+    for images in batches:
+        layout = backbone.layout(images)
+        with _holding(backbone, units):
+            tokens = backbone.block_tokens(images, blocks)
+        found = {
+            block: outlier_mask(layout.patches(value).float().norm(dim=-1), norms.blocks[block].gap)
+            for block, value in tokens.items()
+        }
+        masks.append(found[focus])
+        for block in blocks:
+            beyond[block] += int(found[block][found[focus]].sum())
+    total = beyond[focus]
+    return _Outliers(units, masks, next((block for block in blocks if beyond[block] > total / 2), focus))
+
+
+@contextmanager
+def _holding(backbone: Backbone, units: Sequence[Unit]) -> Iterator[None]:
+    """Holds units of patches at their ordinary level while the model runs."""
+    with ExitStack() as stack:
+        for block, held in by_block(units).items():
+            mlp = backbone.mlp(block)
+            assert mlp is not None  # units were found there
+            stack.enter_context(ahead_of(mlp.down, _Hold(held, backbone.spec.num_prefix)))
+        yield
+
+
+class _Hold:
+    """A pre-hook that holds units of patches at their ordinary level."""
+
+    def __init__(self, units: Sequence[Unit], start: int) -> None:
+        self.index = [unit.index for unit in units]
+        self.ordinary = [unit.ordinary for unit in units]
+        self.start = start
+
+    def __call__(self, _module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+        hidden = args[0].clone()
+        hidden[:, self.start :, self.index] = hidden.new_tensor(self.ordinary)
+        return (hidden,)
+
+
+def _name_units(backbone: Backbone, batches: Sequence[Images], found: _Outliers) -> tuple[Unit, ...]:
+    """Shares out what the MLP where outliers emerge writes into them, and not into others, among its units.
+
+    That is W (h - h'), h and h' being the mean hidden units of outliers and of other patches. A unit's share
+    is its part of that vector's length; shares add up to 1. A unit that answers to ordinary patches as well,
+    or to those alone, is no candidate: to move it would take from them what they need.
+    """
+    block, mlp = found.block, backbone.mlp(found.block)
+    if mlp is None:
+        return ()
+    levels = _levels(backbone, batches, found, [block]).get(block)
+    if levels is None:
+        return ()
+    excess = levels.outlier - levels.ordinary
+    down = mlp.down.weight.cpu().double()
+    write = down @ excess
+    shares = excess * (down.T @ write) / write.square().sum().clamp_min(1e-30)
+    shares = torch.where(levels.ordinary.abs() < OWN * levels.peak.abs(), shares, 0).clamp_min(0)
+    if not shares.any():
+        return ()
+    order = shares.argsort(descending=True)
+    needed = 1 + int((shares[order].cumsum(0) < COVERED * shares.sum()).sum())
+    return tuple(
+        Unit(block, index, float(levels.peak[index]), float(levels.ordinary[index]), float(shares[index]))
+        for index in order[:needed].tolist()
+    )
+
+
+class _Levels(NamedTuple):
+    """Hidden units of one block, in fp64, on the CPU."""
+
+    outlier: Float[Tensor, " hidden"]
+    """Mean over outliers."""
+    ordinary: Float[Tensor, " hidden"]
+    """Mean over other patches."""
+    peak: Float[Tensor, " hidden"]
+    """E[h²] / E[h] over outliers: the level where a unit answers to some of them, as if it were to all."""
+
+
+def _levels(
+    backbone: Backbone, batches: Sequence[Images], found: _Outliers, blocks: Sequence[int]
+) -> dict[int, _Levels]:
+    """Measures hidden units on the remaining outliers and elsewhere; nothing where there are no outliers."""
+    sums: dict[int, Tensor] = {}
+    counts = torch.zeros(2, dtype=torch.float64)
+    for images, mask in zip(batches, found.masks, strict=True):
+        # Read first: a held unit is measured as it would be.
+        with reading_units(backbone, blocks) as hidden, _holding(backbone, found.units):
+            backbone.run(images)
+        counts += torch.tensor([int(mask.sum()), int((~mask).sum())])
+        for block, value in hidden.items():
+            patches = backbone.layout(images).patches(value)
+            inside, outside = patches[mask].float(), patches[~mask].float()
+            part = torch.stack([inside.sum(0), outside.sum(0), inside.square().sum(0)])
+            sums[block] = sums.get(block, 0) + part.cpu().double()
+    if not counts.all():
+        return {}
+    levels = {}
+    for block, (inside, outside, squares) in sums.items():
+        safe = torch.where(inside == 0, torch.ones_like(inside), inside)
+        levels[block] = _Levels(inside / counts[0].item(), outside / counts[1].item(), squares / safe)
+    return levels
+
+
+# -- what sets them off, and what they hold ------------------------------------------------------------------
+
+
+def _fed(
+    backbone: Backbone, batches: Sequence[Images], plain: _Outliers, units: tuple[Unit, ...]
+) -> tuple[Unit, ...]:
+    """Notes what feeds units at their level: a mean over outliers, each counting by how the unit answers."""
+    if not units:
+        return ()
+    reader = UnitReader(
+        backbone, {block: [unit.index for unit in own] for block, own in by_block(units).items()}
+    )
+    sums: dict[int, Tensor] = {}
+    for images, mask in zip(batches, plain.masks, strict=True):
+        with reader.listening() as found:
+            backbone.run(images)
+        patches = backbone.layout(images).patches
+        for block, (hidden, fed) in found.items():
+            answer = patches(hidden)[mask].unsqueeze(-1).float()
+            part = torch.cat([answer * patches(fed)[mask].float(), answer], dim=-1).sum(0)
+            sums[block] = sums.get(block, 0) + part.cpu().double()
+    feeds = {block: (total[:, :-1] / total[:, -1:]).tolist() for block, total in sums.items()}
+    return tuple(replace(unit, fed=tuple(feeds[unit.block].pop(0))) for unit in units)
+
+
+def _kinds(
+    backbone: Backbone, batches: Sequence[Images], plain: _Outliers, units: tuple[Unit, ...]
+) -> tuple[tuple[Unit, ...], list[list[Bool[Tensor, "_ patches"]]]]:
+    """Sorts units, and outliers, into kinds of sink: units answering mostly to the same outliers are one.
+
+    Returns:
+        The units, each with its kind, and for each kind its outliers, batch by batch.
+    """
+    if len(units) < 2:
+        return units, [plain.masks]
+    level = torch.cat(list(_relative_levels(backbone, batches, plain, units)))
+    fires = (level > 0.5) | (level == level.amax(0))  # every unit answers to some
+    both = fires.T.float() @ fires.float()
+    alone = both.diagonal()
+    alike = both > torch.minimum(alone, alone[:, None]) / 2
+    first = torch.arange(len(units))
+    for _ in units:  # the first unit that each is connected with, one step further at a time
+        first = torch.where(alike, first, len(units)).amin(1)
+    kinds = first.unique(return_inverse=True)[1].tolist()
+    units = tuple(replace(unit, kind=kind) for unit, kind in zip(units, kinds, strict=True))
+    if max(kinds) == 0:
+        return units, [plain.masks]
+    members = []
+    for kind in range(max(kinds) + 1):
+        own = fires[:, [unit.kind == kind for unit in units]].any(1).to(plain.masks[0].device)
+        parts = own.split([int(mask.sum()) for mask in plain.masks])
+        members.append(
+            [mask.masked_scatter(mask, part) for mask, part in zip(plain.masks, parts, strict=True)]
+        )
+    return units, members
+
+
+def _relative_levels(
+    backbone: Backbone, batches: Sequence[Images], plain: _Outliers, units: tuple[Unit, ...]
+) -> Iterator[Float[Tensor, "_ units"]]:
+    """Reads units on each outlier, batch by batch, from 0, as on ordinary patches, to 1, at their level."""
+    ordinary, level = torch.tensor([(unit.ordinary, unit.level) for unit in units]).T
+    for images, mask in zip(batches, plain.masks, strict=True):
+        with reading_units(backbone, sorted({unit.block for unit in units})) as hidden:
+            backbone.run(images)
+        layout = backbone.layout(images)
+        found = [layout.patches(hidden[unit.block])[mask][:, unit.index].float().cpu() for unit in units]
+        yield (torch.stack(found, dim=1) - ordinary) / (level - ordinary)
+
+
+def _triggers(
+    backbone: Backbone, batches: Sequence[Images], masks: Sequence[Bool[Tensor, "_ patches"]]
+) -> Float[Tensor, "positions width"]:
+    """Averages what enters the blocks at outliers, at as many positions as an image has outliers, rounded."""
+    entered: list[Tensor] = []
+    totals, counts = [], []
+    with ahead_of(backbone.entrance, lambda _module, args: entered.append(args[0])):
+        for images, mask in zip(batches, masks, strict=True):
+            backbone.run(images)
+            entry = backbone.layout(images).patches(entered.pop()).float()
+            totals.append(torch.einsum("bp,bpw->pw", mask.float(), entry).cpu().double())
+            counts.append(mask.sum(0).cpu())
+    total, count = torch.stack(totals).sum(0), torch.stack(counts).sum(0)
+    an_image = max(1, round(int(count.sum()) / sum(map(len, masks))))
+    order = count.argsort(descending=True, stable=True)[:an_image]
+    return (total[order] / count[order].unsqueeze(-1)).float()
+
+
+def _attention_share(
+    backbone: Backbone, batches: Sequence[Images], plain: _Outliers
+) -> tuple[float, ...] | None:
+    """Measures the share of attention that falls on outliers, block by block."""
+    queries = slice(0, 1) if backbone.class_tokens else slice(None)
+    shares = []
+    for images, mask in zip(batches, plain.masks, strict=True):
+        try:
+            drawn = attention_weights(backbone, images, queries, lambda weights: weights.mean((1, 2)))
+        except UnsupportedModelError as error:
+            logger.info("the sinks' share of attention is not known: %s", error)
+            return None
+        start = backbone.layout(images).num_tokens - mask.shape[1]
+        shares.append(torch.stack([(block[:, start:] * mask).sum(1) for block in drawn]))
+    return tuple(torch.cat(shares, dim=1).mean(1).tolist())
+
+
+def _chain(
+    backbone: Backbone, batches: Sequence[Images], plain: _Outliers, causes: Sequence[Unit]
+) -> tuple[Unit, ...]:
+    """Traces what sets off the causes in the first block that has any, to first order.
+
+    An upstream unit's share is its excess on an outlier times the gradient of the causes' activation there,
+    over the causes' own excess.
+    """
+    if not causes or not min(unit.block for unit in causes):
+        return ()
+    block = min(unit.block for unit in causes)
+    causes = [unit for unit in causes if unit.block == block]
+    upstream = list(range(block))
+    levels = _levels(backbone, batches, plain, upstream)
+    weights = {unit.index: 1 / unit.level for unit in causes if unit.level}
+    shares: dict[int, Tensor] = {}
+    count = 0
+    for images, mask in _first(zip(batches, plain.masks, strict=True), TRACED):
+        layout = backbone.layout(images)
+        with (
+            torch.enable_grad(),
+            ahead_of(backbone.entrance, lambda _m, args: (args[0].detach().requires_grad_(), *args[1:])),
+            reading_units(backbone, [*upstream, block]) as hidden,
+        ):
+            backbone.run(images)
+            at_causes = layout.patches(hidden.pop(block))[mask]
+            scale = at_causes.new_tensor(list(weights.values()))
+            objective = (at_causes[:, list(weights)] * scale).sum()
+            gradients = torch.autograd.grad(objective, [hidden[place] for place in hidden])
+        for place, gradient in zip(hidden, gradients, strict=True):
+            excess = layout.patches(hidden[place]).float()[mask].cpu().double() - levels[place].ordinary
+            share = (excess * layout.patches(gradient).float()[mask].cpu().double()).sum(0)
+            shares[place] = shares.get(place, 0) + share
+        count += int(mask.sum())
+    whole = sum(weights[unit.index] * (unit.level - unit.ordinary) for unit in causes if unit.level)
+    chain = [
+        Unit(
+            block=place,
+            index=index,
+            level=float(levels[place].peak[index]),
+            ordinary=float(levels[place].ordinary[index]),
+            share=part,
+            kind=None,
+        )
+        for place, share in shares.items()
+        for index, part in enumerate((share / (count * whole)).tolist())
+        if part >= CHAIN_SHARE
+    ]
+    return tuple(sorted(chain, key=lambda unit: -unit.share))
+
+
+def _first(batches: Iterable[tuple[Images, Tensor]], count: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Takes images, and their masks, up to a count."""
+    for images, mask in batches:
+        if count <= 0:
+            return
+        yield images[:count], mask[:count]
+        count -= len(images[:count])

@@ -1,0 +1,203 @@
+"""Test-time registers: a model's sinks moved into registers by a hook, without any training.
+
+Hidden units that cause sinks (`phreg.sinks.locate`) are edited as they pass: each unit's largest activation
+over the patches of an image goes to the register, and everywhere else the unit is silent (Jiang et al. 2025,
+arXiv 2506.08010; their appendix on which value a register starts with: zero does).
+
+    hidden units [cls | register | patches]  ──►  [0 | largest of the patches | 0]  ──► down projection
+
+It is the cheapest repair and not the best: the patches lose what the units told of them too. It holds for the
+size it was calibrated at; at another the model warns, once: calibrate again. What it needs at inference are
+these hooks, which no stock checkpoint can carry.
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from phreg.backbones.base import Backbone
+from phreg.errors import PhregError
+from phreg.registers import remove_registers
+from phreg.sinks.locate import Sinks
+
+logger = logging.getLogger(__name__)
+
+Units = dict[int, list[tuple[int, int]]]
+"""By block: each unit, and the sign of its activation on sinks."""
+
+
+def moved_units(sinks: Sinks) -> Units:
+    """Lists the units that cause sinks, as `install` takes them."""
+    return {
+        block: [(unit.index, 1 if unit.level >= 0 else -1) for unit in units]
+        for block, units in sinks.by_block().items()
+    }
+
+
+def install(
+    backbone: Backbone, units: Units, num_registers: int = 1, size: tuple[int, int] | None = None
+) -> None:
+    """Adds registers of zeros to a model, and the hooks that move units into them.
+
+    Args:
+        backbone: The model.
+        units: The units to move.
+        num_registers: Registers to add.
+        size: Pixels of the images that the units were found on, (height, width); None means not known.
+
+    Raises:
+        PhregError: A block or unit does not exist, or the model has registers from phreg.
+    """
+    backbone.insert_registers(torch.zeros(num_registers, backbone.spec.width))
+    attach(backbone, units, size)
+
+
+def attach(
+    backbone: Backbone, units: Mapping[Any, Sequence[Sequence[int]]], size: Sequence[int] | None = None
+) -> None:
+    """Attaches the hooks to a model whose registers are in place.
+
+    Args:
+        backbone: The model.
+        units: As `Units`; what JSON makes of them will do.
+        size: As `install` takes it.
+
+    Raises:
+        PhregError: A block or unit does not exist.
+    """
+    checked = {int(block): [(int(u), int(s)) for u, s in chosen] for block, chosen in units.items()}
+    for block, chosen in checked.items():
+        mlp = backbone.mlp(block) if 0 <= block < len(backbone.blocks) else None
+        count = mlp.num_units if mlp is not None else 0
+        wrong = [unit for unit, _ in chosen if not 0 <= unit < count]
+        if wrong:
+            raise PhregError(
+                f"asked to move hidden units {wrong[:3]} of block {block} of {backbone.describe()}, which "
+                f"has {count} there; these test-time registers belong to another model"
+            )
+    prefix, patch = backbone.spec.num_prefix, backbone.spec.patch_size
+    tokens = None
+    if size is not None:
+        tokens = prefix + backbone.num_registers + size[0] // patch[0] * (size[1] // patch[1])
+    watch = Watch(None if size is None else (size[0], size[1]), tokens)
+    backbone.blocks[min(checked)].register_forward_pre_hook(watch, with_kwargs=True)
+    for block, chosen in checked.items():
+        mlp = backbone.mlp(block)
+        assert mlp is not None  # checked above
+        mlp.down.register_forward_pre_hook(
+            MoveUnits(
+                [unit for unit, _ in chosen],
+                [sign for _, sign in chosen],
+                prefix,
+                backbone.num_registers,
+                watch,
+            )
+        )
+
+
+def installed(backbone: Backbone) -> Units | None:
+    """Says which units a model's test-time registers move; None where it has none."""
+    found: Units = {}
+    for block in range(len(backbone.blocks)):
+        mlp = backbone.mlp(block)
+        for hook in mlp.down._forward_pre_hooks.values() if mlp is not None else ():
+            if isinstance(hook, MoveUnits):
+                found[block] = list(zip(hook.units, hook.signs, strict=True))
+    return found or None
+
+
+def calibrated_size(backbone: Backbone) -> tuple[int, int] | None:
+    """Says on images of which size the units were found; None where there are none, or it is not known."""
+    hooks = [hook for block in backbone.blocks for hook in block._forward_pre_hooks.values()]
+    return next((hook.size for hook in hooks if isinstance(hook, Watch)), None)
+
+
+def uninstall(backbone: Backbone) -> None:
+    """Takes hooks and registers out again, as `phreg.remove_registers` does."""
+    remove_registers(backbone)
+
+
+class Watch:
+    """A pre-hook on the first block that has units to move: notes padding, and warns of another size.
+
+    Args:
+        size: Pixels of the images that the units were found on.
+        tokens: Tokens that such images make.
+    """
+
+    moves_units = True
+
+    def __init__(self, size: tuple[int, int] | None, tokens: int | None) -> None:
+        self.size, self.tokens = size, tokens
+        self._warned = False
+        self._seen: Tensor | None = None
+
+    @property
+    def seen(self) -> Tensor | None:
+        """The tokens that any may attend to (batch, tokens), for the images on their way; None means all."""
+        return self._seen
+
+    def __call__(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Reads the block's tokens and attention mask."""
+        tokens = (*args, *kwargs.values())[0].shape[1]
+        given = (*args[1:2], kwargs.get("attention_mask"), kwargs.get("attn_mask"))
+        mask = next((value for value in given if isinstance(value, Tensor) and value.dim() == 4), None)
+        if mask is not None and mask.is_floating_point():  # added to scores
+            mask = mask > torch.finfo(mask.dtype).min / 2
+        self._seen = None if mask is None else mask.flatten(1, 2).any(1)
+        other = self.tokens is not None and tokens != self.tokens
+        if other and not self._warned and not torch.compiler.is_compiling():
+            self._warned = True
+            logger.warning(
+                "test-time registers found on images of %s pixels, %d tokens, run on %d tokens; "
+                "they hold for that size: find them anew at this one",
+                "x".join(map(str, self.size or ())),
+                self.tokens,
+                tokens,
+            )
+
+
+class MoveUnits:
+    """A pre-hook on a down projection that gives each unit's largest activation to the registers.
+
+    An object, not a closure, so that models which carry it can be copied and pickled.
+
+    Args:
+        units: Hidden units to move.
+        signs: Sign of each one's activation on sinks; the largest is the one furthest on that side.
+        num_prefix: Tokens before the registers.
+        num_registers: Registers.
+        watch: Knows which tokens are padding, whose units count for nothing; None means that none are.
+    """
+
+    moves_units = True
+    """By which `phreg.backbones.base.unit_movers` knows it."""
+
+    def __init__(
+        self,
+        units: Sequence[int],
+        signs: Sequence[int],
+        num_prefix: int,
+        num_registers: int,
+        watch: Watch | None = None,
+    ) -> None:
+        self.units, self.signs = list(units), list(signs)
+        self.start, self.stop = num_prefix, num_prefix + num_registers
+        self.watch = watch
+
+    def __call__(self, _module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Any, ...]:
+        """Edits hidden units (batch, tokens, hidden), image by image and unit by unit."""
+        hidden = args[0]
+        signs = hidden.new_tensor(self.signs)
+        patches = hidden[:, self.stop :, self.units] * signs
+        if self.watch is not None and self.watch.seen is not None:
+            padding = ~self.watch.seen[:, self.stop :, None]
+            patches = patches.masked_fill(padding, torch.finfo(patches.dtype).min)
+        largest = patches.amax(1, keepdim=True) * signs
+        edited = hidden.clone()
+        edited[:, :, self.units] = 0
+        edited[:, self.start : self.stop, self.units] = largest.expand(-1, self.stop - self.start, -1)
+        return (edited, *args[1:])

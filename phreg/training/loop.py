@@ -1,0 +1,406 @@
+"""The training loop, from first step to last, in order.
+
+    batch (uint8) ──device──► normalise ──► teacher: target ─┐
+                                       └──► student: features ┴► loss (fp32) ──► step ──► log ──► checkpoint
+
+Where the causes of sinks are known, moving them into the registers is a term of the loss from the first step.
+
+Everything random is a pure function of (seed, step, rank): order, crops and views. A run that was killed and
+resumed therefore goes on to the same weights as one that never was. The loop never waits for the device: a
+step's numbers are read while the next one runs, which is also when a NaN is noticed; nothing is saved before
+its step was found finite.
+"""
+
+import ctypes
+import importlib.util
+import json
+import logging
+import math
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import TextIO, cast
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import patch_environment
+from torch import Tensor, nn
+
+from phreg.backbones.base import Backbone
+from phreg.config import DistillConfig
+from phreg.data.crops import BrokenImages, Crops, Order, as_input, loader, middle
+from phreg.errors import Interrupted, PhregError, TrainingError
+from phreg.seeding import keyed_generator
+from phreg.sinks.relocation import Relocation
+from phreg.teacher import Teacher
+from phreg.training.checkpoint import RunFolder, load_state, save_state, truncate_log
+from phreg.training.losses import distillation_loss
+from phreg.training.target_cache import KeptTargets
+from phreg.training.trainable import (
+    MovingAverage,
+    freeze_unused,
+    learning_rate,
+    merge_lora,
+    optimizer,
+    unlock,
+)
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One line of log.jsonl: a step, counted from 1, and its means over all processes."""
+
+    step: int
+    loss: float
+    terms: dict[str, float]
+    lr: float
+    images_per_second: float
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a finished run has to say of itself."""
+
+    steps: int
+    images: int
+    seconds: float
+    trained: int
+    skipped: list[str]
+
+
+def train(  # noqa: C901 (the loop reads straight down)
+    student: Backbone,
+    teacher: Teacher,
+    images: Crops,
+    config: DistillConfig,
+    run: RunFolder,
+    accelerator: Accelerator,
+    observe: Callable[[StepRecord, int], None],
+    relocation: Relocation | None = None,
+) -> Outcome:
+    """Trains a patched model's registers and unlocked weights towards the teacher's targets.
+
+    Args:
+        student: The patched model on the accelerator's device, its read-out set; trained in place.
+        teacher: The frozen original.
+        images: Training images.
+        config: The run's settings.
+        run: Where to log and checkpoint; a checkpoint found there is gone on from.
+        accelerator: From `start_accelerator`.
+        observe: Called on the main process with each step's record, and the number of steps.
+        relocation: Moves the student's sinks into its registers, where their causes are known.
+
+    Raises:
+        TrainingError: The loss became NaN or infinite.
+        Interrupted: SIGTERM or SIGINT came; a checkpoint was written.
+    """
+    size = (images.size, images.size)
+    rank, world, accumulate = accelerator.process_index, accelerator.num_processes, config.optim.accumulate
+    order = Order(len(images), config.batch_size, seed=config.seed, rank=rank, world_size=world)
+    with torch.random.fork_rng():
+        torch.manual_seed(config.seed)  # of LoRA's start, which PEFT draws from the global state
+        trained = unlock(student.eval(), config.unlock)
+    trained = freeze_unused(student, trained, config.target, config.loss, size, relocation)
+    optim = optimizer(trained, config.optim)
+    average = MovingAverage(trained, config.optim.ema) if config.optim.ema is not None else None
+
+    steps_per_epoch = max(1, order.steps_per_epoch // accumulate)
+    steps = config.steps or (config.epochs or 1) * steps_per_epoch
+
+    kept: dict[str, Tensor] = dict(trained)
+    if average is not None:
+        kept |= {f"ema.{name}": value for name, value in average.average.items()}
+    facts = {"processes": world, "images": len(images), "precision": accelerator.mixed_precision}
+    done = load_state(run, kept, optim, facts)
+    if accelerator.is_main_process:
+        truncate_log(run.log, done)
+    accelerator.init_trackers("phreg", config={"method": config.method, "seed": config.seed})
+    accelerator.wait_for_everyone()
+
+    broken = BrokenImages(len(images), config.data.max_broken)
+    batches = iter(
+        loader(
+            images, order, done * accumulate, steps * accumulate,
+            workers=config.data.workers, pin_memory=accelerator.device.type == "cuda",
+        )
+    )  # fmt: skip
+    started = time.perf_counter()
+    kept_targets = KeptTargets(run.path / "targets", accelerator.device) if config.target.keep else None
+    with (
+        stop_signals() as stop,
+        relocation.listening() if relocation is not None else nullcontext({}) as hidden,
+        compiled(config.compile, student, teacher.backbone),
+        run.log.open("a") as log,
+    ):
+        model = accelerator.prepare_model(student)
+        journal = Journal(log, accelerator, config.batch_size * accumulate * world, steps, run, observe)
+        reading: Reading | None = None
+        for step in range(done, steps):
+            lr = learning_rate(config.optim, step, steps, steps_per_epoch)
+            for group in optim.param_groups:
+                group["lr"] = lr
+
+            sums: dict[str, Tensor] = {}
+            names: list[str] = []
+            for micro in range(accumulate):
+                batch = next(batches)
+                broken.add(batch)
+                names += batch.names
+                whole = as_input(student, batch.images)
+                pixels = middle(whole, images.around)
+                views = keyed_generator("views", config.seed, step, micro, rank)
+                taught = partial(teacher, whole, views, images.around)
+                target = kept_targets.read(batch.indices.tolist(), taught) if kept_targets else taught()
+                # Processes exchange gradients once a step, with the last accumulated batch.
+                with accelerator.no_sync(model) if micro + 1 < accumulate else nullcontext():
+                    features = model(pixels, config.target.layer, config.target.norm)
+                    loss, terms = distillation_loss(features, target, config.loss)
+                    if relocation is not None and config.loss.relocation:
+                        terms["relocation"] = relocation.loss(hidden, pixels)
+                        loss = loss + config.loss.relocation * terms["relocation"]
+                    accelerator.backward(loss / accumulate)
+                for name, value in {"loss": loss, **terms}.items():
+                    sums[name] = sums.get(name, 0) + value.detach() / accumulate
+
+            if config.optim.clip_norm is not None:
+                nn.utils.clip_grad_norm_(trained.values(), config.optim.clip_norm)
+            optim.step()
+            optim.zero_grad(set_to_none=True)
+            if average is not None:
+                average.update()
+
+            # The previous step's numbers are on the host by now. All processes read the same ones, so they
+            # stop together.
+            previous, reading = reading, Reading(step + 1, lr, names, sums, stop.is_set(), accelerator)
+            stopping = previous is not None and journal.enter(previous)
+            if stopping or step + 1 == steps or (step + 1) % config.checkpoint_every == 0:
+                stopping = journal.enter(reading) or stopping
+                reading = None
+                if accelerator.is_main_process:
+                    save_state(run, step + 1, kept, optim, facts)
+                accelerator.wait_for_everyone()
+            if stopping and step + 1 < steps:
+                raise Interrupted(
+                    f"stopped after step {step + 1} of {steps}, checkpoint written; go on with --resume"
+                )
+        accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+        silenced = relocation.silenced(hidden) if relocation is not None and hidden else []
+        if silenced and config.loss.relocation and accelerator.is_main_process:
+            logger.warning(
+                "no register took over hidden units %s, which cause sinks: these were silenced rather than "
+                "moved; train longer, or with a larger --loss.relocation",
+                ", ".join(silenced),
+            )
+    if kept_targets is not None and accelerator.is_main_process:
+        kept_targets.remove()
+
+    if average is not None:
+        average.apply()
+    merge_lora(student)
+    student.requires_grad_(True)
+    return Outcome(
+        steps=steps,
+        images=(steps - done) * journal.images_per_step,
+        seconds=round(time.perf_counter() - started, 3),
+        trained=sum(parameter.numel() for parameter in trained.values()),
+        skipped=sorted(broken.reasons),
+    )
+
+
+class Reading:
+    """A step's numbers on their way from the device to the host, means over all processes.
+
+    Args:
+        step: Step, from 1.
+        lr: Its learning rate.
+        names: Files of its images, on this process.
+        values: Scalars on the device, by name.
+        stop: Whether this process was asked to stop.
+        accelerator: Says how the processes add up.
+    """
+
+    def __init__(
+        self,
+        step: int,
+        lr: float,
+        names: list[str],
+        values: dict[str, Tensor],
+        stop: bool,
+        accelerator: Accelerator,
+    ) -> None:
+        self.step, self.lr, self.names, self.keys = step, lr, names, [*values, "stop"]
+        self.made = time.perf_counter()
+        asked = torch.tensor(float(stop)).to(accelerator.device, non_blocking=True)
+        own = torch.stack([*(value.float() for value in values.values()), asked])
+        mean = cast(Tensor, accelerator.reduce(own, "mean"))
+        self._host = mean.to("cpu", non_blocking=True)
+        self._arrived = torch.cuda.Event() if mean.is_cuda else None
+        if self._arrived is not None:
+            self._arrived.record()
+
+    def read(self) -> dict[str, float]:
+        """Waits for the numbers, and for nothing queued after them."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return dict(zip(self.keys, self._host.tolist(), strict=True))
+
+
+class Journal:
+    """Enters each step into log.jsonl, the trackers and the observer, and refuses one that is not finite."""
+
+    def __init__(
+        self,
+        log: TextIO,
+        accelerator: Accelerator,
+        images_per_step: int,
+        steps: int,
+        run: RunFolder,
+        observe: Callable[[StepRecord, int], None],
+    ) -> None:
+        self.log, self.accelerator, self.images_per_step = log, accelerator, images_per_step
+        self.steps, self.run, self.observe = steps, run, observe
+        self.clock = time.perf_counter()
+
+    def enter(self, reading: Reading) -> bool:
+        """Records a step.
+
+        Returns:
+            Whether any process was asked to stop.
+
+        Raises:
+            TrainingError: The loss is NaN or infinite.
+        """
+        values = reading.read()
+        loss, asked = values.pop("loss"), values.pop("stop")
+        if not math.isfinite(loss):
+            last = self.run.states[-1] if self.run.states else "none yet"
+            raise TrainingError(
+                f"the loss is {loss} at step {reading.step}, on {', '.join(reading.names)}; "
+                f"last good checkpoint: {last}. "
+                "Lower --optim.lr, set --optim.clip-norm, or use --precision fp32"
+            )
+        speed, self.clock = self.images_per_step / (reading.made - self.clock), reading.made
+        if self.accelerator.is_main_process:
+            record = StepRecord(reading.step, loss, values, reading.lr, round(speed, 3))
+            self.log.write(json.dumps(asdict(record)) + "\n")
+            self.log.flush()
+            self.accelerator.log({"loss": loss, "lr": reading.lr, **values}, step=reading.step)
+            self.observe(record, self.steps)
+        return asked > 0
+
+
+def start_accelerator(config: DistillConfig, run: RunFolder) -> Accelerator:
+    """Sets up device, precision, processes and trackers as configured, and a CPU's memory.
+
+    Raises:
+        PhregError: A tracker's package is not installed.
+    """
+    for tracker in config.trackers:
+        if importlib.util.find_spec(tracker) is None:
+            raise PhregError(
+                f'trackers asks for {tracker}, which is not installed; run: pip install "phreg[{tracker}]"'
+            )
+    on_cpu = config.device == "cpu" or not (torch.accelerator.is_available() or config.device)
+    precision = config.precision or ("bf16" if computes_bf16("cpu" if on_cpu else "cuda") else "fp32")
+    # A process may distil more than once; accelerate would keep the first run's precision and device.
+    AcceleratorState._reset_state(reset_partial_state=True)
+    # The environment is the one place where accelerate takes a device such as cuda:1.
+    with patch_environment(**({"accelerate_torch_device": config.device} if config.device else {})):
+        accelerator = Accelerator(
+            cpu=on_cpu,
+            mixed_precision="bf16" if precision == "bf16" else "no",
+            log_with=list(config.trackers) or None,
+            project_dir=run.path,
+        )
+    if on_cpu and config.keep_freed_memory:
+        keep_freed_memory()
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
+        torch.use_deterministic_algorithms(True)
+    return accelerator
+
+
+def computes_bf16(device_type: str) -> bool:
+    """Says whether a device multiplies matrices in bf16, rather than emulating it at a loss."""
+    if device_type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def keep_freed_memory() -> bool:
+    """Has glibc keep freed memory in the process, where it is the allocator.
+
+    By default glibc returns large freed tensors to the kernel and faults their pages in again, which costs
+    the more the larger the tensors (benchmarks/throughput). The process then holds on to its peak memory
+    until it ends.
+
+    Returns:
+        Whether the setting was made.
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "gnu_get_libc_version"):
+        return False
+    trim_threshold, top_pad, mmap_max = -1, -2, -4  # option numbers, from malloc.h
+    made = [libc.mallopt(trim_threshold, -1), libc.mallopt(top_pad, 512 << 20), libc.mallopt(mmap_max, 0)]
+    logger.debug("freed memory stays in the process (keep_freed_memory)")
+    return all(made)
+
+
+@contextmanager
+def stop_signals() -> Iterator[threading.Event]:
+    """Turns SIGTERM and SIGINT into an event while the loop runs; only the main thread gets signals."""
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield event
+        return
+    before = {
+        number: signal.signal(number, lambda *_: event.set()) for number in (signal.SIGTERM, signal.SIGINT)
+    }
+    try:
+        yield event
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def compiled(wanted: bool, *backbones: Backbone) -> Iterator[None]:
+    """Compiles the blocks of backbones for as long as it lasts.
+
+    Block by block: they are alike, so compilation is short, and hooks around them (registers, taps) stay
+    outside. Blocks with hooks inside (relocation listens there) are left out: alike blocks share what was
+    compiled for one of them, whose hooks the others would have, or lack.
+    """
+    blocks = [block for backbone in backbones for block in backbone.blocks if not _hooked_inside(block)]
+    if not wanted:
+        blocks = []
+    before = [block.__dict__.get("forward") for block in blocks]
+    for block in blocks:
+        block.forward = torch.compile(block.forward)
+    try:
+        yield
+    finally:
+        for block, forward in zip(blocks, before, strict=True):
+            if forward is None:
+                del block.forward
+            else:
+                block.forward = forward
+
+
+def _hooked_inside(block: nn.Module) -> bool:
+    return any(
+        module._forward_pre_hooks or module._forward_hooks
+        for module in block.modules()
+        if module is not block
+    )

@@ -1,0 +1,238 @@
+"""Which weights train, by role, and how they move: unlocking, LoRA, the optimizer and its schedule.
+
+An adapter says which parameters are the position embedding or block 3 (`Backbone.roles`); nobody here matches
+parameter names. LoRA goes through PEFT's injection, which leaves the model in place; it is merged into plain
+weights before anything is saved.
+"""
+
+import logging
+import math
+from collections.abc import Mapping
+from contextlib import nullcontext
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from phreg.backbones.base import Backbone
+from phreg.config import LossConfig, OptimConfig, TargetConfig, UnlockConfig
+from phreg.errors import ConfigError
+from phreg.sinks.relocation import Relocation
+from phreg.training.losses import distillation_loss
+
+logger = logging.getLogger(__name__)
+
+
+def unlock(backbone: Backbone, config: UnlockConfig) -> dict[str, nn.Parameter]:
+    """Freezes a model but for its registers and the configured roles, and injects LoRA where asked.
+
+    Returns:
+        The parameters that train, by their name in `backbone`.
+
+    Raises:
+        ConfigError: A role does not exist for this model, or nothing is left to train.
+    """
+    names = {name for role in expand_roles(backbone, config.roles) for name in backbone.roles()[role]}
+    chosen = {id(backbone.model.get_parameter(name)) for name in names}
+    if config.lora.rank is not None:
+        _inject_lora(backbone, config)
+    trained = {}
+    for name, parameter in backbone.named_parameters():
+        parameter.requires_grad_(id(parameter) in chosen or "lora_" in name)
+        if parameter.requires_grad:
+            trained[name] = parameter
+    if not trained:
+        raise ConfigError(
+            "settings", ["unlock.roles: no registers and no roles, so nothing would train; name some roles"]
+        )
+    return trained
+
+
+def expand_roles(backbone: Backbone, roles: tuple[str, ...]) -> list[str]:
+    """Turns configured roles into the model's own: `block.-1` into the last block, `blocks` into all.
+
+    Registers are always among them.
+
+    Raises:
+        ConfigError: A role does not exist for this model.
+    """
+    known, depth = backbone.roles(), len(backbone.blocks)
+    expanded = ["registers"] if backbone.num_registers else []
+    problems = []
+    for role in roles:
+        kind, _, number = role.partition(".")
+        if role == "blocks":
+            expanded += [f"block.{index}" for index in range(depth)]
+        elif kind == "block" and number.lstrip("-").isdigit() and -depth <= int(number) < depth:
+            expanded.append(f"block.{int(number) % depth}")
+        elif role in known:
+            expanded.append(role)
+        else:
+            blocks = f"block.0 to block.{depth - 1}, block.-{depth} to block.-1, blocks"
+            others = ", ".join(name for name in known if not name.startswith("block."))
+            problems.append(
+                f"unlock.roles: {backbone.describe()} has no role {role!r}; it has {others}, {blocks}"
+            )
+    if problems:
+        raise ConfigError("settings", problems)
+    return list(dict.fromkeys(expanded))
+
+
+def freeze_unused(
+    backbone: Backbone,
+    trained: dict[str, nn.Parameter],
+    target: TargetConfig,
+    loss: LossConfig,
+    size: tuple[int, int],
+    relocation: Relocation | None = None,
+) -> dict[str, nn.Parameter]:
+    """Freezes again what the loss does not reach, found by one backward pass on a blank image.
+
+    A value-only read-out leaves out the last block's queries, keys and MLP, and a loss on an inner block all
+    later ones. Weight decay would shrink them, and distributed training would wait for their gradients.
+
+    Raises:
+        ConfigError: The loss has no terms.
+    """
+    blank = torch.zeros(1, 3, *size, device=backbone.device, dtype=backbone.dtype)
+    with relocation.listening() if relocation is not None else nullcontext({}) as hidden:
+        features = backbone(blank, target.layer, target.norm)
+    # Against a target unlike anything, so that no gradient is zero by coincidence.
+    unlike = type(features)(torch.ones_like(features.patches), torch.ones_like(features.pooled))
+    total, _ = distillation_loss(features, unlike, loss)
+    if relocation is not None and loss.relocation:
+        total = total + relocation.loss(hidden, blank)
+    if not total.requires_grad:
+        raise ConfigError(
+            "settings",
+            [
+                "loss: every weight that applies is 0, so nothing would train; set loss.cosine, loss.mse or "
+                "loss.pooled (loss.relocation applies where units that cause sinks are known, and registers)"
+            ],
+        )
+    total.backward()
+    unused = [name for name, parameter in trained.items() if parameter.grad is None]
+    for name in unused:
+        trained[name].requires_grad_(False)
+    backbone.zero_grad(set_to_none=True)
+    if unused:
+        logger.info(
+            "the loss does not reach %d unlocked tensors, which stay frozen: %s",
+            len(unused),
+            ", ".join(unused),
+        )
+    return {name: parameter for name, parameter in trained.items() if parameter.requires_grad}
+
+
+def merge_lora(backbone: Backbone) -> None:
+    """Folds LoRA into the weights it was injected into, and removes it; other models stay as they are."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    def outermost() -> tuple[str, BaseTunerLayer] | None:
+        named = backbone.model.named_modules()
+        return next(((name, module) for name, module in named if isinstance(module, BaseTunerLayer)), None)
+
+    while (found := outermost()) is not None:
+        name, layer = found
+        # Fused attention is unwrapped by PEFT itself: its output projection is wrapped a second time inside.
+        unload = getattr(layer, "unload_and_optionally_merge_module", None)
+        if unload is not None:
+            plain = unload(merge=True, safe_merge=True, adapter_names=None)
+        else:
+            layer.merge(safe_merge=True)
+            plain = layer.get_base_layer()
+        backbone.model.set_submodule(name, plain)
+
+
+def optimizer(parameters: Mapping[str, nn.Parameter], config: OptimConfig) -> torch.optim.Optimizer:
+    """Makes the optimizer over one group: weight decay applies to everything that trains, as in the paper."""
+    values = list(parameters.values())
+    match config.name:
+        case "adamw":
+            return torch.optim.AdamW(
+                values, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay
+            )
+        case "adam":
+            return torch.optim.Adam(
+                values, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay
+            )
+        case "sgd":
+            return torch.optim.SGD(
+                values, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay
+            )
+
+
+def learning_rate(config: OptimConfig, step: int, steps: int, steps_per_epoch: int) -> float:
+    """The learning rate of a step.
+
+    By epoch, the paper's code sets the rate after each step to that of the epoch's end, so the very first
+    step still runs at `lr` and each later one at its predecessor's epoch's; this function does the same.
+
+    Args:
+        config: Rates, shape and unit of the schedule.
+        step: Step, from 0.
+        steps: Steps in the whole run.
+        steps_per_epoch: Steps in one pass over the images.
+    """
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    if config.schedule_unit == "epoch":
+        epochs = math.ceil(steps / steps_per_epoch)
+        progress = ((step - 1) // steps_per_epoch + 1) / epochs if step else 0.0
+    else:
+        progress = (step - config.warmup_steps) / max(1, steps - 1 - config.warmup_steps)
+    match config.schedule:
+        case "exponential":
+            return config.lr * (config.final_lr / config.lr) ** progress
+        case "cosine":
+            return config.final_lr + (config.lr - config.final_lr) * (1 + math.cos(math.pi * progress)) / 2
+        case "constant":
+            return config.lr
+
+
+class MovingAverage:
+    """An exponential moving average of the weights that train (Polyak and Juditsky 1992).
+
+    Args:
+        parameters: The weights, by name.
+        decay: Share of the old average kept at each step.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], decay: float) -> None:
+        self.decay = decay
+        self.parameters = parameters
+        self.average: dict[str, Float[Tensor, "..."]] = {n: p.detach().clone() for n, p in parameters.items()}
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Takes the current weights in."""
+        for name, parameter in self.parameters.items():
+            self.average[name].lerp_(parameter, 1 - self.decay)
+
+    @torch.no_grad()
+    def apply(self) -> None:
+        """Puts the average in place of the weights."""
+        for name, parameter in self.parameters.items():
+            parameter.copy_(self.average[name])
+
+
+def _inject_lora(backbone: Backbone, config: UnlockConfig) -> None:
+    """Puts adapters on every linear layer and attention projection of the last blocks."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    if backbone.readout != "plain":
+        raise ConfigError(
+            "settings",
+            [
+                f"unlock.lora.rank: a {backbone.readout} read-out takes the last block apart, past its LoRA; "
+                'use target.student_readout = "plain" or unlock whole blocks'
+            ],
+        )
+    names = {id(module): name for name, module in backbone.model.named_modules()}
+    inside = [module for block in list(backbone.blocks)[-config.lora.blocks :] for module in block.modules()]
+    fused = [module for module in inside if isinstance(module, nn.MultiheadAttention)]
+    covered = {id(part) for module in fused for part in module.modules()}
+    linear = [module for module in inside if isinstance(module, nn.Linear) and id(module) not in covered]
+    targets = [names[id(module)] for module in fused + linear]
+    lora = LoraConfig(r=config.lora.rank or 1, lora_alpha=config.lora.alpha, target_modules=targets)  # pyright: ignore
+    inject_adapter_in_model(lora, backbone.model)

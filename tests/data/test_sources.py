@@ -1,0 +1,485 @@
+"""phreg.data.sources: hostile files, and every kind of source."""
+
+import io
+import logging
+import os
+import random
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from pictures import encoded, noise, pixels, plain, saved_dataset, tar_of
+from PIL import Image
+
+from phreg.data.sources import Files, HubImages, Subset, TarShards, decode, open_images
+from phreg.errors import DataError
+
+# --- Decoding
+
+
+def test_an_image_lying_on_its_side_is_turned_upright_whatever_its_format():
+    upright = noise((5, 3))
+    turned = {1: upright, 2: upright.transpose(Image.Transpose.FLIP_LEFT_RIGHT)}
+    turned[3] = upright.transpose(Image.Transpose.ROTATE_180)
+    turned[6] = upright.transpose(Image.Transpose.ROTATE_90)
+    turned[8] = upright.transpose(Image.Transpose.ROTATE_270)
+    for orientation, stored in turned.items():
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        for format in ("PNG", "TIFF"):
+            assert (pixels(decode(encoded(stored, format, exif=exif))) == pixels(upright)).all()
+
+
+def test_all_eight_orientations_agree_with_pils_own_transposition():
+    from PIL import ImageOps
+
+    for orientation in range(1, 9):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        data = encoded(noise((5, 3)), exif=exif)
+        expected = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+        assert (pixels(decode(data)) == pixels(expected)).all()
+
+
+def test_16_bit_grey_is_scaled_not_clipped():
+    values = np.array([[0, 128, 129, 257, 32768, 65535]], dtype=np.uint16)
+    expected = [[0, 0, 1, 1, 128, 255]]  # value / 257, rounded
+    for format in ("PNG", "TIFF", "PPM"):
+        image = decode(encoded(Image.fromarray(values), format))
+        assert image.mode == "RGB"
+        assert pixels(image)[..., 0].tolist() == expected
+        assert (pixels(image)[..., 0] == pixels(image)[..., 2]).all()
+
+
+@pytest.mark.parametrize(("dtype", "value"), [(np.float32, 0.5), (np.int32, 70000), (np.int32, -1)])
+def test_values_of_unknown_range_are_refused(dtype, value):
+    image = Image.fromarray(np.full((3, 3), value, dtype=dtype))
+    with pytest.raises(DataError, match=r"its values, .* do not say what is white"):
+        decode(encoded(image, "TIFF"))
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+def test_transparency_is_laid_on_white(mode):
+    half = Image.new(mode, (2, 2), (0,) * (len(mode) - 1) + (128,))
+    half.putpixel((0, 0), (0,) * (len(mode) - 1) + (0,))
+    image = decode(encoded(half))
+    assert image.getpixel((0, 0)) == (255, 255, 255)
+    assert image.getpixel((1, 1)) == (127, 127, 127)  # 255 * (1 - 128 / 255)
+
+
+def test_a_transparent_palette_entry_becomes_white_and_others_keep_their_colour():
+    image = Image.new("P", (2, 1))
+    image.putpalette([255, 0, 0, 0, 0, 255])
+    image.putpixel((1, 0), 1)
+    for data in (encoded(image, transparency=0), encoded(image, transparency=b"\0\xff")):
+        assert pixels(decode(data)).tolist() == [[[255, 255, 255], [0, 0, 255]]]
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "CMYK", "YCbCr"])
+def test_every_colour_mode_becomes_rgb(mode):
+    grey = plain((128, 128, 128)).convert(mode)
+    image = decode(encoded(grey, "TIFF"))
+    assert image.mode == "RGB"
+    assert (pixels(image) == pixels(grey.convert("RGB"))).all()
+
+
+def test_cmyk_jpegs_keep_their_colours():
+    red = plain((230, 20, 20), (16, 16)).convert("CMYK")
+    assert np.abs(pixels(decode(encoded(red, "JPEG"))).astype(int) - (230, 20, 20)).max() <= 8  # JPEG loss
+
+
+def test_an_animation_gives_its_first_frame():
+    frames = [plain((255, 0, 0)), plain((0, 0, 255))]
+    data = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    assert decode(data).getpixel((0, 0)) == (255, 0, 0)
+
+
+def test_too_large_an_image_is_refused_before_it_is_decoded(monkeypatch):
+    data = encoded(plain(size=(100, 100)))
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda self: pytest.fail("was decoded"))
+    for limit in (9_999, 4_000):  # PIL itself warns of the one, and raises on the other
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+        with pytest.raises(DataError, match=r"it has more than 0\.0\d+ megapixels"):
+            decode(data)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "it is empty"),
+        (b"<html>404 Not Found</html>", r"no image of a known format.*b'<html>404"),
+        (encoded(noise())[:200], "(?i)truncated|broken"),
+        (encoded(noise(), "JPEG")[:-200], "image file is truncated"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "no image of a known format"),
+    ],
+)
+def test_a_broken_file_is_named_with_the_reason(tmp_path, content, reason):
+    path = tmp_path / "holiday.jpg"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=reason) as caught:
+        decode(path)
+    assert "holiday.jpg" in str(caught.value)
+
+
+def test_an_image_without_pixels_is_refused():
+    header = bytearray(encoded(plain(), "BMP"))
+    header[18:22] = bytes(4)  # the width
+    with pytest.raises(DataError, match="cannot read zero"):
+        decode(bytes(header), "zero")
+
+
+def test_what_is_no_file_is_refused_without_waiting(tmp_path):
+    os.mkfifo(tmp_path / "pipe.jpg")
+    (tmp_path / "dangling.jpg").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(DataError, match="not a regular file"):
+        decode(tmp_path / "pipe.jpg")
+    with pytest.raises(DataError, match="No such file"):
+        decode(tmp_path / "dangling.jpg")
+
+
+def test_random_damage_ends_in_an_rgb_image_or_a_data_error():
+    rng = random.Random(0)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    whole = [
+        encoded(noise(), "JPEG", exif=exif),
+        encoded(noise(), "PNG"),
+        encoded(noise(), "WEBP", exif=exif),
+    ]
+    whole += [encoded(noise().convert("P"), "GIF"), encoded(noise(), "BMP"), encoded(noise(), "PPM")]
+    refused = 0
+    for _ in range(600):
+        data = bytearray(rng.choice(whole))
+        for _ in range(rng.choice([1, 4, 30])):
+            data[rng.randrange(min(len(data), rng.choice([40, 400, 4000])))] = rng.randrange(256)
+        try:
+            assert decode(bytes(data)).mode == "RGB"
+        except DataError:
+            refused += 1
+    assert refused > 100  # else the damage was too small to say anything
+
+
+def test_decoding_changes_no_setting_of_pil():
+    from PIL import ImageFile
+
+    before = (Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES)
+    decode(encoded(plain()))
+    assert before == (Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES)
+
+
+# --- Folders and lists
+
+
+def test_a_folder_lists_images_of_all_levels_by_path_and_leaves_out_the_rest(mixed_photos, caplog):
+    (mixed_photos / "results.csv").write_text("a,b", encoding="utf-8")
+    (mixed_photos / "._0.png").write_bytes(b"a resource fork")
+    (mixed_photos / ".cache").mkdir()
+    plain().save(mixed_photos / ".cache" / "thumbnail.png")
+    with caplog.at_level(logging.INFO, "phreg.data.sources"):
+        images = open_images(mixed_photos)
+    expected = ["0.png", "1.bmp", "2.PNG", "more/0.png", "more/1.bmp", "more/2.PNG"]
+    assert [Path(images.name(i)).relative_to(mixed_photos).as_posix() for i in range(len(images))] == expected
+    assert images.read(3).size == (40, 30)
+    assert "ignored 1 files that are no images: .csv" in caplog.text
+
+
+def test_the_order_of_a_folder_does_not_depend_on_the_order_of_its_entries(mixed_photos, monkeypatch):
+    expected = open_images(mixed_photos)
+    scandir = os.scandir
+
+    class Reversed:
+        def __init__(self, folder):
+            with scandir(folder) as entries:
+                self.entries = sorted(entries, key=lambda entry: entry.name, reverse=True)
+
+        def __enter__(self):
+            return iter(self.entries)
+
+        def __exit__(self, *_):
+            return None
+
+    monkeypatch.setattr(os, "scandir", Reversed)
+    assert open_images(mixed_photos) == expected
+
+
+def test_links_are_followed_and_loops_of_links_end(mixed_photos, tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    plain().save(elsewhere / "linked.png")
+    (mixed_photos / "link").symlink_to(elsewhere)
+    (mixed_photos / "more" / "up").symlink_to(mixed_photos)
+    images = open_images(mixed_photos)
+    assert len(images) == 7
+    assert any(images.name(i).endswith("link/linked.png") for i in range(7))
+
+
+def test_a_name_that_is_no_text_is_read_and_can_be_printed(tmp_path):
+    path = os.fsencode(tmp_path) + b"/caf\xe9.png"
+    Path(os.fsdecode(path)).write_bytes(encoded(plain()))
+    images = open_images(tmp_path)
+    assert images.read(0).size == (6, 4)
+    assert images.name(0).encode().endswith(b"/caf\\xe9.png")
+
+
+def test_a_text_file_lists_paths_relative_to_itself_in_its_own_order(mixed_photos):
+    listing = mixed_photos / "list.txt"
+    text = f"\ufeff# chosen\n\nmore/2.PNG\n  0.png  \r\n{mixed_photos}/1.bmp\n"
+    listing.write_text(text, encoding="utf-8")
+    images = open_images(listing)
+    assert [Path(images.name(i)).name for i in range(len(images))] == ["2.PNG", "0.png", "1.bmp"]
+    assert images.read(0).size == (40, 32)
+
+
+def test_all_missing_files_of_a_list_are_reported_together(mixed_photos):
+    listing = mixed_photos / "list.txt"
+    listing.write_text("0.png\n" + "".join(f"gone{i}.png\n" for i in range(7)) + "more\n", encoding="utf-8")
+    with pytest.raises(DataError, match=r"8 of 9 files are missing: .*gone0\.png, .*gone4\.png, and 3 more"):
+        open_images(listing)
+
+
+def test_a_list_of_paths_one_image_and_a_pattern_are_sources_too(mixed_photos):
+    chosen = [mixed_photos / "1.bmp", mixed_photos / "0.png"]
+    assert open_images(chosen) == Files(tuple(map(str, chosen)))
+    assert open_images(mixed_photos / "0.png") == Files((str(mixed_photos / "0.png"),))
+    assert open_images(f"{mixed_photos}/*.[bp]*") == Files(
+        (str(mixed_photos / "0.png"), str(mixed_photos / "1.bmp"))
+    )
+    assert len(open_images(f"{mixed_photos}/{{0.png,more/1.bmp}}")) == 2
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ([], "it is empty; give a folder of images"),
+        (
+            ["a.csv", "b.json", "c.json", "README"],
+            r"found 4 files, none an image: \(no suffix\) .csv .json; give",
+        ),
+        (
+            ["a.png", "b.tar"],
+            r"found 1 image files and 1 tar files \(.*b.tar\); keep them apart, or name one",
+        ),
+    ],
+)
+def test_a_folder_without_a_clear_kind_of_image_says_what_it_found(tmp_path, names, message):
+    for name in names:
+        (tmp_path / name).touch()
+    with pytest.raises(DataError, match=message):
+        open_images(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("", "there is no such file or folder"),
+        ("/no/such/folder", "there is no such file or folder; give"),
+        ("./mixed_photos", "there is no such file or folder"),
+        ("mixed_photos.tar", "there is no such file or folder"),
+        ("https://example.org/{0..3}.tar", "4 of 4 files are missing"),
+        ("none-*.jpg", "the pattern 'none-.*' ?: it names no file"),
+        ([], "the 0 paths given: it names no file"),
+    ],
+)
+def test_a_source_that_is_not_there_is_refused_without_asking_the_network(source, message, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(DataError, match=message):
+        open_images(source)
+
+
+def test_a_file_that_is_no_list_is_refused(tmp_path):
+    (tmp_path / "mixed_photos.zip").write_bytes(b"PK\x03\x04\xff\xfe")
+    with pytest.raises(DataError, match="neither image, tar file nor text"):
+        open_images(tmp_path / "mixed_photos.zip")
+
+
+def test_a_folder_that_may_not_be_read_is_an_error_not_an_empty_folder(mixed_photos, monkeypatch):
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(DataError, match="Permission denied"):
+        open_images(mixed_photos)
+
+
+def test_a_subset_reads_and_names_as_the_whole_does(mixed_photos):
+    whole = open_images(mixed_photos)
+    part = Subset(whole, [4, 1])
+    assert len(part) == 2
+    assert part.name(0) == whole.name(4)
+    assert (pixels(part.read(1)) == pixels(whole.read(1))).all()
+
+
+# --- Tar shards
+
+
+def test_shards_give_the_pixels_that_the_folder_gives_in_any_order(mixed_photos, tmp_path):
+    (mixed_photos / "0.json").write_text("{}", encoding="utf-8")
+    (mixed_photos / "._0.png").write_bytes(b"a resource fork")
+    tar_of(mixed_photos, tmp_path / "shard-000.tar", ["0.json", "._0.png", "0.png", "1.bmp", "2.PNG"])
+    tar_of(mixed_photos, tmp_path / "shard-001.tar", ["more/0.png", "more/1.bmp", "more/2.PNG"])
+    folder, shards = open_images(mixed_photos), open_images(f"{tmp_path}/shard-{{000..001}}.tar")
+    assert isinstance(shards, TarShards)
+    assert len(shards) == len(folder) == 6
+    assert shards.name(4) == f"{tmp_path}/shard-001.tar/more/1.bmp"
+    for index in (5, 0, 3, 4, 2, 1, 5):
+        assert (pixels(shards.read(index)) == pixels(folder.read(index))).all()
+    assert open_images(f"{tmp_path}/shard-*.tar") == shards
+    assert open_images([tmp_path / "shard-000.tar", tmp_path / "shard-001.tar"]) == shards
+
+
+def test_a_folder_of_shards_is_read_in_the_order_of_their_names(mixed_photos, tmp_path):
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    tar_of(mixed_photos, folder / "b.tar", ["1.bmp"])
+    tar_of(mixed_photos, folder / "a.tar", ["2.PNG"])
+    (folder / "sizes.json").touch()
+    images = open_images(folder)
+    assert [images.name(i) for i in range(2)] == [f"{folder}/a.tar/2.PNG", f"{folder}/b.tar/1.bmp"]
+
+
+def test_missing_shards_are_reported_together(mixed_photos, tmp_path):
+    tar_of(mixed_photos, tmp_path / "s-1.tar")
+    with pytest.raises(DataError, match=r"2 of 3 files are missing: .*s-0\.tar, .*s-2\.tar"):
+        open_images(f"{tmp_path}/s-{{0..2}}.tar")
+
+
+@pytest.mark.parametrize("name", ["mixed_photos.tar.gz", "mixed_photos.tgz", "mixed_photos.tar.zst"])
+def test_a_compressed_shard_is_refused_with_the_reason(tmp_path, name):
+    (tmp_path / name).touch()
+    for source in (tmp_path / name, tmp_path):
+        with pytest.raises(DataError, match=r"compressed.*decompress it to \.tar"):
+            open_images(source)
+
+
+@pytest.mark.parametrize("damage", ["empty", "cut", "no tar", "broken header"])
+def test_a_damaged_shard_is_an_error_not_a_shorter_shard(mixed_photos, tmp_path, damage):
+    path = tar_of(mixed_photos, tmp_path / "a.tar")
+    data = bytearray(path.read_bytes())
+    second = open_images(path).members[1].offset - tarfile.BLOCKSIZE
+    if damage == "empty":
+        data = bytearray()
+    if damage == "cut":
+        data = data[: second + tarfile.BLOCKSIZE + 10]
+    if damage == "no tar":
+        data = bytearray(b"not a tar" * 200)
+    if damage == "broken header":
+        data[second : second + 200] = b"x" * 200
+    path.write_bytes(data)
+    with pytest.raises(DataError, match=r"cannot index .*a\.tar: .*; fetch or pack it anew"):
+        open_images(path)
+
+
+def test_a_shard_without_images_is_refused(tmp_path):
+    (tmp_path / "labels.csv").touch()
+    path = tar_of(tmp_path, tmp_path / "a.tar", ["labels.csv"])
+    with pytest.raises(DataError, match="found none in 1 tar files"):
+        open_images(path)
+
+
+def test_a_shard_that_vanishes_while_training_makes_its_images_unreadable(mixed_photos, tmp_path):
+    images = open_images(tar_of(mixed_photos, tmp_path / "a.tar"))
+    (tmp_path / "a.tar").unlink()
+    with pytest.raises(DataError, match=r"cannot read .*a\.tar/0\.png: .*No such file"):
+        images.read(0)
+
+
+# --- Hugging Face datasets
+
+
+def test_a_saved_dataset_gives_the_pixels_that_the_folder_gives(mixed_photos, tmp_path):
+    folder = open_images(mixed_photos)
+    contents = [Path(folder.name(i)).read_bytes() for i in range(len(folder))]
+    images = open_images(saved_dataset(tmp_path / "saved", contents))
+    assert isinstance(images, HubImages)
+    assert len(images) == 6
+    for index in (5, 0, 3):
+        assert (pixels(images.read(index)) == pixels(folder.read(index))).all()
+    assert images.name(3) == f"{tmp_path}/saved[3]"
+
+
+def test_a_broken_or_empty_row_of_a_dataset_is_named(tmp_path):
+    images = open_images(saved_dataset(tmp_path / "saved", [b"broken", None, encoded(plain())]))
+    with pytest.raises(DataError, match=r"saved\[0\]: no image of a known format"):
+        images.read(0)
+    with pytest.raises(DataError, match=r"saved\[1\]: it is empty"):
+        images.read(1)
+    assert images.read(2).size == (6, 4)
+
+
+def test_a_dataset_decodes_as_our_decoder_does_not_as_its_own(tmp_path):
+    transparent = Image.new("RGBA", (2, 2), (0, 0, 0, 0))
+    images = open_images(saved_dataset(tmp_path / "saved", [encoded(transparent)]))
+    assert images.read(0).getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_a_wrong_column_or_split_of_a_dataset_names_the_right_ones(tmp_path):
+    import datasets
+
+    saved = saved_dataset(tmp_path / "saved", [encoded(plain())])
+    with pytest.raises(DataError, match="found columns label, picture, with images: picture;"):
+        open_images(saved, column="label")
+    assert open_images(saved, column="picture").column == "picture"
+
+    splits = datasets.DatasetDict(validation=datasets.load_from_disk(os.fspath(saved)))
+    splits.save_to_disk(os.fspath(tmp_path / "splits"))
+    with pytest.raises(DataError, match=r"no split 'train' in .*: found validation; choose by --data\.split"):
+        open_images(tmp_path / "splits")
+    assert len(open_images(tmp_path / "splits", split="validation")) == 1
+
+
+def test_a_damaged_saved_dataset_is_refused(tmp_path):
+    (saved_dataset(tmp_path / "bad", [b"x"]) / "state.json").write_text("{", encoding="utf-8")
+    with pytest.raises(DataError, match="the dataset cannot be loaded"):
+        open_images(tmp_path / "bad")
+
+
+def test_a_dataset_is_loaded_by_its_id_and_split(mixed_photos, monkeypatch, tmp_path):
+    import datasets
+
+    table = datasets.Dataset.from_dict({"image": [f"{mixed_photos}/0.png"]}).cast_column(
+        "image", datasets.Image()
+    )
+    splits = {"test": table, "test[:0]": table.select([])}
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: splits[split])
+    images = open_images("me/mixed_photos", split="test")
+    assert images.name(0) == "me/mixed_photos[0]"
+    assert (pixels(images.read(0)) == pixels(noise((30, 40), 0))).all()
+    with pytest.raises(DataError, match=r"split 'test\[:0\]' has no rows"):
+        open_images("me/mixed_photos", split="test[:0]")
+
+
+@pytest.mark.parametrize("name", ["photos", "me/mixed_photos"])
+def test_a_name_that_is_no_path_says_how_to_get_datasets_where_they_are_missing(name, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(
+        DataError, match=r'no file or folder.*pip install "phreg\[datasets\]", or correct the'
+    ):
+        open_images(name)
+
+
+def test_a_path_wins_over_a_dataset_of_the_same_name(mixed_photos, monkeypatch):
+    monkeypatch.chdir(mixed_photos.parent)
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    assert len(open_images("photos")) == 6
+
+
+def test_an_id_is_loaded_with_its_split_and_its_failure_is_explained(monkeypatch, tmp_path):
+    import datasets
+
+    asked = []
+
+    def load_dataset(name, split):
+        asked.append((name, split))
+        raise datasets.exceptions.DatasetNotFoundError("doesn't exist on the Hub")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(
+        DataError, match=r"no file or folder, and as a dataset \(split 'val'\).*doesn't exist"
+    ):
+        open_images("me/mixed_photos", split="val")
+    assert asked == [("me/mixed_photos", "val")]

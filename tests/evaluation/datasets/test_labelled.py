@@ -1,0 +1,456 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from pictures import noise
+from PIL import Image
+
+from phreg.errors import DataError
+from phreg.evaluation.datasets.labelled import (
+    CAMVID,
+    IGNORE,
+    VOC,
+    class_shares,
+    open_labelled,
+    open_segmentation,
+    read_index_mask,
+)
+
+
+def write(path, image):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path)
+
+
+def index_mask(values=(0, 1, 255), size=(12, 8)):
+    pixels = np.resize(np.array(values, dtype=np.uint8), (size[1], size[0]))
+    return Image.fromarray(pixels)
+
+
+# -- classification
+
+
+@pytest.fixture
+def class_folders(tmp_path):
+    for split in ("train", "val"):
+        for name in ("dog", "cat"):
+            for number in range(3):
+                write(tmp_path / "set" / split / name / f"{number}.png", noise())
+    return tmp_path / "set"
+
+
+def test_class_folders_are_numbered_in_the_order_of_their_names(class_folders):
+    found = open_labelled(class_folders, "train")
+    assert found.classes == ("cat", "dog")
+    assert found.labels.tolist() == [0, 0, 0, 1, 1, 1]
+    assert "train/cat" in found.images.name(0)
+
+
+def test_a_folder_without_splits_is_one_set(class_folders):
+    assert open_labelled(class_folders / "train", "val") is None
+    assert len(open_labelled(class_folders / "train").labels) == 6
+
+
+def test_a_class_without_images_is_named(class_folders):
+    (class_folders / "train" / "eel").mkdir()
+    with pytest.raises(DataError, match="eel"):
+        open_labelled(class_folders, "train")
+
+
+@pytest.mark.parametrize("heading", ["", "file,class\n"])
+def test_a_file_of_labels_numbers_a_flat_folder(tmp_path, heading):
+    for number in range(3):
+        write(tmp_path / f"{number}.png", noise())
+    (tmp_path / "labels.csv").write_text(heading + "0.png,7\n1.png,2\n2.png,7\n")
+    found = open_labelled(tmp_path)
+    assert found.labels.tolist() == [7, 2, 7]
+    (tmp_path / "other.json").write_text(json.dumps({"2.png": "dog", "0.png": "cat"}))
+    named = open_labelled(tmp_path, labels=tmp_path / "other.json")
+    assert (named.classes, named.labels.tolist()) == (("cat", "dog"), [1, 0])
+
+
+def test_labels_of_images_that_are_not_there_are_named(tmp_path):
+    write(tmp_path / "0.png", noise())
+    (tmp_path / "labels.csv").write_text("0.png,1\n9.png,2\n")
+    with pytest.raises(DataError, match=r"9\.png"):
+        open_labelled(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["0.png\n", "", "{"])
+def test_broken_labels_are_refused(tmp_path, text):
+    write(tmp_path / "0.png", noise())
+    path = tmp_path / ("labels.json" if text == "{" else "labels.csv")
+    path.write_text(text)
+    with pytest.raises(DataError, match="labels"):
+        open_labelled(tmp_path)
+
+
+def test_a_saved_dataset_brings_its_own_classes(tmp_path):
+    import datasets
+
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
+    rows = {"image": [noise(seed=number) for number in range(4)], "label": [0, 1, 1, 0]}
+    table = datasets.Dataset.from_dict(rows, features=features)
+    datasets.DatasetDict({"train": table, "test": table}).save_to_disk(str(tmp_path / "saved"))
+    found = open_labelled(tmp_path / "saved", "val")
+    assert (found.classes, found.labels.tolist()) == (("a", "b"), [0, 1, 1, 0])
+    assert found.images.read(0).size == (40, 30)
+
+
+@pytest.mark.parametrize("split", ["train", "valid"])
+def test_a_split_that_stands_alone_is_no_class(class_folders, split):
+    (class_folders / "train").rename(class_folders / "dogs")
+    (class_folders / "val").rename(class_folders / split)
+    with pytest.raises(DataError, match=rf"found {split}, which names a part"):
+        open_labelled(class_folders)
+
+
+def test_splits_of_one_set_are_not_its_classes(class_folders):
+    with pytest.raises(DataError, match="found train, val"):
+        open_labelled(class_folders)
+
+
+def test_a_segmentation_dataset_has_no_class_folders(own_folder):
+    with pytest.raises(DataError, match="found images, masks"):
+        open_labelled(own_folder)
+    for split in ("train", "val"):  # the same the other way round
+        for kind in ("images", "masks"):
+            write(own_folder / split / kind / "a.png", noise())
+    with pytest.raises(DataError, match="found images, masks"):
+        open_labelled(own_folder, "val")
+
+
+def test_a_single_class_folder_is_refused(tmp_path):
+    write(tmp_path / "dog" / "0.png", noise())
+    with pytest.raises(DataError, match="found one folder, dog"):
+        open_labelled(tmp_path)
+
+
+def test_a_folder_that_holds_nothing_is_refused(tmp_path):
+    with pytest.raises(DataError, match="no classes"):
+        open_labelled(tmp_path)
+
+
+# -- segmentation
+
+
+@pytest.fixture
+def own_folder(tmp_path):
+    root = tmp_path / "own"
+    for split in ("train", "val"):
+        write(root / "images" / split / "a.jpg", noise((12, 8)))
+        write(root / "masks" / split / "a.png", index_mask())
+    (root / "classes.txt").write_text("road\ncar\n")
+    return root
+
+
+@pytest.fixture
+def voc(tmp_path):
+    root = tmp_path / "VOCdevkit" / "VOC2012"
+    for stem in ("2007_000032", "2007_000033"):
+        write(root / "JPEGImages" / f"{stem}.jpg", noise((12, 8)))
+        mask = index_mask((0, 1, 20, 255)).convert("P")
+        mask.putpalette([0, 0, 0, 128, 0, 0] + [0] * 762)
+        write(root / "SegmentationClass" / f"{stem}.png", mask)
+    lists = root / "ImageSets" / "Segmentation"
+    lists.mkdir(parents=True)
+    (lists / "train.txt").write_text("2007_000032\n")
+    (lists / "val.txt").write_text("2007_000033\n")
+    return root
+
+
+def test_an_own_folder_has_its_own_classes(own_folder):
+    found = open_segmentation(own_folder, "val")
+    assert found.classes == ("road", "car")
+    assert found.mask(0, (8, 12)).unique().tolist() == [0, 1, IGNORE]
+    assert found.picture(0).shape == (3, 8, 12)
+
+
+def test_pictures_and_masks_are_found_at_all_levels(own_folder):
+    write(own_folder / "images" / "val" / "day" / "b.png", noise((12, 8)))
+    with pytest.raises(DataError, match=r"masks/val/day/b\.png"):
+        open_segmentation(own_folder, "val")
+    write(own_folder / "masks" / "val" / "day" / "b.png", index_mask())
+    found = open_segmentation(own_folder, "val")
+    assert [mask.split("/val/")[1] for mask in found.masks] == ["a.png", "day/b.png"]
+
+
+def test_two_masks_of_one_name_are_refused(own_folder):
+    write(own_folder / "masks" / "val" / "a.bmp", index_mask())
+    with pytest.raises(DataError, match=r"'a': found a\.bmp and a\.png"):
+        open_segmentation(own_folder, "val")
+
+
+@pytest.mark.parametrize("line", ["f0.5", "f0.5.jpg", "images/f0.5.jpg"])
+def test_a_dot_in_a_name_is_no_suffix(tmp_path, line):
+    write(tmp_path / "images" / "f0.5.jpg", noise((12, 8)))
+    write(tmp_path / "masks" / "f0.5.png", index_mask())
+    (tmp_path / "classes.txt").write_text("road\ncar\n")
+    (tmp_path / "val.txt").write_text(f"{line}\n")
+    assert open_segmentation(tmp_path, "val").images.name(0).endswith("images/f0.5.jpg")
+
+
+def test_a_list_may_name_pictures_in_folders(tmp_path):
+    for folder in ("day", "night"):
+        write(tmp_path / "images" / folder / "a.jpg", noise((12, 8)))
+        write(tmp_path / "masks" / folder / "a.png", index_mask())
+    (tmp_path / "classes.txt").write_text("road\ncar\n")
+    (tmp_path / "val.txt").write_text("night/a.jpg\n")
+    found = open_segmentation(tmp_path, "val")
+    assert len(found) == 1
+    assert "night" in found.images.name(0)
+    assert "night" in found.masks[0]
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_masks_in_which_nothing_counts_are_refused_and_one_that_shows_a_class_will_do(own_folder, split):
+    write(own_folder / "masks" / split / "a.png", index_mask((255,)))
+    with pytest.raises(DataError, match=rf"none of the 1 masks of the {split} split"):
+        open_segmentation(own_folder, split)
+    write(own_folder / "images" / split / "b.jpg", noise((12, 8)))
+    write(own_folder / "masks" / split / "b.png", index_mask())
+    assert len(open_segmentation(own_folder, split)) == 2
+
+
+def test_a_jpeg_is_no_mask(own_folder):
+    (own_folder / "masks" / "val" / "a.png").unlink()
+    write(own_folder / "masks" / "val" / "a.jpg", index_mask((0, 1)))
+    with pytest.raises(DataError, match=r"a\.jpg is a JPEG"):
+        open_segmentation(own_folder, "val")
+
+
+@pytest.mark.parametrize(
+    ("classes", "named"),
+    [
+        (b"road\ncar\nroad\n", "found 3, 1 of them more than once: road"),
+        (b"road\n", "found 1"),
+        (b"Stra\xdfe\ncar\n", "text file of UTF-8"),
+        ("\n".join(map(str, range(256))).encode(), "found 256, 0 of them"),
+    ],
+)
+def test_a_class_list_that_cannot_be_meant_is_refused(own_folder, classes, named):
+    (own_folder / "classes.txt").write_bytes(classes)
+    with pytest.raises(DataError, match=rf"classes\.txt.*{named}"):
+        open_segmentation(own_folder, "val")
+
+
+def turned(path, orientation, size):
+    """Writes a picture that EXIF says is to be turned, red at the top left as it is stored."""
+    picture = noise(size)
+    picture.paste((255, 0, 0), (0, 0, 2, 2))
+    exif = picture.getexif()
+    exif[0x0112] = orientation
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture.save(path, exif=exif)
+
+
+@pytest.mark.parametrize(("size", "corner"), [((12, 8), (0, 0)), ((8, 12), (0, -1))])
+def test_a_picture_is_turned_by_exif_only_where_its_mask_is(own_folder, size, corner):
+    (own_folder / "images" / "val" / "a.jpg").unlink()
+    turned(own_folder / "images" / "val" / "a.png", 6, (12, 8))  # clockwise
+    write(own_folder / "masks" / "val" / "a.png", index_mask((0, 1), size))
+    found = open_segmentation(own_folder, "val")
+    picture = found.picture(0)
+    assert picture.shape == (3, size[1], size[0])
+    assert picture[:, corner[0], corner[1]].tolist() == [255, 0, 0]
+    assert found.mask(0, (size[1], size[0])).shape == (size[1], size[0])
+
+
+@pytest.mark.parametrize(("orientation", "size"), [(3, (12, 8)), (2, (12, 8)), (6, (8, 8))])
+def test_a_picture_that_may_lie_two_ways_is_refused(own_folder, orientation, size):
+    (own_folder / "images" / "val" / "a.jpg").unlink()
+    turned(own_folder / "images" / "val" / "a.png", orientation, size)
+    write(own_folder / "masks" / "val" / "a.png", index_mask((0, 1), size))
+    with pytest.raises(DataError, match=r"EXIF says of 1 of 1 images .*val/a\.png"):
+        open_segmentation(own_folder, "val")
+
+
+def test_camvid_is_known_by_its_sequences_and_its_void_is_not_counted(tmp_path):
+    for split in ("train", "val"):
+        write(tmp_path / "images" / split / "0001TP_1.jpg", noise((12, 8)))
+        write(tmp_path / "masks" / split / "0001TP_1.png", index_mask((0, 10, 11)))
+    found = open_segmentation(tmp_path, "train")
+    assert found.classes == CAMVID
+    assert found.mask(0).unique().tolist() == [0, 10, IGNORE]
+
+
+@pytest.mark.parametrize("above", [0, 1])
+def test_voc_palettes_are_read_as_indices(voc, above):
+    found = open_segmentation([voc, voc.parent][above], "val")
+    assert found.classes == VOC
+    assert found.images.name(0).endswith("2007_000033.jpg")
+    assert found.mask(0).unique().tolist() == [0, 1, 20, IGNORE]
+
+
+def test_voc_without_background_numbers_from_the_first_object(voc):
+    found = open_segmentation(voc, "val", layout="voc20")
+    assert found.classes == VOC[1:]
+    assert found.mask(0).unique().tolist() == [0, 19, IGNORE]
+
+
+def test_ade20k_numbers_its_classes_from_one_and_brings_their_names(tmp_path):
+    root = tmp_path / "ADEChallengeData2016"
+    for split in ("training", "validation"):
+        write(root / "images" / split / "ADE_1.jpg", noise((12, 8)))
+        write(root / "annotations" / split / "ADE_1.png", index_mask((0, 1, 2)))
+    heading = "Idx\tRatio\tTrain\tVal\tStuff\tName"
+    (root / "objectInfo150.txt").write_text(f"{heading}\n1\t.1\t1\t1\t1\twall\n2\t.1\t1\t1\t1\tsofa, couch\n")
+    found = open_segmentation(tmp_path, "val")
+    assert found.classes == ("wall", "sofa")
+    assert found.mask(0).unique().tolist() == [0, 1, IGNORE]
+    assert "validation" in found.masks[0]
+    (root / "objectInfo150.txt").unlink()
+    with pytest.raises(DataError, match=r"objectInfo150\.txt"):
+        open_segmentation(tmp_path, "val")
+
+
+def test_cityscapes_counts_nineteen_of_its_labels(tmp_path):
+    write(tmp_path / "leftImg8bit" / "val" / "ulm" / "ulm_1_leftImg8bit.png", noise((12, 8)))
+    mask = tmp_path / "gtFine" / "val" / "ulm" / "ulm_1_gtFine_labelIds.png"
+    write(mask, index_mask((0, 7, 9, 33)))
+    found = open_segmentation(tmp_path, "val")
+    assert len(found.classes) == 19
+    assert found.mask(0).unique().tolist() == [0, 18, IGNORE]
+    mask.unlink()
+    with pytest.raises(DataError, match="ulm_1_gtFine_labelIds"):
+        open_segmentation(tmp_path, "val")
+
+
+@pytest.fixture
+def context(tmp_path):
+    root = tmp_path / "VOCdevkit" / "VOC2010"
+    for kind in ("SegmentationClass", "SegmentationClassContext"):
+        write(root / kind / "2008_000002.png", index_mask((0, 1, 59)))
+    write(root / "JPEGImages" / "2008_000002.jpg", noise((12, 8)))
+    (root / "ImageSets" / "SegmentationContext").mkdir(parents=True)
+    (root / "ImageSets" / "SegmentationContext" / "val.txt").write_text("2008_000002\n")
+    return root
+
+
+@pytest.mark.parametrize("above", [0, 1, 2])
+def test_pascal_context_is_read_with_its_background(context, above):
+    found = open_segmentation([context, *context.parents][above], "val")
+    assert len(found.classes) == 60
+    assert (found.classes[0], found.classes[1], found.classes[59]) == ("background", "aeroplane", "wood")
+    assert found.background == 0
+    assert found.mask(0).unique().tolist() == [0, 1, 59]
+    assert "SegmentationClassContext" in found.masks[0]
+
+
+def test_pascal_context_without_background_numbers_from_the_first_class(context):
+    found = open_segmentation(context, "val", layout="pascal-context-59")
+    assert (len(found.classes), found.classes[0], found.background) == (59, "aeroplane", None)
+    assert found.mask(0).unique().tolist() == [0, 58, IGNORE]
+
+
+def test_of_several_years_of_voc_2012_is_taken_unless_context_is_asked_for(voc, context):
+    assert open_segmentation(voc.parent, "val").classes == VOC
+    assert len(open_segmentation(voc.parent, "val", layout="pascal-context-60").classes) == 60
+
+
+@pytest.fixture(params=["images/annotations", "images/stuffthingmaps", "./stuffthingmaps_trainval2017"])
+def coco(tmp_path, request):
+    images, masks = request.param.split("/")
+    write(tmp_path / images / "val2017" / "000000000139.jpg", noise((12, 8)))
+    # Person, stop sign behind the first gap, toothbrush, banner, wood, and no label.
+    write(tmp_path / masks / "val2017" / "000000000139.png", index_mask((0, 12, 89, 91, 181, 255)))
+    return tmp_path
+
+
+def test_coco_stuff_has_no_gaps_between_its_classes(coco):
+    found = open_segmentation(coco, "val")
+    assert len(found.classes) == 171
+    assert found.mask(0)[0, :6].tolist() == [0, 11, 79, 80, 170, IGNORE]
+    named = [found.classes[number] for number in (0, 11, 79, 80, 170)]
+    assert named == ["person", "stop sign", "toothbrush", "banner", "wood"]
+    with pytest.raises(DataError, match=r"0 pairs .*found no images by .*train2017"):
+        open_segmentation(coco, "train")
+
+
+def test_an_index_that_coco_dropped_is_refused(coco):
+    write(next(coco.rglob("*.png")), index_mask((0, 11)))
+    with pytest.raises(DataError, match="indices 11"):
+        open_segmentation(coco, "val").mask(0)
+
+
+def test_coco_object_takes_stuff_for_background(coco):
+    found = open_segmentation(coco, "val", layout="coco-object")
+    assert (len(found.classes), found.background) == (81, 0)
+    assert found.mask(0)[0, :6].tolist() == [1, 12, 80, 0, 0, 0]
+    assert (found.classes[1], found.classes[80]) == ("person", "toothbrush")
+
+
+def test_a_wrong_root_says_what_was_found_and_expected(tmp_path):
+    (tmp_path / "holiday").mkdir()
+    with pytest.raises(DataError, match=r"holiday.*JPEGImages"):
+        open_segmentation(tmp_path, "val")
+    with pytest.raises(DataError, match="no such folder"):
+        open_segmentation(tmp_path / "nowhere", "val")
+
+
+def test_a_missing_split_file_is_named(voc):
+    (voc / "ImageSets" / "Segmentation" / "val.txt").unlink()
+    with pytest.raises(DataError, match=r"val\.txt"):
+        open_segmentation(voc, "val")
+
+
+def test_a_missing_mask_is_named(own_folder):
+    (own_folder / "masks" / "val" / "a.png").unlink()
+    with pytest.raises(DataError, match=r"masks/val/a\.png"):
+        open_segmentation(own_folder, "val")
+
+
+def test_the_folder_of_an_empty_split_is_named(own_folder):
+    (own_folder / "images" / "val" / "a.jpg").unlink()
+    with pytest.raises(DataError, match=r"0 pairs .*found no images by .*images/val;"):
+        open_segmentation(own_folder, "val")
+
+
+def test_a_layout_asked_for_that_is_not_there_is_an_error(voc):
+    (voc / "classes.txt").write_text("road\ncar\n")
+    (voc / "val.txt").write_text("a\n")
+    with pytest.raises(DataError, match=r"images, and there is no such folder"):
+        open_segmentation(voc, "val", layout="folder")
+
+
+def test_a_missing_class_list_is_named(own_folder):
+    (own_folder / "classes.txt").unlink()
+    with pytest.raises(DataError, match=r"classes\.txt"):
+        open_segmentation(own_folder, "val")
+
+
+def test_a_palette_saved_in_colours_is_refused(tmp_path):
+    write(tmp_path / "mask.png", Image.new("RGB", (4, 4), (128, 0, 0)))
+    with pytest.raises(DataError, match=r"mask\.png is a picture of mode RGB"):
+        read_index_mask(tmp_path / "mask.png")
+
+
+def test_a_class_list_too_short_names_the_mask_and_its_index(own_folder):
+    write(own_folder / "masks" / "val" / "a.png", index_mask((0, 1, 2)))
+    with pytest.raises(DataError, match=r"a\.png has indices 2 that stand for none of the 2 classes"):
+        open_segmentation(own_folder, "val").mask(0)
+
+
+def test_a_mask_of_another_size_than_its_image_is_refused(own_folder):
+    with pytest.raises(DataError, match=r"12x8 pixels, its image .* 24x16"):
+        open_segmentation(own_folder, "val").mask(0, (16, 24))
+
+
+def test_a_broken_mask_is_named(own_folder):
+    (own_folder / "masks" / "val" / "a.png").write_bytes(b"not a picture")
+    with pytest.raises(DataError, match=r"a\.png"):
+        open_segmentation(own_folder, "val").mask(0)
+
+
+@given(seed=st.integers(0, 1000), rows=st.integers(1, 4), cols=st.integers(1, 4))
+def test_shares_are_the_mean_of_one_hot_pixels(seed, rows, cols):
+    generator = torch.Generator().manual_seed(seed)
+    classes = torch.randint(0, 4, (rows * 6, cols * 5), generator=generator)
+    classes[classes == 3] = IGNORE
+    shares = class_shares(classes, (rows, cols), 3)
+    for index in range(3):
+        means = torch.nn.functional.avg_pool2d((classes == index).float()[None], (6, 5))[0]
+        torch.testing.assert_close(shares[..., index], means)

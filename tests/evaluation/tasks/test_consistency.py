@@ -1,0 +1,104 @@
+import pytest
+import torch
+from families import FAMILIES
+
+import phreg
+from phreg.backbones.resolve import adapt
+from phreg.errors import PhregError
+from phreg.evaluation.feature_cache import FeatureCache
+from phreg.evaluation.features import FeatureReader
+from phreg.evaluation.tasks import consistency as steadiness
+from phreg.evaluation.tasks.consistency import Settings
+
+FEW = Settings(count=4, shift=1, views=3)
+
+
+@pytest.fixture
+def reader(tiny, tmp_path):
+    def make(model=None, reference=None):
+        backbone = adapt(tiny() if model is None else model)
+        return FeatureReader(backbone, "tiny", FeatureCache(tmp_path), batch_size=3, reference=reference)
+
+    return make
+
+
+def without_places(model):
+    """A model that knows nothing of position, and whose patches see only themselves."""
+    with torch.no_grad():
+        model.pos_embed.zero_()
+        for block in model.blocks:
+            block.attn.proj.weight.zero_()
+            block.attn.proj.bias.zero_()
+    return model
+
+
+def test_a_model_that_reads_each_patch_alone_is_steady_under_shift_and_views(reader, tiny, photos):
+    found = steadiness.run(reader(without_places(tiny())), str(photos), FEW, seed=0)
+    # A mirrored patch is another patch, so only the shift is exact; features agree to fp32 rounding.
+    assert found.figures["shift_agreement"] == pytest.approx(1, abs=1e-5)
+    assert found.figures["flip_agreement"] < 1
+    assert found.notes["images"] == 4
+
+
+def test_a_model_with_places_is_less_steady(reader, photos):
+    found = steadiness.run(reader(), str(photos), FEW, seed=0)
+    assert found.figures["shift_agreement"] < 0.999
+    assert found.figures["outlier_rate"] == 0
+    assert found.detail["worst_percent"]["shift"] <= found.figures["shift_agreement"]
+
+
+def test_the_reference_is_the_baselines(reader, tiny, photos):
+    own = steadiness.run(reader(), str(photos), FEW, seed=0)
+    other = tiny()
+    torch.nn.init.normal_(other.blocks[2].mlp.fc2.weight)
+    against = steadiness.run(reader(reference=adapt(other).eval()), str(photos), FEW, seed=0)
+    assert against.figures["reference_agreement"] < own.figures["reference_agreement"]
+    assert against.figures["shift_agreement"] == own.figures["shift_agreement"]
+
+
+def test_a_shift_out_of_the_picture_is_refused(reader, photos):
+    with pytest.raises(PhregError, match="shift of 9"):
+        steadiness.run(reader(), str(photos), Settings(shift=9), seed=0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"patch_size": 16}, "patches of"),
+        ({"embed_dim": 64}, "channels"),
+        ({}, "neither of which was trained from the other"),
+    ],
+)
+def test_a_baseline_that_is_another_network_is_no_reference(reader, tiny, photos, caplog, changes, why):
+    other = tiny(**changes)
+    if not changes:
+        torch.nn.init.normal_(other.patch_embed.proj.weight)
+    own = steadiness.run(reader(), str(photos), FEW, seed=0)
+    with caplog.at_level("WARNING", "phreg"):
+        found = steadiness.run(reader(reference=adapt(other).eval()), str(photos), FEW, seed=0)
+    left_out = {"reference_agreement", "reference_worst_percent"}
+    assert found.figures == {name: value for name, value in own.figures.items() if name not in left_out}
+    assert why in found.notes["reference"]
+    assert why in caplog.text
+
+
+def test_a_student_and_its_original_are_one_network(reader, tiny, photos):
+    student = phreg.add_registers(tiny(), 2)
+    with torch.no_grad():  # an embedding that training moved, by far more than it does
+        weight = student.patch_embed.proj.weight
+        weight += 0.5 * weight.std() * torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
+    found = steadiness.run(reader(student, adapt(tiny()).eval()), str(photos), FEW, seed=0)
+    assert "reference_agreement" in found.figures
+    assert "reference" not in found.notes
+
+
+def test_a_student_and_the_baselines_views_are_read_alike(reader, photos):
+    student, original = adapt(FAMILIES["open_clip/clip"]()).eval(), adapt(FAMILIES["open_clip/clip"]()).eval()
+    student.trained_readout = "value-only"
+    trained = steadiness.run(reader(student, original), str(photos), FEW, seed=0)
+    asked = FEW.model_copy(update={"readout": "value-only"})
+    assert trained.notes["readout"] == "value-only"
+    assert trained.figures == steadiness.run(reader(original), str(photos), asked, seed=0).figures
+    plain = steadiness.run(reader(original), str(photos), FEW, seed=0)
+    assert plain.figures != trained.figures
+    assert original.readout == "plain"

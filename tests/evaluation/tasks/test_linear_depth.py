@@ -1,0 +1,175 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from skimage.data import stereo_motorcycle
+
+from phreg.backbones.resolve import adapt
+from phreg.errors import DataError, PhregError
+from phreg.evaluation.datasets.augmentation import CropConfig
+from phreg.evaluation.feature_cache import FeatureCache
+from phreg.evaluation.features import FeatureReader, Reading
+from phreg.evaluation.tasks import linear_depth
+from phreg.evaluation.tasks.linear_depth import PROTOCOLS, DepthHead, Settings, gradient_loss, scale_loss
+from phreg.evaluation.tasks.table import resolve_settings
+
+FOCAL, BASELINE, OFFSET = 994.978, 0.193001, 31.086
+"""Pixels, metres and pixels, of the motorcycle's cameras, as scikit-image documents them."""
+
+
+@pytest.fixture
+def motorcycle(tmp_path):
+    """A photograph and its measured depths, 2 to 5 m, to learn from and to be tested on."""
+    from PIL import Image
+
+    picture, _, disparity = (values[::2, ::2] for values in stereo_motorcycle())
+    depth = FOCAL * BASELINE / (disparity + OFFSET)
+    depth[~np.isfinite(disparity)] = np.nan
+    for split in ("train", "val"):
+        for kind in ("images", "depths"):
+            (tmp_path / "set" / kind / split).mkdir(parents=True)
+        Image.fromarray(picture).save(tmp_path / "set" / "images" / split / "motorcycle.png")
+        np.save(tmp_path / "set" / "depths" / split / "motorcycle.npy", depth)
+    return tmp_path / "set"
+
+
+@pytest.fixture
+def reader(tiny, tmp_path):
+    return FeatureReader(adapt(tiny()), "tiny", FeatureCache(tmp_path / "cache"), batch_size=4)
+
+
+SMALL = {
+    "reading": Reading(size=64),
+    "max_depth": 6,
+    "steps": 80,
+    "lr": 0.1,
+    "warmup": 5,
+    "scale_only": 20,
+    "train_batch_size": 1,
+}
+
+
+def test_a_linear_head_learns_the_depths_of_a_photograph(reader, motorcycle):
+    found = linear_depth.run(reader, str(motorcycle), Settings(**SMALL), seed=0)
+    depth = np.load(motorcycle / "depths" / "val" / "motorcycle.npy")
+    mean = math.sqrt(np.nanvar(depth))  # the error of a head that knows nothing but the mean depth
+    assert next(iter(found.figures)) == "rmse"
+    assert found.figures["rmse"] < 0.95 * mean  # the model's weights are random, and most it sees is colour
+    assert set(found.figures) == {"rmse", "abs_rel", "log10", "delta1", "delta2", "delta3"}
+    assert found.notes["images"] == 1
+
+
+def test_crops_teach_too_and_the_error_falls_with_training(reader, motorcycle):
+    crop = CropConfig(size=48, scale=(1.0, 1.3), colour=0, max_class_share=1.0)
+    cropped = SMALL | {"augment": True, "crop": crop, "max_depth": 10, "scale_only": 10}  # 5 m at first
+    as_it_starts = {"steps": 1, "lr": 1e-6}
+    rmse = [
+        linear_depth.run(reader, str(motorcycle), Settings(**cropped | changes), 0).figures["rmse"]
+        for changes in (as_it_starts, {"steps": 40})
+    ]
+    assert rmse[1] < 0.7 * rmse[0]
+
+
+def test_pixels_at_the_baselines_artifacts_are_measured_on_their_own(reader, motorcycle, monkeypatch):
+    places = torch.zeros(8, 12, dtype=torch.bool)
+    places[4:] = True
+    monkeypatch.setattr("phreg.evaluation.tasks.linear_depth.artifact_places", lambda *_: [places])
+    found = linear_depth.run(reader, str(motorcycle), Settings(**SMALL | {"steps": 2}), 0)
+    assert found.figures["artifact_rmse"] > 0
+    # Half of the picture, less what the stereo rig did not see.
+    assert 0.4 < found.notes["pixels_at_artifacts"] / (250 * 371) <= 0.5
+    places[:] = True
+    found = linear_depth.run(reader, str(motorcycle), Settings(**SMALL | {"steps": 2}), 0)
+    assert found.figures["artifact_rmse"] == pytest.approx(found.figures["rmse"], rel=1e-9)
+
+
+def test_the_mirror_image_has_its_say(reader, motorcycle):
+    rmse = {
+        flip: linear_depth.run(
+            reader, str(motorcycle), Settings(**SMALL | {"steps": 30}, flip=flip), 0
+        ).figures["rmse"]
+        for flip in (True, False)
+    }
+    assert rmse[True] != rmse[False]
+    # Mirrored back to front, it would spoil the mean instead of smoothing it.
+    assert rmse[True] < 1.1 * rmse[False]
+
+
+def test_depths_in_another_unit_are_an_error_that_says_so(reader, motorcycle):
+    with pytest.raises(DataError, match="correct unit"):
+        linear_depth.run(reader, str(motorcycle), Settings(**SMALL | {"steps": 1}, unit=1000), 0)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "named"),
+    [({"min_depth": 5, "max_depth": 2}, "min_depth should be less than max_depth, found 5 and 2"),
+     ({"bins": 1}, "bins: should be greater than or equal to 2")],
+)  # fmt: skip
+def test_depths_that_leave_nothing_to_learn_are_refused(wrong, named):
+    with pytest.raises(PhregError, match=named):
+        resolve_settings("linear-depth", wrong)
+
+
+def test_training_depths_of_which_none_counts_are_refused_before_any_training(reader, motorcycle):
+    path = motorcycle / "depths" / "train" / "motorcycle.npy"
+    np.save(path, np.zeros_like(np.load(path)))
+    with pytest.raises(DataError, match="none of the 1 training pictures"):
+        linear_depth.run(reader, str(motorcycle), Settings(**SMALL), 0)
+
+
+def test_depths_are_the_mean_of_bins_by_their_shares():
+    bins = torch.tensor([1.0, 2.0, 4.0])
+    head = DepthHead(2, bins, seed=0)
+    with torch.no_grad():
+        head.score.weight.copy_(torch.tensor([[1.0, 0], [0, 1], [-1, -1]]).view(3, 2, 1, 1))
+    features = torch.tensor([0.4, 0.9]).view(1, 2, 1, 1).expand(1, 2, 3, 3)
+    expected = (0.5 * 1 + 1.0 * 2 + 0.1 * 4) / (0.5 + 1.0 + 0.1)  # scores, floored at 0, plus 0.1
+    torch.testing.assert_close(head(features), torch.full((1, 1, 12, 12), expected))
+
+
+@given(seed=st.integers(0, 1000), factor=st.floats(0.5, 2))
+def test_a_wrong_scale_costs_only_its_share(seed, factor):
+    errors = torch.randn(2, 1, 9, 9, generator=torch.Generator().manual_seed(seed))
+    counted = errors.abs() < 1.5
+    valid = errors[counted].double()
+    expected = (valid.var() + 0.15 * valid.mean() ** 2).sqrt()
+    torch.testing.assert_close(scale_loss(errors, counted).double(), expected, rtol=1e-5, atol=0)  # fp32
+    flat = torch.full((1, 1, 9, 9), math.log(factor))
+    everywhere = torch.ones_like(flat, dtype=torch.bool)
+    # atol: the root is floored at 1e-6, and fp32 leaves a variance of about 1e-14.
+    expected = torch.tensor(math.sqrt(0.15) * abs(math.log(factor)))
+    torch.testing.assert_close(scale_loss(flat, everywhere), expected, rtol=1e-4, atol=2e-6)
+    assert gradient_loss(flat, everywhere) == 0
+
+
+def test_gradients_are_compared_between_pixels_that_both_count():
+    errors = torch.zeros(1, 1, 16, 16)
+    errors[..., 8:] = 1
+    everywhere = torch.ones_like(errors, dtype=torch.bool)
+    # One edge across 16, 8, 4 and 2 rows, over 256, 64, 16 and 4 pixels.
+    torch.testing.assert_close(
+        gradient_loss(errors, everywhere), torch.tensor(16 / 256 + 8 / 64 + 4 / 16 + 2 / 4)
+    )
+    unknown = everywhere.clone()
+    unknown[..., 8:] = False
+    assert gradient_loss(errors, unknown) == 0
+
+
+def test_pictures_of_unknown_depth_teach_nothing():
+    errors = torch.randn(1, 1, 9, 9, requires_grad=True)
+    nothing = torch.zeros(1, 1, 9, 9, dtype=torch.bool)
+    loss = scale_loss(errors, nothing) + gradient_loss(errors, nothing)
+    loss.backward()
+    assert loss == 0
+    assert (errors.grad == 0).all()
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_protocols_are_whole_settings(protocol):
+    settings = resolve_settings("linear-depth", {"steps": 7}, protocol)
+    assert settings.augment
+    assert settings.steps == 7
+    assert (settings.reading.size, settings.reading.fit) == (None, "pad")

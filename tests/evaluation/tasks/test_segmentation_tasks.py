@@ -1,0 +1,175 @@
+"""The tasks on masks, on pictures whose classes are colours, so that any model's patches can tell them."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from torch.nn.functional import cross_entropy, normalize
+
+from phreg.backbones.resolve import adapt
+from phreg.evaluation.datasets.augmentation import CropConfig, PairedCrops
+from phreg.evaluation.datasets.labelled import IGNORE
+from phreg.evaluation.feature_cache import FeatureCache
+from phreg.evaluation.features import FeatureReader, Reading
+from phreg.evaluation.tasks import dense_nn, linear_segmentation
+from phreg.evaluation.tasks.linear_segmentation import PROTOCOLS, head_loss
+from phreg.evaluation.tasks.table import resolve_settings
+
+COLOURS = np.array([(200, 30, 30), (30, 30, 200)], dtype=np.uint8)
+
+
+@pytest.fixture
+def stripes(tmp_path):
+    """Pictures of two colours, the border at a multiple of 8 pixels, a corner not counted."""
+    root = tmp_path / "stripes"
+    for split, borders in (("train", (8, 16, 24, 16)), ("val", (8, 24))):
+        for kind in ("images", "masks"):
+            (root / kind / split).mkdir(parents=True)
+        for number, border in enumerate(borders):
+            mask = np.zeros((32, 48 if number else 32), dtype=np.uint8)
+            mask[:, border:] = 1
+            Image.fromarray(COLOURS[mask]).save(root / "images" / split / f"{number}.png")
+            mask[:4, :4] = IGNORE
+            Image.fromarray(mask).save(root / "masks" / split / f"{number}.png")
+    (root / "classes.txt").write_text("red\nblue\n")
+    return str(root)
+
+
+@pytest.fixture
+def reader(tiny, tmp_path):
+    return FeatureReader(adapt(tiny()), "tiny", FeatureCache(tmp_path / "cache"), batch_size=4)
+
+
+SMALL = {"reading": Reading(size=32), "steps": 60, "lr": 0.03, "train_batch_size": 2}
+
+
+@pytest.mark.parametrize("augment", [False, True])
+def test_a_linear_head_learns_to_tell_colours(reader, stripes, augment):
+    crop = CropConfig(size=32, colour=0, scale=(1, 1.5), max_class_share=1)
+    settings = linear_segmentation.Settings(**SMALL, augment=augment, crop=crop)
+    found = linear_segmentation.run(reader, stripes, settings, seed=0)
+    assert next(iter(found.figures)) == "miou"
+    assert found.figures["miou"] > 0.8  # not 1: scores are resampled over the border
+    assert set(found.detail["iou"]) == {"red", "blue"}
+
+
+def test_the_same_seed_gives_the_same_head_and_another_seed_another(reader, stripes):
+    settings = linear_segmentation.Settings(**SMALL | {"steps": 1, "lr": 1e-6})  # as it starts
+    figures = [linear_segmentation.run(reader, stripes, settings, seed).figures for seed in (0, 0, 1)]
+    assert figures[0] == figures[1]
+    assert figures[0] != figures[2]
+
+
+def test_neighbours_tell_colours_without_training(reader, stripes):
+    settings = dense_nn.Settings(reading=Reading(size=32), bank_size=60, neighbours=3)
+    found = dense_nn.run(reader, stripes, settings, seed=0)
+    assert found.figures["miou"] > 0.8
+    assert found.notes["bank"] == 4 * 15
+
+
+def test_pixels_at_the_baselines_artifacts_are_counted_on_their_own(reader, stripes, tiny, monkeypatch):
+    places = [torch.zeros(4, 4, dtype=torch.bool), torch.zeros(4, 6, dtype=torch.bool)]
+    places[1][3, 0] = True  # an 8x8 patch of the second picture
+    monkeypatch.setattr("phreg.evaluation.tasks.segmentation.artifact_places", lambda *_: places)
+    settings = dense_nn.Settings(reading=Reading(size=32), bank_size=60, neighbours=3)
+    found = dense_nn.run(reader, stripes, settings, seed=0)
+    assert found.figures["artifact_accuracy"] == 1
+    assert found.notes["pixels_at_artifacts"] == pytest.approx(64 / (32 * 80 - 2 * 16))
+
+
+@given(seed=st.integers(0, 1000))
+def test_votes_are_a_softmax_over_the_nearest(seed):
+    generator = torch.Generator().manual_seed(seed)
+    bank = normalize(torch.randn(20, 4, generator=generator), dim=1)
+    shares = torch.rand(20, 3, generator=generator)
+    query = torch.randn(1, 4, generator=generator)
+    cosines = (normalize(query, dim=1) @ bank.T)[0]
+    order = cosines.argsort(descending=True)[:5]
+    expected = ((cosines[order] / 0.1).softmax(0)[:, None] * shares[order]).sum(0)
+    torch.testing.assert_close(dense_nn.look_up(bank, shares, query, 5, 0.1)[0], expected)
+
+
+@given(seed=st.integers(0, 1000))
+def test_shares_of_single_classes_give_the_cross_entropy_of_pixels(seed):
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.randn(2, 3, 4, 5, generator=generator)
+    truth = torch.randint(0, 3, (2, 4, 5), generator=generator)
+    truth[:, 0] = IGNORE
+    shares = torch.stack([truth == index for index in range(3)], dim=1).float()
+    expected = cross_entropy(scores, truth, ignore_index=IGNORE)
+    torch.testing.assert_close(head_loss(scores, truth), expected)
+    torch.testing.assert_close(head_loss(scores, shares), expected)
+
+
+def test_a_batch_in_which_nothing_counts_has_no_loss():
+    nothing = torch.full((1, 8, 8), IGNORE)
+    assert head_loss(torch.randn(1, 3, 4, 4), nothing) == 0
+
+
+def test_picture_and_truth_are_cropped_and_mirrored_together():
+    # A picture whose red channel is its truth: they must still agree after any crop.
+    truth = torch.arange(40 * 50.0).view(1, 40, 50) % 7
+    picture = (truth / 10).expand(3, -1, -1).contiguous()
+    crops = PairedCrops(CropConfig(size=24, scale=(1, 1), colour=0), (40, 40), (0.5, 0.5, 0.5))
+    flipped = set()
+    for key in range(6):
+        images, cropped = crops([picture], [truth], key)
+        assert images.shape[-2:] == cropped.shape[-2:] == (40, 40)
+        # The scale is 1, so nothing is resampled but for rounding.
+        torch.testing.assert_close(images[:, :1] * 10, cropped, atol=1e-4, rtol=0)
+        flipped.add(bool(cropped[0, 0, 0, 1] < cropped[0, 0, 0, 0]))
+    assert flipped == {True, False}
+
+
+def test_picture_and_truth_are_turned_together():
+    truth = torch.zeros(1, 40, 50)
+    truth[:, 10:30, 15:35] = 5
+    picture = (truth / 10).expand(3, -1, -1).contiguous()
+    config = CropConfig(scale=(1, 1), flip=0, colour=0, rotation=45)
+    crops, upright = PairedCrops(config, (40, 50), (0.9, 0.9, 0.9)), 0
+    for key in range(8):
+        images, turned = (side[0] for side in crops([picture], [truth], key))
+        if torch.equal(turned, truth):
+            upright += 1
+            continue
+        assert set(turned.unique().tolist()) == {0, 5, IGNORE}
+        expected = torch.where(turned == IGNORE, 9, turned)
+        # Bilinear and nearest differ along edges only.
+        assert ((images * 10 - expected).abs() < 0.1).float().mean() > 0.9
+    assert 0 < upright < 8
+
+
+@pytest.mark.parametrize(("size", "expected"), [(30, (32, 28)), ((31, 50), (32, 49))])
+def test_crops_are_of_whole_patches(size, expected):
+    assert CropConfig(size=size).whole_patches((16, 7)) == expected
+
+
+def test_small_pictures_are_padded_with_what_does_not_count():
+    crops = PairedCrops(CropConfig(scale=(0.5, 0.5), flip=0, colour=0), (32, 32), (0.1, 0.2, 0.3))
+    images, truth = crops([torch.zeros(3, 32, 32)], [torch.zeros(1, 32, 32)], 0)
+    assert (truth[0, 0, 16:] == IGNORE).all()
+    assert (truth[0, 0, :16, :16] == 0).all()
+    torch.testing.assert_close(images[0, :, 20, 20], torch.tensor([0.1, 0.2, 0.3]))
+
+
+def test_crops_depend_on_their_key_alone():
+    crops = PairedCrops(CropConfig(), (16, 16), (0.5, 0.5, 0.5))
+    picture, truth = torch.rand(3, 30, 40), torch.zeros(1, 30, 40)
+    state = torch.random.get_rng_state()
+    first, again, other = (crops([picture], [truth], key)[0] for key in (1, 1, 2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert torch.equal(torch.random.get_rng_state(), state), "the global state is left alone"
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_protocols_are_whole_settings(protocol):
+    settings = resolve_settings("linear-segmentation", {"steps": 7}, protocol)
+    assert settings.augment
+    assert settings.steps == 7
+    assert settings.reading.stride == 341
+    assert math.isclose(settings.lr, 1e-3)

@@ -1,0 +1,118 @@
+"""Squares that move over a plain ground: colour alone tells them, so that any model's patches can follow."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from torch.nn.functional import normalize
+
+from phreg.backbones.resolve import adapt
+from phreg.errors import DataError
+from phreg.evaluation.feature_cache import FeatureCache
+from phreg.evaluation.features import FeatureReader, Reading
+from phreg.evaluation.tasks import video_propagation
+from phreg.evaluation.tasks.video_propagation import Settings, open_videos, propagate
+
+COLOURS = np.array([(30, 120, 30), (220, 30, 30), (30, 30, 220)], dtype=np.uint8)
+SIDE = 64
+SMALL = Settings(reading=Reading(size=SIDE, unit=True))
+
+
+@pytest.fixture
+def reader(tiny, tmp_path):
+    return FeatureReader(adapt(tiny()), "tiny", FeatureCache(tmp_path / "cache"), batch_size=4)
+
+
+@pytest.fixture
+def davis(tmp_path):
+    """Two sequences of five frames: one square moves by a patch a frame; of two squares one stands still."""
+    root = tmp_path / "davis"
+    for name, places in (("one", [8]), ("two", [8, 40])):
+        for kind in ("JPEGImages", "Annotations"):
+            (root / kind / "480p" / name).mkdir(parents=True)
+        for number in range(5):
+            mask = np.zeros((SIDE, SIDE), dtype=np.uint8)
+            for index, top in enumerate(places, start=1):
+                left = 8 + (8 * number if index == 1 else 0)
+                mask[top : top + 16, left : left + 16] = index
+            Image.fromarray(COLOURS[mask]).save(root / "JPEGImages" / "480p" / name / f"{number:05}.png")
+            image = Image.fromarray(mask)
+            image.putpalette(COLOURS.tobytes())  # as DAVIS has them
+            image.save(root / "Annotations" / "480p" / name / f"{number:05}.png")
+    (root / "ImageSets" / "2017").mkdir(parents=True)
+    (root / "ImageSets" / "2017" / "val.txt").write_text("one\ntwo\n")
+    return root
+
+
+def test_moving_squares_are_followed(reader, davis):
+    found = video_propagation.run(reader, str(davis), SMALL, seed=0)
+    assert list(found.figures) == ["j_and_f", "j", "f"]
+    # Patches fit the squares; only corners are lost, where scores of patches are resampled.
+    assert found.figures["j"] > 0.8
+    assert found.figures["j_and_f"] == pytest.approx((found.figures["j"] + found.figures["f"]) / 2)
+    assert set(found.detail["j"]) == {"one/1", "two/1", "two/2"}
+    assert found.notes == {"sequences": 2, "objects": 3, "readout": "plain"}
+
+
+def test_what_moves_beyond_the_radius_is_lost(reader, davis):
+    # Only the first frame to look at, whose square is more than a patch away from the third frame on.
+    near = SMALL.model_copy(update={"radius": 1, "frames": 1})
+    for path in (davis / "JPEGImages" / "480p" / "one").glob("*.png"):
+        if path.stem in ("00002", "00003"):
+            mask = np.zeros((SIDE, SIDE), dtype=np.uint8)
+            mask[40:56, 40:56] = 1  # elsewhere at once
+            Image.fromarray(COLOURS[mask]).save(path)
+            Image.fromarray(mask).save(davis / "Annotations" / "480p" / "one" / path.name)
+    far = video_propagation.run(reader, str(davis), SMALL, seed=0).detail["j"]["one/1"]
+    assert video_propagation.run(reader, str(davis), near, seed=0).detail["j"]["one/1"] < far - 0.3
+
+
+def test_first_and_last_frame_and_void_do_not_count(reader, davis):
+    before = video_propagation.run(reader, str(davis), SMALL, seed=0)
+    masks = davis / "Annotations" / "480p" / "one"
+    Image.new("L", (SIDE, SIDE)).save(masks / "00004.png")
+    assert video_propagation.run(reader, str(davis), SMALL, seed=0) == before
+    for number in range(1, 4):
+        Image.new("L", (SIDE, SIDE), 255).save(masks / f"{number:05}.png")
+    void = video_propagation.run(reader, str(davis), SMALL, seed=0)
+    assert void.detail["j"]["one/1"] == 1, "nothing to find, and nothing that was found counts"
+
+
+@given(seed=st.integers(0, 1000), radius=st.integers(1, 4))
+def test_labels_are_a_softmax_over_the_nearest_within_the_radius(seed, radius):
+    generator = torch.Generator().manual_seed(seed)
+    context = normalize(torch.randn(2, 4, 5, 6, generator=generator), dim=-1)
+    labels = torch.rand(2, 4, 5, 3, generator=generator)
+    queries = normalize(torch.randn(4, 5, 6, generator=generator), dim=-1)
+    settings = Settings(radius=radius, neighbours=3, temperature=0.2)
+    found = propagate(context, labels, queries, settings)
+    row, col = 1, 3
+    rows, cols = slice(max(0, row - radius), row + radius + 1), slice(max(0, col - radius), col + radius + 1)
+    bank, shown = context[:, rows, cols].reshape(-1, 6), labels[:, rows, cols].reshape(-1, 3)
+    cosines = bank @ queries[row, col]
+    order = cosines.argsort(descending=True)[:3]
+    expected = ((cosines[order] / 0.2).softmax(0)[:, None] * shown[order]).sum(0)
+    torch.testing.assert_close(found[row, col], expected)
+
+
+def test_usual_mistakes_are_errors_that_name_the_file(reader, davis):
+    def opened():
+        return open_videos(str(davis), SMALL.sequences, SMALL.resolution)
+
+    with pytest.raises(DataError, match="no list of sequences"):
+        open_videos(str(davis / "JPEGImages"), SMALL.sequences, SMALL.resolution)
+    (davis / "Annotations/480p/two/00003.png").unlink()
+    with pytest.raises(DataError, match=r"two has 5 frames.*00003\.png"):
+        opened()
+    (davis / SMALL.sequences).write_text("")
+    with pytest.raises(DataError, match="which is empty"):
+        opened()
+    (davis / SMALL.sequences).write_text("one\n")
+    Image.new("L", (32, 32), 1).save(davis / "Annotations/480p/one/00001.png")
+    with pytest.raises(DataError, match=r"00001\.png measures 32x32"):
+        video_propagation.run(reader, str(davis), SMALL, seed=0)
+    Image.new("L", (SIDE, SIDE)).save(davis / "Annotations/480p/one/00000.png")
+    with pytest.raises(DataError, match="shows no object"):
+        video_propagation.run(reader, str(davis), SMALL, seed=0)

@@ -1,0 +1,156 @@
+import dataclasses
+import json
+import math
+import statistics
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from phreg.errors import PhregError
+from phreg.evaluation.results import Metrics, Results, Summary, hardware, summarise
+
+
+def record(model, values, figure="miou", detail=None):
+    runs = [Metrics({figure: value}, {"iou": detail or {"road": value}}) for value in values]
+    return summarise(
+        runs,
+        task="linear-segmentation",
+        model=model,
+        sha256="0",
+        registers=0,
+        data="camvid",
+        settings={"steps": 1},
+        seeds=tuple(range(len(values))),
+        hardware=hardware(torch.device("cpu"), bf16=False),
+        seconds=1.0,
+    )
+
+
+@given(st.lists(st.floats(0, 1), min_size=2, max_size=6))
+def test_several_seeds_give_mean_and_standard_deviation(values):
+    summary = record("a", values).figures["miou"]
+    assert summary.mean == pytest.approx(statistics.fmean(values))
+    assert summary.spread == pytest.approx(statistics.stdev(values))
+    assert summary.values == tuple(values)
+
+
+def test_a_single_seed_has_no_spread_and_nothing_is_said_to_exceed_it():
+    results = Results((record("b", [0.6]),), record("a", [0.5]))
+    found = results.differences(results.records[0])["miou"]
+    assert record("a", [0.5]).figures["miou"].spread is None
+    assert (found.change, found.better, found.beyond_spread) == (pytest.approx(0.1), True, None)
+
+
+@pytest.mark.parametrize(("values", "beyond"), [([0.41, 0.56, 0.52], False), ([0.42, 0.62, 0.52], True)])
+def test_a_difference_is_taken_seed_by_seed(values, beyond):
+    results = Results((record("b", values),), record("a", [0.4, 0.6, 0.5]))
+    found = results.differences(results.records[0])["miou"]
+    each = [ours - theirs for ours, theirs in zip(values, [0.4, 0.6, 0.5], strict=True)]
+    assert found.change == pytest.approx(statistics.fmean(each))
+    assert found.spread == pytest.approx(statistics.stdev(each))
+    assert found.beyond_spread is beyond
+    assert ("~" in results.to_markdown().split("\n")[3]) is not beyond
+
+
+def test_only_seeds_that_both_have_are_compared():
+    results = Results((record("b", [0.6]),), record("a", [0.5, 0.1, 0.1]))
+    assert results.differences(results.records[0])["miou"].change == pytest.approx(0.1)
+    strangers = Results((dataclasses.replace(record("b", [0.6]), seeds=(7,)),), record("a", [0.5]))
+    assert strangers.differences(strangers.records[0]) == {}
+
+
+def test_of_an_error_less_is_better():
+    results = Results((record("b", [0.3], "rmse"),), record("a", [0.4], "rmse"))
+    assert results.differences(results.records[0])["rmse"].better
+
+
+def test_results_have_the_first_models_figures_at_the_top(tmp_path):
+    results = Results((record("b", [0.6, 0.7]), record("c", [0.1, 0.1])), record("a", [0.5, 0.5]))
+    results.write(tmp_path)
+    written = json.loads((tmp_path / "results.json").read_text())
+    assert written["miou"] == results["miou"] == pytest.approx(0.65)
+    assert [model["model"] for model in written["models"]] == ["b", "c"]
+    assert written["baseline"]["figures"]["miou"]["mean"] == 0.5
+    assert written["differences"][1]["miou"]["change"] == pytest.approx(-0.4)
+    assert written["models"][0]["versions"]["torch"]
+    table = (tmp_path / "results.md").read_text().splitlines()
+    assert table[2] == "| a (baseline) | 50.00 ± 0.00 |"
+    assert table[3] == "| b | 65.00 ± 7.07 (+15.00 ± 7.07) |"
+
+
+def test_a_baseline_that_is_also_measured_is_shown_once():
+    base = record("a", [0.5])
+    assert Results((base, record("b", [0.6])), base).to_markdown().count("| a (baseline)") == 1
+
+
+def test_where_nothing_is_drawn_the_table_says_so():
+    drawn = record("a", [0.5])
+    assert "1 seed." in Results((drawn,)).legend()
+    assert (
+        "one run, which stands for every seed" in Results((dataclasses.replace(drawn, drawn=False),)).legend()
+    )
+
+
+def test_what_has_no_value_is_null_in_json_and_a_dash_in_the_table(tmp_path):
+    results = Results((record("a", [0.5], detail={"road": math.nan, "car": 0.5}),))
+    results.write(tmp_path)
+    written = json.loads((tmp_path / "results.json").read_text(), parse_constant=pytest.fail)
+    assert written["models"][0]["detail"]["iou"]["road"]["mean"] is None
+    assert "| road | - |" in (tmp_path / "results.md").read_text()
+
+
+def test_the_gate_lets_a_small_drop_pass_and_stops_a_larger_one():
+    results = Results((record("b", [0.48]),), record("a", [0.5]))
+    results.check_gate(0.03)
+    with pytest.raises(PhregError, match=r"b: miou 0\.4800, the baseline's is 0\.5000"):
+        results.check_gate(0.01)
+
+
+def test_the_gate_guards_what_the_task_names_beside_the_headline():
+    def measured(model, **figures):
+        facts = dataclasses.asdict(record(model, [0.5]))
+        for own in ("figures", "guarded", "detail", "notes", "versions"):
+            del facts[own]
+        return summarise([Metrics({"top1": 0.5, **figures}, guarded=("top1", "cls_top1"))], **facts)
+
+    base = measured("a", cls_top1=0.9, top5=1.0)
+    assert base.guarded == ("top1", "cls_top1")
+    Results((measured("b", cls_top1=0.9, top5=0.1),), base).check_gate(0.05)
+    with pytest.raises(PhregError, match=r"found 1 larger: b: cls_top1 0\.1000, the baseline's is 0\.9000"):
+        Results((measured("b", cls_top1=0.1, top5=1.0),), base).check_gate(0.05)
+
+
+def test_read_outs_other_than_plain_are_told_under_the_table():
+    plain = record("a", [0.5])
+    trained = dataclasses.replace(plain, model="b", notes=({"readout": "value-only"},))
+    assert "last block: a plain, b value-only." in Results((trained,), plain).to_markdown()
+    assert "last block" not in Results((plain,)).to_markdown()
+
+
+def test_the_gate_knows_that_a_larger_error_is_worse():
+    worse = Results((record("b", [0.5], "rmse"),), record("a", [0.4], "rmse"))
+    with pytest.raises(PhregError, match="gate"):
+        worse.check_gate(0.05)
+    Results((record("b", [0.2], "rmse"),), record("a", [0.4], "rmse")).check_gate(0.0)
+
+
+def test_a_figure_without_value_does_not_pass_the_gate():
+    with pytest.raises(PhregError, match="gate"):
+        Results((record("b", [math.nan]),), record("a", [0.4])).check_gate(1.0)
+
+
+def test_a_gate_needs_a_baseline():
+    with pytest.raises(PhregError, match="--baseline"):
+        Results((record("b", [0.5]),)).check_gate(0.1)
+
+
+def test_a_summary_of_one_value_is_that_value():
+    assert Summary.of([0.25]) == Summary(0.25, None, (0.25,))
+
+
+def test_a_figure_without_a_value_is_a_dash_with_any_number_of_seeds():
+    patched, raw = (record(name, [math.nan, math.nan], "artifact_accuracy") for name in ("patched", "raw"))
+    assert math.isnan(patched.figures["artifact_accuracy"].spread)
+    assert "| patched | - |" in Results((patched,), raw).to_markdown()

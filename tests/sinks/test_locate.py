@@ -1,0 +1,250 @@
+"""Sinks whose cause is known are planted; the search has to find the cause, all of it and nothing else."""
+
+import pytest
+import torch
+from families import FAMILIES
+from planted import CORNERS, Planted, pictures
+from sinking import faint, photographs, plant, pushed
+
+from phreg import demo
+from phreg.backbones.resolve import adapt
+from phreg.errors import DataError
+from phreg.sinks.locate import locate
+
+
+@pytest.fixture(scope="module")
+def images():
+    return photographs()
+
+
+@pytest.fixture(scope="module")
+def found(images):
+    return locate(adapt(demo.demo_model()), images.split(8))
+
+
+def names(units):
+    return {(unit.block, unit.index) for unit in units}
+
+
+PLANT = {(demo.SINK_BLOCK, demo.CORNER_NEURON), (demo.SINK_BLOCK, demo.BACKGROUND_NEURON)}
+
+
+def test_the_planted_neurons_are_named_alone_and_explain_every_outlier(found):
+    assert names(found.units) == PLANT
+    assert found.explained == 1.0
+    assert found.block == demo.SINK_BLOCK
+    assert sum(unit.share for unit in found.units) == pytest.approx(1, abs=0.1), "shares add up to 1"
+    assert all(unit.level > 10 > abs(unit.ordinary) for unit in found.units)
+
+
+def test_content_sets_off_most_of_them_and_the_upstream_detector_is_named(found):
+    assert not found.fixed
+    assert (demo.DETECTOR_BLOCK, demo.DETECTORS[0]) in names(found.chain)
+    assert all(unit.block < demo.SINK_BLOCK for unit in found.chain)
+    assert [unit.share for unit in found.chain] == sorted((u.share for u in found.chain), reverse=True)
+
+
+def test_attention_falls_on_them_after_their_block_and_not_before(found):
+    before, after = found.attention[: demo.SINK_BLOCK + 1], found.attention[demo.SINK_BLOCK + 1 :]
+    assert len(found.attention) == demo.DEPTH
+    assert min(after) > 3 * max(before)
+
+
+def test_neurons_that_answer_to_other_outliers_are_of_other_kinds_each_with_its_own_triggers(found):
+    order = found.norms.position_histogram.flatten()
+    corners = [0, demo.GRID - 1, demo.GRID * (demo.GRID - 1), demo.GRID**2 - 1]
+    assert (order[corners] == 1).all()
+    background, corner = found.triggers
+    assert {unit.index: unit.kind for unit in found.units} == {
+        demo.BACKGROUND_NEURON: 0,
+        demo.CORNER_NEURON: 1,
+    }
+    to = demo._directions()
+    assert len(corner) == len(corners)
+    assert len(background) == round(order.sum().item() - len(corners)), "as many as an image has"
+    # A trigger has the mark of its kind, and the mean content there besides.
+    for own, others, mark in (
+        (corner, background, demo.CORNER_MARK * to.corner),
+        (background, corner, demo.QUIET_MARK * to.quiet),
+    ):
+        marked = (mark @ mark).float() / 2
+        assert (own @ mark.float() > marked).all()
+        assert (others[:2] @ mark.float() < marked).all(), "the third corner happens to be marked quiet, too"
+
+
+def test_what_json_holds_names_the_causes(found):
+    written = found.to_json()
+    assert written["emergence_block"] == demo.SINK_BLOCK
+    assert {(unit["block"], unit["index"]) for unit in written["units"]} == PLANT
+    assert written["triggered_by"] == "content"
+    assert {unit["kind"] for unit in written["units"]} == {0, 1}
+    assert {unit["kind"] for unit in written["chain"]} == {None}
+
+
+def test_the_clean_twin_has_no_sinks(images):
+    assert locate(adapt(demo.demo_model(planted=False)), images.split(8)) is None
+
+
+def test_the_same_images_give_the_same_answer_and_so_does_another_batching(images):
+    found, again, other = (locate(adapt(demo.demo_model()), images[:8].split(size)) for size in (8, 8, 3))
+    assert again.to_json() == found.to_json()
+    assert names(other.units) == names(found.units)
+    assert names(other.chain) == names(found.chain)
+    for one, two in zip(other.units, found.units, strict=True):
+        # Batches of another size take other kernels: the rounding of fp32.
+        assert (one.level, one.ordinary, one.share) == pytest.approx(
+            (two.level, two.ordinary, two.share), rel=1e-4, abs=1e-4
+        )
+    for one, two in zip(other.triggers, found.triggers, strict=True):
+        torch.testing.assert_close(one, two, atol=1e-4, rtol=1e-4)
+
+
+def test_the_model_is_left_as_it_was(images):
+    backbone = adapt(demo.demo_model())
+    before = backbone(images[:2])
+    locate(backbone, images[:8].split(8))
+    after = backbone(images[:2])
+    assert torch.equal(before.patches, after.patches)
+    assert all(parameter.grad is None for parameter in backbone.parameters())
+
+
+def test_images_of_two_sizes_or_none_at_all_are_refused():
+    backbone = adapt(FAMILIES["transformers/dinov2"]())
+    with pytest.raises(DataError, match="no images"):
+        locate(backbone, [])
+    with pytest.raises(DataError, match="one size"):
+        locate(backbone, [torch.zeros(1, 3, 32, 32), torch.zeros(1, 3, 32, 48)])
+
+
+def test_two_kinds_of_sink_in_two_blocks_are_both_found(images):
+    torch.manual_seed(0)
+    backbone = adapt(demo.demo_model())
+    with torch.no_grad():
+        backbone.model.pos_embed[0, 75] += demo._directions().context[5].float()
+    write = torch.nn.functional.normalize(torch.randn(demo.WIDTH), dim=0)
+    plant(backbone, 4, 11, images, patch=75, write=4 * write)  # 40 in all; the others' are near 27
+    found = locate(backbone, images.split(8))
+    assert names(found.units) == PLANT | {(4, 11)}
+    assert found.explained > 0.99
+    assert found.by_block().keys() == {demo.SINK_BLOCK, 4}
+    assert {unit.kind for unit in found.units} == {0, 1, 2}
+    assert len(found.triggers[found.by_block()[4][0].kind]) == 1, "it answers to one patch"
+
+
+def test_units_that_share_their_outliers_are_one_kind_whose_triggers_are_those_of_all():
+    backbone = adapt(FAMILIES["timm/vit"]())
+    images = faint(backbone)
+    plant(backbone, 1, 5, images)
+    alone = locate(backbone, images.split(8))
+    write = 100 * torch.randn(backbone.spec.width, generator=torch.Generator().manual_seed(3))
+    plant(backbone, 1, 9, images, write=write)
+    found = locate(backbone, images.split(8))
+    assert names(found.units) == {(1, 5), (1, 9)}
+    assert [unit.kind for unit in found.units] == [0, 0]
+    assert torch.equal(found.triggers[0], alone.triggers[0])
+
+
+def test_a_unit_that_answers_to_all_but_the_outliers_is_no_cause():
+    backbone = adapt(FAMILIES["timm/vit"]())
+    images = faint(backbone)
+    plant(backbone, 1, 5, images)
+    mlp = backbone.mlp(1)
+    plant(backbone, 1, 9, images, write=-0.2 * mlp.down.weight[:, 5].detach())
+    with torch.no_grad():
+        for parameter, rows in mlp.rows(torch.tensor([9])):
+            parameter[rows] *= -1  # silent on the sink, 10 elsewhere, and a sixth of what tells the two apart
+    found = locate(backbone, images.split(8))
+    assert names(found.units) == {(1, 5)}
+    assert found.explained == 1.0
+
+
+GATED = ["timm/eva02", "timm/dinov2-swiglu", "transformers/dinov2-swiglu", "transformers/dinov3-gated"]
+
+
+@pytest.mark.parametrize("family", [*GATED, "timm/vit", "transformers/clip-vision", "open_clip/clip"])
+def test_a_unit_is_found_in_plain_gated_split_and_fused_mlps(family):
+    backbone = adapt(FAMILIES[family]())
+    images = faint(backbone)
+    plant(backbone, 1, 5, images)
+    found = locate(backbone, images.split(8))
+    assert names(found.units) == {(1, 5)}
+    assert found.explained == 1.0
+    assert found.block == 1
+    (cause,) = found.units
+    if family in GATED:
+        assert len(cause.fed) == 2
+    else:  # far from zero GELU, in all its kinds, is the identity
+        assert cause.fed == pytest.approx([cause.level], rel=1e-3)
+
+
+def test_another_size_than_the_models_own_works():
+    backbone = adapt(FAMILIES["transformers/dinov2"]())
+    images = faint(backbone, size=(64, 48))
+    plant(backbone, 1, 5, images)
+    found = locate(backbone, images.split(8))
+    assert names(found.units) == {(1, 5)}
+    assert found.fixed
+    assert found.norms.position_histogram.shape == (8, 6)
+    assert found.norms.position_histogram[0, 0] == 1
+
+
+def test_sinks_that_are_shorter_than_other_tokens_are_found_too(tiny):
+    backbone = adapt(tiny(depth=4))
+    common = torch.zeros(32)
+    common[3] = 30.0
+    with torch.no_grad():
+        backbone.model.pos_embed.add_(
+            0.3 * torch.randn(1, 17, 32, generator=torch.Generator().manual_seed(0))
+        )
+        backbone.model.patch_embed.proj.bias.add_(common)
+    images = faint(backbone)
+    plant(backbone, 2, 7, images, write=-common / 10)  # it answers with 10
+    found = locate(backbone, images.split(8))
+    assert found.norms.blocks[found.norms.focus].gap.side == "low"
+    assert names(found.units) == {(2, 7)}
+    assert found.explained == 1.0
+
+
+def test_where_no_mlp_can_be_read_no_unit_is_named():
+    backbone = Planted({2: (CORNERS, 100.0)})
+    found = locate(backbone, [pictures(40)])
+    assert found.units == ()
+    assert found.explained == 0
+    assert found.chain == ()
+    assert found.block == 2
+    assert found.attention is None, "its blocks attend to nothing"
+    assert [len(own) for own in found.triggers] == [len(CORNERS)]
+
+
+@pytest.mark.parametrize("cause", ["attention", "position embedding"])
+def test_sinks_that_no_unit_makes_are_blamed_on_none(tiny, cause):
+    backbone = adapt(tiny())
+    if cause == "attention":
+        pushed(backbone.model.blocks[1].attn, place=1)
+    else:
+        with torch.no_grad():
+            backbone.model.pos_embed[0, 1] *= 1e5
+    images = torch.randn(24, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    found = locate(backbone, images.split(8))
+    assert found.units == ()
+    assert found.explained == 0
+    assert found.by_block() == {}
+    assert found.attention is not None
+
+
+@pytest.mark.real
+def test_one_unit_makes_the_corner_sinks_of_a_real_vit(real_model, real_data):
+    from phreg import api
+    from phreg.data.crops import centre_crops
+    from phreg.data.sources import Subset, open_images
+
+    backbone, _ = api.open_model(str(real_model))
+    source = open_images(real_data / "imagenet_samples")
+    images = list(centre_crops(backbone, Subset(source, range(0, len(source), len(source) // 64)[:64]), 224))
+    found = locate(backbone, images)
+    assert names(found.units) == {(7, 417)}
+    assert found.explained > 0.99
+    assert (6, 189) in names(found.chain)
+    assert found.fixed
+    assert len(found.triggers[0]) == 4
+    assert found.attention[-1] > 0.2

@@ -1,0 +1,259 @@
+"""The relocation loss is zero where registers hold the sinks, and its gradient leads there."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from families import FAMILIES
+from planted import Planted, pictures
+from sinking import photographs
+
+from phreg import demo
+from phreg.analysis.norms import outliers
+from phreg.backbones.resolve import adapt
+from phreg.config import LoraConfig, UnlockConfig
+from phreg.registers import add_registers, initial_registers
+from phreg.sinks.locate import Sinks, Unit, locate
+from phreg.sinks.relocation import Relocation, deal, starting_tokens
+from phreg.sinks.units import Reading
+from phreg.training.trainable import merge_lora, unlock
+
+
+def sinks(*units):
+    """Sinks of some causes (block, unit, level[, kind]) and their triggers; relocation asks for no more."""
+    causes = tuple(
+        Unit(block, index, level, 0.0, 1.0, *(kind or [0]), fed=(level,))
+        for block, index, level, *kind in units
+    )
+    norms = outliers(Planted(), [pictures()])
+    # Triggers of 2 positions for the first kind, 3 for the second, each row told by its value.
+    triggers = [10 * kind + torch.arange(2.0 + kind)[:, None].expand(-1, 32) for kind in range(3)]
+    return Sinks(norms, 0, causes, 1.0, (), None, tuple(triggers[: 1 + max(unit.kind for unit in causes)]))
+
+
+@pytest.fixture
+def patched():
+    return add_registers(adapt(FAMILIES["timm/vit"]()), 2)  # sequence: CLS, 2 registers, 16 patches
+
+
+IMAGES = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+def reading(on_registers, on_patches, num_units=1):
+    """Hidden units of one block as listening collects them, and pre-activations alike."""
+    hidden = torch.randn(3, 19, num_units, generator=torch.Generator().manual_seed(0))
+    hidden[:, 1:3], hidden[:, 3:] = on_registers, on_patches
+    return Reading(hidden, hidden.unsqueeze(-1))
+
+
+@pytest.mark.parametrize("level", [150.0, -8.0])
+def test_nothing_is_lost_where_registers_hold_the_level_and_patches_are_silent(patched, level):
+    relocation = Relocation(patched, sinks((1, 5, level)))
+    held = reading(level, 0.0)
+    assert relocation.loss({1: held}, IMAGES) == 0
+    beyond = reading(level, -level)  # on the other side patches may be what they like
+    assert relocation.loss({1: beyond}, IMAGES) == 0
+
+
+@pytest.mark.parametrize("level", [150.0, -8.0])
+def test_the_loss_counts_silent_registers_and_loud_patches_relative_to_the_level(patched, level):
+    relocation = Relocation(patched, sinks((1, 5, level)))
+    assert relocation.loss({1: reading(0.0, 0.0)}, IMAGES).item() == pytest.approx(1)
+    loud = reading(level, 0.0)
+    loud.hidden[:, [3, 9]] = level / 2  # two patches of each image at half the level
+    assert relocation.loss({1: loud}, IMAGES).item() == pytest.approx(2 * 0.5)
+
+
+def test_several_units_and_blocks_count_alike(patched):
+    relocation = Relocation(patched, sinks((0, 3, 10.0), (0, 4, -20.0), (2, 7, 5.0)))
+    level = torch.tensor([10.0, -20.0])
+    silent = reading(level, 0.0, num_units=2), reading(0.0, 0.0)
+    loss = relocation.loss({0: silent[0], 2: silent[1]}, IMAGES)
+    assert loss.item() == pytest.approx(1 / 3), "two of three units are where they should be"
+
+
+@pytest.mark.parametrize(
+    ("registers", "an_image", "dealt"),
+    [
+        (4, [4], [[0], [0], [0], [0]]),
+        (4, [1], [[0], [], [], []]),
+        (4, [2, 3], [[0], [1], [0], [1]]),
+        (4, [4, 1], [[0], [1], [0], [0]]),
+        (2, [5, 1, 1], [[0, 2], [1]]),
+        (1, [1, 1], [[0, 1]]),
+        (6, [2, 1], [[0], [1], [0], [], [], []]),
+    ],
+)
+def test_kinds_are_dealt_out_in_turn_and_each_as_often_as_an_image_has_it(registers, an_image, dealt):
+    assert deal(registers, an_image) == dealt
+
+
+def test_registers_start_from_triggers_of_their_kinds_the_most_frequent_first_and_free_ones_at_random():
+    two = sinks((1, 5, 10.0, 0), (1, 6, 10.0, 1))
+    # Kind 0 has triggers 0 and 1, kind 1 has 10, 11 and 12.
+    tokens = starting_tokens(two, 7, seed=3)
+    assert tokens[:5, 0].tolist() == [0, 10, 1, 11, 12]
+    assert torch.equal(tokens[5:], initial_registers(7, 32, seed=3)[5:])
+    assert starting_tokens(two, 1, seed=3)[:, 0].tolist() == [5], "halfway between the first of both"
+
+
+def test_a_register_is_asked_for_the_units_of_its_own_kind_and_patches_for_none_of_any(patched):
+    relocation = Relocation(patched, sinks((1, 5, 10.0, 0), (1, 6, -4.0, 1)))
+    held = reading(0.0, 0.0, num_units=2)
+    held.hidden[:, 1, 0], held.hidden[:, 2, 1] = 10.0, -4.0
+    assert relocation.loss({1: held}, IMAGES) == 0
+    held.hidden[:, 1, 1], held.hidden[:, 2, 0] = -9.0, 3.0  # of each other's kind they may do what they like
+    assert relocation.loss({1: held}, IMAGES) == 0
+    held.hidden[:, 2, 1] = 0.0
+    assert relocation.loss({1: held}, IMAGES).item() == pytest.approx(1 / 2), "one unit of two is nowhere"
+    held.hidden[:, 7, 0] = 5.0
+    assert relocation.loss({1: held}, IMAGES).item() == pytest.approx(1 / 2 + 0.5 / 2)
+
+
+def test_one_kind_with_several_registers_asks_each_of_them_alike(patched):
+    relocation = Relocation(patched, sinks((1, 5, 10.0), (1, 6, -4.0)))
+    held = reading(torch.tensor([10.0, -4.0]), 0.0, num_units=2)
+    held.hidden[:, 2, 0] = 0.0
+    assert relocation.loss({1: held}, IMAGES).item() == pytest.approx(1 / 4), "one unit, one register of two"
+
+
+def test_a_register_without_a_kind_is_asked_for_nothing(patched):
+    one = sinks((1, 5, 10.0))
+    relocation = Relocation(patched, replace(one, triggers=(one.triggers[0][:1],)))
+    held = reading(0.0, 0.0)
+    held.hidden[:, 1] = 10.0
+    assert relocation.loss({1: held}, IMAGES) == 0
+    held.hidden[:, 2] = 7.0
+    assert relocation.loss({1: held}, IMAGES) == 0
+
+
+def test_units_that_no_register_asked_for_them_holds_are_named(patched):
+    relocation = Relocation(patched, sinks((1, 5, 10.0, 0), (1, 6, -4.0, 1)))
+    held = reading(0.0, 0.0, num_units=2)
+    held.hidden[:, 1, 0], held.hidden[:, 1, 1] = 6.0, -4.0  # the first register, which is of the first kind
+    assert relocation.silenced({1: held}) == ["1:6"]
+    held.hidden[:, 2, 1] = -3.0
+    assert relocation.silenced({1: held}) == []
+
+
+def test_gradients_reach_the_registers_and_the_units_rows_and_no_other_rows(patched):
+    relocation = Relocation(patched, sinks((1, 5, 10.0)))
+    with relocation.listening() as hidden:
+        patched.run(IMAGES)
+        relocation.loss(hidden, IMAGES).backward()
+    assert patched.registers.grad.abs().sum(-1).all()
+    rows = patched.model.blocks[1].mlp.fc1.weight.grad.abs().sum(-1).nonzero().flatten()
+    assert rows.tolist() == [5]
+    assert patched.model.blocks[2].mlp.fc1.weight.grad is None
+
+
+@pytest.mark.parametrize("name", ["timm/vit", "timm/dinov2-swiglu", "transformers/dinov2-swiglu"])
+def test_a_register_that_is_off_is_led_back_on(name):
+    backbone = add_registers(adapt(FAMILIES[name]()), 1, "randn", 0)
+    mlp = backbone.mlp(1)
+    halves = sum(layer.out_features for layer in mlp.up) // mlp.num_units
+    with torch.no_grad():
+        for parameter, rows in mlp.rows(torch.tensor([5])):
+            # Far on the other side: what the activation itself passes is below 1e-20.
+            parameter[rows] = -60.0 if parameter.dim() == 1 else torch.randn(len(rows), parameter.shape[1])
+    images = torch.randn(3, 3, *backbone.spec.input_size, generator=torch.Generator().manual_seed(0))
+    known = sinks((1, 5, 10.0))
+    known = replace(known, units=(replace(known.units[0], fed=(10.0 ** (1 / halves),) * halves),))
+    relocation = Relocation(backbone, known)
+    with relocation.listening() as hidden:
+        backbone.run(images)
+    fed = hidden[1].fed[:, backbone.spec.num_prefix]
+    assert fed.max() < -20
+    (direction,) = torch.autograd.grad(relocation.loss(hidden, images), backbone.registers)
+    assert direction.norm() > 1e-3
+    with torch.no_grad():
+        backbone.registers.sub_(0.01 * direction / direction.norm())
+        with relocation.listening() as hidden:
+            backbone.run(images)
+    assert (hidden[1].fed[:, backbone.spec.num_prefix].mean(0) > fed.mean(0)).all()
+
+
+def test_layers_that_lora_wraps_later_are_listened_to_with_it(patched):
+    relocation = Relocation(patched, sinks((1, 5, 10.0)))
+    unlock(patched, UnlockConfig(lora=LoraConfig(rank=2, blocks=3)))
+    with torch.no_grad():
+        for name, parameter in patched.named_parameters():
+            if "lora_" in name:
+                parameter.add_(0.1)
+    with relocation.listening() as hidden:
+        patched.run(IMAGES)
+    merge_lora(patched)
+    with relocation.listening() as merged:
+        patched.run(IMAGES)
+    # Merging adds the low-rank product to the weight first: another order of the same sums.
+    torch.testing.assert_close(merged[1].hidden, hidden[1].hidden, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(merged[1].fed, hidden[1].fed, atol=1e-4, rtol=1e-4)
+
+
+def test_nothing_listens_when_it_is_over(patched):
+    with Relocation(patched, sinks((1, 5, 10.0))).listening() as hidden:
+        pass
+    patched.run(IMAGES)
+    assert hidden == {}
+
+
+def test_the_loss_is_in_full_precision_whatever_the_model_runs_in(patched):
+    relocation = Relocation(patched, sinks((1, 5, 10.0)))
+    half = Reading(*(part.bfloat16() for part in reading(10.0, 0.0)))
+    assert relocation.loss({1: half}, IMAGES).dtype == torch.float32
+
+
+def test_training_moves_the_demonstrations_sinks_into_registers_and_keeps_them_there():
+    backbone, images = adapt(demo.demo_model()), photographs(every=12)
+    found = locate(backbone, images.split(8))
+    backbone.insert_registers(starting_tokens(found, 2, seed=0))
+    relocation = Relocation(backbone, found)
+    rows = backbone.model.blocks[demo.SINK_BLOCK].mlp.fc1
+    optimizer = torch.optim.Adam(
+        [backbone.registers, rows.weight, rows.bias, backbone.model.pos_embed], lr=5e-3
+    )
+    losses = []
+    for _ in range(30):
+        with relocation.listening() as hidden:
+            backbone.run(images)
+            loss = relocation.loss(hidden, images)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    layout = backbone.layout(images)
+    level = torch.tensor([unit.level for unit in found.units])
+    with relocation.listening() as hidden, torch.no_grad():
+        tokens = backbone.block_tokens(images, [demo.DEPTH - 1])[demo.DEPTH - 1]
+    relative = hidden[demo.SINK_BLOCK].hidden / level
+    # A unit that no register holds would cost 1, and one of two that only half of the registers hold 1/4.
+    assert losses[-1] < 0.02
+    # One register a kind.
+    assert layout.registers(relative).mean(0).diagonal().min() > 0.7
+    assert relocation.silenced(hidden) == []
+    assert layout.patches(relative).amax() < 0.5
+    norms = tokens.norm(dim=-1, keepdim=True)
+    assert layout.registers(norms).mean() > 3 * layout.patches(norms).median()
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("registers", [1, 16])
+def test_a_real_sink_moves_into_a_register_however_many_there_are(real_model, real_data, registers):
+    from phreg import api
+    from phreg.data.crops import centre_crops
+    from phreg.data.sources import Subset, open_images
+
+    backbone, _ = api.open_model(str(real_model))
+    source = open_images(real_data / "imagenet_samples")
+    (images,) = centre_crops(backbone, Subset(source, range(8)), 224)
+    found = locate(backbone, [images])
+    backbone.insert_registers(starting_tokens(found, registers, seed=0))
+    relocation = Relocation(backbone, found)
+    optimizer = torch.optim.AdamW(backbone.parameters(), lr=1e-4)
+    for _ in range(10):
+        with relocation.listening() as hidden:
+            backbone.run(images)
+            relocation.loss(hidden, images).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert relocation.silenced(hidden) == []

@@ -1,0 +1,178 @@
+import json
+
+import pytest
+import torch
+
+from phreg import api, storage
+from phreg.backbones.resolve import Base, adapt, weights_sha256
+from phreg.config import resolve
+from phreg.errors import CheckpointError, LoadError
+from phreg.registers import add_registers
+from phreg.training import checkpoint
+from phreg.training.checkpoint import RunFolder
+
+
+def stepped(value=1.0, seed=0):
+    """A weight and an AdamW that has taken one step."""
+    torch.manual_seed(seed)
+    weight = torch.nn.Parameter(torch.full((3,), value))
+    optim = torch.optim.AdamW([weight], lr=0.1)
+    weight.sum().backward()
+    optim.step()
+    return {"w": weight}, optim
+
+
+def test_a_checkpoint_gives_back_weights_and_optimizer_bit_for_bit(tmp_path):
+    run = RunFolder(tmp_path)
+    weights, optim = stepped()
+    checkpoint.save_state(run, 7, weights, optim, {"processes": 1})
+    others, other_optim = stepped(5.0)
+    assert checkpoint.load_state(run, others, other_optim, {"processes": 1}) == 7
+    for side, opt in ((weights, optim), (others, other_optim)):
+        side["w"].grad = torch.ones(3)
+        opt.step()
+    assert torch.equal(weights["w"], others["w"])
+
+
+def test_only_the_last_two_checkpoints_are_kept(tmp_path):
+    run = RunFolder(tmp_path)
+    for step in (5, 10, 15, 20):
+        checkpoint.save_state(run, step, *stepped(), {})
+    assert [path.name for path in run.states] == ["step-000015", "step-000020"]
+
+
+def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(tmp_path):
+    run = RunFolder(tmp_path)
+    for step in (5, 10):
+        checkpoint.save_state(run, step, *stepped(), {})
+    (run.states[-1] / "state.safetensors").write_bytes(b"cut short")
+    assert checkpoint.load_state(run, *stepped(), {}) == 5
+
+
+def test_a_run_of_other_facts_is_not_resumed(tmp_path):
+    run = RunFolder(tmp_path)
+    checkpoint.save_state(run, 5, *stepped(), {"processes": 2})
+    with pytest.raises(CheckpointError, match="processes was 2, is 1"):
+        checkpoint.load_state(run, *stepped(), {"processes": 1})
+
+
+def test_a_changed_recipe_is_refused_key_by_key_but_where_it_runs_may_change(tmp_path):
+    config = resolve(None, {"steps": 5, "optim.lr": 1e-3})
+    checkpoint.start_run(tmp_path / "run", config, resume=False)
+    moved = resolve(
+        None, {"steps": 5, "optim.lr": 1e-3, "device": "cpu", "checkpoint_every": 3, "gate.drift": 0.5}
+    )
+    checkpoint.start_run(tmp_path / "run", moved, resume=True)
+    with pytest.raises(CheckpointError, match=r"optim.lr: was 0.001, is 0.01"):
+        checkpoint.start_run(tmp_path / "run", resolve(None, {"steps": 5, "optim.lr": 1e-2}), resume=True)
+
+
+def test_an_output_that_holds_something_is_never_overwritten(tmp_path):
+    config = resolve(None, {})
+    checkpoint.start_run(tmp_path / "run", config, resume=False)
+    with pytest.raises(CheckpointError, match="--resume"):
+        checkpoint.start_run(tmp_path / "run", config, resume=False)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.tex").write_text("do not lose me")
+    with pytest.raises(CheckpointError, match="not empty"):
+        checkpoint.start_run(tmp_path / "other", config, resume=False)
+    with pytest.raises(
+        CheckpointError, match="not empty"
+    ):  # before the model, which is not there, is asked for
+        api.distill("no/model", tmp_path, tmp_path / "other")
+
+
+def test_the_log_of_a_killed_run_is_cut_back_to_its_checkpoint(tmp_path):
+    log = tmp_path / "log.jsonl"
+    log.write_text("".join(json.dumps({"step": step}) + "\n" for step in range(1, 6)) + '{"step": 6, "lo')
+    checkpoint.truncate_log(log, 3)
+    assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == [1, 2, 3]
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_one_clear_error(tmp_path, monkeypatch):
+    path = tmp_path / "recipe.toml"
+    checkpoint.write_text(path, "old")
+
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(storage, "flush", full)
+    with pytest.raises(CheckpointError, match=r"recipe.toml.*No space left on device"):
+        checkpoint.write_text(path, "new")
+    assert path.read_text() == "old"
+
+
+@pytest.fixture
+def adapter(tmp_path, tiny):
+    """An adapter of a trained-looking patched model, its folder and the patched model."""
+    backbone = adapt(tiny())
+    base_state = {name: tensor.clone() for name, tensor in backbone.disk_state().items()}
+    base = Base("instance", "timm", None, weights_sha256(base_state))
+    add_registers(backbone, 3)
+    with torch.no_grad():
+        backbone.model.blocks[-1].mlp.fc1.weight.mul_(1.5)
+        backbone.model.pos_embed.add_(0.1)
+    folder = tmp_path / "adapter"
+    checkpoint.save_adapter(folder, backbone, base, base_state, {"recipe": {}}, lambda record: "# card")
+    return folder, backbone
+
+
+def test_an_adapter_holds_only_what_changed_and_gives_the_patched_model_back_exactly(adapter, tiny):
+    from safetensors.torch import load_file
+
+    folder, patched = adapter
+    names = set(load_file(folder / "adapter.safetensors"))
+    assert "blocks.2.mlp.fc1.weight" in names
+    assert "reg_token" in names
+    assert "blocks.0.mlp.fc1.weight" not in names
+    loaded = api.load(folder, into=tiny())
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.equal(loaded(images), patched.model(images))
+
+
+def test_whoever_may_read_a_new_file_may_read_an_adapter(adapter, tmp_path):
+    (tmp_path / "new").touch()
+    assert (adapter[0] / "adapter.safetensors").stat().st_mode == (tmp_path / "new").stat().st_mode
+
+
+def test_an_adapter_on_another_base_is_refused_with_both_hashes(adapter, tiny):
+    folder, _ = adapter
+    other = tiny()
+    with torch.no_grad():
+        other.blocks[0].mlp.fc1.weight[0, 0] += 1e-6
+    with pytest.raises(LoadError, match="sha256"):
+        api.load(folder, into=other)
+    assert other.reg_token is None, "a refused base stays as it was"
+
+
+def test_an_adapter_made_from_an_instance_says_how_to_load_it(adapter):
+    with pytest.raises(LoadError, match="into=model"):
+        api.load(adapter[0])
+
+
+@pytest.mark.parametrize("damage", ["truncate", "nan", "shape", "extra", "newer", "not-json"])
+def test_a_tampered_adapter_is_one_clear_error_and_changes_nothing(adapter, tiny, damage):
+    from safetensors.torch import load_file, save_file
+
+    folder, _ = adapter
+    weights, description = folder / "adapter.safetensors", folder / "phreg.json"
+    tensors = load_file(weights)
+    if damage == "truncate":
+        weights.write_bytes(weights.read_bytes()[:-100])
+    elif damage == "nan":
+        tensors["reg_token"][0, 0, 0] = float("nan")
+        save_file(tensors, weights)
+    elif damage == "shape":
+        tensors["reg_token"] = tensors["reg_token"][:, :, :5].contiguous()
+        save_file(tensors, weights)
+    elif damage == "extra":
+        save_file(tensors | {"intruder": torch.zeros(1)}, weights)
+    elif damage == "newer":
+        description.write_text(json.dumps(json.loads(description.read_text()) | {"format_version": 99}))
+    else:
+        description.write_text("{")
+    model = tiny()
+    before = model(torch.ones(1, 3, 32, 32))
+    with pytest.raises(LoadError):
+        api.load(folder, into=model)
+    assert torch.equal(model(torch.ones(1, 3, 32, 32)), before)
