@@ -23,7 +23,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -33,10 +33,8 @@ from torch import Tensor
 
 from phreg.data.sources import Files, ImageSource, Subset, TarShards
 from phreg.errors import DataError, PhregError
+from phreg.evaluation.dense import Dense, Placement
 from phreg.storage import write_file
-
-if TYPE_CHECKING:
-    from phreg.evaluation.features import Dense
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +53,7 @@ class Stamped(Protocol):
         ...
 
 
-class StoredFeatures(Sequence["Dense"]):
+class StoredFeatures(Sequence[Dense]):
     """The features of many pictures, mapped from disk.
 
     Args:
@@ -82,15 +80,13 @@ class StoredFeatures(Sequence["Dense"]):
     def __len__(self) -> int:
         return len(self._index["grids"])
 
-    def __getitem__(self, number: int) -> "Dense":  # pyright: ignore[reportIncompatibleMethodOverride]
+    def __getitem__(self, number: int) -> Dense:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Reads the features of one picture.
 
         Raises:
             IndexError: There is no such picture.
             PhregError: The file was damaged since it was written.
         """
-        from phreg.evaluation.features import Dense, Placement
-
         if not 0 <= number < len(self):
             raise IndexError(number)
         raw = self._values[self._starts[number] : self._starts[number + 1]]
@@ -133,7 +129,7 @@ class FeatureCache:
         self.limit = limit
 
     def get(
-        self, run: Mapping[str, Any], source: ImageSource, read: Callable[[], Iterable["Dense"]]
+        self, run: Mapping[str, Any], source: ImageSource, read: Callable[[], Iterable[Dense]]
     ) -> StoredFeatures:
         """Finds features, or reads and keeps them.
 
@@ -180,7 +176,7 @@ class FeatureCache:
             raise PhregError(f"masks in {path} are damaged ({error}); delete it and run again") from error
         return [kept[str(number)] for number in range(len(kept))] or None
 
-    def _write(self, folder: Path, run: dict[str, Any], items: Iterable["Dense"], count: int) -> None:
+    def _write(self, folder: Path, run: dict[str, Any], items: Iterable[Dense], count: int) -> None:
         temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -209,7 +205,7 @@ class FeatureCache:
                 logger.info("deleting %s, which a run that was killed left behind", unfinished)
                 shutil.rmtree(unfinished)
 
-    def _fill(self, folder: Path, run: dict[str, Any], items: Iterable["Dense"], count: int) -> None:
+    def _fill(self, folder: Path, run: dict[str, Any], items: Iterable[Dense], count: int) -> None:
         index: dict[str, Any] = {"run": run, "dim": 0, "grids": [], "crc32": [], "placements": []}
         pooled, cls = [], []
         room, written = self.limit - self.size(), 0

@@ -11,8 +11,9 @@ from phreg.backbones.readout import read_as
 from phreg.backbones.resolve import adapt
 from phreg.data.sources import open_images
 from phreg.errors import PhregError
+from phreg.evaluation.dense import Placement
 from phreg.evaluation.feature_cache import FeatureCache
-from phreg.evaluation.features import FeatureReader, Placement, Reading
+from phreg.evaluation.features import FeatureReader, Reading
 from phreg.registers import add_registers
 
 ROUNDING = 1e-5

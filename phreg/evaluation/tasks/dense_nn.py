@@ -16,7 +16,8 @@ from torch.nn.functional import normalize
 
 from phreg.config import Config
 from phreg.evaluation.datasets.labelled import Segmentation, open_segmentation
-from phreg.evaluation.features import Dense, FeatureReader, Reading
+from phreg.evaluation.dense import Dense
+from phreg.evaluation.features import FeatureReader, Reading
 from phreg.evaluation.results import Metrics
 from phreg.evaluation.tasks.segmentation import measure_segmentation, patch_shares
 from phreg.seeding import keyed_generator

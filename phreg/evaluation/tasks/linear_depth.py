@@ -31,7 +31,8 @@ from phreg.errors import DataError
 from phreg.evaluation.artifacts import artifact_places
 from phreg.evaluation.datasets.augmentation import CropConfig, PairedCrops
 from phreg.evaluation.datasets.depth import DepthMaps, open_depths
-from phreg.evaluation.features import Dense, FeatureReader, Reading
+from phreg.evaluation.dense import Dense
+from phreg.evaluation.features import FeatureReader, Reading
 from phreg.evaluation.metrics.scores import DepthErrors, depth_errors
 from phreg.evaluation.results import Metrics
 from phreg.seeding import keyed_generator

@@ -29,7 +29,8 @@ from phreg.config import Config
 from phreg.data.sources import Subset
 from phreg.evaluation.artifacts import artifact_places
 from phreg.evaluation.datasets.boxes import Boxed, Choice, open_boxed
-from phreg.evaluation.features import FeatureReader, Placement, Reading
+from phreg.evaluation.dense import Placement
+from phreg.evaluation.features import FeatureReader, Reading
 from phreg.evaluation.metrics.scores import is_localised
 from phreg.evaluation.results import Metrics
 from phreg.evaluation.tasks.lost import Discovery, lost

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from phreg.evaluation.artifacts import artifact_places
 from phreg.evaluation.datasets.labelled import IGNORE, Segmentation, class_shares
-from phreg.evaluation.features import Dense, FeatureReader, Placement, Reading
+from phreg.evaluation.dense import Dense, Placement
+from phreg.evaluation.features import FeatureReader, Reading
 from phreg.evaluation.metrics.scores import ConfusionMeter
 from phreg.evaluation.results import Metrics
 

@@ -27,7 +27,8 @@ from phreg.config import Config
 from phreg.data.sources import SUFFIXES, Files, some
 from phreg.errors import DataError
 from phreg.evaluation.datasets.labelled import read_index_mask
-from phreg.evaluation.features import Dense, FeatureReader, Reading
+from phreg.evaluation.dense import Dense
+from phreg.evaluation.features import FeatureReader, Reading
 from phreg.evaluation.metrics.scores import IGNORE, boundary_accuracy, region_similarity
 from phreg.evaluation.results import Metrics
 

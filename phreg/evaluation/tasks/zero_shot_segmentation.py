@@ -29,7 +29,8 @@ from phreg.backbones.text import text_encoder
 from phreg.config import Config, Fraction
 from phreg.evaluation.datasets.labelled import IGNORE, open_segmentation
 from phreg.evaluation.datasets.vocabulary import Queries, embed_vocabulary, find_vocabulary
-from phreg.evaluation.features import Dense, FeatureReader, Reading
+from phreg.evaluation.dense import Dense
+from phreg.evaluation.features import FeatureReader, Reading
 from phreg.evaluation.metrics.scores import pearson
 from phreg.evaluation.results import Metrics
 from phreg.evaluation.tasks.segmentation import measure_segmentation

@@ -5,8 +5,9 @@ from PIL import Image
 
 import phreg
 from phreg.backbones.resolve import adapt, load
+from phreg.evaluation.dense import Placement
 from phreg.evaluation.feature_cache import FeatureCache
-from phreg.evaluation.features import FeatureReader, Placement, Reading
+from phreg.evaluation.features import FeatureReader, Reading
 from phreg.evaluation.metrics.scores import is_localised
 from phreg.evaluation.tasks import object_discovery
 from phreg.evaluation.tasks.lost import lost
