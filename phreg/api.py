@@ -23,11 +23,12 @@ from torch import Tensor, nn
 
 from phreg import config as configuration
 from phreg import demo
+from phreg.analysis.inspection import Inspection, look
 from phreg.analysis.norms import NormReport, outliers
 from phreg.backbones import hub, resolve
 from phreg.backbones.base import Backbone
 from phreg.backbones.readout import read_as, set_readout
-from phreg.backbones.resolve import Base, adapt
+from phreg.backbones.resolve import Base, adapt, display_name
 from phreg.config import DistillConfig, ViewsConfig
 from phreg.data.crops import MEASURED_AT_ONCE, Crops, centre_crops, split, spread
 from phreg.data.sources import open_images
@@ -52,11 +53,11 @@ from phreg.formats import publish
 from phreg.formats.export import Equality
 from phreg.formats.load import open_into, open_model, open_saved, record_of, tell_failures
 from phreg.inspection.images import labelled, larger
-from phreg.inspection.look import Inspection, called, look
 from phreg.report.canvas import save_png
 from phreg.report.discoveries import discovery_figure
 from phreg.report.folder import check_output, write_inspection
 from phreg.report.html import Origin
+from phreg.report.page import InspectionReport
 from phreg.seeding import keyed_generator
 from phreg.sinks.locate import Sinks, locate
 from phreg.storage import OWN_FORMATS
@@ -442,7 +443,7 @@ def inspect(
     queries: Sequence[str] = (),
     device: str | None = None,
     observe: Progress | None = None,
-) -> Inspection:
+) -> InspectionReport:
     """Looks at a model from all sides: its artifacts, where they come from, what they hold.
 
     Args:
@@ -478,7 +479,7 @@ def inspect(
         _look(name, given, images, size, count, labels, queries, device, observe or (lambda *_: None))
         for name, given in _short(_named([model, *against])).items()
     ]
-    inspection = replace(looks[0], against=tuple(looks[1:]))
+    inspection = InspectionReport.of(replace(looks[0], against=tuple(looks[1:])))
     if output is not None:
         shown = {"images": images if isinstance(images, str | os.PathLike) else "given as a tensor"}
         shown |= {"size": size, "count": count, "labels": labels, "queries": ", ".join(queries) or None}
@@ -647,7 +648,7 @@ def _named(models: Sequence[Model], instance: str = "instance") -> dict[str, Mod
 
 def _short(named: dict[str, Any]) -> dict[str, Any]:
     """Calls local folders by their last part, as far as that tells them apart."""
-    short = {name: called(name) for name in named}
+    short = {name: display_name(name) for name in named}
     if len(set(short.values())) < len(named):
         return named
     return {short[name]: model for name, model in named.items()}
@@ -743,6 +744,6 @@ def _nothing_to_repair(
 ) -> Distilled:
     """Leaves the model as it is, and shows in the run's report that it has no artifacts."""
     if accelerator.is_main_process:
-        write_inspection(run.report, look(student, called(base.source), seen[:LOOKED_AT]))
+        write_inspection(run.report, look(student, display_name(base.source), seen[:LOOKED_AT]))
     accelerator.wait_for_everyone()
     return Distilled(student.model, run.path, None, None, None, [], accelerator.is_main_process, norms)

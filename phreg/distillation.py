@@ -14,15 +14,15 @@ from torch import Tensor
 
 from phreg import config as configuration
 from phreg import demo
+from phreg.analysis.inspection import of_survey
 from phreg.backbones.base import Backbone
-from phreg.backbones.resolve import Base
+from phreg.backbones.resolve import Base, display_name
 from phreg.config import DistillConfig
 from phreg.data.crops import Order, middle
 from phreg.errors import PhregError
 from phreg.evaluation.before_after import Comparison, compare, failed_gates
 from phreg.formats.adapter import describe_tower
 from phreg.formats.card import model_card
-from phreg.inspection.look import called, of_survey
 from phreg.registers import add_registers
 from phreg.report.html import Origin, write_report
 from phreg.report.page import comparison_page
@@ -172,7 +172,7 @@ def _report(
     surveys, features = comparison.surveys, comparison.shown
     before = of_survey(original, "before", surveys[0], features[0], sinks=sinks)
     after = of_survey(student, "after", surveys[1], features[1], sinks=None)
-    title = f"{called(base.source)}, before and after {config.registers} registers"
+    title = f"{display_name(base.source)}, before and after {config.registers} registers"
     origin = Origin.of("distill", configuration.flatten(config.model_dump(mode="json", exclude_none=True)))
     page = comparison_page(title, comparison, before, after, origin, failures=failures)
     write_report(run.report / "report.html", page)

@@ -6,9 +6,9 @@ from sinking import faint, plant
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
+from phreg.analysis.inspection import Inspection, Labelled, look
 from phreg.backbones.base import Backbone
 from phreg.backbones.resolve import adapt
-from phreg.inspection.look import Inspection, Labelled, look
 
 BLOCK, UNIT = 1, 5
 """Where `sinking_model` has its sink."""

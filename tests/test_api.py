@@ -8,10 +8,10 @@ from families import LIBRARIES
 
 import phreg
 from phreg import api
+from phreg.analysis.inspection import Inspection
 from phreg.backbones.readout import read_as
 from phreg.backbones.resolve import adapt
 from phreg.errors import DataError, LoadError, PhregError
-from phreg.inspection.look import Inspection
 from phreg.training import loop as trainer
 
 QUICK = {

@@ -159,6 +159,11 @@ class Located:
 # -- instances -------------------------------------------------------------------------------------------
 
 
+def display_name(source: str) -> str:
+    """Names a model in a report: a local folder by its last part, since reports are shown to others."""
+    return Path(source).absolute().name if Path(source).exists() else source
+
+
 def adapt(model: nn.Module) -> Backbone:
     """Wraps a model of transformers, timm or open_clip, or of a subclass of theirs, without copying it.
 

@@ -167,6 +167,15 @@ def normalise(
     return (images.float() / 255 - centre) / spread
 
 
+def denormalise(
+    image: Float[Tensor, "3 height width"], mean: Sequence[float], std: Sequence[float]
+) -> UInt8[np.ndarray, "height width 3"]:
+    """Undoes `normalise`, so that an image can be looked at."""
+    scale, shift = (torch.tensor(values)[:, None, None] for values in (std, mean))
+    pixels = (image.float().cpu() * scale + shift).clamp(0, 1) * 255
+    return pixels.round().byte().permute(1, 2, 0).numpy()
+
+
 def as_input(
     backbone: Backbone, pixels: UInt8[Tensor, "batch 3 rows cols"]
 ) -> Float[Tensor, "batch 3 rows cols"]:

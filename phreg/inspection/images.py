@@ -4,12 +4,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from phreg.analysis.inspection import Labelled
 from phreg.backbones.base import Backbone
 from phreg.data.crops import MEASURED_AT_ONCE, Crops, as_input, centre_crops, spread
 from phreg.data.sources import ImageSource
 from phreg.errors import DataError
 from phreg.evaluation.datasets.labelled import open_labelled
-from phreg.inspection.look import Labelled
 
 LABELLED = 1000
 """Images with classes that are read at most, spread evenly over those there are."""

@@ -9,9 +9,9 @@ from typing import NamedTuple, TypeVar
 
 from matplotlib.figure import Figure
 
+from phreg.analysis.inspection import Inspection
 from phreg.analysis.norms import QUANTILES
 from phreg.analysis.probes import ReconstructionFigures, TokenProbe
-from phreg.inspection.look import Inspection
 from phreg.report import charts
 from phreg.report.sink_chart import sink_chart
 from phreg.report.verdict import causes

@@ -11,8 +11,8 @@ import os
 from pathlib import Path
 
 from phreg.analysis.feature_maps import attention_limits
+from phreg.analysis.inspection import Inspection
 from phreg.errors import PhregError
-from phreg.inspection.look import Inspection
 from phreg.report.canvas import save_png
 from phreg.report.html import UNKNOWN, Origin, write_report
 from phreg.report.maps import attention_maps, sheet

@@ -7,8 +7,6 @@ the limits.
     numbers (rows, cols) ──limits, palette──► colours ──each repeated, none blurred──► (height, width, 3)
 """
 
-from collections.abc import Sequence
-
 import numpy as np
 import torch
 from jaxtyping import Float, UInt8
@@ -22,15 +20,6 @@ Picture = UInt8[np.ndarray, "height width 3"]
 
 GREY = 122
 """Brightness of what lies between maps: readable on white and on black."""
-
-
-def photo(
-    image: Float[Tensor, "3 height width"], mean: Sequence[float], std: Sequence[float]
-) -> UInt8[np.ndarray, "height width 3"]:
-    """Undoes an image's normalisation, so that it can be looked at."""
-    scale, shift = (torch.tensor(values)[:, None, None] for values in (std, mean))
-    pixels = (image.float().cpu() * scale + shift).clamp(0, 1) * 255
-    return pixels.round().byte().permute(1, 2, 0).numpy()
 
 
 def norm_map(norms: Float[Tensor, "rows cols"], low: float, high: float, side: int = 224) -> Picture:
@@ -134,7 +123,7 @@ def text_map(
     """Draws the cosine of each patch to a text over the photo: grey where it is low, bright where it is high.
 
     Args:
-        pixels: The photo, as `photo` gives it.
+        pixels: The photo, as `phreg.data.crops.denormalise` gives it.
         cosines: Cosine of each patch.
         low: Cosine, and those below, where only a dark grey photo shows.
         high: Cosine, and those above, that shows brightest.

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from phreg.analysis.feature_maps import SimilarityCodes, attention_limits, joint_limits, similarity_codes
+from phreg.analysis.inspection import Inspection
 from phreg.analysis.positions import fixed_share
 from phreg.evaluation.before_after import Comparison
-from phreg.inspection.look import Inspection
 from phreg.report import maps
 from phreg.report.canvas import png
 from phreg.report.figures import by_kind, figures, focus_blocks, relative_error
@@ -29,9 +29,29 @@ from phreg.report.html import (
     Page,
     Patches,
     Picture,
+    Report,
     Section,
 )
 from phreg.report.verdict import causes, headline, outcome
+
+
+class InspectionReport(Inspection):
+    """What `phreg.inspect` returns: an `Inspection` that shows itself, as a page in a notebook."""
+
+    @classmethod
+    def of(cls, inspection: Inspection) -> "InspectionReport":
+        """Makes an inspection one that shows itself."""
+        return cls(**vars(inspection))
+
+    def report(self) -> Report:
+        """Makes the report page."""
+        return Report.of(inspection_page(self))
+
+    def __repr__(self) -> str:
+        return "\n".join(f"{model.name}: {headline(model.norms, model.sinks)}" for model in self.models)
+
+    def _repr_html_(self) -> str:
+        return self.report()._repr_html_()
 
 
 def inspection_page(inspection: Inspection, origin: Origin = UNKNOWN) -> Page:

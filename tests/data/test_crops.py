@@ -13,7 +13,17 @@ from pictures import noise, saved_dataset, tar_of
 from PIL import Image
 from torchvision.transforms import v2 as transforms
 
-from phreg.data.crops import BrokenImages, Crops, Order, Skipped, holdout, loader, middle, normalise
+from phreg.data.crops import (
+    BrokenImages,
+    Crops,
+    Order,
+    Skipped,
+    denormalise,
+    holdout,
+    loader,
+    middle,
+    normalise,
+)
 from phreg.data.sources import Subset, open_images
 from phreg.errors import DataError
 
@@ -353,3 +363,12 @@ def test_the_share_of_broken_images_is_of_the_images_there_are_not_of_the_times_
 def test_no_broken_image_is_allowed_when_the_share_is_zero():
     with pytest.raises(DataError, match=r"1 of 9 read so far"):
         BrokenImages(1000, max_broken=0.0).add(skipping(8, ["a.jpg"]))
+
+
+def test_a_photo_looks_as_it_did_before_normalisation():
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    normalised = (
+        torch.from_numpy(pixels / 255).permute(2, 0, 1).float() - torch.tensor(mean)[:, None, None]
+    ) / (torch.tensor(std)[:, None, None])
+    np.testing.assert_array_equal(denormalise(normalised, mean, std), pixels)

@@ -7,7 +7,6 @@ from phreg.report.maps import (
     cosine_map,
     norm_map,
     pca_maps,
-    photo,
     share_map,
     text_map,
 )
@@ -19,15 +18,6 @@ def grid(seed: int = 0, dim: int = 12) -> torch.Tensor:
 
 def light(pixels: np.ndarray) -> np.ndarray:
     return pixels.astype(int).sum(-1)
-
-
-def test_a_photo_looks_as_it_did_before_normalisation():
-    pixels = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
-    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-    normalised = (
-        torch.from_numpy(pixels / 255).permute(2, 0, 1).float() - torch.tensor(mean)[:, None, None]
-    ) / (torch.tensor(std)[:, None, None])
-    np.testing.assert_array_equal(photo(normalised, mean, std), pixels)
 
 
 def test_a_map_is_as_large_as_asked_and_shows_each_patch_as_one_flat_square():

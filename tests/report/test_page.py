@@ -16,7 +16,7 @@ from phreg.registers import add_registers
 from phreg.report import page as pages
 from phreg.report.figures import figures
 from phreg.report.html import MAX_SHOWN, Origin, Report
-from phreg.report.page import comparison_page, inspection_page
+from phreg.report.page import InspectionReport, comparison_page, inspection_page
 
 SIDE = 48
 """Pixels of the images that the second model sees: a grid of 6x6 patches."""
@@ -272,3 +272,19 @@ def test_a_page_of_a_large_model_stays_below_ten_megabytes(both):
     first, second = grown(both, "first"), grown(both, "second")
     report = Report.of(inspection_page(dataclasses.replace(first, against=(second,))))
     assert len(report.html) < 10e6
+
+
+# -- in a notebook -------------------------------------------------------------------------------------------
+
+
+def test_what_inspect_returns_shows_itself_as_its_report(alone, monkeypatch):
+    monkeypatch.setattr(pages, "figures", lambda models: iter(()))  # charts take long to draw
+    shown = InspectionReport.of(alone)._repr_html_()
+    assert shown.startswith("<iframe")
+    assert 'title="sinking"' in shown
+
+
+def test_what_inspect_returns_prints_its_verdict(alone):
+    printed = repr(InspectionReport.of(alone))
+    assert printed.startswith("sinking: ")
+    assert printed.endswith("1 hidden unit causes 100.0 % of them.")

@@ -10,6 +10,7 @@ from sinking import photographs
 
 from phreg import demo
 from phreg.analysis.complexity import complexity
+from phreg.analysis.inspection import PROBED, Labelled, look
 from phreg.analysis.interpolation import interpolation_effect, stripes
 from phreg.analysis.norms import outliers
 from phreg.analysis.probes import global_probe, position_probe, reconstruction_probe, sample_tokens
@@ -17,9 +18,7 @@ from phreg.analysis.survey import survey
 from phreg.backbones.readout import read_as
 from phreg.backbones.resolve import adapt
 from phreg.errors import PhregError
-from phreg.inspection.look import PROBED, Labelled, look
 from phreg.registers import add_registers
-from phreg.report import page
 from phreg.sinks import test_time
 from phreg.sinks.locate import locate
 
@@ -223,7 +222,7 @@ def test_a_look_leaves_the_model_as_it_is(family, registers):
             assert was == now
 
 
-# -- while it lasts, and in a notebook ----------------------------------------------------------------------
+# -- while it lasts ----------------------------------------------------------------------
 
 
 def test_every_stage_that_begins_is_told_to_end():
@@ -238,19 +237,6 @@ def test_every_stage_that_begins_is_told_to_end():
         for stage in ("norms, attention, neighbours", "sinks", "probes", "resampled positions", "cost")
     ]
     assert all(done == total for done, total in (steps[-1] for steps in told.values()))
-
-
-def test_an_inspection_shows_itself_as_its_report(sides, monkeypatch):
-    monkeypatch.setattr(page, "figures", lambda models: iter(()))  # charts take long to draw
-    _, _, found = sides
-    shown = found._repr_html_()
-    assert shown.startswith("<iframe")
-    assert 'title="sinking"' in shown
-
-
-def test_an_inspection_says_its_verdict_where_it_is_printed(sides):
-    assert repr(sides[2]).startswith("sinking: ")
-    assert repr(sides[2]).endswith("1 hidden unit causes 100.0 % of them.")
 
 
 @torch.no_grad()

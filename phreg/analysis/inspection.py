@@ -13,7 +13,6 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -37,10 +36,8 @@ from phreg.analysis.probes import (
 from phreg.analysis.survey import Survey, survey
 from phreg.backbones.base import Backbone
 from phreg.backbones.readout import dense_readout, read_as
+from phreg.data.crops import denormalise
 from phreg.errors import UnsupportedModelError
-from phreg.report.html import Report
-from phreg.report.maps import photo
-from phreg.report.verdict import headline
 from phreg.sinks.locate import Sinks, locate
 
 logger = logging.getLogger(__name__)
@@ -66,7 +63,7 @@ class Labelled(NamedTuple):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Inspection:
-    """All that was found out about a model; shows itself as a report in a notebook.
+    """All that was found out about a model.
 
     Attributes:
         name: What the model is called.
@@ -142,18 +139,6 @@ class Inspection:
             "latency": [time.to_json() for time in self.latency],
             "against": [other.to_json() for other in self.against],
         }
-
-    def report(self) -> Report:
-        """Makes the report page."""
-        from phreg.report.page import inspection_page  # which reads this class
-
-        return Report.of(inspection_page(self))
-
-    def __repr__(self) -> str:
-        return "\n".join(f"{model.name}: {headline(model.norms, model.sinks)}" for model in self.models)
-
-    def _repr_html_(self) -> str:
-        return self.report()._repr_html_()
 
 
 @torch.no_grad()
@@ -251,7 +236,7 @@ def of_survey(
         name=name,
         size=(height, width),
         survey=replace(surveyed, shown=shown),
-        photos=tuple(photo(one.image, backbone.spec.mean, backbone.spec.std) for one in shown),
+        photos=tuple(denormalise(one.image, backbone.spec.mean, backbone.spec.std) for one in shown),
         sinks=sinks,
         costs=complexity(backbone, size=(height, width)),
     )
@@ -265,8 +250,3 @@ def _interpolation(backbone: Backbone, resampled: Sequence[Images]) -> Interpola
     except UnsupportedModelError as error:
         logger.info("the effect of antialiasing is left out: %s", error)
         return None
-
-
-def called(name: str) -> str:
-    """Calls a model in a local folder by the folder's last part; reports are shown to others."""
-    return Path(name).absolute().name if Path(name).exists() else name
