@@ -1,10 +1,10 @@
 """Every setting of a run, in one frozen tree.
 
 A setting comes from, weakest first: the defaults below, what its `method` implies, a recipe file, and flags
-or keyword arguments. All four meet in `resolve`, which gathers every problem before it complains. A field's
-docstring is its command-line help, its documentation and part of its error.
+or keyword arguments. All four meet in `phreg.methods.resolve`, which gathers every problem before it
+complains. A field's docstring is its command-line help, its documentation and part of its error.
 
-    defaults ◄── METHODS[method] ◄── recipe.toml ◄── flags / keyword arguments  ──►  DistillConfig
+    defaults ◄── METHODS[method].settings ◄── recipe.toml ◄── flags / keyword arguments  ──►  DistillConfig
 """
 
 import difflib
@@ -206,9 +206,8 @@ class DistillConfig(Config):
     here or in a recipe."""
     output: str | None = None
     """Run folder to write; needed, here or in a recipe."""
-    method: Literal["relocate", "paper", "test-time"] = "relocate"
-    """relocate: find the sinks, move them into the registers, then distil. paper: PH-Reg (arXiv 2505.21501)
-    to the letter, for DINOv2- and CLIP-type models. test-time: move the sinks by a hook, without training."""
+    method: str = "relocate"
+    """How registers are retrofitted (phreg.methods)."""
     force: bool = False
     """Go on where there is nothing to repair."""
     registers: Annotated[int, Field(ge=0)] = 4
@@ -254,6 +253,16 @@ class DistillConfig(Config):
     measure: MeasureConfig = MeasureConfig()
 
     @model_validator(mode="after")
+    def _lora_is_reached(self) -> "DistillConfig":
+        readout = self.target.student_readout
+        if self.unlock.lora.rank is not None and readout != "plain":
+            raise ValueError(
+                f"unlock.lora.rank: a {readout} read-out takes the last block apart, past its LoRA; "
+                'use target.student_readout = "plain" or unlock whole blocks'
+            )
+        return self
+
+    @model_validator(mode="after")
     def _one_length(self) -> "DistillConfig":
         if self.steps is not None and self.epochs is not None:
             raise ValueError(
@@ -261,80 +270,30 @@ class DistillConfig(Config):
             )
         return self
 
-    @model_validator(mode="after")
-    def _length_of_training(self) -> "DistillConfig":
-        given = [name for name in ("steps", "epochs") if getattr(self, name) is not None]
-        if self.method == "test-time" and given:
-            raise ValueError(
-                f"{given[0]}: method test-time trains nothing, found {getattr(self, given[0])}; "
-                "leave it out, or choose another method"
-            )
-        return self
-
-
-PAPER: dict[str, Any] = {
-    "registers": 16,
-    "register_init": "randn",
-    "batch_size": 8,
-    "data.limit": "all",
-    "epochs": 1,
-    "target.keep": False,
-    "loss.pooled": 0.0,
-    "unlock.roles": ("pos_embed", "patch_embed", "block.-1"),
-    "optim.final_lr": 5e-6,
-    "optim.schedule": "exponential",
-    "optim.schedule_unit": "epoch",
-}
-"""PH-Reg for DINOv2-type models, where it differs from the defaults (PH-Reg code, DINOv2 part)."""
-
-PAPER_CLIP: dict[str, Any] = PAPER | {
-    "batch_size": 16,
-    "optim.lr": 3e-4,
-    "optim.final_lr": 1e-5,
-    "target.teacher_readout": "naclip",
-    "target.student_readout": "value-only",
-    "target.native_size": True,
-    "unlock.roles": ("pos_embed", "patch_embed", "block.-2", "block.-1"),
-}
-"""PH-Reg for CLIP-type models, where it differs from the defaults (PH-Reg code, CLIP part)."""
-
-METHODS: dict[str, dict[str, Any]] = {
-    "relocate": {"epochs": 8, "views.fill": "surroundings"},
-    "paper": PAPER,
-    "test-time": {"registers": 1},
-}
-"""What a method implies, where it differs from the defaults."""
-
 
 AnyConfig = TypeVar("AnyConfig", bound=Config)
 
 
-def resolve(
-    recipe: str | os.PathLike[str] | None = None,
-    overrides: Mapping[str, Any] | None = None,
-    *,
-    clip: bool = False,
-) -> DistillConfig:
-    """Builds the configuration of a run.
+def read_settings(
+    recipe: str | os.PathLike[str] | None = None, overrides: Mapping[str, Any] | None = None
+) -> tuple[str, dict[str, Any]]:
+    """Lays overrides over a recipe.
 
     Args:
         recipe: Name of a shipped recipe, or path of a TOML file.
         overrides: Settings that win over the recipe, by dotted key (`{"optim.lr": 1e-3}`) or nested.
-        clip: Whether the model is CLIP-type: the paper's settings for those differ.
+
+    Returns:
+        What to call the source of the settings in messages, and the settings by dotted key, unchecked.
 
     Raises:
-        ConfigError: Any setting is wrong; all problems are listed.
+        ConfigError: The recipe is not there, or not TOML.
     """
-    source, given = "settings", flatten(overrides or {})
-    if recipe is not None:
-        path = find_recipe(recipe)
-        source = os.fspath(path)
-        given = flatten(read_toml(path)) | given
-    method = given.get("method", DistillConfig.model_fields["method"].default)
-    implied = PAPER_CLIP if clip and method == "paper" else METHODS.get(method, {})
-    if "steps" in given:  # what says the same in another way
-        implied = {key: value for key, value in implied.items() if key != "epochs"}
-    return validate(implied | given, source=source)
+    given = flatten(overrides or {})
+    if recipe is None:
+        return "settings", given
+    path = find_recipe(recipe)
+    return os.fspath(path), flatten(read_toml(path)) | given
 
 
 def validate(settings: Mapping[str, Any], *, source: str) -> DistillConfig:
@@ -391,7 +350,7 @@ def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def to_toml(config: DistillConfig) -> str:
-    """Writes the resolved configuration as TOML that `resolve` reads back to the same tree."""
+    """Writes the resolved configuration as TOML that reads back to the same tree."""
     import tomli_w
 
     return tomli_w.dumps(config.model_dump(mode="json", exclude_none=True))

@@ -28,14 +28,14 @@ alike take from each other what sets the units off, and with too many none holds
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from phreg.backbones.base import Backbone
-from phreg.registers import initial_registers
+from phreg.registers import add_registers, initial_registers
 from phreg.sinks.locate import Sinks
 from phreg.sinks.units import Reading, UnitReader
 
@@ -65,6 +65,22 @@ def starting_tokens(sinks: Sinks, num_registers: int, seed: int) -> Float[Tensor
         if kinds:
             tokens[register] = torch.stack([next(unused[kind]) for kind in kinds]).mean(0)
     return tokens
+
+
+def add_starting_registers(
+    student: Backbone,
+    sinks: Sinks | None,
+    count: int,
+    init: Literal["triggers", "randn", "trunc-normal", "zeros"],
+    seed: int,
+) -> None:
+    """Adds registers to a model that start as asked; from triggers, at random where no sinks are known."""
+    if init != "triggers":
+        add_registers(student, count, init, seed)
+    elif sinks is None:
+        add_registers(student, count, "randn", seed)
+    elif count:
+        student.insert_registers(starting_tokens(sinks, count, seed))
 
 
 class Relocation:

@@ -37,6 +37,29 @@ def moved_units(sinks: Sinks) -> Units:
     }
 
 
+def add_test_time_registers(backbone: Backbone, sinks: Sinks | None, count: int) -> None:
+    """Adds registers, and the hooks that move a model's sinks into them.
+
+    Args:
+        backbone: The model.
+        sinks: Its sinks, found on images of the size that it is to be used at.
+        count: Registers to add.
+
+    Raises:
+        PhregError: There are none to add, or no hidden unit is known to cause the sinks.
+    """
+    if count < 1:
+        raise PhregError(f"asked for {count} test-time registers; use 1 or more: artifacts are moved there")
+    if sinks is None or not sinks.units:
+        raise PhregError(
+            f"asked for test-time registers on {backbone.describe()}, where no hidden unit was found to "
+            "cause artifacts; use --method relocate, which can do without"
+        )
+    rows, cols = sinks.norms.position_histogram.shape
+    size = (rows * backbone.spec.patch_size[0], cols * backbone.spec.patch_size[1])
+    install(backbone, moved_units(sinks), count, size)
+
+
 def install(
     backbone: Backbone, units: Units, num_registers: int = 1, size: tuple[int, int] | None = None
 ) -> None:

@@ -1,9 +1,7 @@
 """The training loop, from first step to last, in order.
 
-    batch (uint8) ──device──► normalise ──► teacher: target ─┐
-                                       └──► student: features ┴► loss (fp32) ──► step ──► log ──► checkpoint
-
-Where the causes of sinks are known, moving them into the registers is a term of the loss from the first step.
+    batch (uint8) ──device──► normalise ──► task.target ─┐
+                                       └──► task.loss ───┴► backward ──► step ──► log ──► checkpoint
 
 Everything random is a pure function of (seed, step, rank): order, crops and views. A run that was killed and
 resumed therefore goes on to the same weights as one that never was. The loop never waits for the device: a
@@ -35,14 +33,12 @@ from torch import Tensor, nn
 
 from phreg.backbones.base import Backbone
 from phreg.config import DistillConfig
-from phreg.data.crops import BrokenImages, Crops, Order, as_input, loader, middle
+from phreg.data.crops import BrokenImages, Crops, Order, as_input, loader
 from phreg.errors import Interrupted, PhregError, TrainingError
 from phreg.seeding import keyed_generator
-from phreg.sinks.relocation import Relocation
-from phreg.teacher import Teacher
 from phreg.training.checkpoint import RunFolder, load_state, save_state, truncate_log
-from phreg.training.losses import distillation_loss
 from phreg.training.target_cache import KeptTargets
+from phreg.training.task import RetrofitTask
 from phreg.training.trainable import (
     MovingAverage,
     freeze_unused,
@@ -78,38 +74,35 @@ class Outcome:
 
 
 def train(  # noqa: C901 (the loop reads straight down)
-    student: Backbone,
-    teacher: Teacher,
+    task: RetrofitTask,
     images: Crops,
     config: DistillConfig,
     run: RunFolder,
     accelerator: Accelerator,
     observe: Callable[[StepRecord, int], None],
-    relocation: Relocation | None = None,
 ) -> Outcome:
     """Trains a patched model's registers and unlocked weights towards the teacher's targets.
 
     Args:
-        student: The patched model on the accelerator's device, its read-out set; trained in place.
-        teacher: The frozen original.
+        task: The patched model on the accelerator's device, trained in place; its teacher, and the loss.
         images: Training images.
         config: The run's settings.
         run: Where to log and checkpoint; a checkpoint found there is gone on from.
         accelerator: From `start_accelerator`.
         observe: Called on the main process with each step's record, and the number of steps.
-        relocation: Moves the student's sinks into its registers, where their causes are known.
 
     Raises:
         TrainingError: The loss became NaN or infinite.
         Interrupted: SIGTERM or SIGINT came; a checkpoint was written.
     """
-    size = (images.size, images.size)
+    student, size = task.student, (images.size, images.size)
     rank, world, accumulate = accelerator.process_index, accelerator.num_processes, config.optim.accumulate
     order = Order(len(images), config.batch_size, seed=config.seed, rank=rank, world_size=world)
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)  # of LoRA's start, which PEFT draws from the global state
         trained = unlock(student.eval(), config.unlock)
-    trained = freeze_unused(student, trained, config.target, config.loss, size, relocation)
+    with task.running():
+        trained = freeze_unused(task, trained, size)
     optim = optimizer(trained, config.optim)
     average = MovingAverage(trained, config.optim.ema) if config.optim.ema is not None else None
 
@@ -137,8 +130,8 @@ def train(  # noqa: C901 (the loop reads straight down)
     kept_targets = KeptTargets(run.path / "targets", accelerator.device) if config.target.keep else None
     with (
         stop_signals() as stop,
-        relocation.listening() if relocation is not None else nullcontext({}) as hidden,
-        compiled(config.compile, student, teacher.backbone),
+        task.running(),
+        compiled(config.compile, student, task.teacher.backbone),
         run.log.open("a") as log,
     ):
         model = accelerator.prepare_model(student)
@@ -155,18 +148,13 @@ def train(  # noqa: C901 (the loop reads straight down)
                 batch = next(batches)
                 broken.add(batch)
                 names += batch.names
-                whole = as_input(student, batch.images)
-                pixels = middle(whole, images.around)
+                pixels = as_input(student, batch.images)
                 views = keyed_generator("views", config.seed, step, micro, rank)
-                taught = partial(teacher, whole, views, images.around)
+                taught = partial(task.target, pixels, views)
                 target = kept_targets.read(batch.indices.tolist(), taught) if kept_targets else taught()
                 # Processes exchange gradients once a step, with the last accumulated batch.
                 with accelerator.no_sync(model) if micro + 1 < accumulate else nullcontext():
-                    features = model(pixels, config.target.layer, config.target.norm)
-                    loss, terms = distillation_loss(features, target, config.loss)
-                    if relocation is not None and config.loss.relocation:
-                        terms["relocation"] = relocation.loss(hidden, pixels)
-                        loss = loss + config.loss.relocation * terms["relocation"]
+                    loss, terms = task.loss(model, pixels, target)
                     accelerator.backward(loss / accumulate)
                 for name, value in {"loss": loss, **terms}.items():
                     sums[name] = sums.get(name, 0) + value.detach() / accumulate
@@ -193,13 +181,9 @@ def train(  # noqa: C901 (the loop reads straight down)
                     f"stopped after step {step + 1} of {steps}, checkpoint written; go on with --resume"
                 )
         accelerator.unwrap_model(model, keep_fp32_wrapper=False)
-        silenced = relocation.silenced(hidden) if relocation is not None and hidden else []
-        if silenced and config.loss.relocation and accelerator.is_main_process:
-            logger.warning(
-                "no register took over hidden units %s, which cause sinks: these were silenced rather than "
-                "moved; train longer, or with a larger --loss.relocation",
-                ", ".join(silenced),
-            )
+        if accelerator.is_main_process:
+            for warning in task.warnings():
+                logger.warning("%s", warning)
     if kept_targets is not None and accelerator.is_main_process:
         kept_targets.remove()
 

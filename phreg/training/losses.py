@@ -1,10 +1,17 @@
-"""The loss terms, each a mean over everything it is given, computed in fp32.
+"""The loss terms, a class each: scalars over everything they are given, computed in fp32.
 
-    patches   cosine * (1 - mean cosine) + mse * mean squared error     (PH-Reg)
-    pooled    the same two terms on the global output, which the paper leaves unguarded
+    cosine       1 - mean cosine of patches to the target                     (PH-Reg)
+    mse          mean squared error of patches                                (PH-Reg)
+    pooled       both on the global output, which the paper leaves unguarded
+    relocation   sinks fire on registers and not on patches (`phreg.sinks.relocation`)
 
-Weights are those of `LossConfig`; a term of weight 0 is not computed.
+A new term is a class here, with a weight in `LossConfig`, and the methods that use it list it.
 """
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, ClassVar, NamedTuple
 
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -12,6 +19,124 @@ from torch import Tensor
 
 from phreg.backbones.base import Features
 from phreg.config import LossConfig
+from phreg.sinks.relocation import Relocation
+from phreg.sinks.units import Reading
+
+
+class Outputs(NamedTuple):
+    """What the loss of a batch is computed from."""
+
+    images: Float[Tensor, "batch 3 height width"]
+    """What the student saw."""
+    student: Features
+    target: Features
+
+
+class LossTerm(ABC):
+    """One term of the loss.
+
+    Attributes:
+        name: What it is called in log.jsonl.
+        weight: What it is multiplied by in the total; positive.
+    """
+
+    name: ClassVar[str]
+
+    def __init__(self, weight: float) -> None:
+        self.weight = weight
+
+    @abstractmethod
+    def __call__(self, outputs: Outputs) -> Float[Tensor, ""]:
+        """Computes the term, in fp32 and without its weight."""
+
+    def capture(self) -> AbstractContextManager[Any]:
+        """Hooks the student for as long as it trains, where the term needs more than its features."""
+        return nullcontext()
+
+    def warnings(self) -> list[str]:
+        """Says what the last batch shows to have gone wrong."""
+        return []
+
+
+class Cosine(LossTerm):
+    """Cosine distance of patch features."""
+
+    name = "cosine"
+
+    def __call__(self, outputs: Outputs) -> Float[Tensor, ""]:
+        """Computes the term."""
+        return cosine_distance(outputs.student.patches, outputs.target.patches)
+
+
+class SquaredError(LossTerm):
+    """Mean squared error of patch features."""
+
+    name = "mse"
+
+    def __call__(self, outputs: Outputs) -> Float[Tensor, ""]:
+        """Computes the term."""
+        return F.mse_loss(outputs.student.patches.float(), outputs.target.patches.float())
+
+
+class Pooled(LossTerm):
+    """Cosine distance plus squared error of the global output, over the target's mean square."""
+
+    name = "pooled"
+
+    def __call__(self, outputs: Outputs) -> Float[Tensor, ""]:
+        """Computes the term."""
+        return pooled_loss(outputs.student.pooled, outputs.target.pooled)
+
+
+class RelocationTerm(LossTerm):
+    """Asks the hidden units that cause sinks to fire on registers, and not on patches.
+
+    Args:
+        weight: Its weight.
+        relocation: The units, and what is asked of them.
+    """
+
+    name = "relocation"
+
+    def __init__(self, weight: float, relocation: Relocation) -> None:
+        super().__init__(weight)
+        self.relocation = relocation
+        self._captured: dict[int, Reading] = {}
+
+    def __call__(self, outputs: Outputs) -> Float[Tensor, ""]:
+        """Computes the term."""
+        return self.relocation.loss(self._captured, outputs.images)
+
+    @contextmanager
+    def capture(self) -> Iterator[None]:
+        """Reads the units as the student runs."""
+        with self.relocation.listening() as self._captured:
+            yield
+
+    def warnings(self) -> list[str]:
+        """Names units that fire nowhere any more."""
+        silenced = self.relocation.silenced(self._captured)
+        if not silenced:
+            return []
+        return [
+            f"no register took over hidden units {', '.join(silenced)}, which cause sinks: these were "
+            "silenced rather than moved; train longer, or with a larger --loss.relocation"
+        ]
+
+
+def distillation_terms(config: LossConfig) -> list[LossTerm]:
+    """Lists the terms between student and target; those of weight 0 are left out."""
+    terms = [Cosine(config.cosine), SquaredError(config.mse), Pooled(config.pooled)]
+    return [term for term in terms if term.weight]
+
+
+def total_loss(
+    terms: Sequence[LossTerm], outputs: Outputs
+) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
+    """Adds up terms by their weights; returns the total, and each term without its weight by name."""
+    values = {term.name: term(outputs) for term in terms}
+    weighted = (term.weight * values[term.name] for term in terms)
+    return sum(weighted, start=outputs.student.patches.new_zeros(())), values
 
 
 def cosine_distance(
@@ -21,22 +146,6 @@ def cosine_distance(
     student, target = student.float(), target.float()
     norms = (student.norm(dim=-1) + 1e-8) * (target.norm(dim=-1) + 1e-8)
     return 1 - ((student * target).sum(-1) / norms).mean()
-
-
-def distillation_loss(
-    student: Features, target: Features, config: LossConfig
-) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
-    """The distillation loss and its terms by name, unweighted; terms of weight 0 are left out."""
-    weighted = {
-        "cosine": (config.cosine, lambda: cosine_distance(student.patches, target.patches)),
-        "mse": (config.mse, lambda: F.mse_loss(student.patches.float(), target.patches.float())),
-        "pooled": (config.pooled, lambda: pooled_loss(student.pooled, target.pooled)),
-    }
-    terms = {name: term() for name, (weight, term) in weighted.items() if weight}
-    loss = sum(
-        (weighted[name][0] * term for name, term in terms.items()), start=student.patches.new_zeros(())
-    )
-    return loss, terms
 
 
 def pooled_loss(student: Float[Tensor, "batch dim"], target: Float[Tensor, "batch dim"]) -> Float[Tensor, ""]:

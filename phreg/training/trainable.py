@@ -8,17 +8,15 @@ weights before anything is saved.
 import logging
 import math
 from collections.abc import Mapping
-from contextlib import nullcontext
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from phreg.backbones.base import Backbone
-from phreg.config import LossConfig, OptimConfig, TargetConfig, UnlockConfig
+from phreg.config import OptimConfig, UnlockConfig
 from phreg.errors import ConfigError
-from phreg.sinks.relocation import Relocation
-from phreg.training.losses import distillation_loss
+from phreg.training.task import RetrofitTask
 
 logger = logging.getLogger(__name__)
 
@@ -79,29 +77,22 @@ def expand_roles(backbone: Backbone, roles: tuple[str, ...]) -> list[str]:
 
 
 def freeze_unused(
-    backbone: Backbone,
-    trained: dict[str, nn.Parameter],
-    target: TargetConfig,
-    loss: LossConfig,
-    size: tuple[int, int],
-    relocation: Relocation | None = None,
+    task: RetrofitTask, trained: dict[str, nn.Parameter], size: tuple[int, int]
 ) -> dict[str, nn.Parameter]:
     """Freezes again what the loss does not reach, found by one backward pass on a blank image.
 
     A value-only read-out leaves out the last block's queries, keys and MLP, and a loss on an inner block all
     later ones. Weight decay would shrink them, and distributed training would wait for their gradients.
 
+    Args:
+        task: What is trained, running.
+        trained: The unlocked parameters, by name.
+        size: Height and width of the images.
+
     Raises:
         ConfigError: The loss has no terms.
     """
-    blank = torch.zeros(1, 3, *size, device=backbone.device, dtype=backbone.dtype)
-    with relocation.listening() if relocation is not None else nullcontext({}) as hidden:
-        features = backbone(blank, target.layer, target.norm)
-    # Against a target unlike anything, so that no gradient is zero by coincidence.
-    unlike = type(features)(torch.ones_like(features.patches), torch.ones_like(features.pooled))
-    total, _ = distillation_loss(features, unlike, loss)
-    if relocation is not None and loss.relocation:
-        total = total + relocation.loss(hidden, blank)
+    total = task.probe(size)
     if not total.requires_grad:
         raise ConfigError(
             "settings",
@@ -114,7 +105,7 @@ def freeze_unused(
     unused = [name for name, parameter in trained.items() if parameter.grad is None]
     for name in unused:
         trained[name].requires_grad_(False)
-    backbone.zero_grad(set_to_none=True)
+    task.student.zero_grad(set_to_none=True)
     if unused:
         logger.info(
             "the loss does not reach %d unlocked tensors, which stay frozen: %s",
@@ -220,14 +211,6 @@ def _inject_lora(backbone: Backbone, config: UnlockConfig) -> None:
     """Puts adapters on every linear layer and attention projection of the last blocks."""
     from peft import LoraConfig, inject_adapter_in_model
 
-    if backbone.readout != "plain":
-        raise ConfigError(
-            "settings",
-            [
-                f"unlock.lora.rank: a {backbone.readout} read-out takes the last block apart, past its LoRA; "
-                'use target.student_readout = "plain" or unlock whole blocks'
-            ],
-        )
     names = {id(module): name for name, module in backbone.model.named_modules()}
     inside = [module for block in list(backbone.blocks)[-config.lora.blocks :] for module in block.modules()]
     fused = [module for module in inside if isinstance(module, nn.MultiheadAttention)]

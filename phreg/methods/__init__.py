@@ -1,0 +1,54 @@
+"""The methods of `phreg distill`, by name. A new one is a module here and a line in `METHODS`."""
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from phreg.config import DistillConfig, read_settings, validate
+from phreg.errors import ConfigError
+from phreg.methods import paper, relocate, test_time
+from phreg.methods.base import Method
+
+METHODS: dict[str, Method] = {
+    method.name: method for method in (relocate.METHOD, paper.METHOD, test_time.METHOD)
+}
+
+
+def resolve(
+    recipe: str | os.PathLike[str] | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    *,
+    clip: bool = False,
+) -> DistillConfig:
+    """Builds the configuration of a run.
+
+    Args:
+        recipe: Name of a shipped recipe, or path of a TOML file.
+        overrides: Settings that win over the recipe, by dotted key (`{"optim.lr": 1e-3}`) or nested.
+        clip: Whether the model is CLIP-type: what a method implies may differ for those.
+
+    Raises:
+        ConfigError: Any setting is wrong; all problems are listed.
+    """
+    source, given = read_settings(recipe, overrides)
+    name = given.get("method", DistillConfig.model_fields["method"].default)
+    method = METHODS.get(name)
+    problems = []
+    if method is None:
+        problems.append(f"method: no method {name!r}; there are {', '.join(METHODS)}")
+    elif not method.trains:
+        problems += [
+            f"{key}: method {name} trains nothing, found {given[key]}; leave it out, or choose another method"
+            for key in ("steps", "epochs")
+            if given.get(key) is not None
+        ]
+    implied = dict(method.implied(clip=clip)) if method is not None else {}
+    if "steps" in given:  # which says the same in another way
+        implied.pop("epochs", None)
+    try:
+        config = validate(implied | given, source=source)
+    except ConfigError as error:
+        raise ConfigError(source, [*problems, *error.problems]) from error
+    if problems:
+        raise ConfigError(source, problems)
+    return config

@@ -1,0 +1,39 @@
+"""The default: moves the model's sinks into registers, and distils the model from its own views meanwhile."""
+
+import logging
+from typing import TYPE_CHECKING
+
+from phreg.config import DistillConfig
+from phreg.methods.base import Method
+
+if TYPE_CHECKING:
+    from phreg.backbones.base import Backbone
+    from phreg.sinks.locate import Sinks
+    from phreg.training.losses import LossTerm
+
+logger = logging.getLogger(__name__)
+
+
+def add(student: "Backbone", sinks: "Sinks | None", config: DistillConfig) -> "list[LossTerm]":
+    """Adds registers that start from what sets the sinks off, and a term that moves the sinks there."""
+    from phreg.sinks.relocation import Relocation, add_starting_registers
+    from phreg.training.losses import RelocationTerm
+
+    add_starting_registers(student, sinks, config.registers, config.register_init, config.seed)
+    if sinks is None:
+        return []
+    if not sinks.units or not config.registers:
+        reason = "there are no registers" if sinks.units else "no hidden unit explains them"
+        logger.warning("the sinks stay where they are: %s; distilling without relocation", reason)
+        return []
+    if not config.loss.relocation:
+        return []
+    return [RelocationTerm(config.loss.relocation, Relocation(student, sinks))]
+
+
+METHOD = Method(
+    name="relocate",
+    summary="find the sinks, move them into the registers, and distil meanwhile",
+    add=add,
+    settings={"epochs": 8, "views.fill": "surroundings"},
+)

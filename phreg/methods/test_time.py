@@ -1,0 +1,28 @@
+"""Test-time registers: the sinks are moved by hooks, and nothing trains."""
+
+from typing import TYPE_CHECKING
+
+from phreg.config import DistillConfig
+from phreg.methods.base import Method
+
+if TYPE_CHECKING:
+    from phreg.backbones.base import Backbone
+    from phreg.sinks.locate import Sinks
+    from phreg.training.losses import LossTerm
+
+
+def add(student: "Backbone", sinks: "Sinks | None", config: DistillConfig) -> "list[LossTerm]":
+    """Adds test-time registers."""
+    from phreg.sinks.test_time import add_test_time_registers
+
+    add_test_time_registers(student, sinks, config.registers)
+    return []
+
+
+METHOD = Method(
+    name="test-time",
+    summary="move the sinks into one register by a hook, without training",
+    add=add,
+    settings={"registers": 1},
+    trains=False,
+)

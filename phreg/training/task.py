@@ -1,0 +1,94 @@
+"""What is trained: a student, its frozen teacher, and the loss terms between them.
+
+    images ──teacher──► target ──┐
+       └─────student──► features ┴──terms──► total, each term by name
+
+The loop asks a task for targets and losses, and knows neither methods nor read-outs.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from phreg.backbones.base import Backbone, Features
+from phreg.backbones.readout import read_as
+from phreg.config import TargetConfig
+from phreg.data.crops import middle
+from phreg.teacher import Teacher
+from phreg.training.losses import LossTerm, Outputs, total_loss
+
+
+class RetrofitTask:
+    """A student with registers that learns from the frozen model it was made from.
+
+    Args:
+        student: The patched model, on its device.
+        teacher: The frozen original, averaged over views.
+        terms: The terms of the loss.
+        config: What of both models is compared, and how their last block is read.
+        around: Rows and columns of context that images come with, in pixels on each side.
+    """
+
+    def __init__(
+        self,
+        student: Backbone,
+        teacher: Teacher,
+        terms: Sequence[LossTerm],
+        config: TargetConfig,
+        around: tuple[int, int] = (0, 0),
+    ) -> None:
+        self.student = student
+        self.teacher = teacher
+        self.terms = terms
+        self.config = config
+        self.around = around
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Sets read-outs and captures what terms need; both models are read as before when it ends."""
+        with ExitStack() as stack:
+            stack.enter_context(read_as(self.teacher.backbone, self.config.teacher_readout))
+            stack.enter_context(read_as(self.student, self.config.student_readout))
+            for term in self.terms:
+                stack.enter_context(term.capture())
+            yield
+
+    def target(self, images: Float[Tensor, "batch 3 height width"], generator: torch.Generator) -> Features:
+        """Makes the target of images that come with their context; the generator decides the views."""
+        return self.teacher(images, generator, self.around)
+
+    def loss(
+        self, model: nn.Module, images: Float[Tensor, "batch 3 height width"], target: Features
+    ) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
+        """Computes the loss of a batch.
+
+        Args:
+            model: The student, as it was prepared for training (autocast, several processes).
+            images: Normalised images with their context.
+            target: Of the same images.
+
+        Returns:
+            The total, and each term without its weight by name, all fp32.
+        """
+        seen = middle(images, self.around)
+        features = model(seen, self.config.layer, self.config.norm)
+        return total_loss(self.terms, Outputs(seen, features, target))
+
+    def probe(self, size: tuple[int, int]) -> Float[Tensor, ""]:
+        """Computes a loss that reaches all weights a run can reach: of a blank image, against ones.
+
+        Args:
+            size: Height and width of the run's images.
+        """
+        blank = torch.zeros(1, 3, *size, device=self.student.device, dtype=self.student.dtype)
+        features = self.student(blank, self.config.layer, self.config.norm)
+        # Unlike any features, so that no gradient is zero by coincidence.
+        unlike = Features(torch.ones_like(features.patches), torch.ones_like(features.pooled))
+        return total_loss(self.terms, Outputs(blank, features, unlike))[0]
+
+    def warnings(self) -> list[str]:
+        """Says what the last batch shows to have gone wrong."""
+        return [warning for term in self.terms for warning in term.warnings()]
