@@ -19,20 +19,20 @@ leaves the units of another silent.
 
 import logging
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from phreg.analysis.attention import attention_weights
 from phreg.analysis.norms import NormReport, outlier_mask, outliers
 from phreg.analysis.positions import fixed_share
 from phreg.backbones.base import Backbone
 from phreg.errors import UnsupportedModelError
-from phreg.sinks.units import UnitReader, ahead_of, reading_units
+from phreg.sinks.kinds import sort_into_kinds
+from phreg.sinks.units import Unit, UnitReader, ahead_of, by_block, holding, reading_units
 
 logger = logging.getLogger(__name__)
 
@@ -59,36 +59,6 @@ TRACED = 16
 
 CHAIN_SHARE = 0.05
 """Smallest share of the units' excess that an upstream unit has to carry to be named."""
-
-
-@dataclass(frozen=True)
-class Unit:
-    """One hidden unit of an MLP.
-
-    Attributes:
-        block: Index of its block.
-        index: Its index among the block's hidden units.
-        level: Its activation on the outliers it answers to.
-        ordinary: Its mean activation on all other patches.
-        share: For a cause, its share of what the MLP writes into outliers and not into others; for an
-            upstream unit, its share of what sets the causes off, to first order. Shares add up to 1 over all
-            units, those that work against it being negative, so that one alone can exceed 1.
-        kind: For a cause, the number of its kind, from 0; None for an upstream unit.
-        fed: For a cause, what its activation is computed from at its level: one pre-activation in a plain
-            MLP, two in a gated one; none for an upstream unit.
-    """
-
-    block: int
-    index: int
-    level: float
-    ordinary: float
-    share: float
-    kind: int | None = 0
-    fed: tuple[float, ...] = ()
-
-    def to_json(self) -> dict[str, Any]:
-        """Returns what JSON can hold."""
-        return asdict(self) | {"fed": list(self.fed)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,12 +108,6 @@ class Sinks:
         }
 
 
-def by_block(units: Sequence[Unit]) -> dict[int, list[Unit]]:
-    """Sorts units by block, first to last; those of a block stay in their order."""
-    blocks = sorted({unit.block for unit in units})
-    return {block: [unit for unit in units if unit.block == block] for block in blocks}
-
-
 @torch.no_grad()
 def locate(backbone: Backbone, batches: Sequence[Images], norms: NormReport | None = None) -> Sinks | None:
     """Finds a model's sinks and what causes them.
@@ -175,7 +139,9 @@ def locate(backbone: Backbone, batches: Sequence[Images], norms: NormReport | No
         found = tried
         if found.count <= (1 - GONE) * plain.count:
             break
-    units, members = _kinds(backbone, batches, plain, _fed(backbone, batches, plain, found.units))
+    units, members = sort_into_kinds(
+        backbone, batches, plain.masks, _fed(backbone, batches, plain, found.units)
+    )
     return Sinks(
         norms=norms,
         block=emergence,
@@ -219,7 +185,7 @@ def _remaining(
     masks = []
     for images in batches:
         layout = backbone.layout(images)
-        with _holding(backbone, units):
+        with holding(backbone, units):
             tokens = backbone.block_tokens(images, blocks)
         found = {
             block: outlier_mask(layout.patches(value).float().norm(dim=-1), norms.blocks[block].gap)
@@ -230,31 +196,6 @@ def _remaining(
             beyond[block] += int(found[block][found[focus]].sum())
     total = beyond[focus]
     return _Outliers(units, masks, next((block for block in blocks if beyond[block] > total / 2), focus))
-
-
-@contextmanager
-def _holding(backbone: Backbone, units: Sequence[Unit]) -> Iterator[None]:
-    """Holds units of patches at their ordinary level while the model runs."""
-    with ExitStack() as stack:
-        for block, held in by_block(units).items():
-            mlp = backbone.mlp(block)
-            assert mlp is not None  # units were found there
-            stack.enter_context(ahead_of(mlp.down, _Hold(held, backbone.spec.num_prefix)))
-        yield
-
-
-class _Hold:
-    """A pre-hook that holds units of patches at their ordinary level."""
-
-    def __init__(self, units: Sequence[Unit], start: int) -> None:
-        self.index = [unit.index for unit in units]
-        self.ordinary = [unit.ordinary for unit in units]
-        self.start = start
-
-    def __call__(self, _module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
-        hidden = args[0].clone()
-        hidden[:, self.start :, self.index] = hidden.new_tensor(self.ordinary)
-        return (hidden,)
 
 
 def _name_units(backbone: Backbone, batches: Sequence[Images], found: _Outliers) -> tuple[Unit, ...]:
@@ -304,7 +245,7 @@ def _levels(
     counts = torch.zeros(2, dtype=torch.float64)
     for images, mask in zip(batches, found.masks, strict=True):
         # Read first: a held unit is measured as it would be.
-        with reading_units(backbone, blocks) as hidden, _holding(backbone, found.units):
+        with reading_units(backbone, blocks) as hidden, holding(backbone, found.units):
             backbone.run(images)
         counts += torch.tensor([int(mask.sum()), int((~mask).sum())])
         for block, value in hidden.items():
@@ -344,51 +285,6 @@ def _fed(
             sums[block] = sums.get(block, 0) + part.cpu().double()
     feeds = {block: (total[:, :-1] / total[:, -1:]).tolist() for block, total in sums.items()}
     return tuple(replace(unit, fed=tuple(feeds[unit.block].pop(0))) for unit in units)
-
-
-def _kinds(
-    backbone: Backbone, batches: Sequence[Images], plain: _Outliers, units: tuple[Unit, ...]
-) -> tuple[tuple[Unit, ...], list[list[Bool[Tensor, "_ patches"]]]]:
-    """Sorts units, and outliers, into kinds of sink: units answering mostly to the same outliers are one.
-
-    Returns:
-        The units, each with its kind, and for each kind its outliers, batch by batch.
-    """
-    if len(units) < 2:
-        return units, [plain.masks]
-    level = torch.cat(list(_relative_levels(backbone, batches, plain, units)))
-    fires = (level > 0.5) | (level == level.amax(0))  # every unit answers to some
-    both = fires.T.float() @ fires.float()
-    alone = both.diagonal()
-    alike = both > torch.minimum(alone, alone[:, None]) / 2
-    first = torch.arange(len(units))
-    for _ in units:  # the first unit that each is connected with, one step further at a time
-        first = torch.where(alike, first, len(units)).amin(1)
-    kinds = first.unique(return_inverse=True)[1].tolist()
-    units = tuple(replace(unit, kind=kind) for unit, kind in zip(units, kinds, strict=True))
-    if max(kinds) == 0:
-        return units, [plain.masks]
-    members = []
-    for kind in range(max(kinds) + 1):
-        own = fires[:, [unit.kind == kind for unit in units]].any(1).to(plain.masks[0].device)
-        parts = own.split([int(mask.sum()) for mask in plain.masks])
-        members.append(
-            [mask.masked_scatter(mask, part) for mask, part in zip(plain.masks, parts, strict=True)]
-        )
-    return units, members
-
-
-def _relative_levels(
-    backbone: Backbone, batches: Sequence[Images], plain: _Outliers, units: tuple[Unit, ...]
-) -> Iterator[Float[Tensor, "_ units"]]:
-    """Reads units on each outlier, batch by batch, from 0, as on ordinary patches, to 1, at their level."""
-    ordinary, level = torch.tensor([(unit.ordinary, unit.level) for unit in units]).T
-    for images, mask in zip(batches, plain.masks, strict=True):
-        with reading_units(backbone, sorted({unit.block for unit in units})) as hidden:
-            backbone.run(images)
-        layout = backbone.layout(images)
-        found = [layout.patches(hidden[unit.block])[mask][:, unit.index].float().cpu() for unit in units]
-        yield (torch.stack(found, dim=1) - ordinary) / (level - ordinary)
 
 
 def _triggers(

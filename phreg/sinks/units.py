@@ -1,7 +1,8 @@
-"""Reads hidden units of MLPs, and what feeds them, while a model runs."""
+"""Hidden units of MLPs: what is known of one, and reading or holding some while a model runs."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -9,6 +10,67 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from phreg.backbones.base import Backbone
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One hidden unit of an MLP.
+
+    Attributes:
+        block: Index of its block.
+        index: Its index among the block's hidden units.
+        level: Its activation on the outliers it answers to.
+        ordinary: Its mean activation on all other patches.
+        share: For a cause, its share of what the MLP writes into outliers and not into others; for an
+            upstream unit, its share of what sets the causes off, to first order. Shares add up to 1 over all
+            units, those that work against it being negative, so that one alone can exceed 1.
+        kind: For a cause, the number of its kind, from 0; None for an upstream unit.
+        fed: For a cause, what its activation is computed from at its level: one pre-activation in a plain
+            MLP, two in a gated one; none for an upstream unit.
+    """
+
+    block: int
+    index: int
+    level: float
+    ordinary: float
+    share: float
+    kind: int | None = 0
+    fed: tuple[float, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns what JSON can hold."""
+        return asdict(self) | {"fed": list(self.fed)}
+
+
+def by_block(units: Sequence[Unit]) -> dict[int, list[Unit]]:
+    """Sorts units by block, first to last; those of a block stay in their order."""
+    blocks = sorted({unit.block for unit in units})
+    return {block: [unit for unit in units if unit.block == block] for block in blocks}
+
+
+@contextmanager
+def holding(backbone: Backbone, units: Sequence[Unit]) -> Iterator[None]:
+    """Holds units of patches at their ordinary level while the model runs."""
+    with ExitStack() as stack:
+        for block, held in by_block(units).items():
+            mlp = backbone.mlp(block)
+            assert mlp is not None  # units were found there
+            stack.enter_context(ahead_of(mlp.down, _Hold(held, backbone.spec.num_prefix)))
+        yield
+
+
+class _Hold:
+    """A pre-hook that holds units of patches at their ordinary level."""
+
+    def __init__(self, units: Sequence[Unit], start: int) -> None:
+        self.index = [unit.index for unit in units]
+        self.ordinary = [unit.ordinary for unit in units]
+        self.start = start
+
+    def __call__(self, _module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+        hidden = args[0].clone()
+        hidden[:, self.start :, self.index] = hidden.new_tensor(self.ordinary)
+        return (hidden,)
 
 
 @contextmanager
