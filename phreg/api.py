@@ -6,7 +6,6 @@
 How anything is done is told in the module that does it; here is only the order.
 """
 
-import copy
 import logging
 import os
 import tempfile
@@ -22,7 +21,7 @@ from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
 from phreg import config as configuration
-from phreg import demo
+from phreg import demo, methods
 from phreg.analysis.inspection import Inspection, look
 from phreg.analysis.norms import NormReport, outliers
 from phreg.backbones import hub, resolve
@@ -31,13 +30,12 @@ from phreg.backbones.readout import read_as, set_readout
 from phreg.backbones.resolve import Base, adapt, display_name
 from phreg.config import DistillConfig, ViewsConfig
 from phreg.data.crops import MEASURED_AT_ONCE, Crops, centre_crops, split, spread
-from phreg.data.sources import open_images
+from phreg.data.sources import ImageSource, open_images
 from phreg.distillation import (
-    add_configured,
-    add_test_time,
     check_trainable,
     compare_with_original,
     save,
+    write_comparison,
 )
 from phreg.errors import ConfigError, DataError, PhregError, PushError
 from phreg.evaluation.before_after import Comparison, failed_gates
@@ -53,17 +51,22 @@ from phreg.formats import publish
 from phreg.formats.export import Equality
 from phreg.formats.load import open_into, open_model, open_saved, record_of, tell_failures
 from phreg.inspection.images import labelled, larger
+from phreg.methods import METHODS
 from phreg.report.canvas import save_png
 from phreg.report.discoveries import discovery_figure
 from phreg.report.folder import check_output, write_inspection
 from phreg.report.html import Origin
 from phreg.report.page import InspectionReport
+from phreg.rollback import ModelState, rollback_on_error, to_fp32, unchanged
 from phreg.seeding import keyed_generator
+from phreg.sinks import test_time
 from phreg.sinks.locate import Sinks, locate
 from phreg.storage import OWN_FORMATS
 from phreg.teacher import Teacher
 from phreg.training.checkpoint import RunFolder, check_free, leaving_no_trace, start_run
-from phreg.training.loop import Outcome, StepRecord, start_accelerator, train
+from phreg.training.loop import Outcome, StepRecord, deterministic_kernels, start_accelerator, train
+from phreg.training.losses import distillation_terms
+from phreg.training.task import RetrofitTask
 from phreg.views import surroundings
 
 Model = str | os.PathLike[str] | nn.Module
@@ -84,8 +87,9 @@ class Distilled:
     """What `distill` made.
 
     Attributes:
-        model: The patched model, of its ordinary class, in eval mode; as it was, where there was nothing to
-            repair.
+        model: The patched model, of its ordinary class, on the device it was trained on. An instance has the
+            precision, the mode and each parameter's `requires_grad` that it came with; where there was
+            nothing to repair, it is as it was.
         run: Its run folder.
         sinks: The sinks that were found; None where there were none, or the method does not look for them.
         outcome: Steps, images, seconds and skipped files; None where there was nothing to repair.
@@ -119,7 +123,8 @@ def distill(
 
     Args:
         model: A hub id, a timm or open_clip name, a folder, or an instance, which is then patched in place.
-            This and the next two may come from the recipe instead.
+            Whatever ends the call early leaves an instance exactly as it was. This and the next two may come
+            from the recipe instead.
         images: A folder, a text file of paths, tar shards, or a Hugging Face dataset.
         output: Run folder to write: recipe.toml, log.jsonl, state/, model/, report/.
         recipe: Name of a shipped recipe, or path of a TOML file.
@@ -140,7 +145,7 @@ def distill(
     if resume and recipe is None and output is not None and RunFolder(Path(output)).recipe.is_file():
         recipe = RunFolder(Path(output)).recipe  # what is not said again stays as it was
     # Now, so that a typo costs no download; and once more when it is known whether the model is CLIP-type.
-    early = configuration.resolve(recipe, given)
+    early = methods.resolve(recipe, given)
     missing = [key for key in asked if getattr(early, key) is None]
     if missing:
         raise ConfigError(
@@ -156,11 +161,25 @@ def distill(
             f"{early.model} has {student.num_registers} registers from phreg already; "
             f"distil what it was made from: {base.source}"
         )
-    config = configuration.resolve(recipe, given, clip=student.projection is not None)
+    config = methods.resolve(recipe, given, clip=student.projection is not None)
     side = config.size or student.spec.input_size[0]
     config = config.model_copy(update={"size": side})
     student.check_size((side, side))
+    with rollback_on_error(student) as before, deterministic_kernels(wanted=config.deterministic):
+        return _distill(before, base, source, config, resume=resume, observe=observe)
 
+
+def _distill(
+    before: ModelState[Backbone],
+    base: Base,
+    source: ImageSource,
+    config: DistillConfig,
+    *,
+    resume: bool,
+    observe: Observer | None,
+) -> Distilled:
+    """Retrofits a model whose state was noted; settings and images are as they were asked for."""
+    student, side = before.model, config.size or before.model.spec.input_size[0]
     run = RunFolder(Path(config.output or ""))
     accelerator = start_accelerator(config, run)
     kept, measured, held_out = split(source, config)
@@ -172,25 +191,28 @@ def distill(
             start_run(run.path, config, resume=resume)
         accelerator.wait_for_everyone()
 
-        student.eval().to(accelerator.device)
-        original = copy.deepcopy(student).requires_grad_(False)
+        original = before.frozen_twin()
+        for each in (original, student):
+            to_fp32(each.eval().to(accelerator.device))
         logger.info("looking for sinks on up to %d images", config.sinks.images)
         seen = list(centre_crops(original, spread(kept, config.sinks.images), side))
         norms = outliers(original, seen)
         # The paper's method has no use for their causes.
-        sinks = locate(original, seen, norms) if config.method != "paper" else None
+        sinks = locate(original, seen, norms) if METHODS[config.method].needs_sinks else None
         if norms.emergence_block is None and not config.force:
-            return _nothing_to_repair(run, student, base, accelerator, seen, norms)
+            verdict = _nothing_to_repair(run, student, base, accelerator, seen, norms)
+            before.restore()
+            return verdict
 
         if config.target.native_size:
             student.set_input_size((side, side))
-        set_readout(original, config.target.teacher_readout)
-        set_readout(student, config.target.student_readout)
         student.trained_readout = config.target.student_readout
         apart = "kept apart to measure on" if held_out else "of them measured on too"
         logger.info("retrofitting on %d images, %d %s", len(kept), len(measured), apart)
         outcome = _retrofit(student, original, sinks, crops, config, run, accelerator, observe)
 
+    before.restore_precision()
+    to_fp32(student)  # rounded as it is handed out, and measured so
     comparison = None
     if accelerator.is_main_process:
         looked_at = list(centre_crops(student, measured, side, around))
@@ -199,11 +221,15 @@ def distill(
             comparison = compare_with_original(
                 original, student, looked_at, around, config, base, held_out=held_out
             )
-        set_readout(original, "plain")
-        set_readout(student, "plain")
+    if comparison is not None:
+        write_comparison(run, student, original, base, config, sinks, comparison)
+    before.restore_precision()
+    before.restore_precision(original)
+    if accelerator.is_main_process:
         save(run, student, original, base, config, outcome, sinks, comparison)
     accelerator.wait_for_everyone()
     accelerator.end_training()
+    before.restore_settings()
     return Distilled(
         model=student.model,
         run=run.path,
@@ -255,13 +281,14 @@ def load(
         LoadError: phreg did not write it, its base cannot be found, or its weights or its base's are others.
     """
     found = resolve.locate(path, revision)
-    if into is None:
-        model = open_saved(found)[0].model
-    else:
-        open_into(found, into)
-        model = into
-    tell_failures(found)
-    return model.eval() if device is None else model.eval().to(device)
+    with rollback_on_error(into) if into is not None else nullcontext():
+        if into is None:
+            model = open_saved(found)[0].model
+        else:
+            open_into(found, into)
+            model = into
+        tell_failures(found)
+        return model.eval() if device is None else model.eval().to(device)
 
 
 def export(
@@ -400,7 +427,7 @@ def add_test_time_registers(
     The cheapest repair, and not the best (`phreg.sinks.test_time`); `remove_registers` undoes it.
 
     Args:
-        model: Any supported model; put in eval mode.
+        model: Any supported model; put in eval mode. Whatever ends the call early leaves it as it was.
         images: Normalised images to find the artifacts and their causes on, a few dozen at least, of the size
             that the model is to be used at.
         num_registers: Registers to add.
@@ -412,7 +439,13 @@ def add_test_time_registers(
         PhregError: The model has no artifacts, or no hidden unit causes them, or it has registers already.
     """
     backbone = adapt(model)
-    backbone.eval()
+    with rollback_on_error(backbone):
+        _add_test_time_registers(backbone.eval(), images, num_registers)
+    return model
+
+
+def _add_test_time_registers(backbone: Backbone, images: Tensor, num_registers: int) -> None:
+    """Finds a model's artifacts and moves them."""
     images = _checked(backbone, images)
     if not len(images):
         raise DataError("asked for test-time registers found on no images; give a few dozen at least")
@@ -427,8 +460,7 @@ def add_test_time_registers(
             f"asked for test-time registers on {backbone.describe()}, whose norms on {len(images)} images "
             "show no artifacts in any block; there is nothing to repair, unless more images show some"
         )
-    add_test_time(backbone, sinks, num_registers)
-    return model
+    test_time.add_test_time_registers(backbone, sinks, num_registers)
 
 
 def inspect(
@@ -508,7 +540,8 @@ def evaluate(
     """Measures models in a task, side by side: see `phreg.evaluation.tasks.table.TASKS`.
 
     Args:
-        models: One or more, in any form that `distill` takes, patched or not.
+        models: One or more, in any form that `distill` takes, patched or not. Instances come back as they
+            were, in their own mode and on their own device.
         task: Name of the task.
         data: Where its images and labels are.
         output: Folder to write results.json, results.md and, of object discovery, maps.png to, and single
@@ -575,9 +608,10 @@ def evaluate(
             observe or (lambda *_: None),
             look_closer,
         )
-        results = compare_models(
-            suite, list(_named(models)), against, lambda name: open_model(named[name])[0]
-        )
+        with unchanged(*(model for model in named.values() if isinstance(model, nn.Module))):
+            results = compare_models(
+                suite, list(_named(models)), against, lambda name: open_model(named[name])[0]
+            )
         if found:
             save_png(folder / MAPS, discovery_figure(_short(found)))
     if gate is not None:
@@ -666,9 +700,24 @@ def _look(
     observe: Progress,
 ) -> Inspection:
     """Looks at one of the models that `inspect` was asked about."""
-    backbone = open_model(model)[0].eval()
-    if device is not None or not isinstance(model, nn.Module):
-        backbone.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    backbone = open_model(model)[0]
+    with unchanged(*([backbone] if isinstance(model, nn.Module) else [])):
+        if device is not None or not isinstance(model, nn.Module):
+            backbone.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        return _look_at(backbone.eval(), name, images, size, count, labels, queries, observe)
+
+
+def _look_at(
+    backbone: Backbone,
+    name: str,
+    images: Images | Tensor,
+    size: int | None,
+    count: int,
+    labels: Images | None,
+    queries: Sequence[str],
+    observe: Progress,
+) -> Inspection:
+    """Looks at an opened model, where it is."""
     if isinstance(images, str | os.PathLike):
         side = size or backbone.spec.input_size[0]
         backbone.check_size((side, side))
@@ -724,14 +773,14 @@ def _retrofit(
     observe: Observer | None,
 ) -> Outcome:
     """Adds registers by the method asked for, and trains them where it does."""
-    if config.method == "test-time":
-        add_test_time(student, sinks, config.registers)
+    method = METHODS[config.method]
+    added = method.add(student, sinks, config)
+    if not method.trains:
         return Outcome(steps=0, images=0, seconds=0.0, trained=0, skipped=[])
-    relocation = add_configured(student, sinks, config)
-    bf16 = accelerator.mixed_precision == "bf16"
-    teacher = Teacher(original, config.views, config.target, bf16=bf16)
-    observe = observe or (lambda *_: None)
-    return train(student, teacher, crops, config, run, accelerator, observe, relocation)
+    teacher = Teacher(original, config.views, config.target, bf16=accelerator.mixed_precision == "bf16")
+    terms = [*distillation_terms(config.loss), *added]
+    task = RetrofitTask(student, teacher, terms, config.target, crops.around)
+    return train(task, crops, config, run, accelerator, observe or (lambda *_: None))
 
 
 def _nothing_to_repair(

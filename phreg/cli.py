@@ -28,6 +28,7 @@ from tyro.extras import SubcommandApp
 
 from phreg import __version__, config
 from phreg.errors import ConfigError, GateError, Interrupted, PhregError
+from phreg.methods import METHODS
 from phreg.storage import ADAPTER_FORMAT, Format
 
 app = SubcommandApp()
@@ -56,7 +57,11 @@ def _flags(section: type[BaseModel] = config.DistillConfig, prefix: str = "") ->
         # A flag that is not given is unset; none needs a way to say None.
         kinds = tuple(kind for kind in get_args(kind) if kind is not NoneType)
         kind = Union[kinds] if get_origin(kind) in (Union, UnionType) else kind  # noqa: UP007
-        text = " ".join(f"{field.description} {_defaults(prefix + name, field.default)}".split())
+        description = field.description
+        if prefix + name == "method":
+            kind = Literal[tuple(METHODS)]
+            description = f"{description} {' '.join(f'{m.name}: {m.summary}.' for m in METHODS.values())}"
+        text = " ".join(f"{description} {_defaults(prefix + name, field.default)}".split())
         flags[name] = Annotated[kind, arg(help=text, help_behavior_hint="")]
     make: Any = TypedDict
     made = make(section.__name__, flags, total=False)
@@ -72,7 +77,7 @@ def _defaults(key: str, default: Any) -> str:
 
     told = [] if default in (None, ()) else [f"default: {said(default)}"]
     told += [
-        f"{method}: {said(implied[key])}" for method, implied in config.METHODS.items() if key in implied
+        f"{name}: {said(method.settings[key])}" for name, method in METHODS.items() if key in method.settings
     ]
     return f"({'; '.join(told)})" if told else ""
 

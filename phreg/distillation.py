@@ -19,17 +19,15 @@ from phreg.backbones.base import Backbone
 from phreg.backbones.resolve import Base, display_name
 from phreg.config import DistillConfig
 from phreg.data.crops import Order, middle
-from phreg.errors import PhregError
 from phreg.evaluation.before_after import Comparison, compare, failed_gates
 from phreg.formats.adapter import describe_tower
 from phreg.formats.card import model_card
-from phreg.registers import add_registers
+from phreg.methods import METHODS
 from phreg.report.html import Origin, write_report
 from phreg.report.page import comparison_page
 from phreg.seeding import keyed_generator
 from phreg.sinks import test_time
 from phreg.sinks.locate import Sinks
-from phreg.sinks.relocation import Relocation, starting_tokens
 from phreg.teacher import Teacher
 from phreg.training.checkpoint import RunFolder, save_adapter, write_text
 from phreg.training.loop import Outcome
@@ -48,42 +46,9 @@ def check_trainable(student: Backbone, num_images: int, config: DistillConfig, p
     Raises:
         PhregError: The images do not fill a batch, or a role does not exist for the model.
     """
-    if config.method != "test-time":
+    if METHODS[config.method].trains:
         Order(num_images, config.batch_size, world_size=processes)
         expand_roles(student, config.unlock.roles)
-
-
-def add_configured(student: Backbone, sinks: Sinks | None, config: DistillConfig) -> Relocation | None:
-    """Adds registers as configured, and sets up the relocation of sinks whose causes are known."""
-    known = sinks is not None and bool(sinks.units) and config.registers > 0
-    if sinks is not None and config.method == "relocate" and not known:
-        reason = "there are no registers" if sinks.units else "no hidden unit explains them"
-        logger.warning("the sinks stay where they are: %s; distilling without relocation", reason)
-    if config.register_init != "triggers":
-        add_registers(student, config.registers, config.register_init, config.seed)
-    elif sinks is None:
-        add_registers(student, config.registers, "randn", config.seed)
-    elif config.registers:
-        student.insert_registers(starting_tokens(sinks, config.registers, config.seed))
-    return Relocation(student, sinks) if known and sinks is not None and config.method == "relocate" else None
-
-
-def add_test_time(student: Backbone, sinks: Sinks | None, count: int) -> None:
-    """Adds test-time registers.
-
-    Raises:
-        PhregError: There are none to add, or no hidden unit is known to cause the sinks.
-    """
-    if count < 1:
-        raise PhregError(f"asked for {count} test-time registers; use 1 or more: artifacts are moved there")
-    if sinks is None or not sinks.units:
-        raise PhregError(
-            f"asked for test-time registers on {student.describe()}, where no hidden unit was found to cause "
-            "artifacts; use --method relocate, which can do without"
-        )
-    rows, cols = sinks.norms.position_histogram.shape
-    size = (rows * student.spec.patch_size[0], cols * student.spec.patch_size[1])
-    test_time.install(student, test_time.moved_units(sinks), count, size)
 
 
 def compare_with_original(
@@ -120,6 +85,31 @@ def compare_with_original(
     )
 
 
+def write_comparison(
+    run: RunFolder,
+    student: Backbone,
+    original: Backbone,
+    base: Base,
+    config: DistillConfig,
+    sinks: Sinks | None,
+    comparison: Comparison,
+) -> None:
+    """Writes what the run changed: figures.json, and a page with the models side by side."""
+    if (run.report / "inspect.json").exists():  # of a verdict that --force overrode
+        shutil.rmtree(run.report)
+    run.report.mkdir(exist_ok=True)
+    write_text(run.report / "figures.json", json.dumps(comparison.to_json(), indent=2))
+    surveys, features = comparison.surveys, comparison.shown
+    before = of_survey(original, "before", surveys[0], features[0], sinks=sinks)
+    after = of_survey(student, "after", surveys[1], features[1], sinks=None)
+    title = f"{display_name(base.source)}, before and after {config.registers} registers"
+    origin = Origin.of("distill", configuration.flatten(config.model_dump(mode="json", exclude_none=True)))
+    page = comparison_page(
+        title, comparison, before, after, origin, failures=failed_gates(comparison, config.gate)
+    )
+    write_report(run.report / "report.html", page)
+
+
 def save(
     run: RunFolder,
     student: Backbone,
@@ -130,7 +120,7 @@ def save(
     sinks: Sinks | None,
     comparison: Comparison | None,
 ) -> None:
-    """Writes the adapter with its record and card and, where there is a comparison, the report."""
+    """Writes the adapter with its record and card: last, for what has an adapter is a finished run."""
     failures = failed_gates(comparison, config.gate) if comparison else []
     if comparison is None:
         logger.warning("not measured, so no gate was asked: measure.images is 0")
@@ -147,32 +137,5 @@ def save(
         "gates": {"passed": not failures if comparison else None, "failures": failures},
         "figures": comparison.to_json() if comparison else None,
     }
-    if comparison:
-        _report(run, student, original, base, config, sinks, comparison, failures)
     tower = describe_tower(original)
-    # Last, for what has an adapter is a finished run.
     save_adapter(run.model, student, base, original.disk_state(), record, model_card, tower=tower)
-
-
-def _report(
-    run: RunFolder,
-    student: Backbone,
-    original: Backbone,
-    base: Base,
-    config: DistillConfig,
-    sinks: Sinks | None,
-    comparison: Comparison,
-    failures: Sequence[str],
-) -> None:
-    """Writes what the run changed: figures.json, and a page with the models side by side."""
-    if (run.report / "inspect.json").exists():  # of a verdict that --force overrode
-        shutil.rmtree(run.report)
-    run.report.mkdir(exist_ok=True)
-    write_text(run.report / "figures.json", json.dumps(comparison.to_json(), indent=2))
-    surveys, features = comparison.surveys, comparison.shown
-    before = of_survey(original, "before", surveys[0], features[0], sinks=sinks)
-    after = of_survey(student, "after", surveys[1], features[1], sinks=None)
-    title = f"{display_name(base.source)}, before and after {config.registers} registers"
-    origin = Origin.of("distill", configuration.flatten(config.model_dump(mode="json", exclude_none=True)))
-    page = comparison_page(title, comparison, before, after, origin, failures=failures)
-    write_report(run.report / "report.html", page)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from phreg.backbones.base import Backbone, unit_movers
 from phreg.backbones.resolve import adapt
 from phreg.errors import PhregError
+from phreg.rollback import rollback_on_error
 
 Init = Literal["randn", "trunc-normal", "zeros"]
 Model = TypeVar("Model", bound=nn.Module)
@@ -67,7 +68,8 @@ def add_registers(model: Model, count: int, init: Init = "randn", seed: int = 0)
             "call phreg.remove_registers(model) first"
         )
     if count:
-        backbone.insert_registers(initial_registers(count, backbone.spec.width, init, seed))
+        with rollback_on_error(backbone):
+            backbone.insert_registers(initial_registers(count, backbone.spec.width, init, seed))
     return model
 
 

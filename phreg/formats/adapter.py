@@ -20,6 +20,7 @@ from torch import Tensor
 from phreg.backbones.base import Backbone
 from phreg.backbones.resolve import weights_sha256
 from phreg.errors import LoadError, PhregError
+from phreg.rollback import rollback_on_error
 from phreg.sinks import test_time
 from phreg.training.checkpoint import Tower, read_adapter
 
@@ -53,30 +54,26 @@ def apply_adapter(folder: Path, backbone: Backbone) -> None:
             "load it onto that base" + (f" (revision {base['revision']})" if base["revision"] else "")
         )
     target = backbone if kind == "whole" else backbone.alone()
-    before = {name: tensor.clone() for name, tensor in target.disk_state().items()}
-    size, wanted = backbone.spec.input_size, tuple(record["input_size"])
-    try:
-        if wanted != size:
-            backbone.set_input_size(wanted)
-        if record["registers"]:
-            backbone.insert_registers(torch.zeros(record["registers"], backbone.spec.width))
-        own = target.disk_state()
-        if kind == "tower":
-            tensors = _of_the_tower(tensors, record["tower"]["prefix"], own, backbone)
-        _check_tensors(tensors, own, before, same_dtype=kind == "whole")
-        target.load_disk_state(tensors)
-        if record.get("test_time"):
-            test_time.attach(backbone, record["test_time"], record.get("test_time_size"))
+    wanted = tuple(record["input_size"])
+    with rollback_on_error(backbone) as state:
+        state.work_on_copies()
+        before = target.disk_state()
+        try:
+            if wanted != backbone.spec.input_size:
+                backbone.set_input_size(wanted)
+            if record["registers"]:
+                backbone.insert_registers(torch.zeros(record["registers"], backbone.spec.width))
+            own = target.disk_state()
+            if kind == "tower":
+                tensors = _of_the_tower(tensors, record["tower"]["prefix"], own, backbone)
+            _check_tensors(tensors, own, before, same_dtype=kind == "whole")
+            target.load_disk_state(tensors)
+            if record.get("test_time"):
+                test_time.attach(backbone, record["test_time"], record.get("test_time_size"))
+        except PhregError as error:
+            raise LoadError(f"the adapter in {folder} does not fit: {error}") from error
         if kind == "whole":
             backbone.adapter = folder
-    except PhregError as error:
-        # The base is the user's: a refused adapter leaves it as it was.
-        if backbone.num_registers:
-            backbone.remove_registers()
-        if wanted != size:
-            backbone.set_input_size(size)
-        target.load_disk_state(before)
-        raise LoadError(f"the adapter in {folder} does not fit: {error}") from error
 
 
 def fits(folder: Path, backbone: Backbone) -> bool:

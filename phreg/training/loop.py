@@ -84,7 +84,8 @@ def train(  # noqa: C901 (the loop reads straight down)
     """Trains a patched model's registers and unlocked weights towards the teacher's targets.
 
     Args:
-        task: The patched model on the accelerator's device, trained in place; its teacher, and the loss.
+        task: The patched model on the accelerator's device, in fp32 and eval mode, trained in place; its
+            teacher, and the loss. Parameters that did not train are left frozen.
         images: Training images.
         config: The run's settings.
         run: Where to log and checkpoint; a checkpoint found there is gone on from.
@@ -100,7 +101,7 @@ def train(  # noqa: C901 (the loop reads straight down)
     order = Order(len(images), config.batch_size, seed=config.seed, rank=rank, world_size=world)
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)  # of LoRA's start, which PEFT draws from the global state
-        trained = unlock(student.eval(), config.unlock)
+        trained = unlock(student, config.unlock)
     with task.running():
         trained = freeze_unused(task, trained, size)
     optim = optimizer(trained, config.optim)
@@ -190,7 +191,6 @@ def train(  # noqa: C901 (the loop reads straight down)
     if average is not None:
         average.apply()
     merge_lora(student)
-    student.requires_grad_(True)
     return Outcome(
         steps=steps,
         images=(steps - done) * journal.images_per_step,
@@ -307,10 +307,21 @@ def start_accelerator(config: DistillConfig, run: RunFolder) -> Accelerator:
         )
     if on_cpu and config.keep_freed_memory:
         keep_freed_memory()
-    if config.deterministic:
+    return accelerator
+
+
+@contextmanager
+def deterministic_kernels(*, wanted: bool) -> Iterator[None]:
+    """Has torch use deterministic kernels alone for as long as it lasts, where that is wanted."""
+    before = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    if wanted:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
         torch.use_deterministic_algorithms(True)
-    return accelerator
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warn_only)
 
 
 def computes_bf16(device_type: str) -> bool:
