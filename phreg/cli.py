@@ -2,8 +2,11 @@
 
 The flags of `phreg distill` are the settings of `phreg.config`, one for one; only those given are passed on,
 so that a flag wins over a recipe, and a recipe over what its method implies.
+
+Texts are printed as they are. Names of folders and models hold anything, so the consoles read no markup.
 """
 
+import json
 import logging
 import signal
 import sys
@@ -20,9 +23,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict, Union, get
 from pydantic import BaseModel
 from rich.console import Console
 from rich.logging import RichHandler
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
+from rich.text import Text
 from tyro.conf import Positional, UseAppendAction, arg
 from tyro.extras import SubcommandApp
 
@@ -32,7 +35,10 @@ from phreg.methods import METHODS
 from phreg.storage import ADAPTER_FORMAT, Format
 
 app = SubcommandApp()
-console = Console()
+PLAIN: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False}
+"""How consoles print: `[…]` and `:…:` in a text are part of it."""
+
+console = Console(**PLAIN)
 logger = logging.getLogger("phreg")
 
 LINE_EVERY = 10.0
@@ -102,12 +108,9 @@ def quickstart(output: Path = Path("runs/quickstart")) -> None:
         result = api.quickstart(output, observe=steps)
     _show(result)
     seconds = time.perf_counter() - started
-    console.print(f"\nDone in {seconds:.0f} s. Open {output / 'report' / 'report.html'} in a browser.")
-    console.print("This model is a demonstration. The same with a real one:")
-    console.print(
-        "  phreg distill facebook/dinov2-small --images photos/ --output runs/dinov2-small-reg",
-        highlight=False,
-    )
+    _say(f"\nDone in {seconds:.0f} s. Open {output / 'report' / 'report.html'} in a browser.")
+    _say("This model is a demonstration. The same with a real one:")
+    _say("  phreg distill facebook/dinov2-small --images photos/ --output runs/dinov2-small-reg")
     if result.failures:
         sys.exit(GATE_FAILED)
 
@@ -135,9 +138,9 @@ def distill(
         result = api.distill(model, recipe=recipe, resume=resume, observe=steps, **settings)
     if result.main_process:
         _show(result)
-        console.print(f"\nRun folder: {result.run}", highlight=False)
+        _say(f"\nRun folder: {result.run}")
         if result.outcome is not None:
-            console.print(f'In Python:  model = phreg.load("{result.run}")', highlight=False)
+            _say(f'In Python:  model = phreg.load("{_inside_quotes(result.run)}")')
     if result.failures:
         sys.exit(GATE_FAILED)
 
@@ -183,17 +186,17 @@ def inspect(
             "outliers",
             "their norm",
             "outliers after the final norm",
-            title=escape(found.name),
+            title=found.name,
         )
         for before, after in zip(found.norms.blocks, found.norms.normed, strict=True):
             norm = f"{before.outlier_norm:.1f}" if before.outlier_norm is not None else "-"
             rate, normed = (f"{100 * side.outlier_rate:.2f} %" for side in (before, after))
             table.add_row(str(before.block), f"{before.median:.1f}", rate, norm, normed)
         console.print(table)
-        console.print(verdict(found.norms), highlight=False)
+        console.print(verdict(found.norms))
         if found.sinks is not None:
-            console.print(causes(found.sinks), highlight=False)
-    console.print(f"Written: {output / 'report.html'}, inspect.json and pictures", highlight=False)
+            console.print(causes(found.sinks))
+    _say(f"Written: {output / 'report.html'}, inspect.json and pictures")
 
 
 @app.command
@@ -222,8 +225,8 @@ def export(
         equal = "yes" if size.claimed else "no: differs at this size"
         table.add_row(pixels, f"{size.difference:.1e}", f"{size.relative:.1e}", equal)
     console.print(table)
-    console.print(f"Written and loaded back by {format}: {output}", highlight=False)
-    console.print(f"In Python:  {LOADED[format].format(folder=output)}", highlight=False)
+    _say(f"Written and loaded back by {format}: {output}")
+    _say(f"In Python:  {LOADED[format].format(folder=_inside_quotes(output))}")
 
 
 @app.command
@@ -287,7 +290,7 @@ def evaluate(
         ) from stopped
     _show_results(results, output)
     if gate is not None:
-        console.print(f"Gate passed: no drop beyond {gate:g}.", highlight=False)
+        console.print(f"Gate passed: no drop beyond {gate:g}.")
 
 
 @app.command
@@ -309,10 +312,10 @@ def tasks(task: Annotated[Positional[str | None], _unset("[TASK]")] = None, /) -
     table = Table("setting", "default", "what it is", title=task)
     defaults = config.flatten(found.Settings().model_dump())
     for key, field in config.fields(found.Settings).items():
-        table.add_row(key, escape(str(defaults[key])), escape(" ".join((field.description or "").split())))
+        table.add_row(key, str(defaults[key]), " ".join((field.description or "").split()))
     console.print(table)
     if protocols(found):
-        console.print(f"Protocols: {', '.join(protocols(found))}", highlight=False)
+        console.print(f"Protocols: {', '.join(protocols(found))}")
 
 
 def _assignments(given: Sequence[str]) -> dict[str, Any]:
@@ -369,10 +372,10 @@ def push(
     pushed = api.push(model, repository, format=format, private=private, revision=revision, dry_run=dry_run)
     what = f"{len(pushed.files)} files, {pushed.num_bytes / 1e6:.1f} MB"
     if pushed.commit is None:
-        console.print(f"Nothing was pushed. {repository} would hold {pushed.folder}: {what}", highlight=False)
+        _say(f"Nothing was pushed. {repository} would hold {pushed.folder}: {what}")
     else:
-        console.print(f"Pushed {what}: {pushed.commit}", highlight=False, soft_wrap=True)
-        console.print(f'In Python:  model = phreg.load("{repository}")', highlight=False)
+        _say(f"Pushed {what}: {pushed.commit}")
+        _say(f'In Python:  model = phreg.load("{repository}")')
 
 
 @app.command
@@ -399,7 +402,7 @@ def show(
         return
     table = Table("", Column("", overflow="fold"), show_header=False)
     for name, value in _described(shown):
-        table.add_row(name, escape(value))
+        table.add_row(name, value)
     console.print(table)
     if shown.figures:
         _table(shown.figures)
@@ -420,7 +423,8 @@ class Doing(AbstractContextManager["Doing"]):
     """Shows what is being done and how far it is: bars on a terminal, a line now and then elsewhere."""
 
     def __init__(self) -> None:
-        columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
+        what = TextColumn("{task.description}", markup=False)
+        columns = [what, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
         self._progress = Progress(*columns, console=console, transient=True)
         self._tasks: dict[str, Any] = {}
         self._last = time.perf_counter()
@@ -433,12 +437,12 @@ class Doing(AbstractContextManager["Doing"]):
         if console.is_terminal:
             if what not in self._tasks:
                 self._progress.start()
-                self._tasks[what] = self._progress.add_task(escape(what), total=total)
+                self._tasks[what] = self._progress.add_task(what, total=total)
             self._progress.update(self._tasks[what], completed=done, visible=done < total)
         elif what not in self._tasks or done == total or time.perf_counter() - self._last > LINE_EVERY:
             self._tasks[what] = None  # said once when it begins
             self._last = time.perf_counter()
-            console.print(f"{what} {done}/{total}", highlight=False, markup=False)
+            _say(f"{what} {done}/{total}")
 
 
 class Steps(AbstractContextManager["Steps"]):
@@ -472,7 +476,17 @@ class Steps(AbstractContextManager["Steps"]):
         elif time.perf_counter() - self._last > LINE_EVERY or record.step == steps:
             self._last = time.perf_counter()
             speed = f"{record.images_per_second:.1f} images/s"
-            console.print(f"step {record.step}/{steps}  loss {record.loss:.4f}  {speed}", highlight=False)
+            console.print(f"step {record.step}/{steps}  loss {record.loss:.4f}  {speed}")
+
+
+def _say(text: str, *, alarm: str = "", to: Console = console) -> None:
+    """Prints a line that may hold a path or a command: as it is and unbroken, so that it can be copied."""
+    to.print(Text.assemble((alarm, "bold red"), text), soft_wrap=True)
+
+
+def _inside_quotes(path: Any) -> str:
+    """Writes a path so that Python reads it back between double quotes."""
+    return json.dumps(str(path), ensure_ascii=False)[1:-1]
 
 
 def _show_results(results: Any, output: Path) -> None:
@@ -481,9 +495,10 @@ def _show_results(results: Any, output: Path) -> None:
     model = Column(heading[0], overflow="fold")  # paths are long, and told apart by their ends
     table = Table(model, *heading[1:], title=f"{results.records[0].task} on {results.records[0].data}")
     for row in rows:
-        table.add_row(*map(escape, row))
+        table.add_row(*row)
     console.print(table)
-    console.print(f"{results.legend()} Written: {output / 'results.json'} and results.md", highlight=False)
+    console.print(results.legend())
+    _say(f"Written: {output / 'results.json'} and results.md")
 
 
 def _show(result: Any) -> None:
@@ -492,35 +507,31 @@ def _show(result: Any) -> None:
 
     outcome = result.outcome
     if outcome is None:
-        console.print(nothing_to_repair(result.norms), highlight=False)
+        console.print(nothing_to_repair(result.norms))
         return
     if result.sinks is not None:
-        console.print(causes(result.sinks), highlight=False)
+        console.print(causes(result.sinks))
     if outcome.images:
         done = (
             f"{outcome.steps} steps in all; in this session {outcome.images} images, {outcome.seconds:.0f} s"
         )
-        console.print(done, highlight=False)
+        console.print(done)
     elif outcome.steps:
         console.print("The run was finished already.")
     if outcome.skipped:
-        console.print(
-            f"{len(outcome.skipped)} unreadable images were skipped: {', '.join(outcome.skipped[:5])}",
-            markup=False,
-        )
+        _say(f"{len(outcome.skipped)} unreadable images were skipped: {', '.join(outcome.skipped[:5])}")
     if result.comparison is None:
-        console.print("Not measured (--measure.images 0), so no gate was asked.", highlight=False)
+        console.print("Not measured (--measure.images 0), so no gate was asked.")
         return
     apart = "not trained on" if result.comparison.held_out else "that were trained on too"
     _table(result.comparison.rows(), title=f"on {result.comparison.images} images {apart}")
     before, after = (norms.outlier_rate for norms in result.comparison.norms)
     if before and after > REMAINING * before:
         console.print(
-            f"{after / before:.0%} of the artifacts remain. Train on more images, or for more epochs.",
-            highlight=False,
+            f"{after / before:.0%} of the artifacts remain. Train on more images, or for more epochs."
         )
     for failure in result.failures:
-        console.print(f"[bold red]Gate failed:[/] {escape(failure)}.", highlight=False)
+        _say(f"{failure}.", alarm="Gate failed: ")
     if result.failures:
         console.print("The adapter is kept, and marked in phreg.json and in its model card.")
 
@@ -598,16 +609,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     logger.setLevel(logging.INFO)
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # which warns of fonts that no chart needs
     if list(sys.argv[1:] if arguments is None else arguments) == ["--version"]:
-        console.print(f"phreg {__version__}", highlight=False)
+        console.print(f"phreg {__version__}")
         return
     # Ends as an exception does, so that what was begun is tidied up.
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
     try:
         app.cli(prog="phreg", args=arguments)
     except PhregError as error:
-        Console(stderr=True).print(
-            f"[bold red]phreg:[/] {escape(str(error))}", highlight=False, soft_wrap=True
-        )
+        _say(str(error), alarm="phreg: ", to=Console(stderr=True, **PLAIN))
         if isinstance(error, GateError):
             sys.exit(GATE_FAILED)
         sys.exit(INTERRUPTED if isinstance(error, Interrupted) else 1)

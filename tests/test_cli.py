@@ -1,3 +1,6 @@
+import ast
+import contextlib
+import io
 import json
 import os
 import shutil
@@ -5,12 +8,16 @@ import signal
 import subprocess
 import sys
 from importlib.metadata import version
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 from phreg import api, cli, config, load
 from phreg.errors import LoadError
+from phreg.evaluation.results import RESULTS
 
 
 def phreg(*arguments):
@@ -215,3 +222,174 @@ def test_a_run_that_is_not_measured_or_on_what_it_trained_on_says_so(saved, phot
     assert "images that were trained on too" in " ".join(capsys.readouterr().out.split())
     assert phreg(*asked, "--output", tmp_path / "not", "--measure.images", 0) == 0
     assert "Not measured" in capsys.readouterr().out
+
+
+# -- what is printed can be copied ---------------------------------------------------------------------------
+
+NAMES = st.text("ab[]/x:=#\"\\ '{}", min_size=1, max_size=30).filter(lambda name: str(Path(name)) != "/")
+"""Names of folders as people have them, with all that rich, Python or a shell would take for their own."""
+
+
+def output_of(arguments, places, wide=False):
+    """Runs a command whose work is done by stand-ins, and returns what it prints."""
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stdout(io.StringIO()) as out,
+        contextlib.redirect_stderr(io.StringIO()) as err,
+    ):
+        for place, value in places.items():
+            patch.setattr(place, value)
+        if wide:  # so that no cell of a table is broken
+            patch.setattr(cli.console, "_width", 1000)
+        code = phreg(*arguments)
+    return code, out.getvalue() + err.getvalue()
+
+
+def squeezed(text):
+    return "".join(text.split())
+
+
+def returning(value):
+    return lambda *_, **__: value
+
+
+def outcome(path):
+    """What a run says that skipped a picture and failed a gate."""
+    done = SimpleNamespace(images=3, steps=1, seconds=1.0, skipped=[f"{path}/1.png"])
+    norms = SimpleNamespace(outlier_rate=0.0)
+    comparison = SimpleNamespace(rows=list, held_out=True, images=2, norms=(norms, norms))
+    return SimpleNamespace(
+        run=path,
+        outcome=done,
+        sinks=None,
+        comparison=comparison,
+        failures=[f"{path} drifted"],
+        main_process=True,
+    )
+
+
+def evaluated(path):
+    return SimpleNamespace(
+        rows=lambda: (["model", "mIoU"], [[str(path), "0.5"]]),
+        records=[SimpleNamespace(task="segmentation", data=str(path))],
+        legend=lambda: "",
+    )
+
+
+@settings(max_examples=5)  # each runs eight commands
+@given(NAMES)
+@example("a[bold]b")
+@example("a[/x]b")
+@example("runs/:smile:")
+@example("runs/" + 30 * "long ")
+def test_a_path_is_printed_whole_by_every_command_that_names_it(name):
+    path = Path("runs", name)
+    code, printed = output_of(
+        ["quickstart", "--output", path], {"phreg.api.quickstart": returning(outcome(path))}
+    )
+    assert code == 3
+    assert f"{path / 'report' / 'report.html'}" in printed
+    assert f"unreadable images were skipped: {path}/1.png" in printed
+    assert f"Gate failed: {path} drifted." in printed
+
+    code, printed = output_of(
+        ["distill", "demo", "--output", path], {"phreg.api.distill": returning(outcome(path))}
+    )
+    assert code == 3
+    assert f"Run folder: {path}\n" in printed
+
+    code, printed = output_of(
+        ["export", "x", "--output", path, "--format", "timm"], {"phreg.api.export": returning([])}
+    )
+    assert code == 0
+    assert f"Written and loaded back by timm: {path}\n" in printed
+
+    pushed = SimpleNamespace(files=[], num_bytes=0, commit=None, folder=path)
+    code, printed = output_of(["push", "x", "me/x"], {"phreg.api.push": returning(pushed)})
+    assert code == 0
+    assert f"me/x would hold {path}: 0 files" in printed
+
+    code, printed = output_of(
+        ["evaluate", "x", "--task", "t", "--data", "d", "--output", path],
+        {"phreg.api.evaluate": returning(evaluated(path))},
+        wide=True,
+    )
+    assert code == 0
+    assert f"Written: {path / RESULTS}" in printed
+    assert squeezed(f"segmentation on {path}┏") in squeezed(printed), "a title is as wide as its table"
+    assert f"│ {path} " in printed
+
+    found = SimpleNamespace(name=str(path), sinks=None, norms=SimpleNamespace(blocks=[], normed=[]))
+    code, printed = output_of(
+        ["inspect", "x", "--images", "d", "--output", path],
+        {
+            "phreg.api.inspect": returning(SimpleNamespace(models=[found])),
+            "phreg.report.verdict.verdict": returning(f"No artifacts in {path}"),
+        },
+        wide=True,
+    )
+    assert code == 0
+    assert squeezed(f"{path}┏") in squeezed(printed), "a title is as wide as its table"
+    assert f"No artifacts in {path}\n" in printed
+    assert f"Written: {path / 'report.html'}" in printed
+
+    code, printed = output_of(
+        ["show", path],
+        {
+            "phreg.formats.info.show": returning(SimpleNamespace(figures=())),
+            "phreg.cli._described": returning([("base", str(path))]),
+        },
+        wide=True,
+    )
+    assert code == 0
+    assert f"│ {path} " in printed
+
+    def fail(*_, **__):
+        raise LoadError(f"nothing is in {path}; look elsewhere")
+
+    code, printed = output_of(["push", "x", "me/x"], {"phreg.api.push": fail})
+    assert (code, printed) == (1, f"phreg: nothing is in {path}; look elsewhere\n")
+
+
+@settings(max_examples=5)
+@given(NAMES)
+@example('say "hello"')
+@example("C:\\new")
+@example("a[/x]b" + 30 * " long")
+def test_python_that_is_printed_names_the_folder_it_is_about(name):
+    path = Path("runs", name)
+    _, printed = output_of(
+        ["distill", "demo", "--output", path], {"phreg.api.distill": returning(outcome(path))}
+    )
+    (line,) = [line for line in printed.splitlines() if line.startswith("In Python:")]
+    call = ast.parse(line.removeprefix("In Python:").strip()).body[0].value
+    assert ast.literal_eval(call.args[0]) == str(path)
+
+    for format, prefix in {"timm": "local-dir:", "onnx": "", "merged": "", "transformers": ""}.items():
+        _, printed = output_of(
+            ["export", "x", "--output", path, "--format", format], {"phreg.api.export": returning([])}
+        )
+        (line,) = [line for line in printed.splitlines() if line.startswith("In Python:")]
+        call = ast.parse(line.removeprefix("In Python:").strip()).body[0].value
+        suffix = "/model.onnx" if format == "onnx" else ""
+        assert ast.literal_eval(call.args[0]) == f"{prefix}{path}{suffix}"
+
+
+@given(NAMES)
+@example("a[/x]b")
+def test_progress_names_what_is_done_as_it_is(name):
+    with contextlib.redirect_stdout(io.StringIO()) as out, cli.Doing() as doing:
+        doing(name, 1, 2)
+    assert out.getvalue().startswith(f"{name} 1/2\n"), "a line where there is no terminal"
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stdout(io.StringIO()) as out,
+        cli.Doing() as doing,
+    ):
+        patch.setattr(cli.console, "_force_terminal", True)
+        patch.setattr(cli.console, "_width", 1000)
+        doing(name, 1, 2)
+        patch.setattr(cli.console, "_force_terminal", False)
+        with contextlib.redirect_stdout(io.StringIO()) as bar:
+            cli.console.print(doing._progress.get_renderable())
+    assert bar.getvalue().startswith(f"{name} ━"), "a bar where there is one"

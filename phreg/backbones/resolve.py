@@ -16,6 +16,7 @@ import importlib
 import json
 import os
 import pickle
+import shlex
 import struct
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -361,7 +362,7 @@ def _locate_folder(folder: Path) -> Located:
             )
         raise LoadError(
             f"run '{folder}' holds no model yet, since it was not finished; "
-            f"finish it: phreg distill --output {folder} --resume"
+            f"finish it: phreg distill --output {shlex.quote(str(folder))} --resume"
         )
     return Located(folder, str(folder), _library(folder, tuple(LAYOUTS), str(folder)))
 

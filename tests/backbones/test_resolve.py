@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -697,3 +698,14 @@ def test_tensors_that_run_into_each_other_hash_differently():
     halves = {"a": torch.zeros(2), "b": torch.zeros(2)}
     assert weights_sha256(halves) != weights_sha256({"a": torch.zeros(3), "b": torch.zeros(1)})
     assert weights_sha256({"a": torch.zeros(0)}) != weights_sha256({})
+
+
+@pytest.mark.parametrize("name", ["run", "my run", "a[/x]b", "it's", "$HOME"])
+def test_a_run_that_was_not_finished_says_the_command_that_finishes_it(name, tmp_path):
+    folder = tmp_path / name
+    folder.mkdir(parents=True)
+    (folder / "recipe.toml").write_text("")
+    with pytest.raises(LoadError, match="was not finished") as caught:
+        locate(folder)
+    command = str(caught.value).partition("finish it: ")[2]
+    assert shlex.split(command) == ["phreg", "distill", "--output", str(folder), "--resume"]
