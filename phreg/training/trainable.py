@@ -61,7 +61,7 @@ def expand_roles(backbone: Backbone, roles: tuple[str, ...]) -> list[str]:
         kind, _, number = role.partition(".")
         if role == "blocks":
             expanded += [f"block.{index}" for index in range(depth)]
-        elif kind == "block" and number.lstrip("-").isdigit() and -depth <= int(number) < depth:
+        elif kind == "block" and number.removeprefix("-").isdecimal() and -depth <= int(number) < depth:
             expanded.append(f"block.{int(number) % depth}")
         elif role in known:
             expanded.append(role)
