@@ -1,5 +1,5 @@
-import copy
 import itertools
+import logging
 import math
 
 import families_open_clip
@@ -35,6 +35,42 @@ def test_an_unknown_role_lists_the_models_own(tiny):
         unlock.unlock(patched(tiny()), UnlockConfig(roles=("block.7",)))
 
 
+@pytest.mark.parametrize(
+    ("roles", "expected"),
+    [
+        (("block.0", "block.2"), ["block.0", "block.2"]),
+        (("block.-1", "block.-3"), ["block.2", "block.0"]),
+        (("blocks",), ["block.0", "block.1", "block.2"]),
+        (("block.1", "blocks", "block.-2"), ["block.1", "block.0", "block.2"]),
+        (("pos_embed", "pos_embed"), ["pos_embed"]),
+    ],
+)
+def test_roles_count_blocks_from_both_ends_and_each_once(tiny, roles, expected):
+    assert unlock.expand_roles(adapt(tiny()), roles) == expected
+    assert unlock.expand_roles(patched(tiny()), roles) == ["registers", *expected]
+
+
+@pytest.mark.parametrize(
+    "role", ["block.3", "block.-4", "block.", "block.x", "block.--1", "block.²", "block", "nose"]
+)
+def test_a_role_that_the_model_lacks_is_named_with_those_it_has(tiny, role):
+    with pytest.raises(ConfigError) as caught:
+        unlock.expand_roles(patched(tiny()), ("pos_embed", role))
+    (problem,) = caught.value.problems
+    assert problem.startswith("unlock.roles: ")
+    _, have = problem.split(f"has no role {role!r}; it has ")
+    expected = {
+        "pos_embed",
+        "patch_embed",
+        "registers",
+        "block.0 to block.2",
+        "block.-3 to block.-1",
+        "blocks",
+    }
+    assert expected <= set(have.split(", "))
+    assert "block.1" not in have, "blocks are told as a range"
+
+
 def test_without_registers_and_roles_nothing_would_train_and_that_is_an_error(tiny):
     with pytest.raises(ConfigError, match="nothing would train"):
         unlock.unlock(adapt(tiny()), UnlockConfig(roles=()))
@@ -57,12 +93,85 @@ def test_what_a_value_only_read_out_does_not_reach_stays_frozen():
     assert not any(backbone.get_parameter(name).requires_grad for name in frozen)
 
 
-def test_blocks_after_an_inner_target_stay_frozen(tiny):
+def test_blocks_after_an_inner_target_stay_frozen(tiny, caplog):
+    caplog.set_level(logging.INFO)
     backbone = patched(tiny())
     trained = unlock.unlock(backbone, UnlockConfig(roles=("blocks",)))
     used = unlock.freeze_unused(backbone, trained, TargetConfig(layer=1), LossConfig(pooled=0), (32, 32))
     assert any("blocks.1." in name for name in used)
     assert not any("blocks.2." in name for name in used)
+    assert "model.blocks.2.mlp.fc1.weight" in caplog.text, "it is said"
+
+
+def test_finding_out_what_is_used_leaves_no_gradients_and_no_word_where_all_is_used(tiny, caplog):
+    caplog.set_level(logging.INFO)
+    backbone = patched(tiny())
+    trained = unlock.unlock(backbone, UnlockConfig(roles=("blocks",)))
+    used = unlock.freeze_unused(backbone, trained, TargetConfig(), LossConfig(), (32, 32))
+    assert used.keys() == trained.keys()
+    assert all(parameter.grad is None for parameter in backbone.parameters())
+    assert caplog.text == ""
+
+
+def test_what_is_used_is_found_in_a_half_precision_model_too(tiny):
+    backbone = patched(tiny()).to(torch.bfloat16)
+    trained = unlock.unlock(backbone, UnlockConfig(roles=("blocks",)))
+    used = unlock.freeze_unused(backbone, trained, TargetConfig(layer=0), LossConfig(pooled=0), (32, 32))
+    assert {name.split(".")[2] for name in used if "blocks" in name} == {"0"}
+
+
+def test_the_pooled_term_alone_reaches_the_weights(tiny):
+    backbone = patched(tiny())
+    trained = unlock.unlock(backbone, UnlockConfig(roles=("blocks",)))
+    pooled = LossConfig(cosine=0, mse=0, pooled=1)
+    used = unlock.freeze_unused(backbone, trained, TargetConfig(), pooled, (32, 32))
+    assert used.keys() == trained.keys()
+
+
+def test_a_loss_without_terms_is_an_error_that_names_its_weights(tiny):
+    backbone = patched(tiny())
+    trained = unlock.unlock(backbone, UnlockConfig(roles=("blocks",)))
+    nothing = LossConfig(cosine=0, mse=0, pooled=0)
+    with pytest.raises(ConfigError, match=r"set loss\.cosine, loss\.mse or loss\.pooled"):
+        unlock.freeze_unused(backbone, trained, TargetConfig(), nothing, (32, 32))
+
+
+@pytest.mark.parametrize(("rank", "alpha"), [(2, 6.0), (3, 1.5)])
+def test_merged_lora_adds_alpha_over_rank_times_the_product(tiny, rank, alpha):
+    backbone = patched(tiny())
+    before = backbone.model.blocks[2].mlp.fc1.weight.detach().clone()
+    lora = LoraConfig(rank=rank, alpha=alpha, blocks=1)
+    trained = unlock.unlock(backbone, UnlockConfig(roles=(), lora=lora))
+    (down,) = (p for name, p in trained.items() if "blocks.2.mlp.fc1" in name and "lora_A" in name)
+    (up,) = (p for name, p in trained.items() if "blocks.2.mlp.fc1" in name and "lora_B" in name)
+    assert down.shape == (rank, 32)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for part in (down, up):
+            part.copy_(torch.randn(part.shape, generator=generator))
+        expected = before + alpha / rank * up @ down
+        unlock.merge_lora(backbone)
+    torch.testing.assert_close(backbone.model.blocks[2].mlp.fc1.weight.detach(), expected)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_lora_goes_onto_every_linear_layer_of_so_many_last_blocks(tiny, count):
+    backbone = patched(tiny())
+    trained = unlock.unlock(backbone, UnlockConfig(roles=(), lora=LoraConfig(rank=2, blocks=count)))
+    layers = {name.split(".lora_")[0] for name in trained if "lora_" in name}
+    parts = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+    assert layers == {f"model.blocks.{block}.{part}" for block in range(3 - count, 3) for part in parts}
+
+
+@pytest.mark.parametrize("build", ["timm", "open_clip"])
+def test_broken_lora_is_never_merged(tiny, build):
+    model = tiny() if build == "timm" else families_open_clip.FAMILIES["clip"]()
+    backbone = patched(model)
+    trained = unlock.unlock(backbone, UnlockConfig(roles=(), lora=LoraConfig(rank=2, blocks=1)))
+    with torch.no_grad():
+        next(parameter for name, parameter in trained.items() if "lora_B" in name).fill_(float("nan"))
+    with pytest.raises(ValueError, match="NaN"):
+        unlock.merge_lora(backbone)
 
 
 @pytest.mark.parametrize("build", ["timm", "open_clip", "transformers"])
@@ -119,29 +228,97 @@ def test_a_schedule_by_step_goes_from_lr_to_final_lr(schedule):
     assert all(later < earlier for earlier, later in itertools.pairwise(rates[5:]))
 
 
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        # A quarter, half and all of the way; 0.5 + sqrt(0.5) / 2 and 0.5 of the cosine's way are left.
+        ("cosine", [9.0, 1 + 8 * (0.5 + math.sqrt(0.5) / 2), 5.0, 1.0]),
+        ("exponential", [9.0, 9.0 * 9**-0.25, 3.0, 1.0]),
+        ("constant", [9.0] * 4),
+    ],
+)
+def test_schedules_have_the_rates_computed_by_hand(schedule, expected):
+    config = OptimConfig(lr=9.0, final_lr=1.0, schedule=schedule, schedule_unit="step")
+    rates = [unlock.learning_rate(config, step, steps=5, steps_per_epoch=7) for step in (0, 1, 2, 4)]
+    assert rates == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("schedule", ["exponential", "cosine"])
+def test_of_two_steps_the_second_is_the_last(schedule):
+    config = OptimConfig(lr=1e-3, final_lr=1e-5, schedule=schedule, schedule_unit="step")
+    rates = [unlock.learning_rate(config, step, steps=2, steps_per_epoch=1) for step in (0, 1)]
+    assert rates == pytest.approx([1e-3, 1e-5])
+
+
+def test_an_epoch_that_is_cut_short_counts_as_one():
+    config = OptimConfig(lr=8.0, final_lr=1.0, schedule="exponential", schedule_unit="epoch")
+    rates = [unlock.learning_rate(config, step, steps=7, steps_per_epoch=3) for step in range(7)]
+    assert rates == pytest.approx([8, 4, 4, 4, 2, 2, 2]), "a third of the way after each of three epochs"
+
+
 def test_a_constant_schedule_is_constant_and_one_step_is_enough():
     assert unlock.learning_rate(OptimConfig(schedule="constant"), 3, 10, 5) == OptimConfig().lr
     assert math.isfinite(unlock.learning_rate(OptimConfig(), 0, 1, 1))
 
 
-def test_the_moving_average_is_the_recursion_and_can_take_the_weights_place():
+def test_the_moving_average_has_the_values_computed_by_hand_and_can_take_the_weights_place():
     weights = {"w": torch.nn.Parameter(torch.zeros(3))}
-    average = unlock.MovingAverage(weights, decay=0.9)
-    expected = torch.zeros(3)
-    for value in (1.0, 2.0, 5.0):
+    average = unlock.MovingAverage(weights, decay=0.75)
+    for value, expected in ((4.0, 1.0), (9.0, 3.0), (-1.0, 2.0)):
         with torch.no_grad():
             weights["w"].fill_(value)
         average.update()
-        expected = 0.9 * expected + 0.1 * value
+        assert average.average["w"].tolist() == [expected] * 3
+    assert weights["w"].tolist() == [-1.0] * 3, "the weights train on as they are"
     average.apply()
-    torch.testing.assert_close(weights["w"].detach(), expected)
+    assert weights["w"].tolist() == [2.0] * 3
+    assert not average.average["w"].requires_grad
+
+
+GRADIENTS = (3.0, -1.0, 0.5)
+
+
+def stepped(**settings):
+    """A weight of 2 after each of three steps with given gradients."""
+    weight = torch.nn.Parameter(torch.tensor([2.0], dtype=torch.float64))
+    optim = unlock.optimizer({"w": weight}, OptimConfig(**settings))
+    values = []
+    for gradient in GRADIENTS:
+        weight.grad = torch.full_like(weight, gradient)
+        optim.step()
+        values.append(weight.item())
+    return values
+
+
+def test_one_step_of_sgd_with_decay_and_momentum_is_that_computed_by_hand():
+    values = stepped(name="sgd", lr=0.1, momentum=0.5, weight_decay=0.25)
+    # 3 + 0.25 * 2 = 3.5; then half of that, with -1 + 0.25 * 1.65 = -0.5875.
+    assert values[:2] == pytest.approx([2 - 0.1 * 3.5, 1.65 - 0.1 * (0.5 * 3.5 - 0.5875)])
+    assert stepped(name="sgd", lr=0.1, momentum=0, weight_decay=0) == pytest.approx([1.7, 1.8, 1.75])
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw"])
+def test_steps_of_adam_are_those_of_the_papers_written_out(name):
+    """Kingma and Ba 2015, algorithm 1; Loshchilov and Hutter 2019, algorithm 2."""
+    lr, decay, (beta1, beta2) = 0.1, 0.25, (0.5, 0.75)
+    weight, first, second, expected = 2.0, 0.0, 0.0, []
+    for step, gradient in enumerate(GRADIENTS, start=1):
+        if name == "adam":
+            gradient += decay * weight
+        else:
+            weight -= lr * decay * weight
+        first = beta1 * first + (1 - beta1) * gradient
+        second = beta2 * second + (1 - beta2) * gradient**2
+        weight -= lr * (first / (1 - beta1**step)) / (math.sqrt(second / (1 - beta2**step)) + 1e-8)
+        expected.append(weight)
+    assert stepped(name=name, lr=lr, weight_decay=decay, betas=(beta1, beta2)) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("name", ["adamw", "adam", "sgd"])
-def test_every_optimizer_moves_the_weights(name):
-    weight = torch.nn.Parameter(torch.ones(2))
-    before = copy.deepcopy(weight)
-    optim = unlock.optimizer({"w": weight}, OptimConfig(name=name))
-    (weight**2).sum().backward()
+def test_weight_decay_shrinks_weights_that_have_no_gradient(name):
+    weight = torch.nn.Parameter(torch.tensor([2.0]))
+    optim = unlock.optimizer({"w": weight}, OptimConfig(name=name, lr=0.1, weight_decay=0.5))
+    weight.grad = torch.zeros(1)
     optim.step()
-    assert not torch.equal(weight, before)
+    # Adam's decay is part of the gradient, and its first step is of size lr.
+    assert weight.item() == pytest.approx(2 - 0.1 if name == "adam" else 2 - 0.1 * 0.5 * 2)
