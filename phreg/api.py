@@ -29,7 +29,7 @@ from phreg.backbones.base import Backbone
 from phreg.backbones.readout import read_as, set_readout
 from phreg.backbones.resolve import Base, adapt, display_name
 from phreg.config import DistillConfig, ViewsConfig
-from phreg.data.crops import MEASURED_AT_ONCE, Crops, centre_crops, split, spread
+from phreg.data.crops import MEASURED_AT_ONCE, Crops, centre_crops, split, spread, subsample_indices
 from phreg.data.sources import ImageSource, open_images
 from phreg.distillation import (
     check_trainable,
@@ -793,6 +793,9 @@ def _nothing_to_repair(
 ) -> Distilled:
     """Leaves the model as it is, and shows in the run's report that it has no artifacts."""
     if accelerator.is_main_process:
-        write_inspection(run.report, look(student, display_name(base.source), seen[:LOOKED_AT]))
+        shown = subsample_indices(len(seen), LOOKED_AT)
+        write_inspection(
+            run.report, look(student, display_name(base.source), [seen[number] for number in shown])
+        )
     accelerator.wait_for_everyone()
     return Distilled(student.model, run.path, None, None, None, [], accelerator.is_main_process, norms)

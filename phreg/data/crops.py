@@ -273,7 +273,16 @@ def split(source: ImageSource, config: DistillConfig) -> tuple[ImageSource, Imag
 
 def spread(source: ImageSource, count: int) -> ImageSource:
     """Takes up to so many images, spread evenly over those there are."""
-    return Subset(source, range(0, len(source), max(1, len(source) // max(1, count)))[:count])
+    return Subset(source, subsample_indices(len(source), count))
+
+
+def subsample_indices(total: int, count: int) -> list[int]:
+    """Cuts `total` numbers into `count` equal stretches, and lists the first of each; all, if they are fewer.
+
+    The first index is 0, the last lies in the last stretch, and gaps differ by at most 1.
+    """
+    count = min(total, count)
+    return [number * total // count for number in range(count)]
 
 
 # --- Loading: batches ahead of time --------------------------------------------------------------------

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from phreg.analysis.inspection import Labelled
 from phreg.backbones.base import Backbone
-from phreg.data.crops import MEASURED_AT_ONCE, Crops, as_input, centre_crops, spread
+from phreg.data.crops import MEASURED_AT_ONCE, Crops, as_input, centre_crops, spread, subsample_indices
 from phreg.data.sources import ImageSource
 from phreg.errors import DataError
 from phreg.evaluation.datasets.labelled import open_labelled
@@ -38,8 +38,7 @@ def labelled(backbone: Backbone, data: str, size: int) -> Labelled:
     found = open_labelled(data)
     if found is None or not len(found.images):
         raise DataError(f"labelled images asked for in {data}, found none; give a folder of class folders")
-    step = max(1, len(found.images) // LABELLED)
-    numbers = list(range(0, len(found.images), step))[:LABELLED]
+    numbers = subsample_indices(len(found.images), LABELLED)
     crops = Crops(found.images, size, crop="centre")
     batches, classes = [], []
     for start in range(0, len(numbers), MEASURED_AT_ONCE):

@@ -23,6 +23,8 @@ from phreg.data.crops import (
     loader,
     middle,
     normalise,
+    spread,
+    subsample_indices,
 )
 from phreg.data.sources import Subset, open_images
 from phreg.errors import DataError
@@ -221,6 +223,23 @@ def test_held_out_images_are_apart_from_the_rest_and_evenly_spaced(num_images, c
     if held:
         gaps = np.diff([-(held[0] + 1), *held, 2 * num_images - held[-1]])  # mirrored at both ends
         assert gaps.max() - gaps.min() <= 2
+
+
+@given(total=st.integers(0, 3000), count=st.integers(0, 1200))
+@quick
+def test_a_subsample_covers_both_ends_in_gaps_that_differ_by_at_most_one(total, count):
+    found = list(subsample_indices(total, count))
+    assert len(found) == min(total, count)
+    if found:
+        gaps = np.diff([*found, total])  # the last stretch ends where the images end
+        assert found[0] == 0
+        assert gaps.max() - gaps.min() <= 1
+
+
+@pytest.mark.parametrize(("total", "count", "last"), [(999, 500, 997), (100, 64, 98), (5, 9, 4)])
+def test_spread_images_cover_both_ends(total, count, last):
+    chosen = spread(InMemory([None] * total), count)
+    assert (chosen.name(0), chosen.name(len(chosen) - 1)) == ("image 0", f"image {last}")
 
 
 # --- Loading

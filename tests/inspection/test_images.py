@@ -65,6 +65,8 @@ def test_labelled_images_are_normalised_and_keep_their_classes(backbone, classes
 def test_of_many_labelled_images_some_are_taken_evenly(backbone, classes, monkeypatch):
     monkeypatch.setattr(reading, "LABELLED", 3)
     assert labelled(backbone, str(classes), 32).classes.tolist() == [0, 0, 1]
+    monkeypatch.setattr(reading, "LABELLED", 4)
+    assert labelled(backbone, str(classes), 32).classes.tolist() == [0, 0, 1, 1]  # numbers 0, 1, 3 and 4
 
 
 def test_an_unreadable_labelled_image_is_replaced_with_the_class_of_its_replacement(

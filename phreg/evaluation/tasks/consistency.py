@@ -22,7 +22,8 @@ from phreg.analysis.norms import outlier_mask, outliers
 from phreg.backbones.base import Backbone, Readout
 from phreg.backbones.readout import read_as
 from phreg.config import Config, ViewsConfig
-from phreg.data.sources import Subset, open_images
+from phreg.data.crops import spread
+from phreg.data.sources import ImageSource, open_images
 from phreg.errors import PhregError
 from phreg.evaluation.features import FeatureReader, Reading
 from phreg.evaluation.metrics.agreement import Agreement, AgreementMeter, why_incomparable
@@ -60,9 +61,7 @@ def run(reader: FeatureReader, data: str, settings: Settings, seed: int) -> Metr
         DataError: A picture cannot be read.
         PhregError: The model takes no such size.
     """
-    source = open_images(data)
-    step = max(1, len(source) // settings.count)
-    chosen = Subset(source, range(0, len(source), step)[: settings.count])
+    chosen = spread(open_images(data), settings.count)
     spec = reader.backbone.spec
     side = round((settings.size or spec.input_size[0]) / spec.patch_size[0])
     if side <= settings.shift:
@@ -93,7 +92,7 @@ def run(reader: FeatureReader, data: str, settings: Settings, seed: int) -> Metr
     return Metrics(figures, {"worst_percent": worst}, notes)
 
 
-def _batches(reader: FeatureReader, source: Subset, side: int) -> list[Float[Tensor, "_ 3 _ _"]]:
+def _batches(reader: FeatureReader, source: ImageSource, side: int) -> list[Float[Tensor, "_ 3 _ _"]]:
     """Reads central squares of so many patches."""
     patch = reader.backbone.spec.patch_size
     reading = Reading(fit="crop", size=side * patch[0])

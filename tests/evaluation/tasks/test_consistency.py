@@ -1,9 +1,12 @@
+from pathlib import Path
+
 import pytest
 import torch
 from families import FAMILIES
 
 import phreg
 from phreg.backbones.resolve import adapt
+from phreg.data.sources import Subset
 from phreg.errors import PhregError
 from phreg.evaluation.feature_cache import FeatureCache
 from phreg.evaluation.features import FeatureReader
@@ -54,6 +57,16 @@ def test_the_reference_is_the_baselines(reader, tiny, photos):
     against = steadiness.run(reader(reference=adapt(other).eval()), str(photos), FEW, seed=0)
     assert against.figures["reference_agreement"] < own.figures["reference_agreement"]
     assert against.figures["shift_agreement"] == own.figures["shift_agreement"]
+
+
+def test_pictures_are_taken_from_the_whole_folder(reader, photos, monkeypatch):
+    asked = []
+    read = Subset.read
+    monkeypatch.setattr(
+        Subset, "read", lambda self, index: asked.append(self.name(index)) or read(self, index)
+    )
+    steadiness.run(reader(), str(photos), Settings(count=8, shift=1, views=1), seed=0)
+    assert [Path(name).stem for name in asked] == ["00", "01", "03", "04", "06", "07", "09", "10"]
 
 
 def test_a_shift_out_of_the_picture_is_refused(reader, photos):
