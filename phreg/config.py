@@ -360,7 +360,7 @@ def recipes() -> dict[str, Path]:
     """Lists the shipped recipes by name."""
     packaged = Path(str(resources.files("phreg"))) / "recipes"
     folder = packaged if packaged.is_dir() else Path(__file__).parents[1] / "recipes"
-    return {path.stem: path for path in sorted(folder.glob("*.toml"))}
+    return {path.stem: path for path in sorted(folder.glob("[!.]*.toml"))}
 
 
 def find_recipe(recipe: str | os.PathLike[str]) -> Path:

@@ -284,6 +284,11 @@ def walk(folder: str, entered: set[tuple[int, int]] | None = None) -> Iterator[s
             yield path
 
 
+def list_images(folder: str | os.PathLike[str]) -> list[str]:
+    """Lists the images at all levels of a folder, as `walk` does."""
+    return [path for path in walk(os.fspath(folder)) if _is_image(path)]
+
+
 def _read_list(path: Path) -> list[Path]:
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]

@@ -195,7 +195,11 @@ def _nyu_folder(root: Path, split: Split) -> Path | None:
 
 def _is_nyu_folders(root: Path) -> bool:
     folder = _nyu_folder(root, "val")
-    return folder is not None and next(folder.rglob("rgb_*.jpg"), None) is not None
+    return folder is not None and bool(_nyu_images(folder))
+
+
+def _nyu_images(folder: Path) -> list[Path]:
+    return [path for path in find_files(folder, {".jpg"}).values() if path.name.startswith("rgb_")]
 
 
 def _read_nyu_folders(root: Path, split: Split, unit: float | None) -> DepthMaps:
@@ -213,7 +217,7 @@ def _read_nyu_folders(root: Path, split: Split, unit: float | None) -> DepthMaps
     elif folder is not None:
         pairs = [
             (path, path.with_name(path.name.replace("rgb_", "sync_depth_")).with_suffix(".png"))
-            for path in sorted(folder.rglob("rgb_*.jpg"))
+            for path in _nyu_images(folder)
         ]
     else:
         raise DataError(

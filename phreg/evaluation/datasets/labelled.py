@@ -24,7 +24,7 @@ from jaxtyping import Float, Int64, UInt8
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from phreg.data.sources import SUFFIXES, Files, ImageSource, open_images, some
+from phreg.data.sources import FORMATS, SUFFIXES, Files, ImageSource, list_images, open_images, some
 from phreg.errors import DataError
 from phreg.evaluation.datasets.layouts import Layout, find_layout
 from phreg.evaluation.datasets.pairs import Pairs, find_files, pair_files, read_lines, without_suffix
@@ -124,13 +124,17 @@ def _class_folders(root: Path, others: Collection[str]) -> Labelled:
         )
     paths, labels = [], []
     for number, folder in enumerate(folders):
-        inside = sorted(
-            path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file()
-        )
+        inside = list_images(folder)
         if not inside:
             raise DataError(f"no images of class {folder.name!r} in {folder}; add some, or remove the folder")
-        paths += map(os.fspath, inside)
+        paths += inside
         labels += [number] * len(inside)
+    missing = [path for path in paths if not os.path.isfile(path)]  # noqa: PTH113 - there may be a million
+    if missing:
+        raise DataError(
+            f"{len(missing)} of {len(paths)} images of {root} are links to what is not there: "
+            f"{some(missing)}; restore what they point to, or remove them"
+        )
     return Labelled(Files(tuple(paths)), torch.tensor(labels), tuple(folder.name for folder in folders))
 
 
@@ -340,6 +344,12 @@ def _paired(root: Path, pairs: Pairs, searched: Path) -> tuple[Files, tuple[str,
     return pair_files(root, pairs, "masks", searched, lambda mask: read_index_mask(mask).shape)
 
 
+def _beside(images: Path, masks: Path) -> Pairs:
+    """Pairs the JPEGs of one folder with masks of the same names in another."""
+    found = find_files(images, FORMATS["JPEG"]) if images.is_dir() else {}
+    return [(path, masks / f"{name}.png") for name, path in found.items()]
+
+
 def _numbered(count: int, *, zero_is_unlabelled: bool = False) -> dict[int, int]:
     """Numbers classes as the masks do; or from 1 in the masks, where 0 is not counted."""
     if zero_is_unlabelled:
@@ -414,8 +424,8 @@ def _is_folder(root: Path) -> bool:
 def _is_camvid(root: Path) -> bool:
     if not _is_folder(root) or (root / "classes.txt").is_file():
         return False
-    files = [path.name for path in (root / "masks").rglob("*.png")]
-    return bool(files) and all(name.startswith(CAMVID_SEQUENCES) for name in files)
+    masks = find_files(root / "masks", {".png"}).values()
+    return bool(masks) and all(path.name.startswith(CAMVID_SEQUENCES) for path in masks)
 
 
 # PASCAL VOC
@@ -476,8 +486,7 @@ def _read_ade(root: Path, split: Split) -> Segmentation:
         raise DataError(f"no class list in {root}: {path.name} is missing, which comes with the dataset")
     lines = read_lines(path, "names of classes")[1:]  # under a heading
     classes = tuple(line.split("\t")[-1].split(",")[0].strip() for line in lines)
-    pairs = [(image, masks / f"{image.stem}.png") for image in sorted(images.glob("*.jpg"))]
-    files = _paired(root, pairs, images)
+    files = _paired(root, _beside(images, masks), images)
     return Segmentation(*files, classes, _numbered(len(classes), zero_is_unlabelled=True))
 
 
@@ -493,15 +502,12 @@ CITYSCAPES = {
 
 def _read_cityscapes(root: Path, split: Split) -> Segmentation:
     folder = root / "leftImg8bit" / split
-    images = sorted(folder.glob("*/*_leftImg8bit.png"))
+    masks = root / "gtFine" / split
     pairs = [
-        (
-            image,
-            root / "gtFine" / split / image.parent.name
-            / image.name.replace("_leftImg8bit", "_gtFine_labelIds"),
-        )
-        for image in images
-    ]  # fmt: skip
+        (path, masks / f"{name.removesuffix('_leftImg8bit')}_gtFine_labelIds.png")
+        for name, path in find_files(folder, {".png"}).items()
+        if name.endswith("_leftImg8bit")
+    ]
     numbering = dict.fromkeys(range(34), IGNORE) | {index: number for number, index in enumerate(CITYSCAPES)}
     return Segmentation(*_paired(root, pairs, folder), tuple(CITYSCAPES.values()), numbering)
 
@@ -558,8 +564,7 @@ def _coco_files(root: Path, split: Split) -> tuple[Files, tuple[str, ...]]:
     part = f"{split}2017"
     masks = (_coco_masks(root) or root / COCO_MASKS[0]) / part
     images = root / "images" / part if (root / "images").is_dir() else root / part
-    pairs = [(image, masks / f"{image.stem}.png") for image in sorted(images.glob("*.jpg"))]
-    return _paired(root, pairs, images)
+    return _paired(root, _beside(images, masks), images)
 
 
 def _read_coco_stuff(root: Path, split: Split) -> Segmentation:

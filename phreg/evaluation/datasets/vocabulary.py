@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from phreg.backbones.text import TextEncoder, imagenet_templates
+from phreg.data.sources import walk
 from phreg.errors import DataError, PhregError
 
 FOLDER = Path(__file__).with_name("vocabularies")
@@ -56,7 +57,7 @@ class Queries(NamedTuple):
 
 def shipped() -> dict[str, dict[str, tuple[str, ...]]]:
     """Reads phreg's own lists, by name."""
-    return {path.stem: _read(path) for path in sorted(FOLDER.glob("*.toml"))}
+    return {path.stem: _read(path) for path in _lists()}
 
 
 def find_vocabulary(classes: Sequence[str], given: str | None = None) -> Vocabulary:
@@ -127,8 +128,12 @@ def embed_vocabulary(
     return Queries(normalize(means, dim=-1), torch.arange(len(counts), device=embeddings.device))
 
 
+def _lists() -> list[Path]:
+    return [path for path in map(Path, walk(os.fspath(FOLDER))) if path.suffix == ".toml"]
+
+
 def _read(path: str | os.PathLike[str]) -> dict[str, tuple[str, ...]]:
-    known = ", ".join(file.stem for file in sorted(FOLDER.glob("*.toml")))
+    known = ", ".join(file.stem for file in _lists())
     try:
         table = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

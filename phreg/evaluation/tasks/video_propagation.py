@@ -24,9 +24,10 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from phreg.config import Config
-from phreg.data.sources import SUFFIXES, Files, some
+from phreg.data.sources import Files, some
 from phreg.errors import DataError
 from phreg.evaluation.datasets.labelled import read_index_mask
+from phreg.evaluation.datasets.pairs import find_files
 from phreg.evaluation.dense import Dense
 from phreg.evaluation.features import FeatureReader, Reading
 from phreg.evaluation.metrics.scores import IGNORE, boundary_accuracy, region_similarity
@@ -120,8 +121,8 @@ def open_videos(data: str, sequences: str, resolution: str) -> list[Video]:
     videos = []
     for name in listing.read_text(encoding="utf-8").split():
         folder, masks = (root / kind / resolution / name for kind in ("JPEGImages", "Annotations"))
-        frames = sorted(path for path in folder.glob("*") if path.suffix.lower() in SUFFIXES)
-        paths = [masks / f"{frame.stem}.png" for frame in frames]
+        found = find_files(folder) if folder.is_dir() else {}
+        frames, paths = list(found.values()), [masks / f"{frame}.png" for frame in found]
         missing = [str(path) for path in paths if not path.is_file()]
         if missing or len(frames) < 3:
             raise DataError(

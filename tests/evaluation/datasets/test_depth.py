@@ -42,6 +42,19 @@ def test_bts_folders_are_paired_by_number_and_read_in_millimetres(bts):
     assert depth[44, 100] == depth[471, 100] == depth[100, 40] == depth[100, 601] == 0
 
 
+def test_copies_of_notebooks_are_no_pictures_and_linked_scenes_are_read(bts, tmp_path):
+    cafe = bts / "sync" / "cafe"
+    (cafe / ".ipynb_checkpoints").mkdir()
+    Image.new("RGB", SIZE[::-1]).save(cafe / ".ipynb_checkpoints" / "rgb_00001-checkpoint.jpg")
+    cafe.rename(tmp_path / "elsewhere")
+    cafe.symlink_to(tmp_path / "elsewhere")
+    train = open_depths(bts, "train")
+    assert [path.split("/")[-2:] for path in train.images.paths] == [
+        ["attic", "rgb_00002.jpg"],
+        ["cafe", "rgb_00001.jpg"],
+    ]
+
+
 @pytest.mark.parametrize("prefix", ["", "/", "sync/"])
 def test_a_list_of_pairs_is_followed_from_the_split_or_the_root(bts, prefix):
     (bts / "nyu_train.txt").write_text(

@@ -60,6 +60,33 @@ def test_a_class_without_images_is_named(class_folders):
         open_labelled(class_folders, "train")
 
 
+def leave_copies(file):
+    """Leaves what notebooks and Macs leave beside a file."""
+    copies = file.parent / ".ipynb_checkpoints"
+    copies.mkdir(exist_ok=True)
+    (copies / f"{file.stem}-checkpoint{file.suffix}").write_bytes(file.read_bytes())
+    (file.parent / f"._{file.name}").write_bytes(b"a resource fork")
+
+
+def test_hidden_files_are_no_images_of_a_class(class_folders):
+    leave_copies(class_folders / "train" / "dog" / "0.png")
+    found = open_labelled(class_folders, "train")
+    assert found.labels.tolist() == [0, 0, 0, 1, 1, 1]
+    assert [found.images.read(number).size for number in range(6)] == [(40, 30)] * 6
+
+
+def test_linked_folders_of_a_class_are_read(class_folders, tmp_path):
+    write(tmp_path / "elsewhere" / "9.png", noise())
+    (class_folders / "train" / "cat" / "more").symlink_to(tmp_path / "elsewhere")
+    assert open_labelled(class_folders, "train").labels.tolist() == [0, 0, 0, 0, 1, 1, 1]
+
+
+def test_links_to_nothing_are_named(class_folders, tmp_path):
+    (class_folders / "train" / "cat" / "9.png").symlink_to(tmp_path / "nowhere.png")
+    with pytest.raises(DataError, match=r"1 of 7 images of .*cat/9\.png"):
+        open_labelled(class_folders, "train")
+
+
 @pytest.mark.parametrize("heading", ["", "file,class\n"])
 def test_a_file_of_labels_numbers_a_flat_folder(tmp_path, heading):
     for number in range(3):
@@ -454,3 +481,53 @@ def test_shares_are_the_mean_of_one_hot_pixels(seed, rows, cols):
     for index in range(3):
         means = torch.nn.functional.avg_pool2d((classes == index).float()[None], (6, 5))[0]
         torch.testing.assert_close(shares[..., index], means)
+
+
+@pytest.fixture
+def ade(tmp_path):
+    for folder, image in (("images", noise((12, 8))), ("annotations", index_mask((0, 1, 2)))):
+        suffix = "jpg" if folder == "images" else "png"
+        write(tmp_path / "ade" / folder / "validation" / f"ADE_1.{suffix}", image)
+    names = "Idx\tName\n1\twall\n2\tsofa\n"
+    (tmp_path / "ade" / "objectInfo150.txt").write_text(names)
+    return tmp_path / "ade", "images/validation/ADE_1.jpg"
+
+
+@pytest.fixture
+def pixel_maps(tmp_path):
+    write(tmp_path / "coco" / "images" / "val2017" / "1.jpg", noise((12, 8)))
+    write(tmp_path / "coco" / "annotations" / "val2017" / "1.png", index_mask((0, 1)))
+    return tmp_path / "coco", "images/val2017/1.jpg"
+
+
+@pytest.fixture
+def cityscapes(tmp_path):
+    root = tmp_path / "city"
+    write(root / "leftImg8bit" / "val" / "ulm" / "ulm_1_leftImg8bit.png", noise((12, 8)))
+    write(root / "gtFine" / "val" / "ulm" / "ulm_1_gtFine_labelIds.png", index_mask((7, 8)))
+    return root, "leftImg8bit/val/ulm/ulm_1_leftImg8bit.png"
+
+
+@pytest.fixture
+def camvid(tmp_path):
+    for folder, image in (("images", noise((12, 8))), ("masks", index_mask((0, 10)))):
+        write(tmp_path / "camvid" / folder / "val" / "0001TP_1.png", image)
+    return tmp_path / "camvid", "masks/val/0001TP_1.png"
+
+
+@pytest.mark.parametrize("layout", ["ade", "pixel_maps", "cityscapes", "camvid"])
+def test_hidden_files_are_no_pictures_of_any_layout(layout, request):
+    root, file = request.getfixturevalue(layout)
+    before = open_segmentation(root, "val")
+    leave_copies(root / file)
+    assert open_segmentation(root, "val") == before
+    assert len(before) == 1
+
+
+@pytest.mark.parametrize("layout", ["ade", "pixel_maps"])
+def test_linked_pictures_of_any_layout_are_read(layout, request, tmp_path):
+    root, file = request.getfixturevalue(layout)
+    folder = (root / file).parent
+    folder.rename(tmp_path / "elsewhere")
+    folder.symlink_to(tmp_path / "elsewhere")
+    assert len(open_segmentation(root, "val")) == 1

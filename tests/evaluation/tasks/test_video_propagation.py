@@ -97,6 +97,15 @@ def test_labels_are_a_softmax_over_the_nearest_within_the_radius(seed, radius):
     torch.testing.assert_close(found[row, col], expected)
 
 
+def test_hidden_files_are_no_frames(davis):
+    before = open_videos(str(davis), SMALL.sequences, SMALL.resolution)
+    frames = davis / "JPEGImages/480p/one"
+    (frames / "._00001.png").write_bytes(b"a resource fork")
+    (frames / ".ipynb_checkpoints").mkdir()
+    (frames / ".ipynb_checkpoints" / "00001-checkpoint.png").write_bytes((frames / "00001.png").read_bytes())
+    assert open_videos(str(davis), SMALL.sequences, SMALL.resolution) == before
+
+
 def test_usual_mistakes_are_errors_that_name_the_file(reader, davis):
     def opened():
         return open_videos(str(davis), SMALL.sequences, SMALL.resolution)
