@@ -265,6 +265,8 @@ def _open_folder(folder: str) -> ImageSource:
 def walk(folder: str, entered: set[tuple[int, int]] | None = None) -> Iterator[str]:
     """Lists the files at all levels, sorted by folder; hidden ones are left out, links followed.
 
+    Names are sorted as text, which is the same on any machine. Use `natural_order` where order has a meaning.
+
     Args:
         folder: Where to begin.
         entered: Folders that were listed already, by device and inode, for links may loop.
@@ -282,6 +284,16 @@ def walk(folder: str, entered: set[tuple[int, int]] | None = None) -> Iterator[s
             yield from walk(path, entered)
         else:
             yield path
+
+
+def natural_order(name: str) -> tuple[tuple[str | int, ...], str]:
+    """A sorting key that compares the numbers in names by value: `f2` before `f10`.
+
+    For names whose order has a meaning, such as the frames of a video. Names that differ in leading zeros
+    alone are in the order of their text.
+    """
+    parts = re.split(r"(\d+)", name)
+    return tuple(int(part) if place % 2 else part for place, part in enumerate(parts)), name
 
 
 def list_images(folder: str | os.PathLike[str]) -> list[str]:

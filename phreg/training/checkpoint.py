@@ -99,7 +99,8 @@ class RunFolder:
     def states(self) -> list[Path]:
         """Complete checkpoints, oldest first."""
         found = (self.path / "state").glob("step-*")
-        return sorted(path for path in found if re.fullmatch(r"step-\d+", path.name))
+        complete = (path for path in found if re.fullmatch(r"step-\d+", path.name))
+        return sorted(complete, key=lambda path: int(path.name.removeprefix("step-")))
 
     @property
     def begun(self) -> bool:

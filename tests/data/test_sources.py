@@ -10,10 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from pictures import encoded, noise, pixels, plain, saved_dataset, tar_of
 from PIL import Image
 
-from phreg.data.sources import Files, HubImages, Subset, TarShards, decode, open_images
+from phreg.data.sources import Files, HubImages, Subset, TarShards, decode, natural_order, open_images
 from phreg.errors import DataError
 
 # --- Decoding
@@ -202,6 +204,21 @@ def test_the_order_of_a_folder_does_not_depend_on_the_order_of_its_entries(mixed
 
     monkeypatch.setattr(os, "scandir", Reversed)
     assert open_images(mixed_photos) == expected
+
+
+@given(numbers=st.lists(st.integers(0, 10**12), unique=True), width=st.integers(0, 8))
+def test_names_in_natural_order_are_in_the_order_of_their_numbers(numbers, width):
+    names = [f"take 2/frame{number:0{width}}b.jpg" for number in numbers]
+    assert [names.index(name) for name in sorted(names, key=natural_order)] == [
+        numbers.index(number) for number in sorted(numbers)
+    ]
+
+
+@pytest.mark.parametrize(
+    "names", [["1", "a", "a1", "a1b", "a2", "a10"], ["٣.png", "4.png"], ["a01", "a1"], ["²", "³"]]
+)
+def test_the_natural_order_of_odd_names_is_defined(names):
+    assert sorted(names[::-1], key=natural_order) == names
 
 
 def test_links_are_followed_and_loops_of_links_end(mixed_photos, tmp_path):

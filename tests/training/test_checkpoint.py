@@ -41,6 +41,14 @@ def test_only_the_last_two_checkpoints_are_kept(tmp_path):
     assert [path.name for path in run.states] == ["step-000015", "step-000020"]
 
 
+def test_checkpoints_are_in_the_order_of_their_steps_beyond_six_digits(tmp_path):
+    run = RunFolder(tmp_path)
+    for step in (999_998, 999_999, 1_000_000):
+        checkpoint.save_state(run, step, *stepped(), {})
+    assert [path.name for path in run.states] == ["step-999999", "step-1000000"]
+    assert checkpoint.load_state(run, *stepped(), {}) == 1_000_000
+
+
 def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(tmp_path):
     run = RunFolder(tmp_path)
     for step in (5, 10):

@@ -9,8 +9,9 @@ few, as DINO evaluates features on DAVIS (Caron et al. 2021, arXiv 2104.14294, s
                  └────────────────────────────── labels of patches ──bilinear──► masks ──► J and F
 
 Read are folders in the layout of DAVIS 2017: JPEGImages/480p/SEQUENCE/*.jpg, Annotations/480p/SEQUENCE/*.png
-of object numbers, and a file of sequence names. As in its semi-supervised benchmark, first and last frame of
-a sequence do not count, and every object counts the same, whatever its sequence.
+of object numbers, and a file of sequence names. Frames follow each other by the numbers in their names. As in
+its semi-supervised benchmark, first and last frame of a sequence do not count, and every object counts the
+same, whatever its sequence.
 """
 
 from collections import deque
@@ -24,7 +25,7 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from phreg.config import Config
-from phreg.data.sources import Files, some
+from phreg.data.sources import Files, natural_order, some
 from phreg.errors import DataError
 from phreg.evaluation.datasets.labelled import read_index_mask
 from phreg.evaluation.datasets.pairs import find_files
@@ -122,7 +123,8 @@ def open_videos(data: str, sequences: str, resolution: str) -> list[Video]:
     for name in listing.read_text(encoding="utf-8").split():
         folder, masks = (root / kind / resolution / name for kind in ("JPEGImages", "Annotations"))
         found = find_files(folder) if folder.is_dir() else {}
-        frames, paths = list(found.values()), [masks / f"{frame}.png" for frame in found]
+        order = sorted(found, key=natural_order)
+        frames, paths = [found[frame] for frame in order], [masks / f"{frame}.png" for frame in order]
         missing = [str(path) for path in paths if not path.is_file()]
         if missing or len(frames) < 3:
             raise DataError(

@@ -1,5 +1,7 @@
 """Squares that move over a plain ground: colour alone tells them, so that any model's patches can follow."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -95,6 +97,20 @@ def test_labels_are_a_softmax_over_the_nearest_within_the_radius(seed, radius):
     order = cosines.argsort(descending=True)[:3]
     expected = ((cosines[order] / 0.2).softmax(0)[:, None] * shown[order]).sum(0)
     torch.testing.assert_close(found[row, col], expected)
+
+
+def test_frames_follow_each_other_by_number_not_as_text(davis):
+    for kind in ("JPEGImages", "Annotations"):
+        folder = davis / kind / "480p" / "one"
+        first = (folder / "00000.png").read_bytes()
+        for path in folder.iterdir():
+            path.unlink()
+        for number in range(12):
+            (folder / f"frame{number}.png").write_bytes(first)
+    video, _ = open_videos(str(davis), SMALL.sequences, SMALL.resolution)
+    expected = [f"frame{number}" for number in range(12)]
+    assert [Path(path).stem for path in video.frames.paths] == expected
+    assert [Path(path).stem for path in video.masks] == expected
 
 
 def test_hidden_files_are_no_frames(davis):
