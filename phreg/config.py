@@ -386,7 +386,7 @@ def read_toml(path: Path) -> dict[str, Any]:
         ConfigError: It is not TOML.
     """
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(os.fspath(path), [f"not TOML: {error}"]) from error
 

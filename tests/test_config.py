@@ -73,6 +73,11 @@ def test_a_recipe_that_does_not_exist_names_the_nearest():
         config.resolve("paper-dinov2-bas")
 
 
+def test_a_recipe_may_begin_with_a_byte_order_mark(tmp_path):
+    (tmp_path / "mine.toml").write_text("registers = 7\n", encoding="utf-8-sig")
+    assert config.resolve(tmp_path / "mine.toml").registers == 7
+
+
 def test_a_recipe_that_is_not_toml_is_named(tmp_path):
     path = tmp_path / "bad.toml"
     path.write_text("= 3")

@@ -9,6 +9,7 @@ picture.
 Nothing is streamed: tar shards are indexed once, by their headers.
 """
 
+import codecs
 import glob
 import io
 import itertools
@@ -194,7 +195,8 @@ def open_images(
     - a folder of images, searched through all levels and sorted by path, so that the order never depends on
       the file system; links are followed, each folder is entered once, hidden files are left out;
     - a folder of tar shards, or one made by a Hugging Face dataset's `save_to_disk`;
-    - a text file with a path a line, relative to that file; blank lines and those with a # are left out;
+    - a text file with a path a line, relative to that file, in UTF-8 or UTF-16; blank lines are left out, and
+      lines that begin with a # unless there is a file of that name;
     - one image, one `.tar`, or a pattern of either: `shards-{000..010}.tar`, `photos/*.jpg`;
     - several paths of images or of tar shards;
     - the id of a Hugging Face dataset, unless something of that name exists on disk.
@@ -303,10 +305,36 @@ def list_images(folder: str | os.PathLike[str]) -> list[str]:
 
 def _read_list(path: Path) -> list[Path]:
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+        lines = read_text(path).split("\n")
     except UnicodeDecodeError as error:
-        raise DataError(f"no images in {path}: it is neither image, tar file nor text; {ADVICE}") from error
-    return [path.parent / line for line in lines if line and not line.startswith("#")]
+        raise DataError(
+            f"no images in {path}: it is neither image, tar file, nor text in UTF-8 or UTF-16; {ADVICE}"
+        ) from error
+    return [path.parent / name for line in lines if (name := _listed_file(path.parent, line))]
+
+
+def _listed_file(folder: Path, line: str) -> str:
+    """Reads a line of a list: a path, or nothing; a file may begin with a blank or a #."""
+    name = line.strip()
+    odd = line != name or line.startswith("#")
+    if odd and name and (folder / line).is_file():
+        return line
+    return "" if name.startswith("#") else name
+
+
+def read_text(path: Path) -> str:
+    """Reads a text file in UTF-8, or in UTF-16 where its byte order mark says so; lines end in a line feed.
+
+    Raises:
+        OSError: It cannot be read.
+        UnicodeDecodeError: It is in another encoding, or no text.
+    """
+    content = path.read_bytes()
+    is_utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    text = content.decode("utf-16" if is_utf16 else "utf-8-sig")
+    if "\0" in text:  # which is valid, and in no text: UTF-16 without its mark has one beside each letter
+        raise UnicodeDecodeError("utf-8", content, 0, len(content), "holds zeros; save it as UTF-8")
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def _expand(pattern: str) -> list[str]:

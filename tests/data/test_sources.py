@@ -218,7 +218,8 @@ def test_names_in_natural_order_are_in_the_order_of_their_numbers(numbers, width
     "names", [["1", "a", "a1", "a1b", "a2", "a10"], ["٣.png", "4.png"], ["a01", "a1"], ["²", "³"]]
 )
 def test_the_natural_order_of_odd_names_is_defined(names):
-    assert sorted(names[::-1], key=natural_order) == names
+    mixed = names[::-1]
+    assert sorted(mixed, key=natural_order) == names
 
 
 def test_links_are_followed_and_loops_of_links_end(mixed_photos, tmp_path):
@@ -247,6 +248,26 @@ def test_a_text_file_lists_paths_relative_to_itself_in_its_own_order(mixed_photo
     images = open_images(listing)
     assert [Path(images.name(i)).name for i in range(len(images))] == ["2.PNG", "0.png", "1.bmp"]
     assert images.read(0).size == (40, 32)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be"])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_a_list_may_be_of_any_unicode_and_name_files_by_anything(tmp_path, encoding, end):
+    names = ["#1.png", "a # b.png", "café 1.png", " 2.png", "2.png", "line\u2028 separator.png"]
+    for number, name in enumerate(names):
+        noise((4 + number, 4)).save(tmp_path / name)
+    mark = "\ufeff" if encoding in ("utf-16-le", "utf-16-be") else ""
+    text = mark + end.join(["# 2.png", "", *names, "#2.png"])
+    (tmp_path / "list.txt").write_bytes(text.encode(encoding))
+    images = open_images(tmp_path / "list.txt")
+    assert [images.read(number).width for number in range(len(images))] == [4, 5, 6, 7, 8, 9]
+
+
+@pytest.mark.parametrize("content", ["a.png".encode("utf-16-le"), "café.png".encode("latin-1"), b"\xff\xfea"])
+def test_a_list_of_another_encoding_says_which_are_read(tmp_path, content):
+    (tmp_path / "list.txt").write_bytes(content)
+    with pytest.raises(DataError, match="nor text in UTF-8 or UTF-16"):
+        open_images(tmp_path / "list.txt")
 
 
 def test_all_missing_files_of_a_list_are_reported_together(mixed_photos):
@@ -307,7 +328,7 @@ def test_a_source_that_is_not_there_is_refused_without_asking_the_network(source
 
 def test_a_file_that_is_no_list_is_refused(tmp_path):
     (tmp_path / "mixed_photos.zip").write_bytes(b"PK\x03\x04\xff\xfe")
-    with pytest.raises(DataError, match="neither image, tar file nor text"):
+    with pytest.raises(DataError, match="neither image, tar file, nor text"):
         open_images(tmp_path / "mixed_photos.zip")
 
 

@@ -15,7 +15,7 @@ import os
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,11 +24,11 @@ from jaxtyping import Float
 from scipy.ndimage import find_objects, label
 from torch import Tensor
 
-from phreg.data.sources import Files, some
+from phreg.data.sources import Files, read_text, some
 from phreg.errors import DataError
 from phreg.evaluation.datasets.labelled import read_index_mask
 from phreg.evaluation.datasets.layouts import Layout, find_layout
-from phreg.evaluation.datasets.pairs import find_files, pair_files, read_lines, without_suffix
+from phreg.evaluation.datasets.pairs import base_name, find_files, pair_files, read_names, without_suffix
 
 COCO_LIST = "coco_20k_filenames.txt"
 """The list of COCO20k, as LOST calls it."""
@@ -147,14 +147,9 @@ def _boxed(root: Path, entries: Iterable[_Entry]) -> Boxed:
     )
 
 
-def _read_names(path: Path, what: str) -> list[str]:
-    """Reads the first word of each line."""
-    return [line.split()[0] for line in read_lines(path, what)]
-
-
 def _read_json(path: Path, example: str) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
+        return json.loads(read_text(path))
     except (OSError, ValueError) as error:
         raise DataError(f"cannot read boxes from {path}: {error}; expected {example}") from error
 
@@ -178,8 +173,12 @@ def _read_voc(root: Path, choice: Choice) -> Boxed:
         )
     year = years[0]
     listed = choice.names or year / "ImageSets" / "Main" / "trainval.txt"
-    names = [without_suffix(PurePosixPath(name).name) for name in _read_names(listed, "VOC's images to use")]
-    return _boxed(year, (_voc_entry(year, name, hard=choice.hard) for name in names))
+
+    def annotation(line: str) -> Path:
+        return year / "Annotations" / f"{base_name(line)}.xml"
+
+    names = read_names(listed, "VOC's images to use", lambda line: annotation(line).is_file())
+    return _boxed(year, (_voc_entry(year, base_name(name), hard=choice.hard) for name in names))
 
 
 def _voc_entry(year: Path, stem: str, *, hard: bool) -> _Entry:
@@ -228,6 +227,7 @@ def _read_coco(root: Path, choice: Choice) -> Boxed:
     content = _read_json(path, "COCO's instances file")
     try:
         images = {int(image["id"]): image for image in content["images"]}
+        by_name = {str(image["file_name"]): number for number, image in images.items()}
         boxes: dict[int, list[list[float]]] = {number: [] for number in images}
         for thing in content["annotations"]:
             if not thing.get("iscrowd"):
@@ -239,7 +239,8 @@ def _read_coco(root: Path, choice: Choice) -> Boxed:
             f"cannot read boxes from {path}: {error!r}; expected COCO's instances file, with images (id, "
             "file_name) and annotations (image_id, bbox)"
         ) from error
-    numbers = [_coco_number(name, listed) for name in _read_names(listed, "COCO's images to use")]
+    names = read_names(listed, "COCO's images to use", by_name.__contains__)
+    numbers = [by_name[name] if name in by_name else _coco_number(name, listed) for name in names]
     unknown = [str(number) for number in numbers if number not in images]
     if unknown:
         raise DataError(
@@ -292,7 +293,7 @@ def _read_boxes(root: Path, choice: Choice) -> Boxed:
             for name, boxes in _read_json(path, EXAMPLE).items():
                 found[name] = [[float(side) for side in box] for box in boxes]
         else:
-            rows = [row for row in csv.reader(path.read_text(encoding="utf-8-sig").splitlines()) if row]
+            rows = [row for row in csv.reader(read_text(path).split("\n")) if row]
             heading = bool(rows) and rows[0][0].strip().lower() in ("file", "image", "name", "filename")
             for row in rows[heading:]:
                 found.setdefault(row[0].strip(), []).append([float(side) for side in row[1:]])
@@ -332,8 +333,12 @@ def _chosen(found: Mapping[str, Any], choice: Choice, where: Path) -> list[str]:
     if choice.names is None:
         return list(found)
     by_name = {without_suffix(name): name for name in found}
-    asked = _read_names(choice.names, "the images to use")
-    known = [name if name in found else by_name.get(without_suffix(name)) for name in asked]
+
+    def find(line: str) -> str | None:
+        return line if line in found else by_name.get(without_suffix(line))
+
+    asked = read_names(choice.names, "the images to use", lambda line: find(line) is not None)
+    known = [find(name) for name in asked]
     unknown = [name for name, match in zip(asked, known, strict=True) if match is None]
     if unknown:
         raise DataError(

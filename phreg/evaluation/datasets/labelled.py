@@ -15,7 +15,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -24,10 +24,27 @@ from jaxtyping import Float, Int64, UInt8
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from phreg.data.sources import FORMATS, SUFFIXES, Files, ImageSource, list_images, open_images, some
+from phreg.data.sources import (
+    FORMATS,
+    SUFFIXES,
+    Files,
+    ImageSource,
+    list_images,
+    open_images,
+    read_text,
+    some,
+)
 from phreg.errors import DataError
 from phreg.evaluation.datasets.layouts import Layout, find_layout
-from phreg.evaluation.datasets.pairs import Pairs, find_files, pair_files, read_lines, without_suffix
+from phreg.evaluation.datasets.pairs import (
+    Pairs,
+    base_name,
+    find_files,
+    pair_files,
+    read_lines,
+    read_names,
+    without_suffix,
+)
 from phreg.evaluation.datasets.vocabulary import shipped
 from phreg.evaluation.metrics.scores import IGNORE
 
@@ -41,6 +58,10 @@ SPLIT_NAMES: Mapping[Split, tuple[str, ...]] = {
 
 PART_NAMES = frozenset({"images", "masks"})
 """Folders that stand for a part of a dataset."""
+
+
+IMAGE_NAMES = "names of images"
+"""What is in the lists of splits, for messages."""
 
 
 # --- Classification -------------------------------------------------------------------------------------
@@ -141,11 +162,11 @@ def _class_folders(root: Path, others: Collection[str]) -> Labelled:
 def _listed(root: Path, path: Path) -> Labelled:
     """Reads the classes of a flat folder from a file; numbers are kept, names are numbered in their order."""
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = read_text(path)
         pairs = (
             list(json.loads(text).items())
             if path.suffix.lower() == ".json"
-            else [(row[0].strip(), row[1].strip()) for row in csv.reader(text.splitlines()) if row]
+            else [(row[0].strip(), row[1].strip()) for row in csv.reader(text.split("\n")) if row]
         )
     except (OSError, ValueError, AttributeError, IndexError) as error:
         raise DataError(
@@ -373,7 +394,12 @@ def _folder_files(root: Path, split: Split) -> tuple[Files, tuple[str, ...]]:
     found, truths = find_files(images), find_files(masks)
     names = list(found)
     if listing is not None:
-        names = [name if name in found else PurePosixPath(name).name for name in _read_split(listing)]
+
+        def find(line: str) -> str:
+            name = without_suffix(line)
+            return name if name in found else base_name(line)
+
+        names = [find(line) for line in read_names(listing, IMAGE_NAMES, lambda line: find(line) in found)]
     pairs = [
         (found.get(name, images / f"{name}.jpg"), truths.get(name, masks / f"{name}.png")) for name in names
     ]
@@ -390,11 +416,6 @@ def _split_file(folder: Path, split: Split) -> Path:
             f"{' or '.join(names)} of one name a line; add one"
         )
     return found
-
-
-def _read_split(path: Path) -> list[str]:
-    """Reads the first word of each line, without the suffix of an image."""
-    return [without_suffix(line.split()[0]) for line in read_lines(path, "names of images")]
 
 
 def _read_folder(root: Path, split: Split) -> Segmentation:
@@ -444,8 +465,12 @@ def _voc_root(root: Path) -> Path:
 
 def _voc_files(root: Path, split: Split, masks: str, lists: str) -> tuple[Files, tuple[str, ...]]:
     listing = _split_file(root / "ImageSets" / lists, split)
-    names = [PurePosixPath(name).name for name in _read_split(listing)]
-    pairs = [(root / "JPEGImages" / f"{name}.jpg", root / masks / f"{name}.png") for name in names]
+
+    def image(line: str) -> Path:
+        return root / "JPEGImages" / f"{base_name(line)}.jpg"
+
+    images = [image(line) for line in read_names(listing, IMAGE_NAMES, lambda line: image(line).is_file())]
+    pairs = [(path, root / masks / f"{without_suffix(path.name)}.png") for path in images]
     return _paired(root, pairs, listing)
 
 

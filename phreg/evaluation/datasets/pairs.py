@@ -9,10 +9,11 @@ drawn. Where it fits both ways, nobody but the user knows, and nothing is guesse
 """
 
 import os
+import re
 from collections.abc import Callable, Collection, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
-from phreg.data.sources import SUFFIXES, Files, exif_orientation, some, walk
+from phreg.data.sources import SUFFIXES, Files, exif_orientation, read_text, some, walk
 from phreg.errors import DataError
 
 Pairs = Sequence[tuple[Path, Path]]
@@ -30,12 +31,44 @@ def read_lines(path: Path, what: str) -> list[str]:
         DataError: It is missing, or no text.
     """
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = read_text(path).split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(
             f"cannot read {what} from {path}: {error}; write one a line, in a text file of UTF-8"
         ) from error
     return [line.strip() for line in lines if line.strip()]
+
+
+def read_names(path: Path, what: str, exists: Callable[[str], bool]) -> list[str]:
+    """Reads a list of images: a name a line, as it is in the list.
+
+    Lists of some datasets have columns after the name: numbers in VOC's, the path of the mask in CamVid's.
+    Those are left out, unless there is an image that is called as the whole line. Whatever else follows a
+    blank belongs to the name.
+
+    Args:
+        path: The file.
+        what: What is listed in it, for messages.
+        exists: Tells whether there is an image that a list may call so.
+
+    Raises:
+        DataError: It is missing, or no text.
+    """
+    return [_name(line, exists) for line in read_lines(path, what)]
+
+
+def _name(line: str, exists: Callable[[str], bool]) -> str:
+    first, *columns = line.split()
+    is_file = without_suffix(first) != first
+    if is_file and any("/" in column for column in columns):
+        return first
+    may_be_columns = is_file or all(re.fullmatch(r"[+-]?\d+", column) for column in columns)
+    return first if may_be_columns and not exists(line) else line
+
+
+def base_name(name: str) -> str:
+    """Takes folders and the suffix of an image off a name."""
+    return PurePosixPath(without_suffix(name)).name
 
 
 def without_suffix(name: str) -> str:

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from phreg.backbones.text import TextEncoder, imagenet_templates
-from phreg.data.sources import walk
+from phreg.data.sources import read_text, walk
 from phreg.errors import DataError, PhregError
 
 FOLDER = Path(__file__).with_name("vocabularies")
@@ -135,7 +135,7 @@ def _lists() -> list[Path]:
 def _read(path: str | os.PathLike[str]) -> dict[str, tuple[str, ...]]:
     known = ", ".join(file.stem for file in _lists())
     try:
-        table = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        table = tomllib.loads(read_text(Path(path)))
     except (OSError, ValueError) as error:
         raise DataError(
             f"cannot read a list of words from {path}: {error}; give one of {known}, or a TOML file of lines "

@@ -28,7 +28,7 @@ from phreg.config import Config
 from phreg.data.sources import Files, natural_order, some
 from phreg.errors import DataError
 from phreg.evaluation.datasets.labelled import read_index_mask
-from phreg.evaluation.datasets.pairs import find_files
+from phreg.evaluation.datasets.pairs import find_files, read_lines
 from phreg.evaluation.dense import Dense
 from phreg.evaluation.features import FeatureReader, Reading
 from phreg.evaluation.metrics.scores import IGNORE, boundary_accuracy, region_similarity
@@ -120,7 +120,7 @@ def open_videos(data: str, sequences: str, resolution: str) -> list[Video]:
             "JPEGImages, Annotations and ImageSets, or name the list in sequences"
         )
     videos = []
-    for name in listing.read_text(encoding="utf-8").split():
+    for name in read_lines(listing, "names of sequences"):
         folder, masks = (root / kind / resolution / name for kind in ("JPEGImages", "Annotations"))
         found = find_files(folder) if folder.is_dir() else {}
         order = sorted(found, key=natural_order)

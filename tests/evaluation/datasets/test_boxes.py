@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -208,6 +209,44 @@ def test_a_dot_in_a_name_is_no_suffix(masks, tmp_path, line):
     (masks / "images" / "boxes.csv").write_text("f0.5.jpg,1,2,3,4\n")
     found = open_boxed(masks / "images", Choice(names=tmp_path / "names.txt"))
     assert found.images.name(0).endswith("f0.5.jpg")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("line", ["IMG 1", "IMG 1.jpg"])
+def test_a_list_of_names_is_read_by_whole_lines(masks, tmp_path, line, encoding):
+    for stem, box in (("IMG 1", (2, 3, 10, 8)), ("IMG", (0, 0, 5, 5))):
+        write(masks / "images" / f"{stem}.jpg", noise(SIZE))
+        write(masks / "masks" / f"{stem}.png", mask(box))
+    (tmp_path / "names.txt").write_text(f"{line}\n", encoding=encoding)
+    assert open_boxed(masks, Choice(names=tmp_path / "names.txt")).boxes[0].tolist() == [[2, 3, 10, 8]]
+    boxes = "IMG 1.jpg,1,2,3,4\nIMG.jpg,5,6,7,8\n"
+    (masks / "images" / "boxes.csv").write_text(boxes, encoding=encoding)
+    found = open_boxed(masks / "images", Choice(names=tmp_path / "names.txt"))
+    assert [boxes.tolist() for boxes in found.boxes] == [[[1, 2, 3, 4]]]
+
+
+def test_no_other_picture_stands_in_for_one_that_is_missing(masks, tmp_path):
+    (tmp_path / "names.txt").write_text("0001 b.jpg\n")
+    with pytest.raises(DataError, match=r"1 of which are not in .*: 0001 b\.jpg"):
+        open_boxed(masks, Choice(names=tmp_path / "names.txt"))
+
+
+def test_names_of_voc_may_have_spaces_and_its_lists_columns(voc):
+    for folder, suffix in (("JPEGImages", "jpg"), ("Annotations", "xml")):
+        (voc / folder / f"000005.{suffix}").rename(voc / folder / f"IMG 1.{suffix}")
+    (voc / "ImageSets" / "Main" / "trainval.txt").write_text("IMG 1\n000007 -1\n")
+    found = open_boxed(voc)
+    assert [Path(path).stem for path in found.images.paths] == ["IMG 1", "000007"]
+
+
+def test_coco_images_are_listed_by_the_names_that_its_annotations_give_them(coco):
+    path = coco / "annotations" / "instances_train2014.json"
+    content = json.loads(path.read_text())
+    content["images"][2]["file_name"] = "IMG 9.jpg"  # of id 30, and not 9
+    path.write_text(json.dumps(content))
+    (coco / "train2014" / "COCO_train2014_000000000030.jpg").rename(coco / "IMG 9.jpg")
+    (coco / COCO_LIST).write_text("IMG 9.jpg\n")
+    assert open_boxed(coco).boxes[0].tolist() == [[2, 2, 5, 5]]
 
 
 def test_a_dot_in_a_name_of_voc_is_no_suffix(voc):

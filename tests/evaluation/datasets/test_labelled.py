@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -97,6 +98,19 @@ def test_a_file_of_labels_numbers_a_flat_folder(tmp_path, heading):
     (tmp_path / "other.json").write_text(json.dumps({"2.png": "dog", "0.png": "cat"}))
     named = open_labelled(tmp_path, labels=tmp_path / "other.json")
     assert (named.classes, named.labels.tolist()) == (("cat", "dog"), [1, 0])
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("name", ["labels.csv", "labels.json"])
+def test_labels_may_be_of_any_unicode_and_name_files_by_anything(tmp_path, encoding, name):
+    for file in ("#1.png", "IMG 1.png"):
+        write(tmp_path / file, noise())
+    table = {"#1.png": "dog", "IMG 1.png": "cat"}
+    lines = "".join(f"{file},{label}\r\n" for file, label in table.items())
+    (tmp_path / name).write_bytes((json.dumps(table) if name.endswith("json") else lines).encode(encoding))
+    found = open_labelled(tmp_path)
+    assert [Path(path).name for path in found.images.paths] == ["#1.png", "IMG 1.png"]
+    assert (found.classes, found.labels.tolist()) == (("cat", "dog"), [1, 0])
 
 
 def test_labels_of_images_that_are_not_there_are_named(tmp_path):
@@ -230,6 +244,49 @@ def test_a_list_may_name_pictures_in_folders(tmp_path):
     assert len(found) == 1
     assert "night" in found.images.name(0)
     assert "night" in found.masks[0]
+
+
+def write_listed(root, listing, stems):
+    for number, stem in enumerate(stems):
+        write(root / "images" / f"{stem}.jpg", noise((12 + number, 8)))
+        write(root / "masks" / f"{stem}.png", index_mask(size=(12 + number, 8)))
+    (root / "classes.txt").write_text("road\ncar\n")
+    (root / "val.txt").write_bytes(listing)
+
+
+@pytest.mark.parametrize(
+    ("listing", "expected"),
+    [
+        (b"IMG 1.jpg\nIMG.jpg\n", ["IMG 1", "IMG"]),
+        (b"IMG 1\nIMG\n", ["IMG 1", "IMG"]),
+        (b"images/IMG 1.jpg\n", ["IMG 1"]),
+        (b"/CamVid/val/IMG.jpg /CamVid/valannot/IMG.png\n", ["IMG"]),
+        (b"IMG.jpg masks of mine/IMG.png\n", ["IMG"]),
+        (b"IMG -1\n", ["IMG"]),
+        (b"IMG  1\n", ["IMG"]),
+        ("\ufeffIMG 1.jpg\r\nIMG\r\n".encode("utf-16-le"), ["IMG 1", "IMG"]),
+    ],
+)
+def test_a_line_of_a_list_is_a_name_as_a_whole_or_a_name_and_columns(tmp_path, listing, expected):
+    write_listed(tmp_path, listing, ["IMG", "IMG 1"])
+    found = open_segmentation(tmp_path, "val")
+    assert [Path(path).stem for path in found.images.paths] == expected
+    assert [Path(path).stem for path in found.masks] == expected
+
+
+@pytest.mark.parametrize("line", ["IMG 1.jpg", "IMG of mine", "IMG,1"])
+def test_no_other_picture_stands_in_for_one_that_is_missing(tmp_path, line):
+    write_listed(tmp_path, line.encode(), ["IMG"])
+    with pytest.raises(DataError, match=rf"missing: .*images/{line.removesuffix('.jpg')}\.jpg"):
+        open_segmentation(tmp_path, "val")
+
+
+def test_voc_names_may_have_spaces(voc):
+    for folder, suffix in (("JPEGImages", "jpg"), ("SegmentationClass", "png")):
+        (voc / folder / f"2007_000033.{suffix}").rename(voc / folder / f"IMG 1.{suffix}")
+    (voc / "ImageSets" / "Segmentation" / "val.txt").write_text("IMG 1\n2007_000032  1\n")
+    found = open_segmentation(voc, "val")
+    assert [Path(path).stem for path in found.images.paths] == ["IMG 1", "2007_000032"]
 
 
 @pytest.mark.parametrize("split", ["train", "val"])

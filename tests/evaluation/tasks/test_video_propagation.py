@@ -113,6 +113,15 @@ def test_frames_follow_each_other_by_number_not_as_text(davis):
     assert [Path(path).stem for path in video.masks] == expected
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_names_of_sequences_may_have_spaces(davis, encoding):
+    for kind in ("JPEGImages", "Annotations"):
+        (davis / kind / "480p" / "one").rename(davis / kind / "480p" / "one more")
+    (davis / SMALL.sequences).write_text("one more\ntwo\n", encoding=encoding)
+    videos = open_videos(str(davis), SMALL.sequences, SMALL.resolution)
+    assert [video.name for video in videos] == ["one more", "two"]
+
+
 def test_hidden_files_are_no_frames(davis):
     before = open_videos(str(davis), SMALL.sequences, SMALL.resolution)
     frames = davis / "JPEGImages/480p/one"
