@@ -154,7 +154,12 @@ def distill(
     check_free(Path(early.output or ""), resume=resume)
     if early.device is not None:
         _usable(early.device)
-    source = open_images(early.images or "", split=early.data.split, column=early.data.image_column)
+    source = open_images(
+        early.images or "",
+        split=early.data.split,
+        column=early.data.image_column,
+        max_megapixels=early.data.max_megapixels,
+    )
     student, base = open_model(model if isinstance(model, nn.Module) else early.model or "", early.revision)
     if student.num_registers:
         raise PhregError(

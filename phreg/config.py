@@ -179,6 +179,10 @@ class DataConfig(Config):
     """Column of a Hugging Face dataset that holds the images; unset means the first image column."""
     workers: Annotated[int, Field(ge=0)] | None = None
     """Reader processes; unset means up to 8, one less than there are cores."""
+    max_megapixels: PositiveFloat = 89.0
+    """Megapixels that one image may have in memory, which bounds that of a reader process: decoding takes up
+    to 12 bytes a pixel. A larger JPEG or JPEG 2000 is decoded at a half, a quarter or an eighth of its size;
+    one that is larger even so, or of another format, counts as unreadable."""
     max_broken: Fraction = 0.05
     """Share of unreadable images that are skipped and reported; more stop the run."""
 

@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from phreg.backbones.base import Backbone
 from phreg.config import DataConfig, DistillConfig
-from phreg.data.sources import ImageSource, Subset, open_images, some, unreadable
+from phreg.data.sources import MAX_MEGAPIXELS, ImageSource, Subset, open_images, some, unreadable
 from phreg.errors import DataError
 from phreg.seeding import keyed_generator
 
@@ -127,7 +127,7 @@ class Crops:
         # The side with the least to spare decides.
         shorter, needed = min(zip(image.size, (cols, rows), strict=True), key=lambda side: side[0] / side[1])
         width, height = (int(needed * side / shorter) for side in image.size)  # as torchvision truncates
-        if Image.MAX_IMAGE_PIXELS is not None and width * height > Image.MAX_IMAGE_PIXELS:
+        if width * height > MAX_MEGAPIXELS * 1e6:
             shape = f"{image.width}x{image.height}"
             raise unreadable(name, f"{shape} is so narrow that it would become {width}x{height} pixels")
         if image.size != (width, height):
@@ -264,7 +264,8 @@ def split(source: ImageSource, config: DistillConfig) -> tuple[ImageSource, Imag
     count = config.measure.images
     limit = len(source) if config.data.limit == "all" else config.data.limit
     if config.measure.source is not None:
-        return spread(source, limit), spread(open_images(config.measure.source), count), True
+        others = open_images(config.measure.source, max_megapixels=config.data.max_megapixels)
+        return spread(source, limit), spread(others, count), True
     train_on, measure_on = holdout(len(source), count)
     if measure_on:
         return spread(Subset(source, train_on), limit), Subset(source, measure_on), True

@@ -23,14 +23,16 @@ import warnings
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
 
 import numpy as np
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile
 
+from phreg.config import DataConfig
 from phreg.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -51,6 +53,9 @@ FORMATS = {
 
 SUFFIXES = frozenset(itertools.chain.from_iterable(FORMATS.values()))
 TAR = re.compile(r"\.(tar|tar\.\w+|tgz|tbz2?|txz)$", re.IGNORECASE)
+MAX_MEGAPIXELS = DataConfig().max_megapixels
+"""Largest image that is decoded at full size, unless something else is asked for."""
+
 ADVICE = (
     f"give a folder of images ({' '.join(suffixes[0] for suffixes in FORMATS.values())}), a text file of "
     "paths, .tar shards, or a Hugging Face dataset"
@@ -88,10 +93,14 @@ class Files:
     Attributes:
         paths: Where they are.
         unturned: Numbers of those that are read as they are stored, whatever EXIF says of their orientation.
+        max_megapixels: What each may have in memory (see `decode`), as in all sources.
+        whole: Whether they are read at full size or not at all, as those that go with masks, depths or boxes.
     """
 
     paths: tuple[str, ...]
     unturned: frozenset[int] = frozenset()
+    max_megapixels: float = MAX_MEGAPIXELS
+    whole: bool = False
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -102,7 +111,12 @@ class Files:
 
     def read(self, index: int) -> Image.Image:
         """Decodes an image file."""
-        return decode(Path(self.paths[index]), upright=index not in self.unturned)
+        return decode(
+            Path(self.paths[index]),
+            upright=index not in self.unturned,
+            max_megapixels=self.max_megapixels,
+            whole=self.whole,
+        )
 
 
 class Member(NamedTuple):
@@ -119,6 +133,7 @@ class TarShards:
     """Images in uncompressed tar files, read at random by their offsets."""
 
     members: tuple[Member, ...]
+    max_megapixels: float = MAX_MEGAPIXELS
 
     def __len__(self) -> int:
         return len(self.members)
@@ -136,7 +151,7 @@ class TarShards:
                 content = shard.read(member.size)
         except OSError as error:
             raise unreadable(self.name(index), str(error)) from error
-        return decode(content, self.name(index))
+        return decode(content, self.name(index), max_megapixels=self.max_megapixels)
 
 
 @dataclass(frozen=True)
@@ -146,6 +161,7 @@ class HubImages:
     dataset: Any
     column: str
     origin: str
+    max_megapixels: float = MAX_MEGAPIXELS
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -160,7 +176,7 @@ class HubImages:
         content = cell.get("bytes")
         if content is None and cell.get("path"):
             content = Path(cell["path"])
-        return decode(content or b"", self.name(index))
+        return decode(content or b"", self.name(index), max_megapixels=self.max_megapixels)
 
 
 @dataclass(frozen=True)
@@ -187,6 +203,7 @@ def open_images(
     *,
     split: str = "train",
     column: str | None = None,
+    max_megapixels: float = MAX_MEGAPIXELS,
 ) -> ImageSource:
     """Finds out what holds the images, and lists them without decoding any.
 
@@ -205,11 +222,19 @@ def open_images(
         source: Where the images are.
         split: Split of a Hugging Face dataset.
         column: Its column of images; unset means the first such column.
+        max_megapixels: What an image may have in memory: larger ones are read at a reduced size (see
+            `decode`).
 
     Raises:
         DataError: There is nothing there, no image in it, or more than one kind; listed files are missing;
             an archive cannot be indexed.
     """
+    return replace(_find_images(source, split, column), max_megapixels=max_megapixels)
+
+
+def _find_images(
+    source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]], split: str, column: str | None
+) -> Files | TarShards | HubImages:
     if not isinstance(source, str | os.PathLike):
         return _open_paths([Path(path) for path in source], f"the {len(source)} paths given")
     name = os.fspath(source)
@@ -225,7 +250,7 @@ def open_images(
     return _open_dataset(name, split, column, saved=False)
 
 
-def _open_local(name: str, split: str, column: str | None) -> ImageSource | None:
+def _open_local(name: str, split: str, column: str | None) -> Files | TarShards | HubImages | None:
     path = Path(name)
     if name and path.is_dir():
         if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
@@ -238,7 +263,7 @@ def _open_local(name: str, split: str, column: str | None) -> ImageSource | None
     return None
 
 
-def _open_folder(folder: str) -> ImageSource:
+def _open_folder(folder: str) -> Files | TarShards:
     images: list[str] = []
     tars: list[str] = []
     others: Counter[str] = Counter()
@@ -352,7 +377,7 @@ def _expand(pattern: str) -> list[str]:
     return sorted(match for match in matches if Path(match).is_file())
 
 
-def _open_paths(paths: Sequence[Path], asked: str) -> ImageSource:
+def _open_paths(paths: Sequence[Path], asked: str) -> Files | TarShards:
     names = [os.fspath(path) for path in paths]
     missing = [name for name in names if not Path(name).is_file()]
     if missing:
@@ -469,7 +494,7 @@ UPRIGHT = {
 
 UNDECODABLE = (
     *(OSError, EOFError, MemoryError, RuntimeError, SyntaxError, ValueError),
-    *(LookupError, ArithmeticError, struct.error, zlib.error),
+    *(LookupError, ArithmeticError, struct.error, zlib.error, Image.DecompressionBombError),
 )
 """What PIL's decoders raise on hostile bytes. TypeError is left out: it would be our own fault."""
 
@@ -487,11 +512,18 @@ def exif_orientation(path: str | os.PathLike[str]) -> tuple[int, tuple[int, int]
                 # Not PNG's own, which would decode the whole picture in search of it.
                 found = Image.Image.getexif(image).get(ExifTags.Base.Orientation)
                 return (found if found in UPRIGHT else 1), (image.height, image.width)
-    except (Image.DecompressionBombError, *UNDECODABLE):
+    except UNDECODABLE:
         return 1, (0, 0)
 
 
-def decode(data: bytes | Path, name: str | None = None, *, upright: bool = True) -> Image.Image:
+def decode(
+    data: bytes | Path,
+    name: str | None = None,
+    *,
+    upright: bool = True,
+    max_megapixels: float = MAX_MEGAPIXELS,
+    whole: bool = False,
+) -> Image.Image:
     """Decodes an image to 8-bit RGB, upright, on white.
 
     The EXIF orientation is applied; transparency is laid on white; CMYK is converted without a colour
@@ -501,19 +533,20 @@ def decode(data: bytes | Path, name: str | None = None, *, upright: bool = True)
         data: Content of an image file, or its path.
         name: What to call it in messages; unset means the path.
         upright: Whether to apply the EXIF orientation.
+        max_megapixels: What the image may have in memory, at up to 12 bytes a pixel while it is decoded. A
+            larger JPEG or JPEG 2000 is decoded at a half, a quarter or an eighth of its size. This takes the
+            place of PIL's own limit, which is not heeded.
+        whole: Whether that is refused: what belongs to its pixels (a mask, boxes) would no longer fit.
 
     Raises:
         DataError: It is missing, truncated, empty, in no format of `FORMATS`, of a range of values that
-            does not say what is white (floats, 32-bit integers), or larger than `PIL.Image.MAX_IMAGE_PIXELS`,
-            which is checked before decoding.
+            does not say what is white (floats, 32-bit integers), or too large, which is checked before
+            decoding.
     """
     name = name or ("an image" if isinstance(data, bytes) else _printable(os.fspath(data)))
     try:
         with io.BytesIO(data) if isinstance(data, bytes) else _open_file(data) as stream:
-            return _decode(stream, upright=upright)
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        limit = (Image.MAX_IMAGE_PIXELS or 0) / 1e6
-        raise unreadable(name, f"it has more than {limit:.3g} megapixels (PIL's limit)") from error
+            return _decode(stream, name, max_megapixels, upright=upright, whole=whole)
     except UNDECODABLE as error:
         raise unreadable(name, str(error) or type(error).__name__) from error
 
@@ -524,27 +557,70 @@ def _open_file(path: Path) -> io.BufferedReader:
     return path.open("rb")
 
 
-def _decode(stream: io.BytesIO | io.BufferedReader, *, upright: bool) -> Image.Image:
+def _decode(
+    stream: io.BytesIO | io.BufferedReader, name: str, max_megapixels: float, *, upright: bool, whole: bool
+) -> Image.Image:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PIL's remarks on odd files that it reads all the same
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        try:
-            image = Image.open(stream, formats=_available_formats())
-        except UnidentifiedImageError as error:
-            stream.seek(0)
-            head = stream.read(16)
-            found = f"no image of a known format, or its header is broken: it begins with {head!r}"
-            raise ValueError(found if head else "it is empty") from error
-        with image:
+        with _identify(stream) as image:
             if 0 in image.size:
                 raise ValueError(f"it measures {image.width}x{image.height} pixels")
+            if image.width * image.height > max_megapixels * 1e6:
+                _reduce(image, name, max_megapixels, whole=whole)
             image.load()
             return _to_rgb(image, upright=upright)
 
 
-def unreadable(name: str, reason: str) -> DataError:
+def _identify(stream: io.BytesIO | io.BufferedReader) -> ImageFile.ImageFile:
+    """Opens an image as `Image.open` does, but for PIL's own limit of pixels, a setting of the process."""
+    head = stream.read(16)
+    for name in _available_formats():
+        factory, accepts = Image.OPEN[name]
+        known = accepts is None or accepts(head)
+        if known and not isinstance(known, str):  # a text says why not
+            stream.seek(0)
+            with suppress(SyntaxError, IndexError, TypeError, struct.error):  # the header of another format
+                return factory(stream, "")
+    found = f"no image of a known format, or its header is broken: it begins with {head!r}"
+    raise ValueError(found if head else "it is empty")
+
+
+def _reduce(image: ImageFile.ImageFile, name: str, max_megapixels: float, *, whole: bool) -> None:
+    """Has a large image decoded at a half, a quarter or an eighth of its size.
+
+    Raises:
+        DataError: It is not to be, its format cannot, or it is too large even so.
+    """
+    width, height = image.size
+    found = f"it has {width * height / 1e6:.4g} megapixels ({width}x{height})"
+    if whole:
+        raise unreadable(
+            name,
+            f"{found}, and {max_megapixels:g} are read at most where a mask, depths or boxes go with them",
+            "make both smaller, or cut them into tiles",
+        )
+    for power in (1, 2, 3):
+        if -(-width // 2**power) * -(-height // 2**power) > max_megapixels * 1e6:
+            continue
+        if image.format == "JPEG2000":
+            cast(Any, image).reduce = power
+            return
+        # A progressive one holds up to 6 bytes of each of its own pixels, at whatever size it is decoded.
+        heavy = "progressive" in image.info and width * height > 2 * max_megapixels * 1e6
+        if image.format in ("JPEG", "MPO") and not heavy:
+            image.draft(None, (width // 2**power, height // 2**power))
+            return
+    raise unreadable(
+        name,
+        f"{found} as {image.format}, which cannot be read at a reduced size of {max_megapixels:g} at most",
+        "make it smaller, save it as a JPEG, not a progressive one, or raise --data.max-megapixels of phreg "
+        "distill",
+    )
+
+
+def unreadable(name: str, reason: str, advice: str = "remove it or save it anew") -> DataError:
     """The error for an image that cannot be used."""
-    return DataError(f"cannot read {name}: {reason}; remove it or save it anew")
+    return DataError(f"cannot read {name}: {reason}; {advice}")
 
 
 @lru_cache(maxsize=1)

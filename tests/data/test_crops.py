@@ -13,6 +13,7 @@ from pictures import noise, saved_dataset, tar_of
 from PIL import Image
 from torchvision.transforms import v2 as transforms
 
+from phreg.config import resolve
 from phreg.data.crops import (
     BrokenImages,
     Crops,
@@ -23,6 +24,7 @@ from phreg.data.crops import (
     loader,
     middle,
     normalise,
+    split,
     spread,
     subsample_indices,
 )
@@ -146,6 +148,30 @@ def test_an_image_too_narrow_to_be_resampled_is_unreadable_not_a_memory_bomb():
     batch = Crops(source, 224).batch([(0, 0)])  # 224 x 4,480,000 pixels: a gigapixel
     assert batch.indices.tolist() == [1]
     assert "1x20000 is so narrow" in batch.skipped[0].reason
+
+
+def test_a_jpeg_beyond_pils_limit_is_trained_on(tmp_path):
+    (tmp_path / "photos").mkdir()
+    # Grey, a tenth black at the top: fast to encode, and its scale can be told.
+    large = Image.new("L", (12_000, 10_000), 128)
+    large.paste(0, (0, 0, 12_000, 1_000))
+    large.save(tmp_path / "photos" / "a.jpg", quality=30)
+    batch = Crops(open_images(tmp_path / "photos"), 40).batch([(0, 0)])
+    assert not batch.skipped
+    column = batch.images[0, 0, :, 20]
+    assert column[:3].max() < 20  # 4 of 40 rows are black; the bicubic kernel blurs the one beside the edge
+    assert (column[5:].int() - 128).abs().max() < 20
+
+
+def test_a_run_reads_its_images_within_the_limit_asked_for(tmp_path):
+    for folder in ("photos", "others"):
+        (tmp_path / folder).mkdir()
+        for number in range(6):
+            noise((64, 64), number).save(tmp_path / folder / f"{number}.jpg")
+    settings = {"data.max_megapixels": 0.002, "measure.source": str(tmp_path / "others")}
+    source = open_images(tmp_path / "photos", max_megapixels=0.002)
+    for part in split(source, resolve(None, settings))[:2]:
+        assert part.read(0).size == (32, 32)
 
 
 def test_the_search_for_a_readable_image_ends(tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ import os
 import random
 import sys
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -98,13 +99,83 @@ def test_an_animation_gives_its_first_frame():
     assert decode(data).getpixel((0, 0)) == (255, 0, 0)
 
 
-def test_too_large_an_image_is_refused_before_it_is_decoded(monkeypatch):
-    data = encoded(plain(size=(100, 100)))
+@pytest.mark.parametrize(
+    ("format", "options"), [("PNG", {}), ("WEBP", {}), ("TIFF", {}), ("JPEG", {"progressive": True})]
+)
+def test_too_large_an_image_is_refused_before_it_is_decoded(monkeypatch, format, options):
+    data = encoded(plain(size=(100, 100)), format, **options)
+    assert decode(data, max_megapixels=0.01).size == (100, 100)
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda self: pytest.fail("was decoded"))
-    for limit in (9_999, 4_000):  # PIL itself warns of the one, and raises on the other
-        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
-        with pytest.raises(DataError, match=r"it has more than 0\.0\d+ megapixels"):
-            decode(data)
+    # A progressive JPEG may have twice as many pixels, as it is decoded at half its size.
+    limit = 0.004_999 if options else 0.009_999
+    message = rf"it has 0\.01 megapixels \(100x100\) as {format}, .* of {limit:g} at most; .*max-megapixels"
+    with pytest.raises(DataError, match=message):
+        decode(data, max_megapixels=limit)
+
+
+@pytest.mark.parametrize("pils", [None, 1])
+def test_pils_own_limit_of_pixels_is_not_heeded(monkeypatch, pils):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", pils)
+    assert decode(encoded(plain())).size == (6, 4)
+    with pytest.raises(DataError, match="megapixels"):
+        decode(encoded(plain()), max_megapixels=20e-6)
+
+
+def smooth(width, height):
+    """An image that hardly changes from one pixel to the next, but is another at each corner."""
+    corners = np.array([[(250, 10, 10), (10, 250, 10)], [(10, 10, 250), (200, 200, 10)]], dtype=np.uint8)
+    return Image.fromarray(corners).resize((width, height), Image.Resampling.BILINEAR)
+
+
+@pytest.mark.parametrize(
+    ("format", "orientation"),
+    [("JPEG", 1), ("JPEG", 6), ("MPO", 1), ("MPO", 6), ("JPEG2000", 1)],  # the last has no EXIF of PIL's
+)
+@pytest.mark.parametrize(
+    ("pixels_allowed", "size"),
+    [(160 * 120, (160, 120)), (160 * 120 - 1, (80, 60)), (80 * 60, (80, 60)), (80 * 60 - 1, (40, 30))],
+)
+def test_a_large_image_is_read_at_the_largest_size_that_fits(format, orientation, pixels_allowed, size):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encoded(smooth(160, 120), format, **({} if format == "JPEG2000" else {"exif": exif}))
+    whole, read = decode(data), decode(data, max_megapixels=pixels_allowed / 1e6)
+    assert read.size == (size if orientation == 1 else size[::-1])
+    # A shift by a pixel would change the mean by 2 at 80 pixels and 4 at 40; compression makes less than 1.
+    # JPEG 2000 keeps every other sample, not the mean of two: up to half a pixel of the small image aside.
+    expected = pixels(whole.resize(read.size, Image.Resampling.BOX)).astype(int)
+    assert np.abs(pixels(read) - expected).mean() < (2.5 if format == "JPEG2000" else 1)
+
+
+def test_sides_that_cannot_be_halved_are_rounded_up_and_still_fit():
+    data = encoded(smooth(163, 121), "JPEG")
+    assert decode(data, max_megapixels=82 * 61 / 1e6).size == (82, 61)
+    assert decode(data, max_megapixels=(82 * 61 - 1) / 1e6).size == (41, 31)
+
+
+def test_an_eighth_is_the_smallest_size():
+    data = encoded(smooth(160, 80), "JPEG")
+    assert decode(data, max_megapixels=200e-6).size == (20, 10)
+    with pytest.raises(DataError, match=r"0\.0128 megapixels \(160x80\) as JPEG"):
+        decode(data, max_megapixels=199e-6)
+
+
+def test_an_image_with_a_mask_is_read_at_full_size_or_not_at_all(tmp_path):
+    smooth(160, 80).save(tmp_path / "a.jpg")
+    files = Files((str(tmp_path / "a.jpg"),), whole=True)
+    assert files.read(0).size == (160, 80)
+    with pytest.raises(DataError, match=r"0\.01 are read at most where a mask.*; make both smaller"):
+        replace(files, max_megapixels=0.01).read(0)
+
+
+def test_every_kind_of_source_reads_large_images_within_the_limit_asked_for(tmp_path):
+    (tmp_path / "photos").mkdir()
+    smooth(160, 80).save(tmp_path / "photos" / "a.jpg")
+    tar_of(tmp_path / "photos", tmp_path / "a.tar")
+    saved_dataset(tmp_path / "saved", [(tmp_path / "photos" / "a.jpg").read_bytes()])
+    for source in ("photos", "photos/a.jpg", "photos/*.jpg", "a.tar", "saved"):
+        assert open_images(tmp_path / source).read(0).size == (160, 80)
+        assert open_images(tmp_path / source, max_megapixels=0.01).read(0).size == (80, 40)
 
 
 @pytest.mark.parametrize(

@@ -139,7 +139,7 @@ def _boxed(root: Path, entries: Iterable[_Entry]) -> Boxed:
         )
     unturned = frozenset(number for number, entry in enumerate(kept) if entry.unturned)
     return Boxed(
-        Files(tuple(os.fspath(entry.image) for entry in kept), unturned),
+        Files(tuple(os.fspath(entry.image) for entry in kept), unturned, whole=True),
         tuple(torch.tensor(entry.boxes, dtype=torch.float32) for entry in kept),
         tuple(os.fspath(entry.annotation) for entry in kept),
         tuple(entry.size for entry in kept),

@@ -141,5 +141,5 @@ def pair_files(
             f"the size of their {truth} fits with and without: {some(unclear)}; turn them as their {truth} "
             "are, and save them without an EXIF orientation"
         )
-    images = Files(tuple(os.fspath(image) for image, _ in pairs), frozenset(unturned))
+    images = Files(tuple(os.fspath(image) for image, _ in pairs), frozenset(unturned), whole=True)
     return images, tuple(os.fspath(path) for _, path in pairs)

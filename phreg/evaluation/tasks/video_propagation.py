@@ -132,7 +132,7 @@ def open_videos(data: str, sequences: str, resolution: str) -> list[Video]:
                 f"{len(missing)} have no mask: {some(missing) or 'none'}; unpack the whole dataset, or "
                 f"take it off {listing}"
             )
-        videos.append(Video(name, Files(tuple(map(str, frames))), tuple(map(str, paths))))
+        videos.append(Video(name, Files(tuple(map(str, frames)), whole=True), tuple(map(str, paths))))
     if not videos:
         raise DataError(f"no sequences in {listing}, which is empty; write a name a line")
     return videos

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -86,6 +87,12 @@ def test_voc_counts_pixels_from_one_and_includes_the_last(voc):
     assert found.boxes[0].tolist() == [[0, 0, 40, 30], [10, 1, 20, 9]]
     assert found.boxes[1].tolist() == [[4, 4, 9, 9], [5.5, 4, 9, 9]]
     found.check(0, (30, 40))
+
+
+def test_a_picture_with_boxes_is_never_read_at_a_reduced_size(voc):
+    images = open_boxed(voc).images
+    with pytest.raises(DataError, match=r"40x30.* where a mask, depths or boxes go with them"):
+        replace(images, max_megapixels=40 * 30 / 1e6 - 1e-6).read(0)
 
 
 def test_hard_objects_of_voc_can_be_left_out_and_images_without_others_with_them(voc):

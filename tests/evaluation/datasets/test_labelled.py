@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -223,6 +224,12 @@ def test_two_masks_of_one_name_are_refused(own_folder):
     write(own_folder / "masks" / "val" / "a.bmp", index_mask())
     with pytest.raises(DataError, match=r"'a': found a\.bmp and a\.png"):
         open_segmentation(own_folder, "val")
+
+
+def test_a_picture_with_a_mask_is_never_read_at_a_reduced_size(own_folder):
+    images = open_segmentation(own_folder, "val").images
+    with pytest.raises(DataError, match=r"12x8.* where a mask, depths or boxes go with them"):
+        replace(images, max_megapixels=12 * 8 / 1e6 - 1e-6).read(0)
 
 
 @pytest.mark.parametrize("line", ["f0.5", "f0.5.jpg", "images/f0.5.jpg"])

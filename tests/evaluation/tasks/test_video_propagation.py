@@ -1,5 +1,6 @@
 """Squares that move over a plain ground: colour alone tells them, so that any model's patches can follow."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -120,6 +121,12 @@ def test_names_of_sequences_may_have_spaces(davis, encoding):
     (davis / SMALL.sequences).write_text("one more\ntwo\n", encoding=encoding)
     videos = open_videos(str(davis), SMALL.sequences, SMALL.resolution)
     assert [video.name for video in videos] == ["one more", "two"]
+
+
+def test_a_frame_is_never_read_at_a_reduced_size(davis):
+    frames = open_videos(str(davis), SMALL.sequences, SMALL.resolution)[0].frames
+    with pytest.raises(DataError, match=r"64x64.* where a mask, depths or boxes go with them"):
+        replace(frames, max_megapixels=64 * 64 / 1e6 - 1e-6).read(0)
 
 
 def test_hidden_files_are_no_frames(davis):
