@@ -267,9 +267,10 @@ def stamps(source: ImageSource) -> Iterator[tuple[Any, ...]]:
     """
     match source:
         case Files():
-            for path in source.paths:
+            for number, path in enumerate(source.paths):
                 status = Path(path).stat()
-                yield os.path.realpath(path), status.st_size, status.st_mtime_ns
+                lies = ("as stored",) if number in source.unturned else ()
+                yield os.path.realpath(path), status.st_size, status.st_mtime_ns, *lies
         case TarShards():
             for member in source.members:
                 yield os.path.realpath(member.shard), Path(member.shard).stat().st_mtime_ns, *member[1:]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from phreg.backbones.resolve import adapt
-from phreg.data.sources import HubImages, Subset, open_images
+from phreg.data.sources import Files, HubImages, Subset, open_images
 from phreg.errors import DataError, PhregError
 from phreg.evaluation.feature_cache import GRIDS, FeatureCache
 from phreg.evaluation.features import FeatureReader, Reading
@@ -44,7 +44,7 @@ def test_a_rerun_reads_no_image_again(reader, mixed_photos):
     assert torch.equal(first[0].grid, again[0].grid)
 
 
-@pytest.mark.parametrize("changed", ["model", "reading", "file", "subset"])
+@pytest.mark.parametrize("changed", ["model", "reading", "file", "subset", "turned"])
 def test_another_model_reading_or_file_is_read_anew(reader, mixed_photos, changed):
     source = open_images(mixed_photos)
     reader.features(source, READING)
@@ -58,6 +58,8 @@ def test_another_model_reading_or_file_is_read_anew(reader, mixed_photos, change
             os.utime(source.paths[0], ns=(1, 1))
         case "subset":
             source = Subset(source, [0, 1])
+        case "turned":  # read as it is stored, whatever EXIF says
+            source = Files(source.paths, frozenset({0}))
     reader.features(source, reading)
     assert len(entries(reader)) == 2
 

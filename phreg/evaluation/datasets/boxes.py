@@ -6,6 +6,8 @@
     masks    images/ and masks/, a binary mask each
 
 Whatever lies on disk, a reader gets boxes in pixels of the picture: left, top, right, bottom, ends exclusive.
+A picture that EXIF says is to be turned is read as its annotation was made, by the width and height that VOC,
+COCO and masks give; a list of boxes gives none, so such pictures are refused there.
 Annotations are read at once, images one by one; what is wrong with one is an error that names its file.
 """
 
@@ -28,7 +30,13 @@ from phreg.data.sources import Files, read_text, some
 from phreg.errors import DataError
 from phreg.evaluation.datasets.labelled import read_index_mask
 from phreg.evaluation.datasets.layouts import Layout, find_layout
-from phreg.evaluation.datasets.pairs import base_name, find_files, pair_files, read_names, without_suffix
+from phreg.evaluation.datasets.pairs import (
+    base_name,
+    find_files,
+    open_annotated,
+    read_names,
+    without_suffix,
+)
 
 COCO_LIST = "coco_20k_filenames.txt"
 """The list of COCO20k, as LOST calls it."""
@@ -113,17 +121,16 @@ def open_boxed(root: str | os.PathLike[str], choice: Choice | None = None, *, la
 
 @dataclass(frozen=True)
 class _Entry:
-    """An image, its boxes, the file they come from, the size they were made at, and whether EXIF is left."""
+    """An image, its boxes, the file they come from, and the height and width that they were made for."""
 
     image: Path
     boxes: Sequence[Sequence[float]]
     annotation: Path
     size: tuple[int, int] | None = None
-    unturned: bool = False
 
 
 def _boxed(root: Path, entries: Iterable[_Entry]) -> Boxed:
-    """Checks that the images are there, and leaves out those without a box, where nothing can be hit."""
+    """Opens the images as their boxes lie, and leaves out those without a box, where nothing can be hit."""
     entries = list(entries)
     missing = [os.fspath(entry.image) for entry in entries if not entry.image.is_file()]
     if missing or not entries:
@@ -137,9 +144,8 @@ def _boxed(root: Path, entries: Iterable[_Entry]) -> Boxed:
             f"none of the {len(entries)} images of {root} has a box (first annotation: "
             f"{entries[0].annotation}); check the annotations"
         )
-    unturned = frozenset(number for number, entry in enumerate(kept) if entry.unturned)
     return Boxed(
-        Files(tuple(os.fspath(entry.image) for entry in kept), unturned, whole=True),
+        open_annotated(root, [entry.image for entry in kept], "boxes", lambda number: kept[number].size),
         tuple(torch.tensor(entry.boxes, dtype=torch.float32) for entry in kept),
         tuple(os.fspath(entry.annotation) for entry in kept),
         tuple(entry.size for entry in kept),
@@ -186,7 +192,9 @@ def _voc_entry(year: Path, stem: str, *, hard: bool) -> _Entry:
     path = year / "Annotations" / f"{stem}.xml"
     boxes = []
     try:
-        for thing in ElementTree.parse(path).getroot().iter("object"):
+        annotation = ElementTree.parse(path).getroot()
+        size = _told_size(annotation.findtext("size/height"), annotation.findtext("size/width"))
+        for thing in annotation.iter("object"):
             marked = "1" in (thing.findtext("difficult"), thing.findtext("truncated"))
             if marked and not hard:
                 continue
@@ -198,7 +206,13 @@ def _voc_entry(year: Path, stem: str, *, hard: bool) -> _Entry:
             f"cannot read boxes from {path}: {error}; expected VOC's XML, an <object> with a <bndbox> of "
             "xmin, ymin, xmax, ymax; unpack the dataset anew"
         ) from error
-    return _Entry(year / "JPEGImages" / f"{stem}.jpg", boxes, path)
+    return _Entry(year / "JPEGImages" / f"{stem}.jpg", boxes, path, size)
+
+
+def _told_size(height: Any, width: Any) -> tuple[int, int] | None:
+    """Takes the height and width that an annotation tells; some tools leave them out, or write 0."""
+    sides = int(height or 0), int(width or 0)
+    return sides if all(sides) else None
 
 
 # --- COCO -----------------------------------------------------------------------------------------------
@@ -228,6 +242,9 @@ def _read_coco(root: Path, choice: Choice) -> Boxed:
     try:
         images = {int(image["id"]): image for image in content["images"]}
         by_name = {str(image["file_name"]): number for number, image in images.items()}
+        sizes = {
+            number: _told_size(image.get("height"), image.get("width")) for number, image in images.items()
+        }
         boxes: dict[int, list[list[float]]] = {number: [] for number in images}
         for thing in content["annotations"]:
             if not thing.get("iscrowd"):
@@ -254,6 +271,7 @@ def _read_coco(root: Path, choice: Choice) -> Boxed:
                 _coco_image(root, images[number]["file_name"]),
                 [box for box in boxes[number] if box[2] > box[0] and box[3] > box[1]],
                 path,
+                sizes[number],
             )
             for number in numbers
         ),
@@ -317,15 +335,9 @@ def _read_masks(root: Path, choice: Choice) -> Boxed:
             f"in {folders[1]}: {some(unpaired)}; add masks, or remove the images"
         )
     chosen = _chosen(images, choice, folders[0])
-    files, paths = pair_files(
-        root, [(images[name], masks[name]) for name in chosen], "masks", folders[0],
-        lambda mask: read_index_mask(mask, lossy=True).shape,
-    )  # fmt: skip
-    entries = (
-        _mask_entry(Path(image), Path(mask), components=choice.components, unturned=number in files.unturned)
-        for number, (image, mask) in enumerate(zip(files.paths, paths, strict=True))
+    return _boxed(
+        root, (_mask_entry(images[name], masks[name], components=choice.components) for name in chosen)
     )
-    return _boxed(root, entries)
 
 
 def _chosen(found: Mapping[str, Any], choice: Choice, where: Path) -> list[str]:
@@ -348,7 +360,7 @@ def _chosen(found: Mapping[str, Any], choice: Choice, where: Path) -> list[str]:
     return [name for name in known if name is not None]
 
 
-def _mask_entry(image: Path, mask: Path, *, components: bool, unturned: bool) -> _Entry:
+def _mask_entry(image: Path, mask: Path, *, components: bool) -> _Entry:
     """Draws the box of a mask, or of each of its parts that hang together by edges."""
     values = read_index_mask(mask, lossy=True)  # soft edges are cut at half, and so are JPEG's
     if 1 < values.max() < 128:
@@ -364,7 +376,7 @@ def _mask_entry(image: Path, mask: Path, *, components: bool, unturned: bool) ->
         [float(side) for side in (cols.start, rows.start, cols.stop, rows.stop)]
         for rows, cols in find_objects(parts)
     ]
-    return _Entry(image, boxes, mask, (values.shape[0], values.shape[1]), unturned)
+    return _Entry(image, boxes, mask, (values.shape[0], values.shape[1]))
 
 
 BOX_LAYOUTS: Mapping[str, Layout[Callable[[Path, Choice], Boxed]]] = {

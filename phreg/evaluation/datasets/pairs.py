@@ -1,8 +1,9 @@
-"""Pictures with a file of truth each, a mask or depths: found by name, checked to be there, turned alike.
+"""Pictures and what was annotated on them: found by name, checked to be there, turned alike.
 
-A picture's name is its path inside its folder without the suffix, and its truth has the same one. EXIF may
-say that a picture is to be turned, which its truth never says: the size of the truth tells which way that was
-drawn. Where it fits both ways, nobody but the user knows, and nothing is guessed.
+A picture's name is its path inside its folder without the suffix, and its mask or depths have the same one.
+EXIF may say that a picture is to be turned, which masks, depths and boxes never say: the size they were made
+for tells whether that was the picture as it is stored, or turned. Where it fits both or neither, nobody but
+the user knows, and nothing is guessed. Every reader of annotations opens its pictures by `open_annotated`.
 
     images/a/f0.5.jpg ──name a/f0.5──┐
     masks/a/f0.5.png ───name a/f0.5──┴─► pair ──EXIF, sizes──► read upright, read as stored, or refused
@@ -128,18 +129,45 @@ def pair_files(
             f"{root} has {len(pairs)} pairs of image and {truth}, {len(missing)} files of which are missing: "
             f"{some(missing)}; unpack the whole dataset, {truth} too"
         )
+    images, truths = ([pair[side] for pair in pairs] for side in (0, 1))
+    found = open_annotated(root, images, truth, lambda number: size_of(truths[number]))
+    return found, tuple(map(os.fspath, truths))
+
+
+def open_annotated(
+    root: Path, images: Sequence[Path], truth: str, size_of: Callable[[int], tuple[int, ...] | None]
+) -> Files:
+    """Opens pictures so that each lies as the picture that its annotation was made on.
+
+    A picture that EXIF says is to be turned is read as it is stored where that has the annotation's size, and
+    turned where turned it has. No size tells which it is of a square picture, or of one upside down.
+
+    Args:
+        root: Folder of the dataset, for messages.
+        images: The pictures, which are there.
+        truth: What was annotated, for messages.
+        size_of: Gives the height and width that the annotation of a picture was made for, by its number; None
+            where it does not say. Asked only of pictures that EXIF says are to be turned.
+
+    Raises:
+        DataError: It is unclear how a picture lies.
+    """
     unturned, unclear = [], []
-    for number, (image, path) in enumerate(pairs):
-        orientation, size = exif_orientation(image)
-        if orientation > 1 and (orientation < 5 or size[0] == size[1]):  # from 5 on, sides change places
+    for number, image in enumerate(images):
+        orientation, stored = exif_orientation(image)
+        if orientation == 1:
+            continue
+        turned = stored if orientation < 5 else stored[::-1]  # from 5 on, sides change places
+        annotated = size_of(number)
+        if stored == turned or annotated not in (stored, turned):
             unclear.append(os.fspath(image))
-        elif orientation > 1 and size_of(path) == size:
+        elif annotated == stored:
             unturned.append(number)
     if unclear:
         raise DataError(
-            f"EXIF says of {len(unclear)} of {len(pairs)} images of {root} that they are to be turned, and "
-            f"the size of their {truth} fits with and without: {some(unclear)}; turn them as their {truth} "
-            "are, and save them without an EXIF orientation"
+            f"EXIF says of {len(unclear)} of {len(images)} images of {root} that they are to be turned, and "
+            f"their {truth} do not tell by their size whether they were made before or after: "
+            f"{some(unclear)}; turn these images as their {truth} are, and save them without an EXIF "
+            "orientation"
         )
-    images = Files(tuple(os.fspath(image) for image, _ in pairs), frozenset(unturned), whole=True)
-    return images, tuple(os.fspath(path) for _, path in pairs)
+    return Files(tuple(map(os.fspath, images)), frozenset(unturned), whole=True)

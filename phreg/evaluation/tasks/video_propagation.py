@@ -28,7 +28,7 @@ from phreg.config import Config
 from phreg.data.sources import Files, natural_order, some
 from phreg.errors import DataError
 from phreg.evaluation.datasets.labelled import read_index_mask
-from phreg.evaluation.datasets.pairs import find_files, read_lines
+from phreg.evaluation.datasets.pairs import find_files, pair_files, read_lines
 from phreg.evaluation.dense import Dense
 from phreg.evaluation.features import FeatureReader, Reading
 from phreg.evaluation.metrics.scores import IGNORE, boundary_accuracy, region_similarity
@@ -132,7 +132,10 @@ def open_videos(data: str, sequences: str, resolution: str) -> list[Video]:
                 f"{len(missing)} have no mask: {some(missing) or 'none'}; unpack the whole dataset, or "
                 f"take it off {listing}"
             )
-        videos.append(Video(name, Files(tuple(map(str, frames)), whole=True), tuple(map(str, paths))))
+        pairs = list(zip(frames, paths, strict=True))
+        videos.append(
+            Video(name, *pair_files(root, pairs, "masks", folder, lambda path: read_index_mask(path).shape))
+        )
     if not videos:
         raise DataError(f"no sequences in {listing}, which is empty; write a name a line")
     return videos

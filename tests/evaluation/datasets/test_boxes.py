@@ -308,3 +308,82 @@ def test_a_wrong_root_or_layout_says_what_was_found_and_expected(tmp_path):
         open_boxed(tmp_path, layout="lvis")
     with pytest.raises(DataError, match="no such folder"):
         open_boxed(tmp_path / "nowhere")
+
+
+def sideways(path, orientation, size):
+    """Writes a picture that EXIF says is to be turned; `size` is width and height as it is stored."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    noise(size).save(path, exif=exif)
+
+
+def tell_size(kind, root, size):
+    """Writes the width and height that the annotations of the first picture were made for."""
+    if kind == "voc":
+        path = root / "Annotations" / "000005.xml"
+        sides = "" if size is None else f"<size><width>{size[0]}</width><height>{size[1]}</height></size>"
+        path.write_text(path.read_text().replace("<annotation>", f"<annotation>{sides}"))
+    elif size is not None:
+        path = root / "annotations" / "instances_train2014.json"
+        content = json.loads(path.read_text())
+        content["images"][0] |= {"width": size[0], "height": size[1]}
+        path.write_text(json.dumps(content))
+
+
+@pytest.fixture(params=["voc", "coco"])
+def annotated(request):
+    """A dataset of pictures of `SIZE`, the first of which has a box, and where that picture is."""
+    root = request.getfixturevalue(request.param)
+    image = {"voc": "JPEGImages/000005.jpg", "coco": "train2014/COCO_train2014_000000000009.jpg"}
+    return request.param, root, root / image[request.param]
+
+
+@pytest.mark.parametrize("orientation", [5, 6, 7, 8])
+@pytest.mark.parametrize("lies", ["as stored", "turned"])
+def test_a_picture_is_turned_by_exif_only_where_its_boxes_are(annotated, orientation, lies):
+    kind, root, image = annotated
+    tell_size(kind, root, SIZE)
+    sideways(image, orientation, SIZE if lies == "as stored" else SIZE[::-1])
+    found = open_boxed(root)
+    assert found.images.read(0).size == SIZE
+    found.check(0, SIZE[::-1])
+
+
+@pytest.mark.parametrize(
+    ("orientation", "stored", "told"),
+    [
+        (6, (30, 30), (30, 30)),  # square
+        (3, SIZE, SIZE),  # upside down, which no size tells
+        (2, SIZE, SIZE),  # mirrored
+        (6, SIZE, (80, 60)),  # made for a picture of another size
+        (6, SIZE, None),
+        (6, SIZE, (0, 0)),
+    ],
+)
+def test_a_picture_of_which_its_boxes_do_not_tell_how_it_lies_is_refused(
+    annotated, orientation, stored, told
+):
+    kind, root, image = annotated
+    tell_size(kind, root, told)
+    sideways(image, orientation, stored)
+    with pytest.raises(DataError, match=rf"EXIF says of 1 of \d images .*{image.name}.*without an EXIF"):
+        open_boxed(root)
+
+
+def test_a_list_of_boxes_says_no_size_so_that_a_picture_turned_by_exif_is_refused(tmp_path):
+    sideways(tmp_path / "a.jpg", 6, SIZE)
+    (tmp_path / "boxes.json").write_text('{"a.jpg": [[1, 2, 3, 4]]}')
+    with pytest.raises(DataError, match=r"EXIF says of 1 of 1 images .*a\.jpg"):
+        open_boxed(tmp_path)
+
+
+def test_boxes_made_for_another_size_than_the_picture_has_are_refused(annotated):
+    kind, root, _ = annotated
+    tell_size(kind, root, (80, 60))
+    with pytest.raises(DataError, match=r"made for 80x60 pixels, the picture has 40x30"):
+        open_boxed(root).check(0, SIZE[::-1])
+
+
+def test_a_picture_that_is_left_out_may_lie_as_it_likes(coco):
+    sideways(coco / "train2014" / "COCO_train2014_000000000025.jpg", 6, SIZE)
+    assert len(open_boxed(coco)) == 1

@@ -350,11 +350,14 @@ def test_a_picture_is_turned_by_exif_only_where_its_mask_is(own_folder, size, co
     assert found.mask(0, (size[1], size[0])).shape == (size[1], size[0])
 
 
-@pytest.mark.parametrize(("orientation", "size"), [(3, (12, 8)), (2, (12, 8)), (6, (8, 8))])
-def test_a_picture_that_may_lie_two_ways_is_refused(own_folder, orientation, size):
+@pytest.mark.parametrize(
+    ("orientation", "size", "mask"),
+    [(3, (12, 8), (12, 8)), (2, (12, 8), (12, 8)), (6, (8, 8), (8, 8)), (6, (12, 8), (24, 16))],
+)
+def test_a_picture_that_may_lie_two_ways_or_neither_is_refused(own_folder, orientation, size, mask):
     (own_folder / "images" / "val" / "a.jpg").unlink()
     turned(own_folder / "images" / "val" / "a.png", orientation, size)
-    write(own_folder / "masks" / "val" / "a.png", index_mask((0, 1), size))
+    write(own_folder / "masks" / "val" / "a.png", index_mask((0, 1), mask))
     with pytest.raises(DataError, match=r"EXIF says of 1 of 1 images .*val/a\.png"):
         open_segmentation(own_folder, "val")
 

@@ -1,3 +1,5 @@
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -165,3 +167,54 @@ def test_photographs_of_salient_objects_are_searched(real_data, real_model, tmp_
     assert found.figures["corloc"] >= 0.5  # the best of 48 on four pictures with one large object each
     cut = Settings(**few, algorithm="tokencut", sources=("keys",), layers=(-1,))
     assert 0 <= object_discovery.run(reader, str(real_data / "ecssd"), cut, seed=0).figures["corloc"] <= 1
+
+
+@pytest.mark.parametrize(("kind", "orientation"), [("voc", 6), ("coco", 8)])
+def test_an_object_is_found_in_its_box_though_exif_turns_the_picture(
+    reader, tmp_path, monkeypatch, kind, orientation
+):
+    # Annotated as it is stored, 48x32 pixels: the object in the two patches at the right of the top row.
+    stored, box = np.full((32, 48, 3), 60, dtype=np.uint8), (32, 0, 48, 8)
+    stored[box[1] : box[3], box[0] : box[2]] = 250
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    name = "COCO_train2014_000000000001.png" if kind == "coco" else "1.jpg"
+    folder = tmp_path / ("train2014" if kind == "coco" else "JPEGImages")
+    folder.mkdir()
+    Image.fromarray(stored).save(folder / name, exif=exif, **({"quality": 100} if kind == "voc" else {}))
+    if kind == "voc":
+        sides = dict(zip(("xmin", "ymin", "xmax", "ymax"), (box[0] + 1, box[1] + 1, *box[2:]), strict=True))
+        bounds = "".join(f"<{side}>{at}</{side}>" for side, at in sides.items())
+        (tmp_path / "Annotations").mkdir()
+        (tmp_path / "Annotations" / "1.xml").write_text(
+            "<annotation><size><width>48</width><height>32</height></size>"
+            f"<object><bndbox>{bounds}</bndbox></object></annotation>"
+        )
+        (tmp_path / "ImageSets" / "Main").mkdir(parents=True)
+        (tmp_path / "ImageSets" / "Main" / "trainval.txt").write_text("1\n")
+    else:
+        (tmp_path / "annotations").mkdir()
+        things = [{"image_id": 1, "bbox": [32, 0, 16, 8]}]
+        images = [{"id": 1, "file_name": name, "width": 48, "height": 32}]
+        (tmp_path / "annotations" / "instances_train2014.json").write_text(
+            json.dumps({"images": images, "annotations": things})
+        )
+        (tmp_path / "coco_20k_filenames.txt").write_text(f"train2014/{name}\n")
+    pictures = []
+
+    def brightest(grid, *_):
+        """Finds the bright patches of the picture that was read, wherever they lie on the grid."""
+        seen = pictures[-1].reshape(grid.shape[0], 8, grid.shape[1], 8, 3).mean((1, 3, 4))
+        rows, cols = (places.tolist() for places in np.nonzero(seen > 200))
+        return lost(grid)._replace(box=(min(cols), min(rows), max(cols) + 1, max(rows) + 1))
+
+    place = FeatureReader.place
+
+    def watched(self, picture, reading):
+        pictures.append(np.asarray(picture))
+        return place(self, picture, reading)
+
+    monkeypatch.setattr(FeatureReader, "place", watched)
+    monkeypatch.setattr(object_discovery, "discover", brightest)
+    found = object_discovery.run(reader, str(tmp_path), SMALL, seed=0)
+    assert found.figures["corloc"] == 1

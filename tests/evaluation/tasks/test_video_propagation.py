@@ -138,6 +138,21 @@ def test_hidden_files_are_no_frames(davis):
     assert open_videos(str(davis), SMALL.sequences, SMALL.resolution) == before
 
 
+def test_a_frame_is_turned_by_exif_only_where_its_mask_is(davis):
+    frame = davis / "JPEGImages/480p/one/00001.png"
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (SIDE, 32)).save(frame, exif=exif)
+    Image.new("L", (SIDE, 32), 1).save(davis / "Annotations/480p/one/00001.png")
+    video = open_videos(str(davis), SMALL.sequences, SMALL.resolution)[0]
+    assert video.frames.read(1).size == (SIDE, 32)
+    assert video.mask(1, (32, SIDE)).shape == (32, SIDE)
+    exif[0x0112] = 3
+    Image.new("RGB", (SIDE, 32)).save(frame, exif=exif)
+    with pytest.raises(DataError, match=r"EXIF says .*00001\.png"):
+        open_videos(str(davis), SMALL.sequences, SMALL.resolution)
+
+
 def test_usual_mistakes_are_errors_that_name_the_file(reader, davis):
     def opened():
         return open_videos(str(davis), SMALL.sequences, SMALL.resolution)
