@@ -14,6 +14,7 @@ import glob
 import io
 import itertools
 import logging
+import mmap
 import os
 import re
 import stat
@@ -527,7 +528,8 @@ def decode(
     """Decodes an image to 8-bit RGB, upright, on white.
 
     The EXIF orientation is applied; transparency is laid on white; CMYK is converted without a colour
-    profile; 16-bit grey is divided by 257; an animation gives its first frame.
+    profile; 16-bit values are divided by 257, whatever part of their range they fill (where that is less than
+    a quarter, a warning says so once); an animation gives its first frame.
 
     Args:
         data: Content of an image file, or its path.
@@ -567,8 +569,12 @@ def _decode(
                 raise ValueError(f"it measures {image.width}x{image.height} pixels")
             if image.width * image.height > max_megapixels * 1e6:
                 _reduce(image, name, max_megapixels, whole=whole)
+            deep = ";16" in str(image.tile)  # loading forgets how many bits there were
             image.load()
-            return _to_rgb(image, upright=upright)
+            if deep and image.mode in ("RGB", "RGBA"):  # of which PIL keeps the upper 8
+                colours = np.asarray(image)[..., :3]
+                _warn_if_dim(name, 256 * int(colours.min()), 256 * int(colours.max()) + 255)
+            return _to_rgb(image, name, upright=upright)
 
 
 def _identify(stream: io.BytesIO | io.BufferedReader) -> ImageFile.ImageFile:
@@ -630,10 +636,10 @@ def _available_formats() -> list[str]:
     return [name for name in FORMATS if name in Image.OPEN]
 
 
-def _to_rgb(image: Image.Image, *, upright: bool) -> Image.Image:
+def _to_rgb(image: Image.Image, name: str, *, upright: bool) -> Image.Image:
     orientation = image.getexif().get(ExifTags.Base.Orientation)  # after load: PIL turns TIFFs itself
     if image.mode == "F" or image.mode.startswith("I"):
-        image = _to_8_bits(image)
+        image = _to_8_bits(image, name)
     elif image.has_transparency_data:
         white = Image.new("RGBA", image.size, "white")
         white.alpha_composite(image.convert("RGBA"))
@@ -642,8 +648,26 @@ def _to_rgb(image: Image.Image, *, upright: bool) -> Image.Image:
     return image.transpose(UPRIGHT[orientation]) if upright and orientation in UPRIGHT else image
 
 
-def _to_8_bits(image: Image.Image) -> Image.Image:
+def _to_8_bits(image: Image.Image, name: str) -> Image.Image:
     values = np.asarray(image)
     if values.dtype.kind == "f" or values.min() < 0 or values.max() > 65535:
         raise ValueError(f"its values, {values.min()} to {values.max()}, do not say what is white")
+    _warn_if_dim(name, int(values.min()), int(values.max()))
     return Image.fromarray(((values.astype(np.uint32) + 128) // 257).astype(np.uint8))  # 65535 = 257 * 255
+
+
+_dim_told = mmap.mmap(-1, 1)
+"""Whether a dark 16-bit picture was warned of; forked readers share this byte, so that a run says it once."""
+
+
+def _warn_if_dim(name: str, low: int, high: int) -> None:
+    """Warns, once, of a 16-bit picture that fills less than a quarter of its range, as 12 and 14 bits do."""
+    if 0 < high < 65536 // 4 and not _dim_told[0]:
+        _dim_told[0] = 1
+        logger.warning(
+            "%s holds 16-bit values from %d to %d of 65535, so it is read nearly black, and others may be "
+            "too; if they hold 12 or 14 bits, scale them to all 16 and save them anew (this is said once)",
+            name,
+            low,
+            high,
+        )

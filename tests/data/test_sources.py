@@ -2,10 +2,14 @@
 
 import io
 import logging
+import mmap
 import os
 import random
+import struct
+import subprocess
 import sys
 import tarfile
+import zlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +20,7 @@ from hypothesis import strategies as st
 from pictures import encoded, noise, pixels, plain, saved_dataset, tar_of
 from PIL import Image
 
+from phreg.data import sources as images
 from phreg.data.sources import Files, HubImages, Subset, TarShards, decode, natural_order, open_images
 from phreg.errors import DataError
 
@@ -54,6 +59,77 @@ def test_16_bit_grey_is_scaled_not_clipped():
         assert image.mode == "RGB"
         assert pixels(image)[..., 0].tolist() == expected
         assert (pixels(image)[..., 0] == pixels(image)[..., 2]).all()
+
+
+def deep_png(values):
+    """Writes a PNG of 16 bits a channel in colour, which PIL reads but does not write."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    height, width, channels = values.shape
+    header = struct.pack(">IIBBBBB", width, height, 16, {3: 2, 4: 6}[channels], 0, 0, 0)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    parts = [(b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts)
+
+
+@pytest.fixture
+def dim_told(monkeypatch):
+    """As at the start of a run, which has told nothing yet."""
+    monkeypatch.setattr(images, "_dim_told", mmap.mmap(-1, 1))
+
+
+TWELVE_BITS = np.linspace(7, 4095, 12, dtype=np.uint16).reshape(3, 4)
+
+
+@pytest.mark.parametrize(
+    ("data", "found"),
+    [
+        (encoded(Image.fromarray(TWELVE_BITS), "PNG"), "7 to 4095"),
+        (encoded(Image.fromarray(TWELVE_BITS), "TIFF"), "7 to 4095"),
+        (encoded(Image.fromarray(4 * TWELVE_BITS), "PNG"), "28 to 16380"),
+        # PIL keeps the upper byte of colours: 0 of 7, and 15, which stands for 3840 to 4095.
+        (deep_png(TWELVE_BITS[..., None].repeat(3, -1)), "0 to 4095"),
+    ],
+    ids=["png", "tiff", "14 bits", "colour"],
+)
+def test_12_or_14_bits_in_a_16_bit_picture_are_warned_of_with_their_range(dim_told, caplog, data, found):
+    decode(data, "scan.png")
+    assert len(caplog.records) == 1
+    assert f"scan.png holds 16-bit values from {found} of 65535" in caplog.text
+
+
+def test_dark_16_bit_pictures_are_warned_of_once_a_run_and_their_values_are_kept(dim_told, caplog):
+    for _ in range(3):
+        image = decode(encoded(Image.fromarray(TWELVE_BITS), "PNG"))
+        assert (pixels(image)[..., 0] == np.rint(TWELVE_BITS / 257)).all()
+    assert len(caplog.records) == 1
+
+
+def test_pictures_that_use_their_16_bits_and_dark_ones_of_8_are_not_warned_of(dim_told, caplog):
+    decode(encoded(Image.fromarray(16 * TWELVE_BITS), "PNG"))
+    decode(deep_png((16 * TWELVE_BITS)[..., None].repeat(3, -1)))
+    transparent = np.zeros((3, 4, 4), dtype=np.uint16)
+    transparent[..., :3] = (16 * TWELVE_BITS)[..., None]
+    decode(deep_png(transparent))
+    decode(encoded(plain((3, 2, 1))))
+    decode(encoded(plain(5, mode="L")))
+    assert not caplog.records
+
+
+def test_readers_in_other_processes_warn_of_dark_16_bit_pictures_once_together(tmp_path):
+    Image.fromarray(TWELVE_BITS).save(tmp_path / "scan.png")
+    program = (
+        "import multiprocessing, sys; from pathlib import Path; from phreg.data.sources import decode\n"
+        "fork = multiprocessing.get_context('fork')\n"
+        "for _ in range(3):\n"
+        "    reader = fork.Process(target=decode, args=(Path(sys.argv[1]),))\n"
+        "    reader.start(); reader.join()\n"
+    )
+    command = [sys.executable, "-c", program, os.fspath(tmp_path / "scan.png")]
+    told = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    assert told.count("holds 16-bit values") == 1
 
 
 @pytest.mark.parametrize(("dtype", "value"), [(np.float32, 0.5), (np.int32, 70000), (np.int32, -1)])

@@ -5,12 +5,16 @@
     nyu-mat       nyu_depth_v2_labeled.mat and splits.mat, as NYU gives them: 795 and 654 labelled images
     folder        images/train, depths/train, images/val, depths/val: names match, .png or .npy, of any unit
 
+A file tells its own unit where that is usual: a grey PNG of 16 bits is in millimetres, a .npy of floats in
+metres. Of all others `unit` must say it.
+
 Whatever lies on disk, a reader gets metres, and 0 where the depth is unknown or is not to count: on NYUv2
 that is all outside of the crop of Eigen et al. 2014, and with it the white frame of the Kinect's pictures.
 """
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +26,7 @@ from PIL import Image, UnidentifiedImageError
 from scipy.io import loadmat
 from torch import Tensor
 
-from phreg.data.sources import SUFFIXES, ImageSource, Subset
+from phreg.data.sources import SUFFIXES, ImageSource, Subset, some
 from phreg.errors import DataError
 from phreg.evaluation.datasets.labelled import SPLIT_NAMES, Split
 from phreg.evaluation.datasets.layouts import Layout, find_layout
@@ -49,16 +53,14 @@ class DepthMaps:
 
     Attributes:
         images: The images.
-        read: Reads the depths of one, (height, width), in steps of `unit`.
+        read: Reads the depths of one in metres, (height, width).
         names: Where each one's depths are, for messages.
-        unit: Metres a step.
         eigen: Whether what lies outside of `EIGEN_CROP` does not count.
     """
 
     images: ImageSource
     read: Callable[[int], np.ndarray]
     names: Sequence[str]
-    unit: float
     eigen: bool
 
     def __len__(self) -> int:
@@ -79,7 +81,7 @@ class DepthMaps:
         Raises:
             DataError: They cannot be read, or have another size than the image.
         """
-        depth = (self.read(number) * self.unit).astype(np.float32)
+        depth = self.read(number).astype(np.float32)
         expected = NYU_SIZE if self.eigen else size
         if not depth.shape == size == expected:
             raise DataError(
@@ -131,42 +133,86 @@ def open_depths(
         root: Folder of the dataset.
         split: `train` or `val`, whatever the dataset calls them.
         layout: One of `LAYOUTS`, or `auto`: known by what lies in the folder.
-        unit: Metres a step; None means 0.001 for PNG, 1 for .npy. NYU's .mat is in metres always.
+        unit: Metres a step, of all files; None means as each file tells (`told_unit`). NYU's .mat is in
+            metres always.
 
     Raises:
-        DataError: The folder is of no known layout, or a file is missing.
+        DataError: The folder is of no known layout, a file is missing, or the unit of one is unknown.
     """
     known = find_layout(root, layout, LAYOUTS, lacking="holds depths in no known layout")
     return known.read(Path(root), split, unit)
 
 
+MILLIMETRES, METRES = 0.001, 1.0
+
+
+def told_unit(path: str | os.PathLike[str]) -> float | None:
+    """Tells from the header of a file in which unit its depths are.
+
+    Returns:
+        Metres a step: 0.001 for a grey PNG of 16 bits, 1 for a .npy of floats; None for all others, e.g. 8
+        bits, which reach no farther than 0.255 m in millimetres, and TIFF, which is used with any unit.
+
+    Raises:
+        DataError: It cannot be read, or holds colours.
+    """
+    with _opened(path) as file:
+        if isinstance(file, np.ndarray):
+            return METRES if file.dtype.kind == "f" else None
+        # 16 bits are "I;16", or "I" in earlier versions of PIL; PNG has no more.
+        return MILLIMETRES if file.format == "PNG" and file.mode.startswith("I") else None
+
+
 def read_depth_file(path: str | os.PathLike[str]) -> np.ndarray:
-    """Reads a grey PNG of 8 or 16 bits, or a .npy, as the numbers it holds.
+    """Reads a grey picture of one number a pixel, such as PNG of 16 bits, or a .npy, as the numbers it holds.
 
     Raises:
         DataError: It cannot be read, or holds anything but one number a pixel.
     """
+    with _opened(path) as file:
+        return np.asarray(file)
+
+
+@contextmanager
+def _opened(path: str | os.PathLike[str]) -> Iterator[np.ndarray | Image.Image]:
+    """Opens a file of depths, of which no more than the header is read, and refuses colours."""
     try:
         if Path(path).suffix.lower() == ".npy":
-            values = np.load(path, allow_pickle=False)
+            values = np.load(path, mmap_mode="r", allow_pickle=False)
+            if values.ndim != 2 or values.dtype.kind not in "uif":
+                raise _not_depths(path, f"an array of {values.dtype} of shape {values.shape}")
+            yield values
         else:
             with Image.open(path) as image:
-                values = np.asarray(image)
+                if image.mode not in ("L", "F") and not image.mode.startswith("I"):
+                    raise _not_depths(path, f"a picture of mode {image.mode}")
+                yield image
     except (OSError, ValueError, UnidentifiedImageError, SyntaxError) as error:
         raise DataError(f"cannot read depths {path}: {error}; remove its image, or save them anew") from error
-    if values.ndim != 2 or values.dtype.kind not in "uif":
-        raise DataError(
-            f"depths {path} are an array of {values.dtype} of shape {values.shape}, expected a number a "
-            "pixel; save them as a grey 16-bit PNG or as .npy of (height, width), not as a coloured map"
-        )
-    return values
+
+
+def _not_depths(path: str | os.PathLike[str], found: str) -> DataError:
+    return DataError(
+        f"depths {path} are {found}, expected a number a pixel; save them as a grey 16-bit PNG or as .npy of "
+        "(height, width), not as a coloured map, with or without a palette"
+    )
 
 
 def _of_files(root: Path, pairs: Pairs, searched: Path, unit: float | None, *, eigen: bool) -> DepthMaps:
     images, depths = pair_files(root, pairs, "depths", searched, lambda depth: read_depth_file(depth).shape)
-    if unit is None:
-        unit = 1.0 if depths[0].lower().endswith(".npy") else 0.001
-    return DepthMaps(images, lambda number: read_depth_file(depths[number]), depths, unit, eigen)
+    units = [told_unit(path) if unit is None else unit for path in depths]
+    unknown = [path for path, known in zip(depths, units, strict=True) if known is None]
+    if unknown:
+        raise DataError(
+            f"the unit of {len(unknown)} of {len(depths)} depths of {root} is unknown: {some(unknown)}; only "
+            "grey 16-bit PNG (millimetres) and .npy of floats (metres) are read without one: set unit to the "
+            "metres a step, e.g. 0.001, or save them as one of these"
+        )
+
+    def read(number: int) -> np.ndarray:
+        return read_depth_file(depths[number]) * units[number]
+
+    return DepthMaps(images, read, depths, eigen)
 
 
 # A folder of one's own: images/SPLIT, depths/SPLIT
@@ -257,7 +303,7 @@ def _read_nyu_mat(root: Path, split: Split, _unit: float | None) -> DepthMaps:
             return file["depths"][numbers[number]].T
 
     names = [f"{path}[{number}]" for number in numbers]
-    return DepthMaps(images, read, names, 1.0, eigen=True)
+    return DepthMaps(images, read, names, eigen=True)
 
 
 LAYOUTS: Mapping[str, Layout[Callable[[Path, Split, float | None], DepthMaps]]] = {

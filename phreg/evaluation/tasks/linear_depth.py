@@ -52,7 +52,8 @@ class Settings(Config):
     """Layout of the dataset: nyu-mat, nyu-folders or folder (images/ and depths/, each with train/ and val/);
     auto tells it by what lies in the folder."""
     unit: PositiveFloat | None = None
-    """Metres a step of the depth maps; unset means 0.001 for PNG, 1 for .npy."""
+    """Metres a step of all depth maps; unset means 0.001 for grey PNG of 16 bits, 1 for .npy of floats; of
+    other files it must be set."""
     min_depth: PositiveFloat = 1e-3
     """Nearest depth in metres; nearer pixels do not count."""
     max_depth: PositiveFloat = 10.0

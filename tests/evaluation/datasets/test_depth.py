@@ -148,3 +148,62 @@ def test_a_broken_list_of_pairs_is_named(bts, text, named):
     (bts / "nyu_train.txt").write_bytes(text)
     with pytest.raises(DataError, match=rf"nyu_train\.txt.*{named}"):
         open_depths(bts, "train")
+
+
+def write_depths(path, values, size=(4, 6), mode=None):
+    """Writes a picture beside depths of one value, in the file's own type."""
+    image = path.parents[2] / "images" / path.parent.name / f"{path.stem}.png"
+    image.parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size[::-1], "grey").save(image)
+    full = np.full(size, values)
+    if path.suffix == ".npy":
+        np.save(path, full)
+    else:
+        depths = Image.fromarray(full)
+        if mode == "P":
+            depths = depths.convert("P")
+            depths.putpalette([part for shade in range(256) for part in (shade, 0, 255 - shade)])
+        depths.save(path)
+
+
+def test_each_file_tells_its_own_unit(tmp_path):
+    write_depths(tmp_path / "depths/val/a.npy", np.float32(2.5))
+    write_depths(tmp_path / "depths/val/b.png", np.uint16(1500))
+    write_depths(tmp_path / "depths/val/c.npy", np.float64(4))
+    found = open_depths(tmp_path, "val")
+    assert [found.depth(number, (4, 6)).unique().tolist() for number in range(3)] == [[2.5], [1.5], [4]]
+
+
+CANNOT_TELL = {
+    "grey.png": np.uint8(200),
+    "scan.tif": np.uint16(1500),
+    "metres.tif": np.float32(1.5),
+    "steps.npy": np.uint16(1500),
+}
+
+
+@pytest.mark.parametrize("name", CANNOT_TELL)
+def test_a_file_that_cannot_tell_its_unit_is_refused_without_one(tmp_path, name):
+    write_depths(tmp_path / "depths/val/a.npy", np.float32(2.5))
+    write_depths(tmp_path / "depths/val" / name, CANNOT_TELL[name])
+    with pytest.raises(DataError, match=rf"unit .* 1 of 2 .*{name}.*set unit"):
+        open_depths(tmp_path, "val")
+    found = open_depths(tmp_path, "val", unit=0.01)
+    number = next(number for number, path in enumerate(found.names) if path.endswith(name))
+    assert found.depth(number, (4, 6)).unique().tolist() == pytest.approx([0.01 * CANNOT_TELL[name]])
+
+
+@pytest.mark.parametrize("unit", [None, 0.01])
+def test_numbers_of_colours_are_no_depths_with_or_without_a_unit(tmp_path, unit):
+    write_depths(tmp_path / "depths/val/a.png", np.uint8(3), mode="P")
+    with pytest.raises(DataError, match=r"a\.png.*coloured map"):
+        open_depths(tmp_path, "val", unit=unit).depth(0, (4, 6))
+
+
+def test_nyus_8_bit_copies_do_not_pass_as_millimetres(bts):
+    path = bts / "sync/cafe/sync_depth_00001.png"
+    Image.fromarray(np.full(SIZE, 77, dtype=np.uint8)).save(path)
+    with pytest.raises(DataError, match=r"unit .*sync_depth_00001\.png"):
+        open_depths(bts, "train")
+    assert len(open_depths(bts, "val")) == 1
