@@ -13,15 +13,16 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Set
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int64, UInt8
 from PIL import Image, UnidentifiedImageError
+from pydantic import Field
 from torch import Tensor
 
 from phreg.data.sources import (
@@ -49,6 +50,9 @@ from phreg.evaluation.datasets.vocabulary import shipped
 from phreg.evaluation.metrics.scores import IGNORE
 
 Split = Literal["train", "val"]
+
+MaskIndex = Annotated[int, Field(ge=0, le=65535)]
+"""An index that a mask may hold."""
 
 SPLIT_NAMES: Mapping[Split, tuple[str, ...]] = {
     "train": ("train", "training"),
@@ -338,27 +342,78 @@ def read_index_mask(path: str | os.PathLike[str], *, lossy: bool = False) -> np.
     return values.astype(np.int64)
 
 
-def open_segmentation(root: str | os.PathLike[str], split: Split, *, layout: str = "auto") -> Segmentation:
+def open_segmentation(
+    root: str | os.PathLike[str], split: Split, *, layout: str = "auto", ignore_index: int | None = None
+) -> Segmentation:
     """Lists the images and masks of a split.
 
     Args:
         root: Folder of the dataset; for VOC the year's folder or the VOCdevkit above it.
         split: `train` or `val`, whatever the dataset calls them.
         layout: One of `LAYOUTS`, or `auto`: known by its folders.
+        ignore_index: Index that is not counted in the masks of the layout `folder`; None means 255, which is
+            refused where it occurs and a listed class does not: it may stand for that class.
 
     Raises:
-        DataError: The folder is of no known layout, a file is missing, or no mask shows a class.
+        DataError: The folder is of no known layout, a file is missing, no mask shows a class, or 255 is not
+            counted and probably stands for a class.
     """
     known = find_layout(root, layout, LAYOUTS, lacking="is of no known layout")
-    found = known.read(Path(root), split)
-    # One mask that shows a class is enough, so hardly any is read twice.
-    if not any((found.mask(number) != IGNORE).any() for number in range(len(found))):
+    own = known is LAYOUTS["folder"]
+    if ignore_index is not None and not own:
+        name = next(name for name, other in LAYOUTS.items() if other is known)
         raise DataError(
-            f"none of the {len(found)} masks of the {split} split of {root} shows any of its "
-            f"{len(found.classes)} classes: all pixels are marked as not to count, from {found.masks[0]} on; "
-            "take the masks that have labels, or write them anew"
+            f"ignore_index={ignore_index} asked of {root}, layout {name}, which says itself what is not "
+            "counted; leave ignore_index out, or set layout=folder where the masks are your own"
         )
+    found = known.read(Path(root), split)
+    if ignore_index is not None:
+        numbering = {index: index for index in range(len(found.classes))} | {ignore_index: IGNORE}
+        found = replace(found, numbering=numbering)
+    expected = found.numbering.keys() - {IGNORE, ignore_index} if own else None
+    _check_masks(found, f"{split} split of {root}", expected, stated=ignore_index is not None)
     return found
+
+
+def _check_masks(found: Segmentation, whose: str, expected: Set[int] | None, *, stated: bool) -> None:
+    """Refuses masks in which nothing counts, and those whose 255 probably stands for a class.
+
+    Args:
+        found: Images and masks.
+        whose: Which split of which folder.
+        expected: Indices of which each has to occur, if 255 does; None means any but 0 and 255.
+        stated: Whether it was said which index is not counted.
+    """
+    indices: set[int] = set()
+    counts = complete = False
+    # Hardly any mask is read twice: the first few show that all is well.
+    for path in found.masks:
+        indices.update(np.flatnonzero(np.bincount(read_index_mask(path).ravel())).tolist())
+        counts = any(found.numbering.get(index) != IGNORE for index in indices)
+        complete = expected <= indices if expected else bool(indices - {0, IGNORE})
+        if counts and (complete or stated):
+            return
+    masks = f"{len(found)} masks of the {whose}"
+    if not counts:
+        raise DataError(
+            f"none of the {masks} shows any of its {len(found.classes)} classes: all pixels are marked as "
+            f"not to count, from {found.masks[0]} on; take the masks that have labels, or write them anew"
+        )
+    if IGNORE not in indices:
+        return
+    if expected is None:
+        raise DataError(
+            f"the {masks} hold 0 and 255 alone, and 255 marks what has no label, so that there is nothing to "
+            f"tell apart, from {found.masks[0]} on; write the indices of classes, or set layout=folder and "
+            "list two classes in classes.txt"
+        )
+    never = sorted(expected - indices)
+    names = some([found.classes[index] for index in never])
+    raise DataError(
+        f"the {masks} never show {names}, which classes.txt lists, but they have 255, which is not counted; "
+        f"if 255 stands for a class, as in binary masks, write the index {never[0]} instead; if it is not to "
+        "count, set ignore_index=255, or list only classes that occur"
+    )
 
 
 def _paired(root: Path, pairs: Pairs, searched: Path) -> tuple[Files, tuple[str, ...]]:

@@ -306,6 +306,60 @@ def test_masks_in_which_nothing_counts_are_refused_and_one_that_shows_a_class_wi
     assert len(open_segmentation(own_folder, split)) == 2
 
 
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_binary_masks_of_0_and_255_are_refused_as_their_foreground_would_not_count(own_folder, split):
+    write(own_folder / "masks" / split / "a.png", index_mask((0, 255)))
+    with pytest.raises(DataError, match=rf"{split} split .* never show car, .* 255, .*write the index 1"):
+        open_segmentation(own_folder, split)
+
+
+@pytest.mark.parametrize(
+    ("values", "refused"), [((0, 1), False), ((0, 1, 255), True), ((0, 1, 2, 255), False)]
+)
+def test_a_listed_class_that_never_occurs_is_refused_where_255_does(own_folder, values, refused):
+    (own_folder / "classes.txt").write_text("road\ncar\ntree\n")
+    write(own_folder / "masks" / "val" / "a.png", index_mask(values))
+    if refused:
+        with pytest.raises(DataError, match=r"never show tree, .*ignore_index=255"):
+            open_segmentation(own_folder, "val")
+    else:
+        assert len(open_segmentation(own_folder, "val")) == 1
+
+
+def test_classes_may_occur_in_any_of_the_masks_of_a_split(own_folder):
+    write(own_folder / "masks" / "val" / "a.png", index_mask((0, 255)))
+    write(own_folder / "images" / "val" / "b.jpg", noise((12, 8)))
+    write(own_folder / "masks" / "val" / "b.png", index_mask((1,)))
+    assert len(open_segmentation(own_folder, "val")) == 2
+
+
+def test_who_says_that_255_is_not_to_count_may_list_classes_that_never_occur(own_folder):
+    (own_folder / "classes.txt").write_text("road\ncar\ntree\n")
+    write(own_folder / "masks" / "val" / "a.png", index_mask((0, 1, 255)))
+    found = open_segmentation(own_folder, "val", ignore_index=255)
+    assert found.mask(0).unique().tolist() == [0, 1, IGNORE]
+
+
+def test_another_index_than_255_may_stand_for_what_is_not_counted(own_folder):
+    write(own_folder / "masks" / "val" / "a.png", index_mask((0, 1, 7)))
+    found = open_segmentation(own_folder, "val", ignore_index=7)
+    assert found.mask(0)[0, :3].tolist() == [0, 1, IGNORE]
+    write(own_folder / "masks" / "val" / "a.png", index_mask((0, 1, 255)))
+    with pytest.raises(DataError, match="has indices 255"):
+        open_segmentation(own_folder, "val", ignore_index=7).mask(0)
+
+
+def test_published_layouts_know_what_is_not_counted_but_take_no_binary_masks(voc):
+    with pytest.raises(DataError, match=r"ignore_index=0 asked of .*, layout voc21"):
+        open_segmentation(voc, "val", ignore_index=0)
+    mask = voc / "SegmentationClass" / "2007_000033.png"
+    write(mask, index_mask((0, 5, 255)))
+    assert len(open_segmentation(voc, "val")) == 1, "few pictures need not show all classes"
+    write(mask, index_mask((0, 255)))
+    with pytest.raises(DataError, match="hold 0 and 255 alone"):
+        open_segmentation(voc, "val")
+
+
 def test_a_jpeg_is_no_mask(own_folder):
     (own_folder / "masks" / "val" / "a.png").unlink()
     write(own_folder / "masks" / "val" / "a.jpg", index_mask((0, 1)))
