@@ -39,6 +39,10 @@ IN_UNITS = frozenset({"rmse", "artifact_rmse", "abs_rel", "log10", "pearson"})
 """Figures that are no shares; tables show all others in per cent."""
 
 
+Counts = Mapping[str, Mapping[str, int]]
+"""What figures were computed over: how many of each unit, such as pixels, images and classes, by figure."""
+
+
 @dataclass(frozen=True)
 class Metrics:
     """What a task measured with one seed.
@@ -48,12 +52,30 @@ class Metrics:
         detail: Figures of single classes or parts, e.g. `{"iou": {"road": 0.9}}`.
         notes: Anything else worth recording, as JSON holds it, e.g. a sweep, or how many images there were.
         guarded: Figures that a gate guards beside the headline.
+        counts: What each figure was computed over, e.g. `{"miou": {"pixels": 9, "images": 2, "classes": 2}}`.
+
+    A figure that has nothing to be computed over is left out, and the note `left_out` says why:
+    `{"pearson": "no map varies"}`.
+
+    Raises:
+        PhregError: Counts leave out a figure, or one was computed over nothing.
     """
 
     figures: Mapping[str, float]
     detail: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     notes: Mapping[str, Any] = field(default_factory=dict)
     guarded: Sequence[str] = ()
+    counts: Counts = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Checks that counts tell of every figure, and that none is of nothing."""
+        for name in self.figures if self.counts else ():
+            over = self.counts.get(name)
+            if not over or not all(over.values()):
+                found = _amounts([over]) if over else "no counts"
+                raise PhregError(
+                    f"{name} asked for, found {found} to compute it over; give data that has some of each"
+                )
 
 
 @dataclass(frozen=True)
@@ -99,6 +121,7 @@ class Record:
         hardware: The machine, its device, its precision.
         seconds: Wall-clock seconds of all seeds.
         drawn: Whether a seed decides anything.
+        counts: What each figure was computed over, by seed.
     """
 
     task: str
@@ -116,6 +139,7 @@ class Record:
     hardware: Mapping[str, Any]
     seconds: float
     drawn: bool = True
+    counts: tuple[Counts, ...] = ()
 
     @property
     def sweep(self) -> list[str]:
@@ -228,6 +252,7 @@ class Results:
             | {
                 "task": first.task,
                 "data": first.data,
+                "counts": first.counts[0] if first.counts else {},
                 "models": [record.to_json() for record in self.records],
                 "baseline": self.baseline.to_json() if self.baseline else None,
                 "against": self.against.model if self.against else None,
@@ -267,7 +292,7 @@ class Results:
         return "\n\n".join(blocks) + "\n"
 
     def legend(self) -> str:
-        """Says how to read the table."""
+        """Says how to read the table, and over what its figures were computed."""
         first, against = self.records[0], self.against
         several = len(first.seeds) > 1
         parts = [f"{len(first.seeds)} seed{'s' if several else ''}"]
@@ -279,13 +304,34 @@ class Results:
             whose = "the baseline" if against is self.baseline else against.model
             spread = ", seed by seed, ~ where it is within its spread" if several else ""
             parts.append(f"in brackets the difference to {whose}{spread}")
-        return f"{'; '.join(parts)}. Shares are in per cent."
+        sentences = ["; ".join(parts), "Shares are in per cent", *self._computed_over(), *self._left_out()]
+        return " ".join(f"{sentence}." for sentence in sentences)
 
     def write(self, folder: Path) -> None:
         """Writes `RESULTS` and `TABLE`, each at once."""
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / RESULTS, json.dumps(self.to_json(), indent=2))
         write_text(folder / TABLE, self.to_markdown())
+
+    def _computed_over(self) -> list[str]:
+        """Says over how much figures were computed, those over the same together."""
+        groups: dict[str, list[str]] = {}
+        runs = [run for record, _ in self._labelled() for run in record.counts]
+        for name in self.records[0].figures:
+            found = [run[name] for run in runs if name in run]
+            if found:
+                groups.setdefault(_amounts(found), []).append(name)
+        if len(groups) < 2:
+            return [f"Computed over {text}" for text in groups]
+        told = "; ".join(f"{', '.join(names)} over {text}" for text, names in groups.items())
+        return [f"Computed: {told}"]
+
+    def _left_out(self) -> list[str]:
+        """Says which figures some model has not, and why."""
+        notes = [note.get("left_out", {}) for record, _ in self._labelled() for note in record.notes]
+        reasons = {name: reason for note in notes for name, reason in note.items()}
+        told = "; ".join(f"{name} ({reason})" for name, reason in reasons.items())
+        return [f"Left out: {told}"] if told else []
 
     def _labelled(self) -> list[tuple[Record, str]]:
         ahead = [(self.baseline, " (baseline)")] if self.baseline else []
@@ -318,7 +364,15 @@ def summarise(runs: Sequence[Metrics], **facts: Any) -> Record:
     }
     notes = tuple(dict(run.notes) for run in runs)
     guarded = tuple(dict.fromkeys([next(iter(figures)), *runs[0].guarded]))
-    return Record(figures=figures, guarded=guarded, detail=detail, notes=notes, versions=versions(), **facts)
+    return Record(
+        figures=figures,
+        guarded=guarded,
+        detail=detail,
+        notes=notes,
+        versions=versions(),
+        counts=tuple(run.counts for run in runs if run.counts),
+        **facts,
+    )
 
 
 def versions() -> dict[str, str]:
@@ -348,6 +402,18 @@ def _difference(name: str, pairs: Sequence[float]) -> Difference:
         better=found.mean < 0 if name in LOWER_IS_BETTER else found.mean > 0,
         beyond_spread=None if found.spread is None else abs(found.mean) > found.spread,
     )
+
+
+def _amounts(found: Sequence[Mapping[str, int]]) -> str:
+    """Writes how much figures were computed over: `2 images, 3 to 5 classes`."""
+    texts = []
+    for unit in found[0]:
+        amounts = [over[unit] for over in found if unit in over]
+        low, high = min(amounts), max(amounts)
+        if high == 1:
+            unit = unit.removesuffix("es" if unit.endswith(("sses", "xes", "ches")) else "s")
+        texts.append(f"{low:,} {unit}" if low == high else f"{low:,} to {high:,} {unit}")
+    return ", ".join(texts)
 
 
 def _figure(name: str, summary: Summary | None) -> str:

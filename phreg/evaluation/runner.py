@@ -43,6 +43,9 @@ logger = logging.getLogger(__name__)
 RUNS = "runs"
 """Folder of finished runs."""
 
+RUN_FORMAT = 2
+"""What finished runs hold; those of another format are done again."""
+
 
 @dataclass(frozen=True, eq=False)
 class Suite:
@@ -173,6 +176,7 @@ class Suite:
         """Runs the task once, or reads what it found before."""
         asked = {
             "phreg": __version__,
+            "format": RUN_FORMAT,
             **_asked(self.task, self.data, self.settings.model_dump(mode="json")),
             "files": self._files,
             "model": reader.identity,

@@ -111,7 +111,7 @@ def test_the_gate_lets_a_small_drop_pass_and_stops_a_larger_one():
 def test_the_gate_guards_what_the_task_names_beside_the_headline():
     def measured(model, **figures):
         facts = dataclasses.asdict(record(model, [0.5]))
-        for own in ("figures", "guarded", "detail", "notes", "versions"):
+        for own in ("figures", "guarded", "detail", "notes", "versions", "counts"):
             del facts[own]
         return summarise([Metrics({"top1": 0.5, **figures}, guarded=("top1", "cls_top1"))], **facts)
 
@@ -144,6 +144,51 @@ def test_a_figure_without_value_does_not_pass_the_gate():
 def test_a_gate_needs_a_baseline():
     with pytest.raises(PhregError, match="--baseline"):
         Results((record("b", [0.5]),)).check_gate(0.1)
+
+
+def counted(model, *counts):
+    """A record of `miou` and `rmse`, a run for each of what they were computed over."""
+    runs = [Metrics({"miou": 0.5, "rmse": 0.5}, counts=count) for count in counts]
+    facts = dataclasses.asdict(record(model, [0.5] * len(counts)))
+    for own in ("figures", "guarded", "detail", "notes", "versions", "counts"):
+        del facts[own]
+    return summarise(runs, **facts)
+
+
+def over(classes, images=2):
+    return {
+        "miou": {"pixels": 12345, "images": images, "classes": classes},
+        "rmse": {"pixels": 12345, "images": images, "classes": classes},
+    }
+
+
+def test_what_figures_were_computed_over_is_in_the_results_and_under_the_table(tmp_path):
+    results = Results((counted("a", over(3)),))
+    results.write(tmp_path)
+    written = json.loads((tmp_path / "results.json").read_text())
+    assert written["counts"] == written["models"][0]["counts"][0] == over(3)
+    assert "Computed over 12,345 pixels, 2 images, 3 classes." in (tmp_path / "results.md").read_text()
+
+
+def test_figures_over_different_amounts_are_told_apart_and_amounts_that_differ_are_a_range():
+    mixed = over(3) | {"rmse": {"images": 1, "boxes": 1}}
+    more = over(5) | {"rmse": {"images": 1, "boxes": 1}}
+    legend = Results((counted("a", mixed, more),), counted("b", mixed)).legend()
+    assert "miou over 12,345 pixels, 2 images, 3 to 5 classes; rmse over 1 image, 1 box." in legend
+
+
+def test_figures_that_were_left_out_are_told_under_the_table():
+    without = dataclasses.replace(record("a", [0.5]), notes=({"left_out": {"pearson": "no pair"}},))
+    assert "Left out: pearson (no pair)." in Results((without,)).to_markdown()
+    assert "Left out" not in Results((record("a", [0.5]),)).to_markdown()
+
+
+@pytest.mark.parametrize(
+    "counts", [{"miou": {"pixels": 0, "images": 2}}, {"miou": {}}, {"rmse": {"pixels": 1}}]
+)
+def test_a_figure_over_nothing_is_an_error(counts):
+    with pytest.raises(PhregError, match="miou"):
+        Metrics({"miou": 1.0}, counts=counts)
 
 
 def test_a_summary_of_one_value_is_that_value():

@@ -73,7 +73,7 @@ class AgreementMeter:
         Raises:
             PhregError: There were none.
         """
-        if not self._cosines:
+        if not sum(map(Tensor.numel, self._cosines)):
             raise PhregError("agreement asked for of no features; update the meter with at least one batch")
         cosines, mask = torch.cat(self._cosines).double(), torch.cat(self._masks)
         # The rank is exact, where torch.quantile refuses more than 16 million values.

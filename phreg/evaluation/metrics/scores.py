@@ -1,7 +1,7 @@
 """The figures by which dense features are judged, each a small pure function or a meter that adds up batches.
 
-All shares are fractions of 1. What has no value, such as the IoU of a class that occurs nowhere, is NaN, and
-means leave it out. Checked against scikit-learn and torchmetrics in the tests.
+All shares are fractions of 1. The IoU of a class that occurs nowhere is NaN, and means leave it out; a figure
+over nothing at all is an error. Checked against scikit-learn and torchmetrics in the tests.
 """
 
 import math
@@ -33,6 +33,7 @@ class ConfusionMeter:
     def __init__(self, num_classes: int, ignore: int = IGNORE) -> None:
         self.num_classes = num_classes
         self.ignore = ignore
+        self.ignored = 0
         self.matrix: Int64[Tensor, "truth predicted"] = torch.zeros(
             num_classes, num_classes, dtype=torch.long
         )
@@ -44,6 +45,7 @@ class ConfusionMeter:
             PhregError: A class is out of range.
         """
         kept = truth != self.ignore
+        self.ignored += int((~kept).sum())
         predicted, truth = predicted[kept], truth[kept]
         for name, labels in (("predicted", predicted), ("true", truth)):
             if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < self.num_classes:
@@ -54,6 +56,11 @@ class ConfusionMeter:
                 )
         pairs = torch.bincount(truth * self.num_classes + predicted, minlength=self.num_classes**2)
         self.matrix += pairs.view_as(self.matrix).cpu()
+
+    @property
+    def pixels(self) -> int:
+        """Counts the pixels that figures are computed over."""
+        return int(self.matrix.sum())
 
     @property
     def iou(self) -> Float[Tensor, " classes"]:
@@ -68,25 +75,53 @@ class ConfusionMeter:
 
     @property
     def miou(self) -> float:
-        """Mean IoU over the classes that occur."""
+        """Mean IoU over the classes that occur.
+
+        Raises:
+            PhregError: No pixel counts.
+        """
+        self._check()
         return float(self.iou.nanmean())
 
     @property
     def mean_accuracy(self) -> float:
-        """Mean over classes of the share that was found."""
+        """Mean over the classes that are true somewhere of the share that was found.
+
+        Raises:
+            PhregError: No pixel counts.
+        """
+        self._check()
         return float(self.accuracy.nanmean())
 
     @property
     def pixel_accuracy(self) -> float:
-        """Share of counted pixels whose class is right."""
+        """Share of counted pixels whose class is right.
+
+        Raises:
+            PhregError: No pixel counts.
+        """
+        self._check()
         return float(self.matrix.diag().sum() / self.matrix.sum())
+
+    def _check(self) -> None:
+        if not self.pixels:
+            raise PhregError(
+                f"a figure asked for over no pixel that counts, found {self.ignored} that are ignored (class "
+                f"{self.ignore}); give masks that show a class"
+            )
 
 
 # --- Classification -------------------------------------------------------------------------------------
 
 
 def top_k(scores: Float[Tensor, "images classes"], labels: Int64[Tensor, " images"], k: int) -> float:
-    """Computes the share of images whose class is among the k best scored."""
+    """Computes the share of images whose class is among the k best scored.
+
+    Raises:
+        PhregError: There are no images.
+    """
+    if not len(labels):
+        raise PhregError(f"top-{k} accuracy asked for over no images; give scores of at least one")
     best = scores.topk(min(k, scores.shape[1]), dim=1).indices
     return float((best == labels[:, None]).any(dim=1).double().mean())
 

@@ -126,7 +126,9 @@ def run(reader: FeatureReader, data: str, settings: Settings, seed: int) -> Metr
                 detail["top1"] = _per_class(scores, test)
     counts = {"train": len(train.labels) if train else 0, "test": len(test.labels)}
     guarded = tuple(name for name in figures if name.endswith("top1"))
-    return Metrics(figures, detail, {"images": counts, "classes": len(test.classes)}, guarded)
+    over = {"images": len(test.labels), "classes": len(test.labels.unique())}
+    notes = {"images": counts, "classes": len(test.classes)}
+    return Metrics(figures, detail, notes, guarded, dict.fromkeys(figures, over))
 
 
 def knn_scores(

@@ -12,6 +12,7 @@ is another network is none, and the third is left out. The baseline is read thro
 
 import logging
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -75,21 +76,32 @@ def run(reader: FeatureReader, data: str, settings: Settings, seed: int) -> Metr
     moved = _moved(reader, reading, wide, batches, side, settings.shift)
     flipped = _flipped(reader, reading, batches)
     figures = {"shift_agreement": moved.mean, "flip_agreement": flipped.mean}
-    notes = {"images": len(chosen), "readout": reader.readout(reading)}
+    notes: dict[str, Any] = {"images": len(chosen), "readout": reader.readout(reading)}
+    counts = {
+        "shift_agreement": _over(moved, chosen),
+        "flip_agreement": _over(flipped, chosen),
+        "outlier_rate": _over(flipped, chosen),
+    }
     rate = {"outlier_rate": outliers(reader.backbone, batches, show=1).outlier_rate}
     baseline = reader.reference or reader.backbone
     reason = why_incomparable(reader.backbone, baseline)
     if reason is None:
         found = _reference(reader, reading, baseline, batches, settings.views, seed)
         figures |= {"reference_agreement": found.mean, "reference_worst_percent": found.worst_percent} | rate
+        counts |= dict.fromkeys(("reference_agreement", "reference_worst_percent"), _over(found, chosen))
         if found.masked is not None:
             figures["artifact_agreement"] = found.masked
+            counts["artifact_agreement"] = {"patches": found.masked_patches}
     else:
         logger.warning("agreement with the baseline is left out: %s", reason)
         notes["reference"] = f"left out: {reason}"
         figures |= rate
     worst = {"shift": moved.worst_percent, "flip": flipped.worst_percent}
-    return Metrics(figures, {"worst_percent": worst}, notes)
+    return Metrics(figures, {"worst_percent": worst}, notes, counts=counts)
+
+
+def _over(found: Agreement, images: Subset) -> dict[str, int]:
+    return {"patches": found.patches, "images": len(images)}
 
 
 def _batches(reader: FeatureReader, source: ImageSource, side: int) -> list[Float[Tensor, "_ 3 _ _"]]:

@@ -8,6 +8,8 @@ Understanding" (Balažević et al. 2023, arXiv 2306.01667). Here the bank holds 
 every image, drawn evenly; theirs prefers patches of rare classes.
 """
 
+from dataclasses import replace
+
 import torch
 from jaxtyping import Float
 from pydantic import PositiveFloat, PositiveInt
@@ -15,7 +17,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from phreg.config import Config
-from phreg.evaluation.datasets.labelled import Segmentation, open_segmentation
+from phreg.errors import DataError
+from phreg.evaluation.datasets.labelled import MaskIndex, Segmentation, open_segmentation
 from phreg.evaluation.dense import Dense
 from phreg.evaluation.features import FeatureReader, Reading
 from phreg.evaluation.results import Metrics
@@ -33,6 +36,9 @@ class Settings(Config):
     """Layout of the dataset: camvid, voc21, voc20, pascal-context-60 or -59, coco-stuff, coco-object,
     ade20k, cityscapes or folder (images/, masks/ of class indices, 255 uncounted, classes.txt); auto tells it
     by its folders."""
+    ignore_index: MaskIndex | None = None
+    """Index that is not counted in the masks of a folder; unset means 255, which is refused where it occurs
+    and a class of classes.txt does not."""
     reading: Reading = Reading(size=448)
     """Canvas of the pictures."""
     bank_size: PositiveInt = 50_000
@@ -49,7 +55,10 @@ def run(reader: FeatureReader, data: str, settings: Settings, seed: int) -> Metr
     Raises:
         DataError: The dataset is of no known layout, or a file of it is wrong.
     """
-    train, test = (open_segmentation(data, split, layout=settings.layout) for split in ("train", "val"))
+    train, test = (
+        open_segmentation(data, split, layout=settings.layout, ignore_index=settings.ignore_index)
+        for split in ("train", "val")
+    )
     bank, shares = _fill(reader, train, settings, seed)
 
     def score(dense: Dense) -> Tensor:
@@ -58,7 +67,7 @@ def run(reader: FeatureReader, data: str, settings: Settings, seed: int) -> Metr
         return found.unflatten(0, dense.grid.shape[:2]).permute(2, 0, 1)
 
     found = measure_segmentation(reader, test, settings.reading, score)
-    return Metrics(found.figures, found.detail, {**found.notes, "bank": len(bank)})
+    return replace(found, notes={**found.notes, "bank": len(bank)})
 
 
 def look_up(
@@ -97,4 +106,10 @@ def _fill(reader: FeatureReader, train: Segmentation, settings: Settings, seed: 
         chosen = counted[order[:each]]
         features.append(normalize(dense.grid.flatten(0, 1)[chosen], dim=1))
         shares.append(shown[chosen])
+    if not any(map(len, shares)):
+        raise DataError(
+            f"none of the patches of the {len(train)} training images shows a class, of masks such as "
+            f"{train.masks[0]}, which are read at the size of the canvas; raise reading.size, or label more "
+            "pixels"
+        )
     return torch.cat(features).to(reader.device), torch.cat(shares).to(reader.device)

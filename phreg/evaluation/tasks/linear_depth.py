@@ -12,6 +12,7 @@ says of a picture and of its mirror image, at the picture's own resolution; figu
 """
 
 import itertools
+import logging
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -36,6 +37,8 @@ from phreg.evaluation.features import FeatureReader, Reading
 from phreg.evaluation.metrics.scores import DepthErrors, depth_errors
 from phreg.evaluation.results import Metrics
 from phreg.seeding import keyed_generator
+
+logger = logging.getLogger(__name__)
 
 FINER = 4
 """Scores are resampled so many times finer than patches, before they become depths."""
@@ -177,16 +180,21 @@ def train_head(
         settings: Bins, steps and optimiser.
         seed: Seed of the first weights.
         reader: Told of progress.
+
+    Raises:
+        DataError: No depth that was seen counts.
     """
     first = next(batches)
     bins = torch.linspace(settings.min_depth, settings.max_depth, settings.bins)
     head = DepthHead(first[0].shape[1], bins, seed).to(first[0].device).train()
     optimizer = torch.optim.AdamW(head.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
+    learned = torch.zeros((), dtype=torch.bool, device=reader.device)
     for step, (features, truth) in enumerate(itertools.chain([first], batches)):
         for group in optimizer.param_groups:
             group["lr"] = settings.lr * _decay(step, settings)
         predicted = interpolate(head(features), truth.shape[-2:], mode="bilinear", align_corners=False)
         counted = _counted(truth, settings)
+        learned |= counted.any()
         errors = predicted.log() - truth.where(counted, 1).log()
         loss = scale_loss(errors, counted, mean_only=step < settings.scale_only)
         loss = loss + settings.gradient_weight * gradient_loss(errors, counted)
@@ -195,6 +203,11 @@ def train_head(
         nn.utils.clip_grad_norm_(head.parameters(), settings.clip)
         optimizer.step()
         reader.observe("training the head", step + 1, settings.steps)
+    if not learned:
+        raise DataError(
+            f"none of the depths that were seen in {settings.steps} steps of training is between "
+            f"{settings.min_depth:g} and {settings.max_depth:g} m; raise steps, or give depths of more pixels"
+        )
     return head.eval()
 
 
@@ -275,6 +288,7 @@ def _measure(reader: FeatureReader, test: DepthMaps, settings: Settings, head: D
     if settings.flip:
         mirrored = reader.stream(Mirrored(test.images), settings.reading, "mirrored test images")
     found: list[DepthErrors] = []
+    pixels = 0
     repaired: list[_Squares] = []
     for number, (dense, other) in enumerate(zip(seen, mirrored, strict=False)):
         truth = dense.placement.cut(test.depth(number, dense.placement.picture_size))
@@ -289,6 +303,7 @@ def _measure(reader: FeatureReader, test: DepthMaps, settings: Settings, head: D
         if other is not None:
             predicted = (predicted + predict(other).flip(-1)) / 2
         predicted = predicted.clamp(settings.min_depth, settings.max_depth)
+        pixels += int(counted.sum())
         found.append(depth_errors(predicted[counted], truth[counted]))
         if places is not None:
             there = dense.placement.restore(places[number][None].float(), "nearest")[0] > 0
@@ -296,13 +311,19 @@ def _measure(reader: FeatureReader, test: DepthMaps, settings: Settings, head: D
             repaired.append(_Squares(float(squares.sum()), squares.numel()))
     names = asdict(found[0])
     figures = {name: float(np.mean([getattr(errors, name) for errors in found])) for name in names}
+    counts = {name: {"pixels": pixels, "images": len(found)} for name in names}
     notes: dict[str, Any] = {"images": len(found), "readout": reader.readout(settings.reading)}
     if places is not None:
-        pixels = sum(squares.pixels for squares in repaired)
-        total = sum(squares.total for squares in repaired)
-        figures["artifact_rmse"] = math.sqrt(total / pixels) if pixels else math.nan
-        notes["pixels_at_artifacts"] = pixels
-    return Metrics(figures, notes=notes)
+        there = [squares for squares in repaired if squares.pixels]
+        notes["pixels_at_artifacts"] = at_artifacts = sum(squares.pixels for squares in there)
+        if there:
+            figures["artifact_rmse"] = math.sqrt(sum(squares.total for squares in there) / at_artifacts)
+            counts["artifact_rmse"] = {"pixels": at_artifacts, "images": len(there)}
+        else:
+            reason = "no depth that counts lies at an artifact of the baseline"
+            logger.warning("artifact_rmse is left out: %s", reason)
+            notes["left_out"] = {"artifact_rmse": reason}
+    return Metrics(figures, notes=notes, counts=counts)
 
 
 def _features(

@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, interpolate
 
 from phreg.config import Config
+from phreg.errors import DataError
 from phreg.evaluation.datasets.augmentation import CropConfig, PairedCrops
-from phreg.evaluation.datasets.labelled import IGNORE, Segmentation, open_segmentation
+from phreg.evaluation.datasets.labelled import IGNORE, MaskIndex, Segmentation, open_segmentation
 from phreg.evaluation.dense import Dense
 from phreg.evaluation.features import FeatureReader, Reading
 from phreg.evaluation.results import Metrics
@@ -37,6 +38,9 @@ class Settings(Config):
     """Layout of the dataset: camvid, voc21, voc20, pascal-context-60 or -59, coco-stuff, coco-object,
     ade20k, cityscapes or folder (images/, masks/ of class indices, 255 uncounted, classes.txt); auto tells it
     by its folders."""
+    ignore_index: MaskIndex | None = None
+    """Index that is not counted in the masks of a folder; unset means 255, which is refused where it occurs
+    and a class of classes.txt does not."""
     reading: Reading = Reading(size=448)
     """Canvas of the pictures when testing, and when training without crops."""
     augment: bool = False
@@ -87,7 +91,10 @@ def run(reader: FeatureReader, data: str, settings: Settings, seed: int) -> Metr
     Raises:
         DataError: The dataset is of no known layout, or a file of it is wrong.
     """
-    train, test = (open_segmentation(data, split, layout=settings.layout) for split in ("train", "val"))
+    train, test = (
+        open_segmentation(data, split, layout=settings.layout, ignore_index=settings.ignore_index)
+        for split in ("train", "val")
+    )
     batches = (_crops if settings.augment else _kept)(reader, train, settings, seed)
     head = train_head(batches, len(train.classes), settings, seed, reader)
 
@@ -113,9 +120,13 @@ def train_head(
         settings: Steps and optimiser.
         seed: Seed of the first weights.
         reader: Told of progress.
+
+    Raises:
+        DataError: Nothing that was seen shows a class.
     """
     head: nn.Module | None = None
     optimizer: torch.optim.Optimizer | None = None
+    learned = torch.zeros((), dtype=torch.bool, device=reader.device)
     for step in range(settings.steps):
         features, truth = next(batches)
         if head is None or optimizer is None:
@@ -126,11 +137,17 @@ def train_head(
         for group in optimizer.param_groups:
             group["lr"] = settings.lr * _decay(step, settings)
         loss = head_loss(head(features), truth)
+        learned |= (truth != IGNORE).any() if truth.dtype == torch.long else truth.any()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         reader.observe("training the head", step + 1, settings.steps)
     assert head is not None
+    if not learned:
+        raise DataError(
+            f"none of the pixels that were seen in {settings.steps} steps of training shows a class; label "
+            "more pixels, or raise steps or the size of the canvas"
+        )
     return head.eval()
 
 

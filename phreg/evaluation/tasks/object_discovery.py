@@ -129,7 +129,8 @@ def run(reader: FeatureReader, data: str, settings: Settings, seed: int) -> Metr
             hits[number, place] = is_localised(box, boxed.boxes[chosen[number]])
             if places is not None:
                 at_artifact[number, place] = _marks(places[number], discovery)
-    found = _metrics(combinations, hits, at_artifact if places is not None else None, boxed.without)
+    boxes = sum(len(boxed.boxes[number]) for number in chosen)
+    found = _metrics(combinations, hits, at_artifact if places is not None else None, boxes, boxed.without)
     return replace(found, notes={**found.notes, "readout": reader.readout(settings.reading)})
 
 
@@ -243,6 +244,7 @@ def _metrics(
     combinations: list[Combination],
     hits: Bool[Tensor, "pictures combinations"],
     at_artifact: Bool[Tensor, "pictures combinations"] | None,
+    boxes: int,
     without: int,
 ) -> Metrics:
     shares = hits.double().mean(0)
@@ -264,4 +266,7 @@ def _metrics(
         "pictures_without_boxes": without,
         "standard_error": math.sqrt(corloc * (1 - corloc) / len(hits)),
     }
-    return Metrics(figures, detail, notes)
+    counts = {name: {"images": len(hits), "boxes": boxes} for name in figures}
+    if at_artifact is not None:
+        counts["artifact_seeds"] = {"images": len(hits)}
+    return Metrics(figures, detail, notes, counts=counts)

@@ -69,7 +69,9 @@ def run(reader: FeatureReader, data: str, settings: Settings, seed: int) -> Metr
     name = next(iter(before.figures))
     full, rounded = before.figures[name], after.figures[name]
     figures = {f"int8_{name}": rounded, name: full, f"lost_{name}": full - rounded}
-    return Metrics(figures, {"full": before.figures, "int8": after.figures}, before.notes, (name,))
+    detail = {"full": before.figures, "int8": after.figures}
+    counts = dict.fromkeys(figures, before.counts[name]) if name in before.counts else {}
+    return Metrics(figures, detail, before.notes, (name,), counts)
 
 
 @contextmanager

@@ -4,8 +4,10 @@ Dense ──score──► (classes, rows, cols) ──Placement.restore──�
                                                     └── where the baseline has artifacts ──► another
 """
 
-import math
+import logging
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -17,6 +19,8 @@ from phreg.evaluation.dense import Dense, Placement
 from phreg.evaluation.features import FeatureReader, Reading
 from phreg.evaluation.metrics.scores import ConfusionMeter
 from phreg.evaluation.results import Metrics
+
+logger = logging.getLogger(__name__)
 
 
 @torch.no_grad()
@@ -41,48 +45,79 @@ def measure_segmentation(
 
     Returns:
         `miou`, `mean_accuracy` and `pixel_accuracy`, and the accuracy of pixels where the baseline has
-        artifacts; IoU and accuracy of each class.
+        artifacts, unless none that counts lies there; IoU and accuracy of each class, and how many pixels
+        show it.
+
+    Raises:
+        PhregError: No pixel counts.
     """
     places = artifact_places(reader, test.images, reading)
     meter, repaired = ConfusionMeter(len(test.classes)), ConfusionMeter(len(test.classes))
+    images = repaired_images = 0
     for number, dense in enumerate(reader.stream(test.images, reading, "test images")):
         truth = dense.placement.cut(test.mask(number, dense.placement.picture_size))
         scores = dense.placement.restore(score(dense))
         watch(scores, truth)
         predicted = decide(scores).cpu()
         meter.update(predicted, truth)
+        images += bool((truth != IGNORE).any())
         if places is not None:
             there = dense.placement.restore(places[number][None].float(), "nearest")[0] > 0
             repaired.update(predicted[there], truth[there])
-    found = segmentation_metrics(meter, test.classes, repaired if places is not None else None)
-    return Metrics(found.figures, found.detail, {**found.notes, "readout": reader.readout(reading)})
+            repaired_images += bool((truth[there] != IGNORE).any())
+    found = segmentation_metrics(
+        meter, images, test.classes, (repaired, repaired_images) if places is not None else None
+    )
+    return replace(found, notes={**found.notes, "readout": reader.readout(reading)})
 
 
 def segmentation_metrics(
-    meter: ConfusionMeter, classes: tuple[str, ...], repaired: ConfusionMeter | None = None
+    meter: ConfusionMeter,
+    images: int,
+    classes: tuple[str, ...],
+    repaired: tuple[ConfusionMeter, int] | None = None,
 ) -> Metrics:
     """Puts a confusion matrix into figures.
 
     Args:
         meter: All pixels.
+        images: Images with pixels that count.
         classes: Names of the classes.
-        repaired: Pixels where the baseline has artifacts alone; None without a baseline.
+        repaired: Pixels where the baseline has artifacts alone, and the images with some that count; None
+            without a baseline.
+
+    Raises:
+        PhregError: No pixel counts.
     """
     figures = {
         "miou": meter.miou,
         "mean_accuracy": meter.mean_accuracy,
         "pixel_accuracy": meter.pixel_accuracy,
     }
-    notes = {}
+    over = {"pixels": meter.pixels, "images": images}
+    counts = {
+        "miou": over | {"classes": int((~meter.iou.isnan()).sum())},
+        "mean_accuracy": over | {"classes": int((~meter.accuracy.isnan()).sum())},
+        "pixel_accuracy": over,
+    }
+    notes: dict[str, Any] = {
+        "true_pixels": dict(zip(classes, meter.matrix.sum(1).tolist(), strict=True)),
+    }
     if repaired is not None:
-        total = int(repaired.matrix.sum())
-        figures["artifact_accuracy"] = repaired.pixel_accuracy if total else math.nan
-        notes["pixels_at_artifacts"] = total / max(1, int(meter.matrix.sum()))
+        at_artifacts, there = repaired
+        notes["pixels_at_artifacts"] = at_artifacts.pixels / meter.pixels
+        if at_artifacts.pixels:
+            figures["artifact_accuracy"] = at_artifacts.pixel_accuracy
+            counts["artifact_accuracy"] = {"pixels": at_artifacts.pixels, "images": there}
+        else:
+            reason = "no pixel that counts lies at an artifact of the baseline"
+            logger.warning("artifact_accuracy is left out: %s", reason)
+            notes["left_out"] = {"artifact_accuracy": reason}
     detail = {
         kind: dict(zip(classes, values.tolist(), strict=True))
         for kind, values in (("iou", meter.iou), ("accuracy", meter.accuracy))
     }
-    return Metrics(figures, detail, notes)
+    return Metrics(figures, detail, notes, counts=counts)
 
 
 def patch_shares(

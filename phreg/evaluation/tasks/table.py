@@ -9,8 +9,11 @@ A task is a module of this package with
 
 `run` reads a model through the `FeatureReader` alone, draws from generators made of `seed` alone
 (`phreg.seeding.keyed_generator`), tells `reader.observe(what, done, total)` how far it is, and puts its
-headline figure first. A task that tries several things and reports the best names the figure in a note
-`sweep`, and what each reached in the detail of that name. To add a task, write the module and name it here.
+headline figure first. `Metrics.counts` tells over how many pixels, images, classes or the like each figure
+was computed; one that has nothing to be computed over is left out, with the reason in the note `left_out`,
+and a headline over nothing is an error. A task that tries several things and reports the best names the
+figure in a note `sweep`, and what each reached in the detail of that name. To add a task, write the module
+and name it here.
 """
 
 import importlib

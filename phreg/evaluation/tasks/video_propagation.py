@@ -89,12 +89,14 @@ def run(reader: FeatureReader, data: str, settings: Settings, seed: int) -> Metr
     """Follows the objects of every sequence.
 
     Raises:
-        DataError: A file is missing or wrong, or a first frame shows no object.
+        DataError: A file is missing or wrong, a first frame shows no object, or a frame is all void.
     """
     scores: dict[str, tuple[float, float]] = {}
+    frames = 0
     videos = open_videos(data, settings.sequences, settings.resolution)
     for done, video in enumerate(videos, start=1):
         scores |= _follow(reader, video, settings)
+        frames += len(video.masks) - 2
         reader.observe("sequences", done, len(videos))
     region, boundary = (sum(side) / len(scores) for side in zip(*scores.values(), strict=True))
     detail = {
@@ -103,7 +105,8 @@ def run(reader: FeatureReader, data: str, settings: Settings, seed: int) -> Metr
     }
     figures = {"j_and_f": (region + boundary) / 2, "j": region, "f": boundary}
     notes = {"sequences": len(videos), "objects": len(scores), "readout": reader.readout(settings.reading)}
-    return Metrics(figures, detail, notes)
+    over = {"frames": frames, "objects": len(scores), "sequences": len(videos)}
+    return Metrics(figures, detail, notes, counts=dict.fromkeys(figures, over))
 
 
 def open_videos(data: str, sequences: str, resolution: str) -> list[Video]:
@@ -180,9 +183,10 @@ def _follow(reader: FeatureReader, video: Video, settings: Settings) -> dict[str
     mask = video.mask(0, start.placement.picture_size)
     objects = [number for number in mask.unique().tolist() if number not in (0, IGNORE)]
     if not objects:
+        void = ", only 255, which is void: number its objects from 1" if (mask == IGNORE).any() else ""
         raise DataError(
-            f"mask {video.masks[0]} shows no object, and only those of a first frame are followed; take "
-            f"{video.name} off the list"
+            f"mask {video.masks[0]} shows no object{void}; only those of a first frame are followed: write "
+            f"them there, or take {video.name} off the list"
         )
     first = start.grid.to(reader.device), _labels(mask, objects, start).to(reader.device)
     recent: deque[tuple[Tensor, Tensor]] = deque(maxlen=settings.frames)
@@ -196,6 +200,11 @@ def _follow(reader: FeatureReader, video: Video, settings: Settings) -> dict[str
             break
         predicted = _objects(shown.cpu(), dense)
         truth = dense.placement.cut(video.mask(number, dense.placement.picture_size))
+        if (truth == IGNORE).all():
+            raise DataError(
+                f"mask {video.masks[number]} is void all over, so that nothing can be compared there; draw "
+                f"the objects of that frame, or take {video.name} off the list"
+            )
         scores.append(
             [
                 _score((predicted == place) & (truth != IGNORE), truth == name)

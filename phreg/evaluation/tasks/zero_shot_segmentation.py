@@ -12,9 +12,13 @@ alone, which is the value path of that pooling (MaskCLIP does so with ResNets). 
 
 The protocol is that of PH-Reg (arXiv 2505.21501, table S.5) but for windows, which are averaged patch by
 patch before they are resampled, not after. Pearson's correlation of a class's cosines with its mask is taken
-over the counted pixels of each picture that shows the class, and averaged over pictures, then over classes.
+over the counted pixels of each picture that shows the class and something else, and averaged over pictures,
+then over classes.
 """
 
+import logging
+import math
+import statistics
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -27,13 +31,15 @@ from phreg.backbones.base import Readout
 from phreg.backbones.readout import check_readout
 from phreg.backbones.text import text_encoder
 from phreg.config import Config, Fraction
-from phreg.evaluation.datasets.labelled import IGNORE, open_segmentation
+from phreg.evaluation.datasets.labelled import IGNORE, MaskIndex, open_segmentation
 from phreg.evaluation.datasets.vocabulary import Queries, embed_vocabulary, find_vocabulary
 from phreg.evaluation.dense import Dense
 from phreg.evaluation.features import FeatureReader, Reading
 from phreg.evaluation.metrics.scores import pearson
 from phreg.evaluation.results import Metrics
 from phreg.evaluation.tasks.segmentation import measure_segmentation
+
+logger = logging.getLogger(__name__)
 
 Head = Literal["plain", "maskclip", "sclip", "clearclip", "naclip", "student"]
 
@@ -54,6 +60,9 @@ class Settings(Config):
     """Layout of the dataset: camvid, voc21, voc20, pascal-context-60 or -59, coco-stuff, coco-object,
     ade20k, cityscapes or folder (images/, masks/ of class indices, 255 uncounted, classes.txt); auto tells it
     by its folders."""
+    ignore_index: MaskIndex | None = None
+    """Index that is not counted in the masks of a folder; unset means 255, which is refused where it occurs
+    and a class of classes.txt does not."""
     reading: Reading = Reading(size=448, window=336, stride=112)
     """Canvas of the pictures, and windows; source, layer, readout, norm and unit are set by the task."""
     head: Head = "maskclip"
@@ -97,7 +106,7 @@ def run(reader: FeatureReader, data: str, settings: Settings, seed: int) -> Metr
         DataError: The dataset is of no known layout, or a file of it is wrong; or a class has no words.
         PhregError: The model has no text tower, or cannot be read by the head.
     """
-    test = open_segmentation(data, "val", layout=settings.layout)
+    test = open_segmentation(data, "val", layout=settings.layout, ignore_index=settings.ignore_index)
     vocabulary = find_vocabulary(test.classes, settings.words)
     readout = READOUTS.get(settings.head)
     check_readout(reader.backbone, readout or "plain")
@@ -105,6 +114,7 @@ def run(reader: FeatureReader, data: str, settings: Settings, seed: int) -> Metr
         vocabulary, text_encoder(reader.backbone), settings.template, settings.synonyms
     )
     correlations: list[list[float]] = [[] for _ in test.classes]
+    correlated = 0
 
     def score(patches: Dense) -> Tensor:
         grid = patches.grid.to(queries.embeddings)
@@ -116,21 +126,37 @@ def run(reader: FeatureReader, data: str, settings: Settings, seed: int) -> Metr
         )
 
     def watch(cosines: Tensor, truth: Tensor) -> None:
+        nonlocal correlated
         counted = truth != IGNORE
         maps = queries.best(cosines).cpu()
-        for number in truth[counted].unique().tolist():
-            correlations[number].append(pearson(maps[number][counted], (truth[counted] == number).float()))
+        found = {
+            number: pearson(maps[number][counted], (truth[counted] == number).float())
+            for number in truth[counted].unique().tolist()
+        }
+        # One that is constant, as the mask of the only class in a picture is, correlates with nothing.
+        valued = {number: value for number, value in found.items() if not math.isnan(value)}
+        for number, value in valued.items():
+            correlations[number].append(value)
+        correlated += bool(valued)
 
     reading = settings.reading.model_copy(
         update={"source": "joint", "layer": None, "readout": readout, "norm": True, "unit": True}
     )
     found = measure_segmentation(reader, test, reading, score, decide=decide, watch=watch)
-    means = [_mean(values) for values in correlations]
-    return Metrics(
-        {**found.figures, "pearson": _mean(means)},
-        {**found.detail, "pearson": dict(zip(test.classes, means, strict=True))},
-        {**found.notes, "words": vocabulary.name, "queries": len(queries.classes)},
-    )
+    means = [statistics.fmean(values) if values else math.nan for values in correlations]
+    valued = [mean for mean in means if not math.isnan(mean)]
+    figures, counts = dict(found.figures), dict(found.counts)
+    notes = {**found.notes, "words": vocabulary.name, "queries": len(queries.classes)}
+    if valued:
+        figures["pearson"] = statistics.fmean(valued)
+        pairs = sum(map(len, correlations))
+        counts["pearson"] = {"pairs": pairs, "images": correlated, "classes": len(valued)}
+    else:
+        reason = "no image shows a class and something else, or no map varies"
+        logger.warning("pearson is left out: %s", reason)
+        notes["left_out"] = {**notes.get("left_out", {}), "pearson": reason}
+    detail = {**found.detail, "pearson": dict(zip(test.classes, means, strict=True))}
+    return Metrics(figures, detail, notes, counts=counts)
 
 
 def choose_classes(
@@ -153,8 +179,3 @@ def choose_classes(
     probabilities = queries.best((cosines / temperature).softmax(0))
     best, classes = probabilities.max(0)
     return classes if background is None else torch.where(best < threshold, background, classes)
-
-
-def _mean(values: list[float]) -> float:
-    """Averages what has a value: a map may be constant, a class nowhere."""
-    return float(torch.tensor(values, dtype=torch.double).nanmean())

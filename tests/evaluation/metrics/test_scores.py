@@ -65,6 +65,19 @@ def test_a_class_that_occurs_nowhere_has_no_iou_and_does_not_lower_the_mean():
     assert meter.miou == 1
 
 
+@pytest.mark.parametrize("figure", ["miou", "mean_accuracy", "pixel_accuracy"])
+def test_a_figure_over_no_pixel_is_an_error(figure: str):
+    meter = metrics.ConfusionMeter(3)
+    meter.update(torch.tensor([0, 1]), torch.tensor([metrics.IGNORE, metrics.IGNORE]))
+    with pytest.raises(PhregError, match=r"no pixel .*2 .*ignored"):
+        getattr(meter, figure)
+
+
+def test_accuracy_over_no_image_is_an_error():
+    with pytest.raises(PhregError, match="no images"):
+        metrics.top_k(torch.zeros(0, 4), torch.zeros(0, dtype=torch.long), k=1)
+
+
 @pytest.mark.parametrize("truth", [3, -1])
 def test_a_class_out_of_range_is_refused(truth: int):
     with pytest.raises(PhregError, match="0 to 2"):

@@ -63,6 +63,7 @@ def test_colours_are_told_apart_by_every_feature_and_method(reader, colours, fea
     assert found.figures[f"linear_{feature.replace('-', '_')}_top1"] == 1
     assert found.detail["top1"] == {"blue": 1, "red": 1}
     assert found.notes["images"] == {"train": 10, "test": 2}
+    assert found.counts == {key: {"images": 2, "classes": 2} for key in found.figures}
 
 
 def test_the_seed_decides_which_images_are_tested_on(colours):

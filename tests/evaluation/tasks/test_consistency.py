@@ -41,6 +41,10 @@ def test_a_model_that_reads_each_patch_alone_is_steady_under_shift_and_views(rea
     assert found.figures["shift_agreement"] == pytest.approx(1, abs=1e-5)
     assert found.figures["flip_agreement"] < 1
     assert found.notes["images"] == 4
+    # 4x4 patches an image, of which windows a patch apart share 3x3.
+    assert found.counts["shift_agreement"] == {"patches": 4 * 9, "images": 4}
+    assert found.counts["outlier_rate"] == found.counts["flip_agreement"] == {"patches": 4 * 16, "images": 4}
+    assert set(found.counts) == set(found.figures)
 
 
 def test_a_model_with_places_is_less_steady(reader, photos):

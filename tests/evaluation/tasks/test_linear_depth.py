@@ -60,6 +60,9 @@ def test_a_linear_head_learns_the_depths_of_a_photograph(reader, motorcycle):
     assert found.figures["rmse"] < 0.95 * mean  # the model's weights are random, and most it sees is colour
     assert set(found.figures) == {"rmse", "abs_rel", "log10", "delta1", "delta2", "delta3"}
     assert found.notes["images"] == 1
+    # What the stereo rig did not see is NaN, and counts no more than what is beyond the range.
+    known = int((depth < SMALL["max_depth"]).sum())
+    assert found.counts == {key: {"pixels": known, "images": 1} for key in found.figures}
 
 
 def test_crops_teach_too_and_the_error_falls_with_training(reader, motorcycle):
@@ -81,9 +84,14 @@ def test_pixels_at_the_baselines_artifacts_are_measured_on_their_own(reader, mot
     assert found.figures["artifact_rmse"] > 0
     # Half of the picture, less what the stereo rig did not see.
     assert 0.4 < found.notes["pixels_at_artifacts"] / (250 * 371) <= 0.5
+    assert found.counts["artifact_rmse"] == {"pixels": found.notes["pixels_at_artifacts"], "images": 1}
     places[:] = True
     found = linear_depth.run(reader, str(motorcycle), Settings(**SMALL | {"steps": 2}), 0)
     assert found.figures["artifact_rmse"] == pytest.approx(found.figures["rmse"], rel=1e-9)
+    places[:] = False
+    found = linear_depth.run(reader, str(motorcycle), Settings(**SMALL | {"steps": 2}), 0)
+    assert "artifact_rmse" not in found.figures
+    assert "no depth that counts" in found.notes["left_out"]["artifact_rmse"]
 
 
 def test_the_mirror_image_has_its_say(reader, motorcycle):

@@ -51,6 +51,7 @@ def test_every_combination_is_recorded_and_the_best_is_the_headline(reader, squa
     assert found.figures["corloc"] == max(swept.values()) == swept[found.notes["best"]]
     assert found.figures["corloc_first"] == swept["keys of block -1, bias 0"]
     assert found.notes["pictures"] == 3
+    assert found.counts == {key: {"images": 3, "boxes": 3} for key in ("corloc", "corloc_first")}
     assert found.notes["sweep"] == "corloc", "by which it is told"
 
 
@@ -96,6 +97,7 @@ def test_seeds_at_the_baselines_artifacts_are_counted(reader, squares, monkeypat
     monkeypatch.setattr(object_discovery, "artifact_places", lambda *_: list(places))
     found = object_discovery.run(reader, squares, SMALL, seed=0)
     assert found.figures["artifact_seeds"] == pytest.approx(1 / 3)
+    assert found.counts["artifact_seeds"] == {"images": 3}
 
 
 def test_fewer_pictures_are_drawn_by_the_seed(reader, squares, monkeypatch):

@@ -93,6 +93,7 @@ def test_classification_is_measured_before_and_after(tiny, tmp_path):
     found = quantised.run(reader, str(tmp_path / "set"), settings, seed=0)
     assert found.figures == {"int8_top1": 1, "top1": 1, "lost_top1": 0}
     assert set(found.detail) == {"full", "int8"}
+    assert found.counts == {key: {"images": 2, "classes": 2} for key in found.figures}
     assert set(found.detail["int8"]) == {"top1", "top5", "knn_pooled_top1", "knn_pooled_top5"}
     assert "lost_top1" in LOWER_IS_BETTER
 

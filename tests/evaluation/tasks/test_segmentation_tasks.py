@@ -1,6 +1,7 @@
 """The tasks on masks, on pictures whose classes are colours, so that any model's patches can tell them."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from PIL import Image
 from torch.nn.functional import cross_entropy, normalize
 
 from phreg.backbones.resolve import adapt
+from phreg.errors import DataError
 from phreg.evaluation.datasets.augmentation import CropConfig, PairedCrops
 from phreg.evaluation.datasets.labelled import IGNORE
 from phreg.evaluation.feature_cache import FeatureCache
@@ -71,6 +73,52 @@ def test_neighbours_tell_colours_without_training(reader, stripes):
     assert found.notes["bank"] == 4 * 15
 
 
+@pytest.mark.parametrize("task", [linear_segmentation, dense_nn])
+def test_binary_masks_are_refused_instead_of_scoring_a_perfect_miou(reader, stripes, task):
+    settings = {"reading": Reading(size=32)} | ({"steps": 1} if task is linear_segmentation else {})
+    for path in Path(stripes, "masks").rglob("*.png"):
+        Image.fromarray(np.where(np.array(Image.open(path)) == 1, 255, 0).astype(np.uint8)).save(path)
+    with pytest.raises(DataError, match=r"never show blue.*255"):
+        task.run(reader, stripes, task.Settings(**settings), seed=0)
+    stated = task.run(reader, stripes, task.Settings(**settings, ignore_index=255), seed=0)
+    assert stated.counts["miou"]["pixels"] == 32 * (8 + 24), "what is left, as was asked for"
+
+
+def test_figures_tell_over_what_they_were_computed(reader, stripes):
+    settings = dense_nn.Settings(reading=Reading(size=32), bank_size=60, neighbours=3)
+    found = dense_nn.run(reader, stripes, settings, seed=0)
+    over = {"pixels": 32 * (32 + 48) - 2 * 16, "images": 2}  # less a corner of each
+    assert found.counts == {
+        "miou": over | {"classes": 2},
+        "mean_accuracy": over | {"classes": 2},
+        "pixel_accuracy": over,
+    }
+    assert found.notes["true_pixels"] == {"red": 32 * (8 + 24) - 2 * 16, "blue": 32 * (24 + 24)}
+
+
+def test_artifacts_where_nothing_counts_have_no_figure_and_that_is_said(reader, stripes, monkeypatch):
+    places = [torch.zeros(4, 4, dtype=torch.bool), torch.zeros(4, 6, dtype=torch.bool)]
+    monkeypatch.setattr("phreg.evaluation.tasks.segmentation.artifact_places", lambda *_: places)
+    settings = dense_nn.Settings(reading=Reading(size=32), bank_size=60, neighbours=3)
+    found = dense_nn.run(reader, stripes, settings, seed=0)
+    assert "artifact_accuracy" not in found.figures
+    assert "no pixel that counts" in found.notes["left_out"]["artifact_accuracy"]
+
+
+def test_a_bank_of_no_patch_is_refused(reader, stripes):
+    # Lines one pixel wide, between the pixels that are looked at when masks are halved to 16 pixels.
+    for path in Path(stripes, "masks", "train").rglob("*.png"):
+        mask = np.full(np.array(Image.open(path)).shape, IGNORE, dtype=np.uint8)
+        mask[0] = 0
+        mask[2] = 1
+        Image.fromarray(mask).save(path)
+    with pytest.raises(DataError, match="none of the patches of the 4 training images"):
+        dense_nn.run(reader, stripes, dense_nn.Settings(reading=Reading(size=16)), seed=0)
+    few = linear_segmentation.Settings(reading=Reading(size=16), steps=3)
+    with pytest.raises(DataError, match="none of the pixels that were seen in 3 steps"):
+        linear_segmentation.run(reader, stripes, few, seed=0)
+
+
 def test_pixels_at_the_baselines_artifacts_are_counted_on_their_own(reader, stripes, tiny, monkeypatch):
     places = [torch.zeros(4, 4, dtype=torch.bool), torch.zeros(4, 6, dtype=torch.bool)]
     places[1][3, 0] = True  # an 8x8 patch of the second picture
@@ -79,6 +127,7 @@ def test_pixels_at_the_baselines_artifacts_are_counted_on_their_own(reader, stri
     found = dense_nn.run(reader, stripes, settings, seed=0)
     assert found.figures["artifact_accuracy"] == 1
     assert found.notes["pixels_at_artifacts"] == pytest.approx(64 / (32 * 80 - 2 * 16))
+    assert found.counts["artifact_accuracy"] == {"pixels": 64, "images": 1}
 
 
 @given(seed=st.integers(0, 1000))

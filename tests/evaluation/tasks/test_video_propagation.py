@@ -57,6 +57,8 @@ def test_moving_squares_are_followed(reader, davis):
     assert found.figures["j_and_f"] == pytest.approx((found.figures["j"] + found.figures["f"]) / 2)
     assert set(found.detail["j"]) == {"one/1", "two/1", "two/2"}
     assert found.notes == {"sequences": 2, "objects": 3, "readout": "plain"}
+    over = {"frames": 2 * 3, "objects": 3, "sequences": 2}  # less the first and the last of five
+    assert found.counts == dict.fromkeys(found.figures, over)
 
 
 def test_what_moves_beyond_the_radius_is_lost(reader, davis):
@@ -78,9 +80,25 @@ def test_first_and_last_frame_and_void_do_not_count(reader, davis):
     Image.new("L", (SIDE, SIDE)).save(masks / "00004.png")
     assert video_propagation.run(reader, str(davis), SMALL, seed=0) == before
     for number in range(1, 4):
-        Image.new("L", (SIDE, SIDE), 255).save(masks / f"{number:05}.png")
+        mask = np.full((SIDE, SIDE), 255, dtype=np.uint8)
+        mask[-8:] = 0  # where there is nothing to find
+        Image.fromarray(mask).save(masks / f"{number:05}.png")
     void = video_propagation.run(reader, str(davis), SMALL, seed=0)
     assert void.detail["j"]["one/1"] == 1, "nothing to find, and nothing that was found counts"
+
+
+def test_a_frame_that_is_void_all_over_is_refused(reader, davis):
+    Image.new("L", (SIDE, SIDE), 255).save(davis / "Annotations/480p/one/00002.png")
+    with pytest.raises(DataError, match=r"00002\.png is void all over"):
+        video_propagation.run(reader, str(davis), SMALL, seed=0)
+
+
+def test_objects_of_255_are_void_and_the_error_says_what_to_write(reader, davis):
+    mask = np.zeros((SIDE, SIDE), dtype=np.uint8)
+    mask[8:24, 8:24] = 255
+    Image.fromarray(mask).save(davis / "Annotations/480p/one/00000.png")
+    with pytest.raises(DataError, match=r"00000\.png shows no object, only 255, .*number its objects from 1"):
+        video_propagation.run(reader, str(davis), SMALL, seed=0)
 
 
 @given(seed=st.integers(0, 1000), radius=st.integers(1, 4))

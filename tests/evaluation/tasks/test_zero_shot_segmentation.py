@@ -100,6 +100,10 @@ def test_the_task_equals_a_slow_computation(reader, clip, pictures):
     assert next(iter(found.figures)) == "miou"
     assert found.figures["miou"] == pytest.approx(np.mean(ious), abs=0.005)  # a few pixels may be ties
     assert found.figures["pearson"] == pytest.approx(np.mean(pearsons), abs=1e-3)
+    over = {"pixels": 2 * 32 * 32, "images": 2}
+    assert found.counts["miou"] == found.counts["mean_accuracy"] == over | {"classes": 3}
+    assert found.counts["pixel_accuracy"] == over
+    assert found.counts["pearson"] == {"pairs": 6, "images": 2, "classes": 3}
     assert found.notes["words"] == "the data set's own"
     assert found.notes["queries"] == 4
 
@@ -145,6 +149,19 @@ def test_windows_that_see_the_whole_give_what_the_whole_gives(reader, pictures):
     once = run(reader, str(pictures), Settings(**WHOLE), seed=0)
     windows = WHOLE | {"reading": Reading(size=32, window=32, stride=8)}
     assert run(reader, str(pictures), Settings(**windows), seed=0).figures == once.figures
+
+
+def test_maps_correlate_only_where_an_image_shows_something_else_too(reader, pictures):
+    whole = np.zeros((32, 32), dtype=np.uint8)
+    path = pictures / "masks" / "val"
+    Image.fromarray(whole).save(path / "0.png")
+    both = run(reader, str(pictures), Settings(**WHOLE, head="plain"), seed=0)
+    shown = len(np.unique(np.array(Image.open(path / "1.png"))))
+    assert both.counts["pearson"] == {"pairs": shown, "images": 1, "classes": shown}
+    Image.fromarray(whole + 1).save(path / "1.png")
+    none = run(reader, str(pictures), Settings(**WHOLE, head="plain"), seed=0)
+    assert "pearson" not in none.figures
+    assert "no image shows" in none.notes["left_out"]["pearson"]
 
 
 def test_a_siglip_takes_the_plain_head_alone(pictures, tmp_path):
