@@ -71,6 +71,11 @@ class Spec:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
 
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches at the input size."""
+        return self.input_size[0] // self.patch_size[0], self.input_size[1] // self.patch_size[1]
+
 
 @runtime_checkable
 class Attention(Protocol):
@@ -365,6 +370,21 @@ class Backbone(nn.Module, ABC):
     def describe(self) -> str:
         """Names the model for messages."""
         return f"{type(self.model).__name__} ({self.spec.library}, {self.spec.family})"
+
+    def image_size(self, size: int | tuple[int, int] | None = None) -> tuple[int, int]:
+        """Gives height and width of the images asked for, in pixels, and checks that the model takes them.
+
+        Args:
+            size: Height and width, or one number for both; None means the model's own.
+
+        Raises:
+            PhregError: It is no multiple of the patch, or the model takes its own size only.
+        """
+        height, width = (
+            self.spec.input_size if size is None else (size, size) if isinstance(size, int) else size
+        )
+        self.check_size((height, width))
+        return height, width
 
     def check_size(self, size: tuple[int, int]) -> None:
         """Checks that the model takes images of a size.

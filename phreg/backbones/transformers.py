@@ -211,7 +211,8 @@ class TransformersBackbone(Backbone):
         self._grid = layout.grid
         inputs: dict[str, Any] = {"pixel_values": images}
         if self.family.sizes == "keyword":
-            inputs["interpolate_pos_encoding"] = True
+            # Never for a model of its own size alone: transformers resamples any table as if it were square.
+            inputs["interpolate_pos_encoding"] = self.spec.any_size
         if isinstance(self.tower, BackboneMixin):  # else it returns feature maps only
             inputs["output_hidden_states"] = True
         if self.family.name == "vit_mae":  # sorts patches by this noise
@@ -283,23 +284,31 @@ class TransformersBackbone(Backbone):
         """Resamples the position table as the library does on the fly, and tells all who keep the size.
 
         Raises:
-            PhregError: The model has no table of its own size, or the size is not a square of whole patches.
+            PhregError: The model has no table of its own size, or the size is not one of whole patches, or it
+            is no square and the model keeps one side alone.
         """
         table = _parameter(self.tower, self.family.pos_embed)
+        embeddings = self.tower.get_submodule("embeddings")
         if table is None or not hasattr(self.tower.config, "image_size"):
             super().set_input_size(size)
             return
-        (height, width), patch = _pair(size), self.spec.patch_size[0]
-        if height != width or height % patch or not height:
+        (height, width), (high, wide) = _pair(size), self.spec.patch_size
+        old, new = self.spec.grid, (height // high, width // wide)
+        whole = not height % high and not width % wide and all(new)
+        square = old[0] == old[1] and new[0] == new[1]
+        # Families that keep both sides run at their own size without resampling, whatever its shape.
+        takes_any_shape = isinstance(getattr(embeddings, "image_size", None), tuple | list)
+        if not whole or not (square or takes_any_shape):
+            shape, sides = ("grid", "sides") if takes_any_shape else ("square grid", "a side")
             raise PhregError(
-                f"native size {height}x{width} asked of {self.describe()}, which keeps a square grid of "
-                f"patches of {patch} pixels; use a side that is a multiple of {patch}"
+                f"native size {height}x{width} asked of {self.describe()}, which keeps a {shape} of patches "
+                f"of {high}x{wide} pixels; use {sides} of whole patches"
             )
-        old, new = self.spec.input_size[0] // patch, height // patch
         table.data = _resample_table(table.data, old, new, antialias=self.family.antialias)
-        self.tower.config.image_size = height
-        _tell_size(self.tower.get_submodule("embeddings"), height, new * new, table.shape[-2])
-        self.spec = replace(self.spec, input_size=(height, width))
+        self.tower.config.image_size = height if height == width else (height, width)
+        _tell_size(embeddings, (height, width), new[0] * new[1], table.shape[-2])
+        any_size = _any_size(self.family, self.tower.config, (height, width), table)
+        self.spec = replace(self.spec, input_size=(height, width), any_size=any_size)
 
     def built_of(self) -> Mapping[str, Any]:
         """Gives the config of the model, without the path that it was read from."""
@@ -438,22 +447,38 @@ def _every_patch_seen(config: Any) -> Iterator[None]:
         config.mask_ratio = ratio
 
 
-def _resample_table(table: Tensor, old: int, new: int, *, antialias: bool) -> Tensor:
-    """Resamples positions (…, prefix + old * old, width) to a grid of another side; the prefix stays."""
-    prefix, patches = table.split([table.shape[-2] - old * old, old * old], dim=-2)
-    image = patches.reshape(1, old, old, -1).permute(0, 3, 1, 2).float()
-    image = functional.interpolate(
-        image, size=(new, new), mode="bicubic", align_corners=False, antialias=antialias
-    )
-    patches = image.permute(0, 2, 3, 1).reshape(*table.shape[:-2], new * new, -1)
+def _resample_table(table: Tensor, old: tuple[int, int], new: tuple[int, int], *, antialias: bool) -> Tensor:
+    """Resamples positions (…, prefix + rows * cols, width) from one grid to another; the prefix stays."""
+    count = old[0] * old[1]
+    prefix, patches = table.split([table.shape[-2] - count, count], dim=-2)
+    image = patches.reshape(1, *old, -1).permute(0, 3, 1, 2).float()
+    image = functional.interpolate(image, size=new, mode="bicubic", align_corners=False, antialias=antialias)
+    patches = image.permute(0, 2, 3, 1).reshape(*table.shape[:-2], new[0] * new[1], -1)
     return torch.cat([prefix, patches.to(table.dtype)], dim=-2)
 
 
-def _tell_size(embeddings: nn.Module, side: int, num_patches: int, num_positions: int) -> None:
+def _any_size(family: Family, config: Any, size: tuple[int, int], table: Tensor | None) -> bool:
+    """Tells whether transformers resamples a model's position table rightly, for other sizes than its own.
+
+    It takes every table for one of a square grid, and most families take patches to be square.
+    """
+    if table is None:
+        return True
+    rows, cols = (side // patch for side, patch in zip(size, _pair(config.patch_size), strict=True))
+    match family.sizes:
+        case "own":
+            return False
+        case "keyword":
+            return rows == cols and isinstance(config.patch_size, int)
+        case "always":  # and so at its own size too, unless that is square
+            return rows == cols or size[0] != size[1]
+
+
+def _tell_size(embeddings: nn.Module, size: tuple[int, int], num_patches: int, num_positions: int) -> None:
     """Updates what the embedding's modules keep of the image size beside the config."""
     for module in cast(Iterable[Any], embeddings.modules()):
         if hasattr(module, "image_size"):
-            module.image_size = side if isinstance(module.image_size, int) else (side, side)
+            module.image_size = size[0] if isinstance(module.image_size, int) else size
         if hasattr(module, "num_patches"):
             module.num_patches = num_patches
         if hasattr(module, "num_positions"):
@@ -487,6 +512,9 @@ def adapt(model: nn.Module) -> TransformersBackbone:
     else:  # Siglip2, whose table is square
         side = math.isqrt(config.num_patches)
         input_size = (side * patch_size[0], side * patch_size[1])
+    problem = _problem(family, config, input_size, table)
+    if problem:
+        raise UnsupportedModelError(f"cannot add registers to {type(model).__name__}: {problem}")
     prefix = [token for path in family.cls if (token := _parameter(tower, path)) is not None]
     spec = Spec(
         library="transformers",
@@ -496,11 +524,26 @@ def adapt(model: nn.Module) -> TransformersBackbone:
         num_heads=config.num_attention_heads,
         num_prefix=sum(token.numel() // config.hidden_size for token in prefix),
         input_size=input_size,
-        any_size=family.sizes != "own" or table is None,
+        any_size=_any_size(family, config, input_size, table),
         mean=family.normalisation[0],
         std=family.normalisation[1],
     )
     return TransformersBackbone(model, spec, family, name)
+
+
+def _problem(family: Family, config: Any, size: tuple[int, int], table: Tensor | None) -> str | None:
+    """Says why a model of a known family cannot be run by phreg; None where it can."""
+    channels = getattr(config, "num_channels", 3)
+    if channels != 3:
+        return f"it takes images of {channels} channels, not of 3; use a model of RGB images"
+    rows, cols = (side // patch for side, patch in zip(size, _pair(config.patch_size), strict=True))
+    square = math.isqrt(rows * cols) ** 2 == rows * cols
+    if family.sizes == "always" and table is not None and size[0] != size[1] and not square:
+        return (
+            f"transformers resamples its positions, a grid of {rows}x{cols}, as if they were a square, and "
+            "so cannot run it at its own size; use a model of square images"
+        )
+    return None
 
 
 def _family(module: nn.Module) -> Family | None:

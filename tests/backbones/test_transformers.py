@@ -8,7 +8,7 @@ import peft
 import pytest
 import torch
 import transformers as hf
-from families_transformers import FAMILIES, TEXT, VISION, WIDE, build
+from families_transformers import FAMILIES, NAFLEX, TEXT, TINY, VISION, WIDE, build, joint
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
@@ -507,7 +507,15 @@ def test_a_new_native_size_is_saved_and_loaded(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "size"),
-    [("vit", (32, 48)), ("vit", 33), ("vit", 0), ("siglip2", 48), ("dinov3", 48), ("aimv2-native", 48)],
+    [
+        ("dinov2", (32, 48)),
+        ("vit", (32, 44)),
+        ("vit", 33),
+        ("vit", 0),
+        ("siglip2", 48),
+        ("dinov3", 48),
+        ("aimv2-native", 48),
+    ],
 )
 def test_a_native_size_that_cannot_be_is_refused_and_changes_nothing(
     name: str, size: int | tuple[int, int]
@@ -857,3 +865,106 @@ def test_a_folder_with_another_architecture_is_refused(tmp_path: Path) -> None:
 
     with pytest.raises(UnsupportedModelError, match="BertModel"):
         load(tmp_path)
+
+
+# -- models that are not square
+
+KEYWORD = {
+    "vit": (hf.ViTModel, hf.ViTConfig),
+    "deit": (hf.DeiTModel, hf.DeiTConfig),
+    "vit-msn": (hf.ViTMSNModel, hf.ViTMSNConfig),
+    "ijepa": (hf.IJepaModel, hf.IJepaConfig),
+}
+"""Families that take images of any shape as their own, and resample their positions when told to."""
+
+
+def oblong(name: str, size: tuple[int, int], **changes) -> nn.Module:
+    model_class, config_class = KEYWORD[name]
+    return build(model_class, config_class(**WIDE | {"image_size": size} | changes))
+
+
+@pytest.mark.parametrize("name", KEYWORD)
+@pytest.mark.parametrize(
+    "size", [(16, 64), (24, 40)], ids=["as many patches as a square", "no square number"]
+)
+def test_at_its_own_size_a_model_that_is_not_square_adds_its_positions_as_they_are(name, size) -> None:
+    model = oblong(name, size)
+    seen: list[torch.Tensor] = []
+    model.embeddings.register_forward_hook(lambda _module, _args, output: seen.append(output))
+    pixels = images(*size)
+
+    patches = adapt(model)(pixels).patches
+
+    embedded = model.embeddings.patch_embeddings(pixels)
+    count = embedded.shape[1]
+    positions = model.embeddings.position_embeddings[:, -count:]
+    torch.testing.assert_close(seen[0][:, -count:], embedded + positions, rtol=0, atol=0)
+    torch.testing.assert_close(
+        patches.flatten(1, 2), model(pixels).last_hidden_state[:, -count:], rtol=0, atol=0
+    )
+
+
+@pytest.mark.parametrize("changes", [{}, {"patch_size": (8, 16)}], ids=["oblong", "oblong patches"])
+def test_a_model_whose_positions_transformers_would_take_for_a_square_takes_its_own_size_alone(
+    changes,
+) -> None:
+    backbone = adapt(oblong("vit", (16, 64), **changes))
+
+    assert not backbone.spec.any_size
+    with pytest.raises(PhregError, match="takes only its own size; use 16x64"):
+        backbone(images(32, 32))
+
+
+def test_registers_in_a_model_that_is_not_square_come_and_go(tmp_path: Path) -> None:
+    model = oblong("vit", (24, 40))
+    before = model(images(24, 40)).last_hidden_state
+
+    backbone = add_registers(adapt(model), 4)
+    backbone.model.save_pretrained(tmp_path / "patched")
+    again, _ = open_model(tmp_path / "patched")
+    patched = backbone(images(24, 40)).patches
+    remove_registers(backbone)
+
+    assert patched.shape == (2, 3, 5, 32)
+    torch.testing.assert_close(again(images(24, 40)).patches, patched, rtol=0, atol=0)
+    torch.testing.assert_close(model(images(24, 40)).last_hidden_state, before, rtol=0, atol=0)
+
+
+def test_a_new_native_size_may_be_any_shape_where_the_model_keeps_both_sides() -> None:
+    backbone = adapt(FAMILIES["vit"]())
+    table = backbone.model.embeddings.position_embeddings.detach()
+    as_image = table[:, 1:].reshape(1, 4, 4, 32).permute(0, 3, 1, 2)
+    expected = nn.functional.interpolate(as_image, (2, 8), mode="bicubic", align_corners=False)
+
+    backbone.set_input_size((16, 64))
+
+    found = backbone.model.embeddings.position_embeddings
+    torch.testing.assert_close(found[:, 1:], expected.permute(0, 2, 3, 1).reshape(1, 16, 32))
+    assert (backbone.spec.input_size, backbone.spec.any_size) == ((16, 64), False)
+    assert backbone.model(images(16, 64)).last_hidden_state.shape == (2, 17, 32)
+    backbone.set_input_size(32)
+    assert (backbone.spec.input_size, backbone.spec.any_size) == ((32, 32), True)
+    with pytest.raises(PhregError, match="square grid"):
+        adapt(FAMILIES["dinov2"]()).set_input_size((16, 64))
+
+
+def test_positions_that_transformers_cannot_resample_at_all_are_refused() -> None:
+    config = hf.Dinov2Config(**{**TINY, "image_size": (24, 40)}, mlp_ratio=2)
+
+    with pytest.raises(UnsupportedModelError, match=r"grid of 3x5.*use a model of square images"):
+        adapt(hf.Dinov2Model(config))
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        lambda: hf.ViTModel(hf.ViTConfig(**WIDE, num_channels=1)),
+        lambda: hf.Dinov2Model(hf.Dinov2Config(**TINY, mlp_ratio=2, num_channels=4)),
+        lambda: hf.Siglip2VisionModel(hf.Siglip2VisionConfig(**NAFLEX, num_channels=4)),
+        lambda: hf.CLIPModel(joint(hf.CLIPConfig, **VISION, num_channels=1)),
+    ],
+    ids=["vit", "dinov2", "siglip2", "clip"],
+)
+def test_models_of_other_than_three_channels_are_refused(model) -> None:
+    with pytest.raises(UnsupportedModelError, match=r"images of \d channels, not of 3"):
+        adapt(model())
