@@ -167,9 +167,8 @@ def distill(
             f"distil what it was made from: {base.source}"
         )
     config = methods.resolve(recipe, given, clip=student.projection is not None)
-    side = config.size or student.spec.input_size[0]
-    config = config.model_copy(update={"size": side})
-    student.check_size((side, side))
+    height, width = student.image_size(config.size)
+    config = config.model_copy(update={"size": height if height == width else (height, width)})
     with rollback_on_error(student) as before, deterministic_kernels(wanted=config.deterministic):
         return _distill(before, base, source, config, resume=resume, observe=observe)
 
@@ -184,12 +183,13 @@ def _distill(
     observe: Observer | None,
 ) -> Distilled:
     """Retrofits a model whose state was noted; settings and images are as they were asked for."""
-    student, side = before.model, config.size or before.model.spec.input_size[0]
+    student = before.model
+    size = student.image_size(config.size)
     run = RunFolder(Path(config.output or ""))
     accelerator = start_accelerator(config, run)
     kept, measured, held_out = split(source, config)
-    around = surroundings(config.views, student.spec, (side, side))
-    crops = Crops(kept, side, config.seed, "fixed" if config.target.keep else "random", around)
+    around = surroundings(config.views, student.spec, size)
+    crops = Crops(kept, size, config.seed, "fixed" if config.target.keep else "random", around)
     check_trainable(student, len(kept), config, accelerator.num_processes)
     with leaving_no_trace(run.path) if accelerator.is_main_process else nullcontext():
         if accelerator.is_main_process:
@@ -200,7 +200,7 @@ def _distill(
         for each in (original, student):
             to_fp32(each.eval().to(accelerator.device))
         logger.info("looking for sinks on up to %d images", config.sinks.images)
-        seen = list(centre_crops(original, spread(kept, config.sinks.images), side))
+        seen = list(centre_crops(original, spread(kept, config.sinks.images), size))
         norms = outliers(original, seen)
         # The paper's method has no use for their causes.
         sinks = locate(original, seen, norms) if METHODS[config.method].needs_sinks else None
@@ -210,7 +210,7 @@ def _distill(
             return verdict
 
         if config.target.native_size:
-            student.set_input_size((side, side))
+            student.set_input_size(size)
         student.trained_readout = config.target.student_readout
         apart = "kept apart to measure on" if held_out else "of them measured on too"
         logger.info("retrofitting on %d images, %d %s", len(kept), len(measured), apart)
@@ -220,7 +220,7 @@ def _distill(
     to_fp32(student)  # rounded as it is handed out, and measured so
     comparison = None
     if accelerator.is_main_process:
-        looked_at = list(centre_crops(student, measured, side, around))
+        looked_at = list(centre_crops(student, measured, size, around))
         if looked_at:
             logger.info("measuring before and after, then writing the report")
             comparison = compare_with_original(
@@ -474,7 +474,7 @@ def inspect(
     *,
     against: Sequence[Model] = (),
     output: str | os.PathLike[str] | None = None,
-    size: int | None = None,
+    size: int | tuple[int, int] | None = None,
     count: int = 64,
     labels: Images | None = None,
     queries: Sequence[str] = (),
@@ -489,7 +489,7 @@ def inspect(
         against: Models to compare it with, on the same images.
         output: Folder to write inspect.json, report.html and pictures to, new, empty or of an earlier look;
             None writes nothing.
-        size: Image side in pixels; None means each model's own.
+        size: Height and width of the images in pixels, or one number for both; None means each model's own.
         count: Images to look at, spread evenly over those there are.
         labels: Labelled images, in any layout of the task `classification` (a folder a class), to ask what
             single tokens know of an image's class; None leaves that out.
@@ -697,7 +697,7 @@ def _look(
     name: str,
     model: Model,
     images: Images | Tensor,
-    size: int | None,
+    size: int | tuple[int, int] | None,
     count: int,
     labels: Images | None,
     queries: Sequence[str],
@@ -716,7 +716,7 @@ def _look_at(
     backbone: Backbone,
     name: str,
     images: Images | Tensor,
-    size: int | None,
+    size: int | tuple[int, int] | None,
     count: int,
     labels: Images | None,
     queries: Sequence[str],
@@ -724,21 +724,20 @@ def _look_at(
 ) -> Inspection:
     """Looks at an opened model, where it is."""
     if isinstance(images, str | os.PathLike):
-        side = size or backbone.spec.input_size[0]
-        backbone.check_size((side, side))
+        size = backbone.image_size(size)
         chosen = spread(open_images(images), count)
-        looked_at, resampled = list(centre_crops(backbone, chosen, side)), larger(backbone, chosen)
+        looked_at, resampled = list(centre_crops(backbone, chosen, size)), larger(backbone, chosen)
     else:
         images = _checked(backbone, images)
-        side = images.shape[-1]
+        size = (images.shape[-2], images.shape[-1])
         looked_at = list(images.split(MEASURED_AT_ONCE))
-        resampled = looked_at[:1] if tuple(images.shape[-2:]) != backbone.spec.input_size else []
+        resampled = looked_at[:1] if size != backbone.spec.input_size else []
     return look(
         backbone,
         name,
         looked_at,
         resampled=resampled,
-        labelled=labelled(backbone, os.fspath(labels), side) if labels is not None else None,
+        labelled=labelled(backbone, os.fspath(labels), size) if labels is not None else None,
         queries=queries,
         observe=observe,
     )

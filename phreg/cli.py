@@ -152,7 +152,7 @@ def inspect(
     images: str,
     output: Path,
     against: Annotated[tuple[str, ...], _unset("MODEL…")] = (),
-    size: Annotated[int | None, _unset("PIXELS")] = None,
+    size: Annotated[int | tuple[int, int] | None, _unset("HEIGHT [WIDTH]")] = None,
     count: int = 64,
     labels: Annotated[str | None, _unset("PATH")] = None,
     queries: Annotated[tuple[str, ...], _unset("TEXT…")] = (),
@@ -165,7 +165,8 @@ def inspect(
         images: Folder, text file of paths, tar shards or Hugging Face dataset.
         output: Folder to write inspect.json, pictures and report.html to: new, empty, or of an earlier look.
         against: Models to set beside it, on the same images.
-        size: Image side in pixels; unset means each model's own.
+        size: Size of the images in pixels: one number for a square, or height and width; unset means each
+            model's own.
         count: Images to look at.
         labels: Labelled images, such as a folder of class folders, to ask what single tokens know of a class.
         queries: Texts to map over the images shown, for models with a text tower.

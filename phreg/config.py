@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     NonNegativeFloat,
@@ -31,6 +32,22 @@ from phreg.errors import ConfigError
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Readout = Literal["plain", "naclip", "value-only"]
 Role = str
+
+
+def _check_pixels(size: Any) -> Any:
+    """Checks a size for all its forms together, which pydantic would complain of one by one."""
+    sides = size if isinstance(size, tuple | list) else (size, size)
+    try:
+        whole = len(sides) == 2 and all(int(side) == float(side) > 0 for side in sides)
+    except (TypeError, ValueError, OverflowError):
+        whole = False
+    if size is not None and not whole:
+        raise ValueError("should be one number of pixels, or height and width")
+    return size
+
+
+Size = Annotated[int | tuple[int, int], BeforeValidator(_check_pixels)]
+"""Height and width of images in pixels, or one number for both."""
 
 
 class Config(BaseModel):
@@ -225,8 +242,9 @@ class DistillConfig(Config):
     """Passes over the images; unset means as steps says, or as the method implies."""
     batch_size: PositiveInt = 16
     """Images per process and batch."""
-    size: PositiveInt | None = None
-    """Image side in pixels; unset means the model's own."""
+    size: Size | None = None
+    """Size of the images in pixels: one number for a square, or height and width; unset means the model's
+    own."""
     seed: int = 0
     """Seed of registers, order, crops and views."""
     checkpoint_every: PositiveInt = 500

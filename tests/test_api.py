@@ -270,6 +270,51 @@ def test_unreadable_images_are_left_out_of_an_inspection_not_replaced(tiny, phot
         phreg.inspect(tiny(), photos, count=100)
 
 
+def oblong_vit():
+    """A ViT of transformers for images of 16x64 pixels, as many patches as a square of 4x4."""
+    from families_transformers import WIDE, build
+    from transformers import ViTConfig, ViTModel
+
+    return build(ViTModel, ViTConfig(**WIDE | {"image_size": (16, 64)}))
+
+
+@pytest.mark.parametrize("library", ["timm", "transformers"])
+def test_a_model_that_is_not_square_is_shown_images_of_its_own_shape(library, tiny, photos, tmp_path):
+    model = tiny(img_size=(16, 64)) if library == "timm" else oblong_vit()
+    assert phreg.inspect(model, photos, count=2).size == (16, 64)
+
+    done = api.distill(model, photos, tmp_path / "run", steps=1, registers=2, **QUICK)
+
+    pixels = images()[..., :16, :].repeat(1, 1, 1, 2)
+    assert adapt(done.model)(pixels).patches.shape == (3, 2, 8, 32)
+    assert phreg.denoise(done.model, pixels, count=2).shape == (3, 2, 8, 32)
+    record = json.loads((tmp_path / "run" / "model" / "phreg.json").read_text())
+    assert (record["input_size"], record["size"]) == ([16, 64], [16, 64])
+    assert "at 16x64 pixels" in (tmp_path / "run" / "model" / "README.md").read_text()
+
+
+def test_an_adapter_of_a_model_that_is_not_square_goes_onto_its_base_again(photos, tmp_path):
+    run = tmp_path / "run"
+    done = api.distill(oblong_vit(), photos, run, steps=1, registers=2, **QUICK)
+    loaded = phreg.load(run, into=oblong_vit())
+    pixels = images()[..., :16, :].repeat(1, 1, 1, 2)
+    with torch.no_grad():
+        found, expected = (model(pixels).last_hidden_state for model in (loaded, done.model))
+    assert torch.equal(found, expected)
+
+
+def test_size_takes_height_and_width(saved, photos, tmp_path):
+    found = phreg.inspect(saved, photos, size=(16, 48), count=2)
+    assert found.size == (16, 48)
+    asked = QUICK | {"size": (16, 48), "target": {"native_size": True}}
+    done = api.distill(saved, photos, tmp_path / "run", steps=1, **asked)
+    assert done.model.patch_embed.img_size == (16, 48)
+    api.distill(output=tmp_path / "run", resume=True)
+    assert phreg.load(tmp_path / "run").patch_embed.img_size == (16, 48)
+    with pytest.raises(PhregError, match="size 20 asked of"):
+        phreg.inspect(saved, photos, size=(16, 20), count=2)
+
+
 def test_resume_needs_nothing_but_the_run_and_an_unfinished_run_says_how_to_finish(saved, photos, tmp_path):
     run = tmp_path / "run"
     api.distill(saved, photos, run, steps=1, **QUICK)

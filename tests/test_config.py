@@ -85,12 +85,21 @@ def test_a_recipe_that_is_not_toml_is_named(tmp_path):
         config.resolve(path)
 
 
+@pytest.mark.parametrize("wrong", ["x", 0, 1.5, [64], [64, -1], [64, 64, 3]], ids=str)
+def test_a_size_is_one_number_or_two_and_anything_else_is_one_problem(wrong):
+    with pytest.raises(
+        ConfigError, match=r"1 problem:\n  size: should be one number of pixels, or height and"
+    ):
+        config.resolve(None, {"size": wrong})
+
+
 @given(
     st.fixed_dictionaries(
         {},
         optional={
             "registers": st.integers(0, 64),
             "seed": st.integers(0, 2**40),
+            "size": st.one_of(st.integers(1, 999), st.tuples(st.integers(1, 999), st.integers(1, 999))),
             "views.count": st.integers(1, 99),
             "optim.lr": st.floats(1e-8, 1.0),
             "unlock.roles": st.lists(st.sampled_from(["cls", "norm"])).map(tuple),

@@ -104,10 +104,7 @@ def complexity(
     Raises:
         PhregError: A number is negative, or the model does not take the size.
     """
-    sides = (size, size) if isinstance(size, int) else size
-    height, width = sides or backbone.spec.input_size
-    backbone.check_size((height, width))
-    image = torch.zeros(1, 3, height, width, dtype=backbone.dtype)
+    image = torch.zeros(1, 3, *backbone.image_size(size), dtype=backbone.dtype)
     counted = {count: _count(backbone, count, image) for count in sorted({0, *registers})}
     parameters, flops = counted[0]
     return tuple(

@@ -241,7 +241,7 @@ def interpolation_effect(
     return InterpolationEffect(
         block=index,
         images=len(both[True]),
-        own_grid=(backbone.spec.input_size[0] // patch[0], backbone.spec.input_size[1] // patch[1]),
+        own_grid=backbone.spec.grid,
         grid=(size[0] // patch[0], size[1] // patch[1]),
         library_antialiases=all(asked_for),
         antialiased=_resampled(both[True], antialias=True),

@@ -41,7 +41,7 @@ LONGEST_GAP = 1000
 """Unreadable images in a row before the search for a readable one is given up."""
 
 
-# --- Crops: an image becomes a square ------------------------------------------------------------------
+# --- Crops: an image becomes a rectangle -----------------------------------------------------------------
 
 Key = tuple[int, int]
 """Epoch, and number of an image."""
@@ -55,7 +55,7 @@ class Skipped(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Square images, and where they came from."""
+    """Images of one size, and where they came from."""
 
     images: UInt8[Tensor, "batch 3 rows cols"]
     """RGB, 0 to 255, with the surroundings that were asked for."""
@@ -69,30 +69,36 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class Crops:
-    """Squares cut from images: the shorter side resampled to `size`, then a crop along the longer side.
+    """Rectangles cut from images: one side resampled to just fit, then a crop along the other.
 
-    With surroundings, it is those that are resampled and cut, and the square is their middle. Resampling is
-    PIL's antialiased bicubic; nothing is flipped or recoloured. Where a random crop lies is a function of
-    (seed, epoch, index), or of (seed, index). An unreadable image is replaced by the next readable one.
+    For a square it is the shorter side that just fits. With surroundings, it is those that are resampled and
+    cut, and the rectangle is their middle. Resampling is PIL's antialiased bicubic; nothing is flipped or
+    recoloured. Where a random crop lies is a function of (seed, epoch, index), or of (seed, index). An
+    unreadable image is replaced by the next readable one.
     Source: PH-Reg's training transform (its flickr30k_dataset.py), which has no surroundings.
 
     Attributes:
         source: Where the images are.
-        size: Side of the square, in pixels.
+        size: Height and width of the rectangle in pixels, or one number for both.
         seed: Seed of random crops.
         crop: `random` to train, `fixed` to train with the crop of the first epoch in all, `centre` to
             measure.
-        around: Rows and columns of surroundings to cut with the square, in pixels on each side.
+        around: Rows and columns of surroundings to cut with it, in pixels on each side.
     """
 
     source: ImageSource
-    size: int
+    size: int | tuple[int, int]
     seed: int = 0
     crop: Literal["random", "fixed", "centre"] = "random"
     around: tuple[int, int] = (0, 0)
 
     def __len__(self) -> int:
         return len(self.source)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Height and width of an image, in pixels, without surroundings."""
+        return (self.size, self.size) if isinstance(self.size, int) else self.size
 
     def batch(self, keys: Sequence[Key]) -> Batch:
         """Reads images.
@@ -112,18 +118,16 @@ class Crops:
             name = self.source.name(index)
             place = (0, index) if self.crop == "fixed" else key
             try:
-                square = self._square(
-                    self.source.read(index), name, keyed_generator("crop", self.seed, *place)
-                )
+                cut = self._cut(self.source.read(index), name, keyed_generator("crop", self.seed, *place))
             except DataError as error:
                 skipped.append(Skipped(name, str(error)))
             else:
-                return index, torch.from_numpy(np.array(square)).permute(2, 0, 1).contiguous(), skipped
+                return index, torch.from_numpy(np.array(cut)).permute(2, 0, 1).contiguous(), skipped
         reasons = some([reason for _, reason in skipped], "\n  ")
         raise DataError(f"found {len(skipped)} unreadable images in a row:\n  {reasons}\nreplace them")
 
-    def _square(self, image: Image.Image, name: str, generator: torch.Generator) -> Image.Image:
-        rows, cols = (self.size + 2 * far for far in self.around)
+    def _cut(self, image: Image.Image, name: str, generator: torch.Generator) -> Image.Image:
+        rows, cols = (side + 2 * far for side, far in zip(self.shape, self.around, strict=True))
         # The side with the least to spare decides.
         shorter, needed = min(zip(image.size, (cols, rows), strict=True), key=lambda side: side[0] / side[1])
         width, height = (int(needed * side / shorter) for side in image.size)  # as torchvision truncates
@@ -397,7 +401,7 @@ class BrokenImages:
 
 
 def centre_crops(
-    backbone: Backbone, source: ImageSource, size: int, around: tuple[int, int] = (0, 0)
+    backbone: Backbone, source: ImageSource, size: int | tuple[int, int], around: tuple[int, int] = (0, 0)
 ) -> Iterator[Float[Tensor, "batch 3 rows cols"]]:
     """Reads images for measuring: centre crops, normalised for a model, on its device.
 

@@ -31,18 +31,18 @@ import numpy as np
 import torch
 from jaxtyping import Float, UInt8
 from PIL import Image
-from pydantic import PositiveInt
+from pydantic import PositiveInt, model_validator
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from phreg.backbones.base import Backbone, Readout
 from phreg.backbones.identity import identify
 from phreg.backbones.readout import dense_readout, read_as
-from phreg.config import Config
+from phreg.config import Config, Size
 from phreg.data.crops import as_input
 from phreg.data.sources import ImageSource
 from phreg.errors import PhregError
-from phreg.evaluation.dense import Dense, Placement
+from phreg.evaluation.dense import Box, Dense, Placement
 from phreg.evaluation.feature_cache import FeatureCache, StoredFeatures
 
 Observer = Callable[[str, int, int], None]
@@ -56,11 +56,13 @@ OUTPUTS = ("tokens", "joint")
 class Reading(Config):
     """What is read of a model, and on which canvas. Sizes are rounded to whole patches of the model."""
 
-    size: PositiveInt | None = None
-    """Shorter side of the canvas in pixels; unset means the model's own (`fit=pad`: the picture's own)."""
+    size: Size | None = None
+    """Shorter side of the canvas in pixels or, with `fit=crop` or `fit=square`, its height and width, one
+    number for both; unset means the model's own (`fit=pad`: the picture's own)."""
     fit: Literal["keep", "square", "crop", "pad"] = "keep"
     """How a picture gets onto the canvas: resampled with its ratio kept, the longer side too rounded to whole
-    patches; resampled to a square; cut to its central square; or resampled and padded with the mean colour at
+    patches; resampled to a square; cut to its central square, or to the middle in the shape of the canvas, if
+    that is none; or resampled and padded with the mean colour at
     the right and the bottom."""
     window: PositiveInt | None = None
     """Side of the windows through which the canvas is read; unset reads it whole."""
@@ -80,6 +82,15 @@ class Reading(Config):
     """Keep the bias of the query, key or value projection."""
     unit: bool = False
     """Scale each patch feature to length 1, before windows are averaged."""
+
+    @model_validator(mode="after")
+    def _one_side_where_the_ratio_is_kept(self) -> "Reading":
+        if isinstance(self.size, tuple) and self.fit in ("keep", "pad"):
+            raise ValueError(
+                f"size gives height and width {self.size}, and fit={self.fit} keeps each picture's ratio; "
+                "give one number, or fit=crop or fit=square"
+            )
+        return self
 
 
 class DenseBatch(NamedTuple):
@@ -227,9 +238,9 @@ class FeatureReader:
         rows, cols = images.shape[-2] // patch[0], images.shape[-1] // patch[1]
         if reading.window is None:
             return self._forward(images, [reading])[0]
-        size = self._snap(reading.window)
+        size = self.snap(reading.window)
         window = min(size[0] // patch[0], rows), min(size[1] // patch[1], cols)
-        step = self._snap(reading.stride or reading.window * 2 // 3)
+        step = self.snap(reading.stride or reading.window * 2 // 3)
         starts = [
             (top, left)
             for top in _starts(rows, window[0], step[0] // patch[0])
@@ -264,17 +275,17 @@ class FeatureReader:
         width, height = picture.size
         part = (0, 0, height, width)
         own = self.backbone.spec.input_size
-        shorter = reading.size or (min(height, width) if reading.fit == "pad" else min(own))
-        if reading.fit == "crop":
-            side = min(height, width)
-            part = ((height - side) // 2, (width - side) // 2, side, side)
-            picture = picture.crop((part[1], part[0], part[1] + side, part[0] + side))
         if reading.fit in ("crop", "square"):
-            inside = self._snap(reading.size) if reading.size else own
+            inside = self.snap(reading.size or own)
         else:
+            shorter = reading.size or (min(height, width) if reading.fit == "pad" else min(own))
+            assert isinstance(shorter, int)  # as `Reading` sees to
             scale = shorter / min(height, width)
             sides = max(1, round(height * scale)), max(1, round(width * scale))
-            inside = sides if reading.fit == "pad" else self._snap(*sides)
+            inside = sides if reading.fit == "pad" else self.snap(sides)
+        if reading.fit == "crop":
+            part = _middle((height, width), inside)
+            picture = picture.crop((part[1], part[0], part[1] + part[3], part[0] + part[2]))
         if picture.size != (inside[1], inside[0]):
             picture = picture.resize((inside[1], inside[0]), Image.Resampling.BICUBIC)
         pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
@@ -287,11 +298,14 @@ class FeatureReader:
             pixels = padded
         return pixels.contiguous(), Placement((height, width), (canvas[0], canvas[1]), (0, 0, *inside), part)
 
-    def _snap(self, height: int, width: int | None = None) -> tuple[int, int]:
-        """Rounds sides to whole patches, one at least."""
-        sides = zip((height, width or height), self.backbone.spec.patch_size, strict=True)
-        rows, cols = (max(1, round(side / unit)) * unit for side, unit in sides)
-        return rows, cols
+    def snap(self, size: int | tuple[int, int]) -> tuple[int, int]:
+        """Rounds height and width, or one number for both, to whole patches, one at least."""
+        sides = (size, size) if isinstance(size, int) else size
+        height, width = (
+            max(1, round(side / unit)) * unit
+            for side, unit in zip(sides, self.backbone.spec.patch_size, strict=True)
+        )
+        return height, width
 
     def _place(
         self, source: ImageSource, numbers: Sequence[int], reading: Reading
@@ -394,6 +408,16 @@ def _project(backbone: Backbone, index: int, tokens: Tensor, reading: Reading) -
             )
         heads = heads - bias
     return heads.transpose(1, 2).flatten(2)
+
+
+def _middle(picture: tuple[int, int], shape: tuple[int, int]) -> Box:
+    """Finds the largest part of a picture, in its middle, that has the shape of another size."""
+    (height, width), (rows, cols) = picture, shape
+    if height * cols > width * rows:  # too high
+        part = (max(1, round(width * rows / cols)), width)
+    else:
+        part = (height, max(1, round(height * cols / rows)))
+    return (height - part[0]) // 2, (width - part[1]) // 2, *part
 
 
 def _starts(length: int, window: int, step: int) -> list[int]:

@@ -218,6 +218,11 @@ def _origin(
         yield f"The licence of the base model, {words}, is kept."
 
 
+def _pixels(size: int | Sequence[int]) -> str:
+    """Writes an image size: one number for a square, or height and width."""
+    return str(size) if isinstance(size, int) else "x".join(map(str, size))
+
+
 def _method(run: Mapping[str, Any]) -> Iterator[str]:
     yield "## How it was made"
     recipe, outcome = run.get("recipe") or {}, run.get("outcome") or {}
@@ -226,7 +231,7 @@ def _method(run: Mapping[str, Any]) -> Iterator[str]:
         return
     yield (
         f"By [phreg](https://arxiv.org/abs/2505.21501), method `{recipe['method']}`: {outcome['steps']} "
-        f"steps of {recipe['batch_size']} images per process at {run['size']} pixels; "
+        f"steps of {recipe['batch_size']} images per process at {_pixels(run['size'])} pixels; "
         f"{outcome['trained']:,} weights trained."
     )
     found = {key: value for key in SETTINGS if (value := _at(recipe, key)) is not None}

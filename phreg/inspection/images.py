@@ -18,16 +18,16 @@ LARGER = 1.5
 """How much larger than a model's own size images are, to see what resampling its positions does."""
 
 
-def larger(backbone: Backbone, source: ImageSource) -> list[Float[Tensor, "_ 3 size size"]]:
+def larger(backbone: Backbone, source: ImageSource) -> list[Float[Tensor, "_ 3 _ _"]]:
     """Reads a few images at a size that is not the model's own; none where it takes no other."""
     if not backbone.spec.any_size:
         return []
-    patch, own = backbone.spec.patch_size[0], backbone.spec.input_size[0]
-    size = round(LARGER * own / patch) * patch
+    rows, cols = (round(LARGER * count) for count in backbone.spec.grid)
+    size = (rows * backbone.spec.patch_size[0], cols * backbone.spec.patch_size[1])
     return list(centre_crops(backbone, spread(source, MEASURED_AT_ONCE), size))
 
 
-def labelled(backbone: Backbone, data: str, size: int) -> Labelled:
+def labelled(backbone: Backbone, data: str, size: int | tuple[int, int]) -> Labelled:
     """Reads images with classes: see `phreg.evaluation.datasets.labelled.open_labelled`.
 
     An unreadable image is replaced by the next one, with that one's class.

@@ -96,7 +96,7 @@ def train(  # noqa: C901 (the loop reads straight down)
         TrainingError: The loss became NaN or infinite.
         Interrupted: SIGTERM or SIGINT came; a checkpoint was written.
     """
-    student, size = task.student, (images.size, images.size)
+    student, size = task.student, images.shape
     rank, world, accumulate = accelerator.process_index, accelerator.num_processes, config.optim.accumulate
     order = Order(len(images), config.batch_size, seed=config.seed, rank=rank, world_size=world)
     with torch.random.fork_rng():

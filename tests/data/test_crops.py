@@ -100,6 +100,26 @@ def test_a_crop_is_square_repeatable_and_keeps_the_whole_shorter_side(width, hei
     assert (across.int() - across[:, :, :1].int()).abs().max() <= 1
 
 
+@quick
+@given(
+    picture=st.tuples(st.integers(1, 90), st.integers(1, 90)),
+    size=st.tuples(st.integers(1, 40), st.integers(1, 40)),
+)
+def test_a_crop_of_any_shape_is_the_middle_of_the_picture_resampled_to_just_cover_it(picture, size):
+    (rows, cols), (width, height) = size, picture
+    photo = noise((width, height))
+    # By the exact ratio of whole numbers: the side with less to spare just fits, the other is cut.
+    fits_width = width * rows <= height * cols
+    new = (cols, cols * height // width) if fits_width else (rows * width // height, rows)
+    left, top = round((new[0] - cols) / 2), round((new[1] - rows) / 2)
+    resized = photo.resize(new, Image.Resampling.BICUBIC).crop((left, top, left + cols, top + rows))
+
+    cut = Crops(InMemory([photo]), size, crop="centre").batch([(0, 0)]).images
+
+    assert cut.shape == (1, 3, rows, cols)
+    assert np.array_equal(cut[0].permute(1, 2, 0).numpy(), np.asarray(resized))
+
+
 @pytest.mark.parametrize("shape", [(90, 60), (60, 90), (60, 60)])
 @pytest.mark.parametrize("around", [(0, 0), (8, 8), (4, 12)], ids=str)
 def test_surroundings_are_cut_with_the_square_and_leave_it_in_their_middle(shape, around):

@@ -1,3 +1,5 @@
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -9,8 +11,9 @@ from PIL import Image
 
 from phreg.backbones.readout import read_as
 from phreg.backbones.resolve import adapt
+from phreg.config import build
 from phreg.data.sources import open_images
-from phreg.errors import PhregError
+from phreg.errors import ConfigError, PhregError
 from phreg.evaluation.dense import Placement
 from phreg.evaluation.feature_cache import FeatureCache
 from phreg.evaluation.features import FeatureReader, Reading
@@ -143,6 +146,28 @@ def test_a_picture_of_any_size_lands_on_whole_patches(reader, fit, canvas, part)
     assert pixels.shape[1:] == placement.canvas == canvas
     assert placement.part == part
     assert placement.picture_size == (30, 43)
+
+
+@pytest.mark.parametrize(
+    ("picture", "part"), [((64, 64), (24, 0, 16, 64)), ((80, 10), (0, 20, 10, 40)), ((9, 40), (19, 0, 2, 9))]
+)
+def test_a_crop_has_the_models_own_shape(tiny, reader, picture, part):
+    oblong = dataclasses.replace(reader, backbone=adapt(tiny(img_size=(16, 64))))
+    photo = noise(picture)
+    top, left, height, width = part
+    expected = photo.crop((left, top, left + width, top + height)).resize((64, 16), Image.Resampling.BICUBIC)
+
+    pixels, placement = oblong.place(photo, Reading(fit="crop"))
+
+    assert (placement.canvas, placement.part) == ((16, 64), part)
+    assert np.array_equal(pixels.permute(1, 2, 0).numpy(), np.asarray(expected))
+    asked, _ = reader.place(photo, Reading(fit="crop", size=(16, 64)))
+    assert torch.equal(asked, pixels)
+
+
+def test_two_sides_are_refused_where_the_picture_gives_the_ratio():
+    with pytest.raises(ConfigError, match="fit=keep keeps each picture's ratio"):
+        build(Reading, {"size": (16, 64)}, source="reading")
 
 
 def test_padding_shows_the_picture_as_it_is_and_the_mean_colour_around(reader):

@@ -45,6 +45,11 @@ def test_larger_images_hold_whole_patches(photos):
     assert batch.shape[-1] == 84
 
 
+def test_larger_images_have_the_models_own_shape(tiny, photos):
+    (batch,) = larger(adapt(tiny(img_size=(16, 64))), open_images(str(photos)))
+    assert batch.shape[1:] == (3, 24, 96)
+
+
 def test_a_model_of_fixed_size_is_shown_none(photos):
     backbone = adapt(FAMILIES["transformers/aimv2-vision"]())
     fixed = [adapt(build()) for name, build in FAMILIES.items() if name.startswith("transformers/siglip-vis")]

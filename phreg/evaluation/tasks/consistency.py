@@ -22,7 +22,7 @@ from torch import Tensor
 from phreg.analysis.norms import outlier_mask, outliers
 from phreg.backbones.base import Backbone, Readout
 from phreg.backbones.readout import read_as
-from phreg.config import Config, ViewsConfig
+from phreg.config import Config, Size, ViewsConfig
 from phreg.data.crops import spread
 from phreg.data.sources import ImageSource, open_images
 from phreg.errors import PhregError
@@ -38,8 +38,9 @@ logger = logging.getLogger(__name__)
 class Settings(Config):
     """Agreement of patch features with themselves and with a many-view reference."""
 
-    size: PositiveInt | None = None
-    """Side of the square pictures in pixels; unset means the model's own."""
+    size: Size | None = None
+    """Size of the pictures in pixels: one number for a square, or height and width; unset means the model's
+    own."""
     count: PositiveInt = 64
     """Pictures looked at, spread evenly over those there are."""
     shift: PositiveInt = 3
@@ -63,17 +64,17 @@ def run(reader: FeatureReader, data: str, settings: Settings, seed: int) -> Metr
         PhregError: The model takes no such size.
     """
     chosen = spread(open_images(data), settings.count)
-    spec = reader.backbone.spec
-    side = round((settings.size or spec.input_size[0]) / spec.patch_size[0])
-    if side <= settings.shift:
+    height, width = reader.snap(settings.size or reader.backbone.spec.input_size)
+    high, wide = (settings.shift * unit for unit in reader.backbone.spec.patch_size)
+    if height <= high or width <= wide:
         raise PhregError(
-            f"a shift of {settings.shift} patches asked of pictures of {side}; lower shift, or raise size"
+            f"a shift of {settings.shift} patches, {high}x{wide} pixels, asked of pictures of "
+            f"{height}x{width}; lower shift, or raise size"
         )
-    wide = _batches(reader, chosen, side + settings.shift)
-    rows, cols = (side * unit for unit in spec.patch_size)
-    batches = [images[..., :rows, :cols].contiguous() for images in wide]
+    canvases = _batches(reader, chosen, (height + high, width + wide))
+    batches = [images[..., :height, :width].contiguous() for images in canvases]
     reading = Reading(readout=settings.readout)
-    moved = _moved(reader, reading, wide, batches, side, settings.shift)
+    moved = _moved(reader, reading, canvases, batches, settings.shift)
     flipped = _flipped(reader, reading, batches)
     figures = {"shift_agreement": moved.mean, "flip_agreement": flipped.mean}
     notes: dict[str, Any] = {"images": len(chosen), "readout": reader.readout(reading)}
@@ -100,14 +101,15 @@ def run(reader: FeatureReader, data: str, settings: Settings, seed: int) -> Metr
     return Metrics(figures, {"worst_percent": worst}, notes, counts=counts)
 
 
-def _over(found: Agreement, images: Subset) -> dict[str, int]:
+def _over(found: Agreement, images: ImageSource) -> dict[str, int]:
     return {"patches": found.patches, "images": len(images)}
 
 
-def _batches(reader: FeatureReader, source: ImageSource, side: int) -> list[Float[Tensor, "_ 3 _ _"]]:
-    """Reads central squares of so many patches."""
-    patch = reader.backbone.spec.patch_size
-    reading = Reading(fit="crop", size=side * patch[0])
+def _batches(
+    reader: FeatureReader, source: ImageSource, size: tuple[int, int]
+) -> list[Float[Tensor, "_ 3 _ _"]]:
+    """Reads the pictures' middles."""
+    reading = Reading(fit="crop", size=size)
     placed = [reader.place(source.read(number), reading)[0] for number in range(len(source))]
     return [
         reader.normalise(torch.stack(placed[first : first + reader.batch_size]))
@@ -118,20 +120,19 @@ def _batches(reader: FeatureReader, source: ImageSource, side: int) -> list[Floa
 def _moved(
     reader: FeatureReader,
     reading: Reading,
-    wide: Sequence[Tensor],
+    canvases: Sequence[Tensor],
     batches: Sequence[Tensor],
-    side: int,
     shift: int,
 ) -> Agreement:
     """Compares windows at the top left with those at the bottom right of a wider canvas."""
-    meter, seen = AgreementMeter(), side - shift
-    for number, (images, first) in enumerate(zip(wide, batches, strict=True)):
+    meter = AgreementMeter()
+    for number, (images, first) in enumerate(zip(canvases, batches, strict=True)):
         second = images[..., images.shape[-2] - first.shape[-2] :, images.shape[-1] - first.shape[-1] :]
         meter.update(
             reader(first, reading).grids[:, shift:, shift:],
-            reader(second.contiguous(), reading).grids[:, :seen, :seen],
+            reader(second.contiguous(), reading).grids[:, :-shift, :-shift],
         )
-        reader.observe("shifts", number + 1, len(wide))
+        reader.observe("shifts", number + 1, len(canvases))
     return meter.compute()
 
 

@@ -101,11 +101,12 @@ def tower(backbone: TransformersBackbone) -> Tower:
             name, arguments, tensors = _naflex(backbone)
         case _:
             name, arguments, tensors = _vision_transformer(backbone)
+    patch = backbone.spec.patch_size
     common = {
         "embed_dim": backbone.spec.width,
         "depth": len(backbone.blocks),
         "num_heads": backbone.spec.num_heads,
-        "patch_size": backbone.spec.patch_size[0],
+        "patch_size": patch[0] if patch[0] == patch[1] else list(patch),
         "global_pool": _pooling(backbone),
     }
     tensors |= named(norm=backbone.final_norm) | _head(backbone)
@@ -231,7 +232,7 @@ def _sequence(backbone: TransformersBackbone) -> dict[str, Tensor]:
         torch.cat([none, *tokens], dim=1),
         table,
         None if backbone.registers is None else backbone.registers.detach(),
-        num_patches=(spec.input_size[0] // spec.patch_size[0]) * (spec.input_size[1] // spec.patch_size[1]),
+        num_patches=spec.grid[0] * spec.grid[1],
         class_token=bool(family.cls),
     )
 

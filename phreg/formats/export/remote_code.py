@@ -225,7 +225,7 @@ def _processor(backbone: TransformersBackbone) -> dict[str, dict[str, Any]]:
     processor.image_mean, processor.image_std = list(backbone.spec.mean), list(backbone.spec.std)
     height, width = backbone.spec.input_size
     if "shortest_edge" in (getattr(processor, "size", None) or {}):
-        processor.size = {"shortest_edge": min(height, width)}
+        processor.size = {"shortest_edge": max(height, width)}  # so that the part cut out lies inside
         processor.crop_size = {"height": height, "width": width}
     elif getattr(processor, "size", None):
         processor.size = {"height": height, "width": width}

@@ -73,6 +73,20 @@ def test_pictures_are_taken_from_the_whole_folder(reader, photos, monkeypatch):
     assert [Path(name).stem for name in asked] == ["00", "01", "03", "04", "06", "07", "09", "10"]
 
 
+def test_pictures_have_the_models_own_shape(reader, tiny, photos, monkeypatch):
+    seen = set()
+    shared = steadiness.FeatureReader.__call__
+
+    def read(self, images, reading):
+        seen.add(tuple(images.shape[-2:]))
+        return shared(self, images, reading)
+
+    monkeypatch.setattr(FeatureReader, "__call__", read)
+    found = steadiness.run(reader(without_places(tiny(img_size=(16, 64)))), str(photos), FEW, seed=0)
+    assert seen == {(16, 64)}
+    assert found.figures["shift_agreement"] == pytest.approx(1, abs=1e-5)
+
+
 def test_a_shift_out_of_the_picture_is_refused(reader, photos):
     with pytest.raises(PhregError, match="shift of 9"):
         steadiness.run(reader(), str(photos), Settings(shift=9), seed=0)
