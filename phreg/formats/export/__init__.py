@@ -102,6 +102,7 @@ def export(
             sha256 = weights_sha256(exported.disk_state())  # as loaded: measuring may change its precision
         else:
             any_size = exported.any_size
+        any_size = any_size and backbone.spec.any_size
         if sizes and not any_size:
             raise PhregError(_another(backbone, format, "it takes the model's own size alone"))
         others = _other_sizes(backbone) if sizes is None and any_size else sizes or ()

@@ -4,13 +4,14 @@ import copy
 import json
 from functools import partial
 
+import numpy as np
 import pytest
 import timm
 import torch
 import transformers as hf
 from families_timm import FAMILIES as TIMM
 from families_transformers import FAMILIES as TRANSFORMERS
-from families_transformers import STAGES, TINY, build
+from families_transformers import STAGES, TINY, WIDE, build
 from safetensors.torch import load_file
 from torch import nn
 
@@ -19,6 +20,7 @@ from phreg.backbones import resolve
 from phreg.backbones.readout import set_readout
 from phreg.errors import LoadError, PhregError
 from phreg.formats.export import export
+from phreg.formats.load import open_model
 from phreg.registers import add_registers
 from phreg.storage import EXPORT_FILE
 from phreg.training.checkpoint import read_adapter
@@ -58,6 +60,58 @@ def _no_gradients():
 def vit():
     """The smallest case: a timm ViT with registers."""
     return patched(TIMM["vit"])
+
+
+OBLONG_DINOV2 = hf.Dinov2WithRegistersConfig(**TINY | {"image_size": (16, 64)})
+
+
+def oblong(model_class, config_class, size, **changes):
+    """A builder of a model of transformers for images that are not square."""
+    return lambda: build(model_class, config_class(**WIDE | {"image_size": size} | changes))
+
+
+@pytest.mark.parametrize("format", ["timm", "remote-code", "merged"])
+@pytest.mark.parametrize(
+    "builder",
+    [
+        oblong(hf.ViTModel, hf.ViTConfig, (16, 64)),
+        oblong(hf.IJepaModel, hf.IJepaConfig, (24, 40)),
+        oblong(hf.ViTModel, hf.ViTConfig, (16, 64), patch_size=(8, 16)),
+    ],
+    ids=["vit 16x64", "ijepa 24x40", "patches of 8x16"],
+)
+def test_a_model_that_is_not_square_is_exported_at_its_own_size(builder, format, tmp_path):
+    backbone, base = patched(builder)
+    if format == "timm":
+        backbone.model.pooler = None  # which timm has not
+    (figure,) = export(backbone, tmp_path / "out", format, base=base)
+    assert (figure.size, figure.claimed) == (backbone.spec.input_size, True)
+    again, _ = open_model(tmp_path / "out")
+    assert again.spec.input_size == backbone.spec.input_size
+    images = pictures(backbone)
+    # timm's norms add another constant to the variance: see exports/README.md.
+    torch.testing.assert_close(again(images).patches, backbone(images).patches, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("builder", "format"),
+    [
+        (oblong(hf.ViTModel, hf.ViTConfig, (16, 64)), "remote-code"),
+        (partial(build, hf.Dinov2WithRegistersModel, OBLONG_DINOV2), "transformers"),
+        (partial(build, hf.Dinov2Model, hf.Dinov2Config(**TINY | {"image_size": (16, 64)})), "remote-code"),
+    ],
+    ids=["vit", "dinov2", "dinov2 remote-code"],
+)
+def test_the_image_processor_of_a_model_that_is_not_square_fills_its_shape(builder, format, tmp_path):
+    backbone, base = patched(builder)
+    export(backbone, tmp_path / "out", format, base=base)
+    processor = hf.AutoImageProcessor.from_pretrained(tmp_path / "out")
+    for size in ((50, 90), (90, 50)):
+        white = np.full((*size, 3), 255, np.uint8)
+        pixels = processor(white, return_tensors="pt")["pixel_values"]
+        assert pixels.shape == (1, 3, 16, 64)
+        mean, std = (torch.tensor(part).view(3, 1, 1) for part in (backbone.spec.mean, backbone.spec.std))
+        torch.testing.assert_close(pixels[0], ((1 - mean) / std).expand(3, 16, 64))  # no black bars
 
 
 # -- timm ----------------------------------------------------------------------------------------------------
