@@ -51,6 +51,8 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
 def build(architecture: str, arguments: dict[str, Any]) -> nn.Module:
     """Builds a model with random weights, in eval mode, biases, scales and position embeddings included."""
     overlay = {"input_size": (3, *2 * (arguments.get("img_size", 32),)), "pool_size": None}
+    if "clip" in architecture:  # weights whose head is a projection of this width
+        overlay["num_classes"] = arguments["num_classes"]
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = timm.create_model(architecture, pretrained_cfg_overlay=overlay, **arguments).eval()

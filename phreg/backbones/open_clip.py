@@ -308,7 +308,7 @@ class TimmTower(Backbone):
     """
 
     def __init__(self, model: nn.Module, tower: Any, prefix: str) -> None:
-        trunk: Any = timm_adapter.adapt(tower.trunk)
+        trunk: Any = timm_adapter.adapt(tower.trunk, projects=True)
         mean, std = _normalisation(tower)
         super().__init__(model, replace(trunk.spec, library="open_clip", mean=mean, std=std))
         self.origin: str | None = None

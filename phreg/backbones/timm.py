@@ -16,7 +16,7 @@ patch inside `run`, and only there: outside they stay as strict about sizes as t
 import difflib
 import json
 import pickle
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -76,6 +76,12 @@ UNBUILDABLE = (
 ARGS = {"reg_tokens", "num_reg_tokens", "no_embed_class"}
 """Construction arguments that inserting registers may overwrite."""
 
+FINE_TUNED = "ft"
+"""Part of timm's tags of weights that were fine-tuned to classes, such as `openai_ft_in1k`."""
+
+CLASSIFIER = "its head is a classifier"
+"""Note of phreg's on weights of a CLIP whose head, to judge by its width alone, might be a projection."""
+
 ADDED = "_phreg_added"
 """Attribute of a patched model that holds its `Added`; a plain one, so that copies of the model carry it."""
 
@@ -100,8 +106,12 @@ class Added:
 # -- models --------------------------------------------------------------------------------------------------
 
 
-def adapt(model: nn.Module) -> Backbone:
+def adapt(model: nn.Module, *, projects: bool = False) -> Backbone:
     """Wraps a timm vision transformer; nothing about the model changes.
+
+    Args:
+        model: The model.
+        projects: Whether its head is known to be no classifier: it is part of an image-text model.
 
     Raises:
         UnsupportedModelError: The model is not one that phreg can patch.
@@ -112,7 +122,7 @@ def adapt(model: nn.Module) -> Backbone:
             f"cannot add registers to timm's {type(model).__name__}: {reason}. Supported are "
             "VisionTransformer, Eva and NaFlexVit: see phreg/backbones/README.md."
         )
-    return TimmBackbone(model)
+    return TimmBackbone(model, projects=projects)
 
 
 def _why_not(model: Any) -> str | None:
@@ -236,13 +246,16 @@ class TimmBackbone(Backbone):
 
     Args:
         model: The model, patched in place; one that was patched before is recognised.
+        projects: Whether its head is known to be no classifier.
     """
 
     model: Any
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, projects: bool = False) -> None:
         super().__init__(model, _spec(model))
-        self._is_clip = _is_clip(model)
+        weights = getattr(model, "pretrained_cfg", None) or {}
+        self.is_clip = _could_project(model) if projects else is_clip(model, weights)
+        """Whether its head is a projection to a space shared with text."""
 
     @property
     def _added(self) -> Added | None:
@@ -271,7 +284,7 @@ class TimmBackbone(Backbone):
     @property
     def projection(self) -> Tensor | None:
         """The (width, dim) matrix of a CLIP tower, its head; None elsewhere."""
-        return self.model.head.weight.T if self._is_clip else None
+        return self.model.head.weight.T if self.is_clip else None
 
     @property
     def class_tokens(self) -> tuple[str, ...]:
@@ -371,7 +384,7 @@ class TimmBackbone(Backbone):
         """
         with self._taking((images.shape[-2], images.shape[-1])):
             tokens = self.model.forward_features(images)
-        pooled = self.model.forward_head(tokens, pre_logits=not self._is_clip)
+        pooled = self.model.forward_head(tokens, pre_logits=not self.is_clip)
         if pooled.ndim == 2:
             return pooled
         first = self.model.num_prefix_tokens
@@ -379,7 +392,7 @@ class TimmBackbone(Backbone):
 
     def logits(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch classes"]:
         """Runs the model with its own classifier, at the images' size."""
-        if self._is_clip or not self.model.num_classes:
+        if self.is_clip or not self.model.num_classes:
             return super().logits(images)
         with self._taking((images.shape[-2], images.shape[-1])):
             return self.model(images)
@@ -503,8 +516,27 @@ def _is_eva(model: Any) -> bool:
     return isinstance(model, Eva)
 
 
-def _is_clip(model: Any) -> bool:
-    """Tells whether the head is a projection of CLS; those that timm converts carry a bias of zeros."""
+def is_clip(model: Any, weights: Mapping[str, Any]) -> bool:
+    """Tells whether the head is a projection of CLS to a space shared with text, and no classifier.
+
+    It is where weights of CLIP came with it: such weights have a head of this width, and were not fine-tuned
+    to classes. A head of another width was made for classes since.
+
+    Args:
+        model: A model of timm.
+        weights: What timm says of its weights, its `pretrained_cfg`.
+    """
+    return (
+        _could_project(model)
+        and weights.get("num_classes") == model.head.out_features
+        and FINE_TUNED not in (weights.get("tag") or "").split("_")
+        and not weights.get("label_names")
+        and CLASSIFIER not in (weights.get("notes") or ())
+    )
+
+
+def _could_project(model: Any) -> bool:
+    """Tells whether a model is of CLIP's shape; projections that timm converts carry a bias of zeros."""
     return (
         not isinstance(model.norm_pre, nn.Identity)
         and model.attn_pool is None

@@ -64,7 +64,12 @@ def timm_clip() -> nn.Module:
     torch.manual_seed(0)
     settings = families_open_clip.TRUNK | {"num_classes": 16, "pre_norm": True}
     model = families_open_clip.shaken(
-        timm.create_model("vit_tiny_patch16_224", global_pool="token", **settings)
+        timm.create_model(
+            "vit_base_patch16_clip_224.openai",
+            global_pool="token",
+            pretrained_cfg_overlay={"num_classes": 16},  # the weights' own head
+            **settings,
+        )
     )
     nn.init.zeros_(model.head.bias)  # as timm converts CLIP projections, which have none
     return model

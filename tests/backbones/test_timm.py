@@ -210,7 +210,8 @@ def test_added_registers_follow_native_ones_in_one_parameter(family, num_native)
 def test_other_sizes_give_what_a_model_made_for_any_size_gives(family, rows, cols, count):
     model = add_registers(FAMILIES[family](), count)
     arguments = model._model_args | {"dynamic_img_size": True}
-    dynamic = timm.create_model(ARCHITECTURES[family][0], **arguments).eval()
+    weights = {"num_classes": model.num_classes}
+    dynamic = timm.create_model(ARCHITECTURES[family][0], pretrained_cfg_overlay=weights, **arguments).eval()
     dynamic.load_state_dict(model.state_dict(), strict=True)
     backbone, other = adapt(model), adapt(dynamic)
     images = images_for(backbone, rows, cols)
@@ -276,6 +277,45 @@ def test_the_pooled_output_is_what_timms_head_is_given(family):
         case _:
             expected = model.forward_head(tokens, pre_logits=True)
     assert torch.equal(backbone.run(images), expected)
+
+
+CLIP = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 4}
+
+
+@pytest.mark.parametrize(
+    ("name", "classes", "projects"),
+    [
+        ("vit_base_patch16_clip_224.openai", None, True),
+        ("vit_base_patch16_clip_224.openai", 10, False),
+        ("vit_base_patch16_clip_224.openai_ft_in1k", None, False),
+        (
+            "vit_base_patch16_clip_224",
+            None,
+            False,
+        ),  # timm's default weights for it are fine-tuned to ImageNet
+        ("vit_base_patch16_clip_quickgelu_224.metaclip_400m", None, True),
+        ("vit_base_patch16_clip_quickgelu_224.metaclip_400m", 1000, False),
+    ],
+)
+def test_a_head_is_a_projection_where_the_pretrained_weights_have_it_so(name, classes, projects):
+    # Of a fresh classifier the biases are zero, as those of a projection.
+    model = timm.create_model(name, **CLIP, **({} if classes is None else {"num_classes": classes})).eval()
+    backbone = adapt(model)
+    images = images_for(backbone)
+
+    assert (backbone.projection is not None) == projects
+    tokens = model.forward_features(images)[:, 0]
+    expected = tokens @ model.head.weight.T if projects else tokens
+    torch.testing.assert_close(backbone.run(images), expected)
+    if not projects:
+        torch.testing.assert_close(backbone.logits(images), model(images))
+
+
+def test_a_projection_that_is_replaced_by_a_classifier_is_none_any_more():
+    model = timm.create_model("vit_base_patch16_clip_224.openai", **CLIP)
+    assert adapt(model).projection is not None
+    model.reset_classifier(10)
+    assert adapt(model).projection is None
 
 
 def test_only_a_clip_tower_has_a_projection():

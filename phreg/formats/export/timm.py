@@ -119,6 +119,8 @@ def _contents(backbone: TimmBackbone, tolerance: float) -> Contents:
             "num_classes": model.num_classes,
         },
     }
+    if adapter.is_clip(model, config["pretrained_cfg"]) and not backbone.is_clip:
+        config["pretrained_cfg"]["notes"] = [*weights.get("notes", ()), adapter.CLASSIFIER]
     return Contents({WEIGHTS: backbone.disk_state()}, {"config.json": config}, tolerance=tolerance)
 
 

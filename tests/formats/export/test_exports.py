@@ -153,6 +153,18 @@ def test_a_timm_folder_loads_in_transformers_too(family, tmp_path):
     assert torch.equal(stock(images).logits, backbone.model(images))
 
 
+@pytest.mark.parametrize("format", ["timm", "merged"])
+@pytest.mark.parametrize("classes", [None, 10])
+def test_an_exported_clip_keeps_its_projection_or_its_classifier(format, classes, tmp_path):
+    small = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 4}
+    changes = small if classes is None else small | {"num_classes": classes}
+    backbone, base = patched(lambda: timm.create_model("vit_base_patch16_clip_224.openai", **changes).eval())
+    export(backbone, tmp_path / "out", format, base=base)
+    again, _ = open_model(tmp_path / "out")
+    assert (again.projection is None) == (backbone.projection is None) == (classes == 10)
+    assert torch.equal(again.run(pictures(backbone)), backbone.run(pictures(backbone)))
+
+
 def test_where_weights_come_from_is_told_as_their_own_folder_tells_it(saved, tmp_path):
     config = settings(saved)
     config["pretrained_cfg"] |= {"tag": "mine", "license": "mit", "mean": [0.1, 0.2, 0.3]}
