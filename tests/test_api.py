@@ -12,7 +12,7 @@ from phreg.analysis.inspection import Inspection
 from phreg.backbones.readout import read_as
 from phreg.backbones.resolve import adapt
 from phreg.errors import DataError, LoadError, PhregError
-from phreg.training import loop as trainer
+from phreg.training.task import RetrofitTask
 
 QUICK = {
     "batch_size": 2,
@@ -392,14 +392,14 @@ def test_a_run_that_fails_leaves_nothing_before_its_first_step_and_goes_on_after
     failing, saved, photos, tmp_path, monkeypatch
 ):
     calls = iter(range(1, 99))
-    real = trainer.distillation_loss
+    real = RetrofitTask.loss
 
     def loss(*arguments):
         if next(calls) == failing:
             raise RuntimeError("the lights went out")
         return real(*arguments)
 
-    monkeypatch.setattr(trainer, "distillation_loss", loss)
+    monkeypatch.setattr(RetrofitTask, "loss", loss)
     asked = QUICK | {"steps": 4, "checkpoint_every": 2}
     with pytest.raises(RuntimeError):
         api.distill(saved, photos, tmp_path / "run", **asked)

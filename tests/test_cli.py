@@ -15,7 +15,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from phreg import api, cli, config, load
+from phreg import api, cli, config, load, methods
 from phreg.errors import LoadError
 from phreg.evaluation.results import RESULTS
 
@@ -79,7 +79,7 @@ def test_a_flag_wins_over_the_recipe_even_if_it_says_the_default(saved, photos, 
         *QUICK,
         *same_as_default,
     )
-    resolved = config.resolve(tmp_path / "run" / "recipe.toml")
+    resolved = methods.resolve(tmp_path / "run" / "recipe.toml")
     assert resolved.registers == 2
     assert resolved.method == "paper"
     assert resolved.loss.pooled == 1.0

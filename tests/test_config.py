@@ -2,14 +2,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from phreg import config
+from phreg import config, methods
 from phreg.errors import ConfigError
 
 
 def test_all_problems_are_told_at_once_by_dotted_key_with_near_misses():
     wrong = {"optim.lr": "fast", "num_register": 3, "views": {"cuont": 3}, "method": "papr", "steps": -1}
     with pytest.raises(ConfigError) as error:
-        config.resolve(None, wrong)
+        methods.resolve(None, wrong)
     assert len(error.value.problems) == 5
     text = str(error.value)
     assert "settings has 5 problems" in text
@@ -21,39 +21,39 @@ def test_all_problems_are_told_at_once_by_dotted_key_with_near_misses():
 
 def test_steps_and_epochs_exclude_each_other():
     with pytest.raises(ConfigError, match="steps and epochs"):
-        config.resolve(None, {"steps": 1, "epochs": 1})
+        methods.resolve(None, {"steps": 1, "epochs": 1})
 
 
 def test_flags_win_over_recipe_wins_over_method_wins_over_defaults(tmp_path):
     recipe = tmp_path / "mine.toml"
     recipe.write_text('method = "paper"\nregisters = 8\n[optim]\nlr = 1e-3\n')
-    resolved = config.resolve(recipe, {"registers": 2})
+    resolved = methods.resolve(recipe, {"registers": 2})
     assert resolved.registers == 2
     assert resolved.optim.lr == 1e-3
     assert resolved.loss.pooled == 0, "the paper has no global term"
-    assert config.resolve(None).loss.pooled > 0, "phreg's own method guards the global output"
+    assert methods.resolve(None).loss.pooled > 0, "phreg's own method guards the global output"
 
 
 def test_the_default_method_relocates_and_runs_for_eight_epochs_unless_told_otherwise():
-    resolved = config.resolve()
+    resolved = methods.resolve()
     assert resolved.method == "relocate"
     assert (resolved.epochs, resolved.steps) == (8, None)
     assert (resolved.register_init, resolved.views.fill) == ("triggers", "surroundings")
-    assert config.resolve(None, {"steps": 5}).epochs is None
-    assert config.resolve(None, {"method": "test-time"}).registers == 1
+    assert methods.resolve(None, {"steps": 5}).epochs is None
+    assert methods.resolve(None, {"method": "test-time"}).registers == 1
 
 
 @pytest.mark.parametrize("length", ["steps", "epochs"])
 def test_a_method_that_does_not_train_takes_no_length_of_training(length):
     with pytest.raises(ConfigError, match=f"{length}: method test-time trains nothing, found 5"):
-        config.resolve(None, {"method": "test-time", length: 5})
-    paper = config.resolve(None, {"method": "paper"})
+        methods.resolve(None, {"method": "test-time", length: 5})
+    paper = methods.resolve(None, {"method": "paper"})
     assert (paper.epochs, paper.register_init, paper.target.keep) == (1, "randn", False)
     assert (paper.data.limit, paper.views.fill) == ("all", "white")
 
 
 def test_the_paper_means_other_settings_for_clip():
-    plain, clip = (config.resolve(None, {"method": "paper"}, clip=kind) for kind in (False, True))
+    plain, clip = (methods.resolve(None, {"method": "paper"}, clip=kind) for kind in (False, True))
     assert (plain.registers, plain.optim.lr, plain.optim.final_lr, plain.batch_size) == (16, 1e-4, 5e-6, 8)
     assert plain.unlock.roles == ("pos_embed", "patch_embed", "block.-1")
     assert (clip.registers, clip.optim.lr, clip.optim.final_lr, clip.batch_size) == (16, 3e-4, 1e-5, 16)
@@ -63,26 +63,26 @@ def test_the_paper_means_other_settings_for_clip():
 
 @pytest.mark.parametrize("name", sorted(config.recipes()))
 def test_every_shipped_recipe_resolves(name):
-    resolved = config.resolve(name, clip="clip" in name)
+    resolved = methods.resolve(name, clip="clip" in name)
     assert resolved.model
     assert resolved.size or not name.startswith("paper")
 
 
 def test_a_recipe_that_does_not_exist_names_the_nearest():
     with pytest.raises(ConfigError, match=r"did you mean paper-dinov2-base"):
-        config.resolve("paper-dinov2-bas")
+        methods.resolve("paper-dinov2-bas")
 
 
 def test_a_recipe_may_begin_with_a_byte_order_mark(tmp_path):
     (tmp_path / "mine.toml").write_text("registers = 7\n", encoding="utf-8-sig")
-    assert config.resolve(tmp_path / "mine.toml").registers == 7
+    assert methods.resolve(tmp_path / "mine.toml").registers == 7
 
 
 def test_a_recipe_that_is_not_toml_is_named(tmp_path):
     path = tmp_path / "bad.toml"
     path.write_text("= 3")
     with pytest.raises(ConfigError, match=r"bad\.toml has 1 problem"):
-        config.resolve(path)
+        methods.resolve(path)
 
 
 @pytest.mark.parametrize("wrong", ["x", 0, 1.5, [64], [64, -1], [64, 64, 3]], ids=str)
@@ -90,7 +90,7 @@ def test_a_size_is_one_number_or_two_and_anything_else_is_one_problem(wrong):
     with pytest.raises(
         ConfigError, match=r"1 problem:\n  size: should be one number of pixels, or height and"
     ):
-        config.resolve(None, {"size": wrong})
+        methods.resolve(None, {"size": wrong})
 
 
 @given(
@@ -111,7 +111,7 @@ def test_a_size_is_one_number_or_two_and_anything_else_is_one_problem(wrong):
 def test_a_resolved_configuration_survives_its_toml(settings):
     import tomllib
 
-    resolved = config.resolve(None, settings)
+    resolved = methods.resolve(None, settings)
     again = config.validate(config.flatten(tomllib.loads(config.to_toml(resolved))), source="again")
     assert again == resolved
 
@@ -119,3 +119,8 @@ def test_a_resolved_configuration_survives_its_toml(settings):
 def test_every_setting_is_described():
     undescribed = [key for key, field in config.fields().items() if not field.description]
     assert not undescribed
+
+
+def test_lora_in_a_block_that_a_read_out_takes_apart_is_refused():
+    with pytest.raises(ConfigError, match=r"unlock\.lora\.rank: a value-only read-out"):
+        methods.resolve(None, {"unlock.lora.rank": 2, "target.student_readout": "value-only"})

@@ -10,7 +10,7 @@ import pytest
 from packaging.requirements import Requirement
 
 import phreg
-from phreg import api, cli, config
+from phreg import api, cli, methods
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -30,7 +30,7 @@ def test_every_command_is_one_that_the_program_takes(command, monkeypatch):
     called = []
 
     def record(*arguments, recipe=None, resume=False, observe=None, **settings):
-        config.resolve(recipe, settings)
+        methods.resolve(recipe, settings)
         called.append(arguments)
         raise phreg.PhregError("not run in this test")
 

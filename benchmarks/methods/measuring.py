@@ -29,10 +29,11 @@ from phreg.analysis.norms import Gap, NormReport, outlier_mask, outliers
 from phreg.backbones.base import Backbone
 from phreg.backbones.readout import set_readout
 from phreg.backbones.resolve import weights_sha256
-from phreg.config import TargetConfig, ViewsConfig, resolve
+from phreg.config import TargetConfig, ViewsConfig
 from phreg.data.crops import centre_crops
 from phreg.data.sources import SUFFIXES, open_images
 from phreg.evaluation.metrics.agreement import AgreementMeter, drift
+from phreg.methods import resolve
 from phreg.seeding import keyed_generator
 from phreg.views import Views, sample_views
 

@@ -24,7 +24,8 @@ from torch import Tensor, nn
 import phreg
 from phreg.backbones.base import Backbone
 from phreg.backbones.resolve import adapt
-from phreg.config import DistillConfig, resolve
+from phreg.config import DistillConfig
+from phreg.methods import resolve
 from phreg.registers import add_registers, initial_registers
 from phreg.teacher import Teacher
 from phreg.training.trainable import unlock

@@ -50,7 +50,7 @@ PARTS: dict[str, str | Callable[[], str]] = {
     "phreg.backbones.base.Backbone.forward": forward_part,
     "phreg.views.Views.undo": "undo and average",
     "phreg.teacher.Teacher.__call__": "undo and average",
-    "phreg.training.loop.distillation_loss": "loss",
+    "phreg.training.task.total_loss": "loss",
     "accelerate.Accelerator.backward": "backward",
     "torch.optim.AdamW.step": "optimizer",
     "phreg.training.loop.Reading.__init__": "logging",

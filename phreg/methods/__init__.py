@@ -35,7 +35,8 @@ def resolve(
     method = METHODS.get(name)
     problems = []
     if method is None:
-        problems.append(f"method: no method {name!r}; there are {', '.join(METHODS)}")
+        *others, last = map(repr, METHODS)
+        problems.append(f"method: should be {', '.join(others)} or {last}, found {name!r}")
     elif not method.trains:
         problems += [
             f"{key}: method {name} trains nothing, found {given[key]}; leave it out, or choose another method"

@@ -12,10 +12,11 @@ import pytest
 import torch
 
 from phreg.backbones.resolve import adapt
-from phreg.config import ViewsConfig, resolve
+from phreg.config import ViewsConfig
+from phreg.methods import resolve
 from phreg.registers import add_registers, initial_registers
 from phreg.teacher import Teacher
-from phreg.training.losses import distillation_loss
+from phreg.training.losses import Outputs, distillation_terms, total_loss
 from phreg.training.trainable import unlock
 from phreg.views import Views, sample_views
 
@@ -106,7 +107,8 @@ def test_the_published_student_trains_the_same_weights_on_the_same_loss(build, d
     target = type(target)(*(part.detach() for part in target))
 
     found = published.loss_terms(student(images), target.patches)
-    loss, terms = distillation_loss(backbone(images), target, config.loss)
+    outputs = Outputs(images, backbone(images), target)
+    loss, terms = total_loss(distillation_terms(config.loss), outputs)
     torch.testing.assert_close(torch.stack(found), torch.stack([terms["cosine"], terms["mse"]]), **CLOSE)
 
     parameters = student.unlock()

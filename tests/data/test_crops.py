@@ -13,7 +13,6 @@ from pictures import noise, saved_dataset, tar_of
 from PIL import Image
 from torchvision.transforms import v2 as transforms
 
-from phreg.config import resolve
 from phreg.data.crops import (
     BrokenImages,
     Crops,
@@ -30,6 +29,7 @@ from phreg.data.crops import (
 )
 from phreg.data.sources import Subset, open_images
 from phreg.errors import DataError
+from phreg.methods import resolve
 
 quick = settings(max_examples=40)
 

@@ -5,8 +5,8 @@ import torch
 
 from phreg import api, storage
 from phreg.backbones.resolve import Base, adapt, weights_sha256
-from phreg.config import resolve
 from phreg.errors import CheckpointError, LoadError
+from phreg.methods import resolve
 from phreg.registers import add_registers
 from phreg.training import checkpoint
 from phreg.training.checkpoint import RunFolder

@@ -22,6 +22,7 @@ from phreg.backbones.readout import set_readout
 from phreg.errors import CheckpointError, ConfigError, DataError, Interrupted, PhregError, TrainingError
 from phreg.sinks.locate import Sinks, Unit
 from phreg.training import loop as trainer
+from phreg.training.task import RetrofitTask
 
 QUICK = {
     "batch_size": 2,
@@ -322,7 +323,7 @@ def test_accelerate_launch_runs_the_same_program(saved, photos, tmp_path):
 
 
 def test_a_nan_loss_names_step_files_and_the_last_good_checkpoint(tiny, photos, tmp_path, monkeypatch):
-    real = trainer.distillation_loss
+    real = RetrofitTask.loss
     calls = []
 
     def poisoned(*arguments):
@@ -330,7 +331,7 @@ def test_a_nan_loss_names_step_files_and_the_last_good_checkpoint(tiny, photos, 
         calls.append(loss)
         return (loss * float("nan"), terms) if len(calls) == 3 else (loss, terms)
 
-    monkeypatch.setattr(trainer, "distillation_loss", poisoned)
+    monkeypatch.setattr(RetrofitTask, "loss", poisoned)
     with pytest.raises(TrainingError, match=r"nan at step 3, on .*\.png.*step-000002"):
         run(tiny(), photos, tmp_path / "run", checkpoint_every=1)
     states = sorted(path.name for path in (tmp_path / "run" / "state").iterdir())

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from phreg.backbones.base import Features
 from phreg.config import LossConfig
-from phreg.training.losses import cosine_distance, distillation_loss, pooled_loss
+from phreg.training.losses import Outputs, cosine_distance, distillation_terms, pooled_loss, total_loss
 
 # One image of one row of two patches, and one pooled output, of two channels each.
 STUDENT = Features(torch.tensor([[[[3.0, 4.0], [1.0, 0.0]]]]), torch.tensor([[3.0, 4.0]]))
@@ -17,6 +17,10 @@ COSINE = 1 - (24 / 25 + 0) / 2
 MSE = (1 + 1 + 1 + 1) / 4
 # Cosine 8 / (5 * 2); squared error (9 + 4) / 2, over the target's mean square 4 / 2.
 POOLED = (1 - 8 / 10) + (13 / 2) / (4 / 2)
+
+
+def distillation_loss(student, target, config):
+    return total_loss(distillation_terms(config), Outputs(torch.zeros(1, 3, 2, 4), student, target))
 
 
 def only(**weights):
