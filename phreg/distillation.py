@@ -28,8 +28,9 @@ from phreg.report.page import comparison_page
 from phreg.seeding import keyed_generator
 from phreg.sinks import test_time
 from phreg.sinks.locate import Sinks
+from phreg.storage import write_text
 from phreg.teacher import Teacher
-from phreg.training.checkpoint import RunFolder, save_adapter, write_text
+from phreg.training.checkpoint import RunFolder, save_adapter, writing_run
 from phreg.training.loop import Outcome
 from phreg.training.trainable import expand_roles
 from phreg.views import count_different
@@ -95,10 +96,6 @@ def write_comparison(
     comparison: Comparison,
 ) -> None:
     """Writes what the run changed: figures.json, and a page with the models side by side."""
-    if (run.report / "inspect.json").exists():  # of a verdict that --force overrode
-        shutil.rmtree(run.report)
-    run.report.mkdir(exist_ok=True)
-    write_text(run.report / "figures.json", json.dumps(comparison.to_json(), indent=2))
     surveys, features = comparison.surveys, comparison.shown
     before = of_survey(original, "before", surveys[0], features[0], sinks=sinks)
     after = of_survey(student, "after", surveys[1], features[1], sinks=None)
@@ -107,7 +104,12 @@ def write_comparison(
     page = comparison_page(
         title, comparison, before, after, origin, failures=failed_gates(comparison, config.gate)
     )
-    write_report(run.report / "report.html", page)
+    with writing_run(run):
+        if (run.report / "inspect.json").exists():  # of a verdict that --force overrode
+            shutil.rmtree(run.report)
+        run.report.mkdir(exist_ok=True)
+        write_text(run.report / "figures.json", json.dumps(comparison.to_json(), indent=2))
+        write_report(run.report / "report.html", page)
 
 
 def save(
@@ -138,4 +140,5 @@ def save(
         "figures": comparison.to_json() if comparison else None,
     }
     tower = describe_tower(original)
-    save_adapter(run.model, student, base, original.disk_state(), record, model_card, tower=tower)
+    with writing_run(run):
+        save_adapter(run.model, student, base, original.disk_state(), record, model_card, tower=tower)

@@ -14,6 +14,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
+from safetensors import SafetensorError
+
+from phreg.errors import PhregError
+
 ADAPTER_FILE = "phreg.json"
 """The file that makes a folder one of phreg's own formats, and names the format."""
 
@@ -73,6 +77,31 @@ def write_file(path: Path, write: Callable[[Path], Any]) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file atomically.
+
+    Raises:
+        OSError: The disk does not take it; an old file of that name is still whole.
+    """
+    write_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+@contextmanager
+def writing(path: Path, advice: str, error: type[PhregError] = PhregError) -> Iterator[None]:
+    """Turns the failure of a write inside into one clear error.
+
+    Args:
+        path: What is written, a file or a folder.
+        advice: What the user can do about it. Whoever calls words it, since not every command has the same
+            flags.
+        error: Kind of the error.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as problem:
+        raise error(f"cannot write {path} ({problem}); {advice}") from problem
 
 
 def let_others_read(path: Path) -> None:

@@ -358,7 +358,8 @@ def _locate_folder(folder: Path) -> Located:
         if (folder / "report" / "inspect.json").is_file() and not (folder / "log.jsonl").exists():
             raise LoadError(
                 f"run '{folder}' holds no model, since it found nothing to repair; use its base, which "
-                f"{folder / 'recipe.toml'} names, or distil it all the same with --force"
+                f"{folder / 'recipe.toml'} names, or distil it all the same: "
+                f"phreg distill --output {folder} --resume --force"
             )
         raise LoadError(
             f"run '{folder}' holds no model yet, since it was not finished; "

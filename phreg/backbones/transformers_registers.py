@@ -25,7 +25,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from phreg.backbones.base import TRAINED_READOUT, unit_movers
 from phreg.errors import PhregError
-from phreg.storage import ADAPTER_FILE, FORMAT_VERSION, MODEL_FORMAT, write_file
+from phreg.storage import ADAPTER_FILE, FORMAT_VERSION, MODEL_FORMAT, write_file, write_text, writing
 
 REMOTE_CLASS, REMOTE_MODEL_TYPE = "Registers", "registers_"
 """What a stock class's name and its model type open with in the code of a remote-code export."""
@@ -259,7 +259,7 @@ def save_patched(
 
     Raises:
         PhregError: The model has no registers or test-time ones, or the folder holds a stock model, which
-            would be taken for it.
+            would be taken for it, or cannot be written.
     """
     registers = next((module for module in model.modules() if isinstance(module, Registers)), None)
     if registers is None:
@@ -280,7 +280,6 @@ def save_patched(
             f"asked to save a model with registers to {folder}, which holds {', '.join(stock)} of a model "
             "without; give another folder"
         )
-    folder.mkdir(parents=True, exist_ok=True)
     tensors = disk_names(model, model.state_dict() if state_dict is None else state_dict)
     # Copies, since tied weights are two names of one tensor, which safetensors does not write.
     plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
@@ -295,8 +294,12 @@ def save_patched(
         "versions": {name: version(name) for name in ("torch", "transformers")},
     }
     text = json.dumps(description, indent=2)
-    write_file(folder / "phreg.safetensors", lambda path: save_file(plain, path, metadata={"format": "pt"}))
-    write_file(folder / ADAPTER_FILE, lambda path: path.write_text(text, encoding="utf-8"))
+    with writing(folder, "free space, or give another folder"):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_file(
+            folder / "phreg.safetensors", lambda path: save_file(plain, path, metadata={"format": "pt"})
+        )
+        write_text(folder / ADAPTER_FILE, text)
 
 
 def disk_names(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -371,10 +371,11 @@ class BrokenImages:
         reasons: Why each unreadable image was skipped, by name.
     """
 
-    def __init__(self, total: int, max_broken: float) -> None:
+    def __init__(self, total: int, max_broken: float | None) -> None:
         self.reasons: dict[str, str] = {}
         self._total = total
-        self._max_broken = max_broken
+        self._max_broken = DataConfig().max_broken if max_broken is None else max_broken
+        self._is_set = max_broken is not None
         self._read = 0
 
     def add(self, batch: Batch) -> None:
@@ -390,10 +391,13 @@ class BrokenImages:
         self._read = min(self._total, self._read + len(batch.names) + len(new))
         if len(self.reasons) > self._max_broken * max(self._read, min(self._total, 100)):
             reasons = some(list(self.reasons.values()), "\n  ")
+            allowed, advice = f"a share of {self._max_broken:g}", "replace or remove them"
+            if self._is_set:
+                allowed = f"--data.max-broken {self._max_broken:g} allows"
+                advice = "replace them, or raise --data.max-broken"
             raise DataError(
                 f"too many unreadable images: {len(self.reasons)} of {self._read} read so far, more than "
-                f"--data.max-broken {self._max_broken:g} allows:\n  {reasons}\n"
-                "replace them, or raise --data.max-broken"
+                f"{allowed}:\n  {reasons}\n{advice}"
             )
 
 
@@ -401,14 +405,26 @@ class BrokenImages:
 
 
 def centre_crops(
-    backbone: Backbone, source: ImageSource, size: int | tuple[int, int], around: tuple[int, int] = (0, 0)
+    backbone: Backbone,
+    source: ImageSource,
+    size: int | tuple[int, int],
+    around: tuple[int, int] = (0, 0),
+    max_broken: float | None = None,
 ) -> Iterator[Float[Tensor, "batch 3 rows cols"]]:
     """Reads images for measuring: centre crops, normalised for a model, on its device.
 
     Unreadable images are left out and warned of; too many stop it, as in training.
+
+    Args:
+        backbone: The model.
+        source: The images.
+        size: Side of a crop in pixels.
+        around: Rows and columns of surroundings to cut with it, in pixels on each side.
+        max_broken: Share of unreadable images that is too many; None means that of `DataConfig`, where there
+            is no such setting.
     """
     crops = Crops(source, size, crop="centre", around=around)
-    broken = BrokenImages(len(source), DataConfig().max_broken)
+    broken = BrokenImages(len(source), max_broken)
     readable: list[Tensor] = []
     for index in range(len(source)):
         image = crops.batch([(0, index)])

@@ -447,7 +447,8 @@ def _open_dataset(name: str, split: str, column: str | None, *, saved: bool) -> 
     if isinstance(table, datasets.DatasetDict):
         if split not in table:
             raise DataError(
-                f"no split {split!r} in {name}: found {', '.join(map(str, table))}; choose by --data.split"
+                f"no split {split!r} in {name}: found {', '.join(map(str, table))}; choose by --data.split "
+                "of phreg distill"
             )
         table = table[split]
 
@@ -456,10 +457,12 @@ def _open_dataset(name: str, split: str, column: str | None, *, saved: bool) -> 
         raise DataError(
             f"no images in {f'column {column!r}' if column else 'any column'} of {name}: found columns "
             f"{', '.join(table.features)}, with images: {', '.join(columns) or 'none'}; choose by "
-            "--data.image-column"
+            "--data.image-column of phreg distill"
         )
     if len(table) == 0:
-        raise DataError(f"no images in {name}: split {split!r} has no rows; choose by --data.split")
+        raise DataError(
+            f"no images in {name}: split {split!r} has no rows; choose by --data.split of phreg distill"
+        )
     chosen = column or columns[0]
     plain = table.select_columns([chosen]).with_format(None)
     return HubImages(plain.cast_column(chosen, datasets.Image(decode=False)), chosen, name)

@@ -25,7 +25,8 @@ import torch
 
 from phreg import __version__
 from phreg.errors import GateError, PhregError
-from phreg.training.checkpoint import LIBRARIES, write_text
+from phreg.storage import write_text, writing
+from phreg.training.checkpoint import LIBRARIES
 
 LOWER_IS_BETTER = frozenset(
     {"rmse", "artifact_rmse", "abs_rel", "log10", "outlier_rate", "artifact_seeds", "lost_top1", "lost_miou"}
@@ -34,6 +35,11 @@ LOWER_IS_BETTER = frozenset(
 
 RESULTS, TABLE, MAPS = "results.json", "results.md", "maps.png"
 """Files that results are written to."""
+
+ADVICE = (
+    "free space and run the same again, which takes up single runs that are done, or give another --output"
+)
+"""What to do where the disk does not take results."""
 
 IN_UNITS = frozenset({"rmse", "artifact_rmse", "abs_rel", "log10", "pearson"})
 """Figures that are no shares; tables show all others in per cent."""
@@ -239,7 +245,7 @@ class Results:
             raise GateError(
                 f"gate: asked for a drop of at most {limit:g}, found {len(problems)} larger: "
                 f"{'; '.join(problems)}. Train less, guard the global output more if the figure is one of it "
-                "(--loss.pooled), or raise --gate",
+                "(--loss.pooled of phreg distill), or raise --gate",
                 self,
             )
 
@@ -308,10 +314,15 @@ class Results:
         return " ".join(f"{sentence}." for sentence in sentences)
 
     def write(self, folder: Path) -> None:
-        """Writes `RESULTS` and `TABLE`, each at once."""
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / RESULTS, json.dumps(self.to_json(), indent=2))
-        write_text(folder / TABLE, self.to_markdown())
+        """Writes `RESULTS` and `TABLE`, each at once.
+
+        Raises:
+            PhregError: The folder cannot be written.
+        """
+        with writing(folder, ADVICE):
+            folder.mkdir(parents=True, exist_ok=True)
+            write_text(folder / RESULTS, json.dumps(self.to_json(), indent=2))
+            write_text(folder / TABLE, self.to_markdown())
 
     def _computed_over(self) -> list[str]:
         """Says over how much figures were computed, those over the same together."""

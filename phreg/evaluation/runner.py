@@ -34,9 +34,19 @@ from phreg.data.sources import open_images, walk
 from phreg.errors import DataError, PhregError
 from phreg.evaluation.feature_cache import FeatureCache, stamps
 from phreg.evaluation.features import FeatureReader, Observer
-from phreg.evaluation.results import MAPS, RESULTS, TABLE, Metrics, Record, Results, hardware, summarise
+from phreg.evaluation.results import (
+    ADVICE,
+    MAPS,
+    RESULTS,
+    TABLE,
+    Metrics,
+    Record,
+    Results,
+    hardware,
+    summarise,
+)
 from phreg.evaluation.tasks.table import draws, find_task
-from phreg.training.checkpoint import write_text
+from phreg.storage import write_text, writing
 
 logger = logging.getLogger(__name__)
 
@@ -120,7 +130,15 @@ class Suite:
             name: What the user calls it.
             backbone: The model; put into eval mode and onto the device.
             reference: The baseline, in eval mode and on the device, where there is one.
+
+        Raises:
+            PhregError: Its weights are fp16, and bf16 is asked for.
         """
+        if self.bf16 and backbone.dtype == torch.float16:
+            raise PhregError(
+                f"precision bf16 asked for with {name}, whose weights are float16, which torch does not mix "
+                "with bf16; leave precision out, or convert the model by .float() or .bfloat16()"
+            )
         backbone.eval().to(self.device)
         identity = identify(backbone)
         reader = FeatureReader(
@@ -193,8 +211,9 @@ class Suite:
         started = time.perf_counter()
         metrics = find_task(self.task).run(reader, self.data, self.settings, seed)
         seconds = time.perf_counter() - started
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, json.dumps({"asked": asked, "metrics": asdict(metrics), "seconds": seconds}))
+        with writing(path, ADVICE):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_text(path, json.dumps({"asked": asked, "metrics": asdict(metrics), "seconds": seconds}))
         return metrics, seconds
 
 

@@ -24,8 +24,8 @@ from phreg.errors import LoadError, PushError
 from phreg.formats.card import Illustration, License, model_card
 from phreg.formats.load import record_of
 from phreg.report.html import read_pictures
-from phreg.storage import ADAPTER_FILE, ADAPTER_FORMAT, EXPORT_FILE, MODEL_FORMAT, replacing
-from phreg.training.checkpoint import RunFolder, write_text
+from phreg.storage import ADAPTER_FILE, ADAPTER_FORMAT, EXPORT_FILE, MODEL_FORMAT, replacing, write_text
+from phreg.training.checkpoint import RunFolder
 
 logger = logging.getLogger(__name__)
 

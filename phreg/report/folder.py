@@ -17,7 +17,7 @@ from phreg.report.canvas import save_png
 from phreg.report.html import UNKNOWN, Origin, write_report
 from phreg.report.maps import attention_maps, sheet
 from phreg.report.page import inspection_page
-from phreg.training.checkpoint import write_text
+from phreg.storage import write_text, writing
 
 HEAD_SIDE = 112
 """Pixels of a head's map on a sheet, at least."""
@@ -58,17 +58,21 @@ def write_inspection(folder: Path, inspection: Inspection, origin: Origin = UNKN
         folder: Folder to write; files of these names are replaced.
         inspection: What was found.
         origin: How to make the report again.
+
+    Raises:
+        PhregError: The folder cannot be written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / "inspect.json", json.dumps(inspection.to_json(), indent=2))
     page = inspection_page(inspection, origin)
-    write_report(folder / "report.html", page)
-    for section in page.sections:
-        for chart in section.charts:
-            (folder / f"{chart.name}.png").write_bytes(chart.png)
-    for place, model in enumerate(inspection.models, start=1):
-        seen = [image.attention for image in model.survey.shown if image.attention is not None]
-        which = f"{place}-" if inspection.against else ""
-        for number, attention in enumerate(seen, start=1):
-            tiles = attention_maps(attention, attention_limits(*seen).high, side=HEAD_SIDE)
-            save_png(folder / f"heads-{which}{number:02}.png", sheet(tiles))
+    with writing(folder, "free space, or choose another --output"):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / "inspect.json", json.dumps(inspection.to_json(), indent=2))
+        write_report(folder / "report.html", page)
+        for section in page.sections:
+            for chart in section.charts:
+                (folder / f"{chart.name}.png").write_bytes(chart.png)
+        for place, model in enumerate(inspection.models, start=1):
+            seen = [image.attention for image in model.survey.shown if image.attention is not None]
+            which = f"{place}-" if inspection.against else ""
+            for number, attention in enumerate(seen, start=1):
+                tiles = attention_maps(attention, attention_limits(*seen).high, side=HEAD_SIDE)
+                save_png(folder / f"heads-{which}{number:02}.png", sheet(tiles))

@@ -29,7 +29,7 @@ from PIL import Image
 
 from phreg.evaluation.results import versions
 from phreg.report.canvas import png
-from phreg.training.checkpoint import write_text
+from phreg.storage import write_text, writing
 
 MAX_SHOWN = 12
 """Images on a page, at most, so that it stays small."""
@@ -242,8 +242,13 @@ class Report:
         return cls(page.title, text)
 
     def save(self, path: str | Path) -> None:
-        """Writes the page as one HTML file, atomically."""
-        write_text(Path(path), self.html)
+        """Writes the page as one HTML file, atomically.
+
+        Raises:
+            PhregError: It cannot be written.
+        """
+        with writing(Path(path), "free space, or give another path"):
+            write_text(Path(path), self.html)
 
     def _repr_html_(self) -> str:
         """Shows the page in a frame of its own, whose script can reach nothing of the notebook."""
@@ -254,8 +259,12 @@ class Report:
 
 
 def write_report(path: str | Path, page: Page) -> None:
-    """Writes a page as one HTML file, atomically."""
-    Report.of(page).save(path)
+    """Writes a page as one HTML file, atomically.
+
+    Raises:
+        OSError: The disk does not take it.
+    """
+    write_text(Path(path), Report.of(page).html)
 
 
 def read_pictures(path: Path) -> list[tuple[str, bytes]]:

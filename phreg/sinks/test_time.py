@@ -53,7 +53,7 @@ def add_test_time_registers(backbone: Backbone, sinks: Sinks | None, count: int)
     if sinks is None or not sinks.units:
         raise PhregError(
             f"asked for test-time registers on {backbone.describe()}, where no hidden unit was found to "
-            "cause artifacts; use --method relocate, which can do without"
+            "cause artifacts; use phreg distill with --method relocate, which can do without"
         )
     rows, cols = sinks.norms.position_histogram.shape
     size = (rows * backbone.spec.patch_size[0], cols * backbone.spec.patch_size[1])

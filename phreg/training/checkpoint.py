@@ -17,7 +17,7 @@ import logging
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -43,7 +43,8 @@ from phreg.storage import (
     flush,
     let_others_read,
     replacing,
-    write_file,
+    write_text,
+    writing,
 )
 
 logger = logging.getLogger(__name__)
@@ -127,9 +128,19 @@ def start_run(path: Path, config: DistillConfig, *, resume: bool) -> RunFolder:
         _check_same(run, config)
     elif resume:
         logger.info("there is no run in %s to go on with: starting one", path)
-    path.mkdir(parents=True, exist_ok=True)
-    write_text(run.recipe, to_toml(config))
+    with writing(run.path, "free space, or choose another --output", CheckpointError):
+        path.mkdir(parents=True, exist_ok=True)
+        write_text(run.recipe, to_toml(config))
     return run
+
+
+def writing_run(run: RunFolder) -> AbstractContextManager[None]:
+    """Turns the failure of a write to a run that has begun into an error that says how to go on.
+
+    It gives the whole command, since not everything that distils has the flag.
+    """
+    advice = f"free space, then go on with the run: phreg distill --output {run.path} --resume"
+    return writing(run.path, advice, CheckpointError)
 
 
 @contextmanager
@@ -166,7 +177,8 @@ def check_free(path: Path, *, resume: bool) -> None:
     if run.recipe.exists():
         if not resume and not run.is_verdict:
             raise CheckpointError(
-                f"output {path} holds a run already; go on with it by --resume, or choose another --output"
+                f"output {path} holds a run already; go on with it: phreg distill --output {path} --resume, "
+                "or choose another --output"
             )
     elif path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise CheckpointError(f"output {path} is not empty and holds no phreg run; choose another --output")
@@ -188,7 +200,7 @@ def save_state(
     moments = {f"optimizer.{i}.{key}": value for i, values in state.items() for key, value in values.items()}
     folder = run.path / "state" / f"step-{step:06d}"
     contents = {name: value.detach().cpu().contiguous() for name, value in {**tensors, **moments}.items()}
-    with _writing(folder), replacing(folder) as temporary:
+    with writing_run(run), replacing(folder) as temporary:
         save_file(contents, temporary / "state.safetensors")
         flush(temporary / "state.safetensors")
         write_text(temporary / "state.json", json.dumps({"step": step, "facts": facts}))
@@ -270,7 +282,7 @@ def save_adapter(
     *,
     tower: Tower | None = None,
 ) -> None:
-    """Writes the patched model as an adapter.
+    """Writes the patched model as an adapter, whole or not at all.
 
     Args:
         folder: Folder to write; an earlier adapter there is replaced.
@@ -280,6 +292,9 @@ def save_adapter(
         record: Recipe, figures and whatever else should be told of the run, as JSON.
         card: Writes the model card, given all that phreg.json says.
         tower: The base's vision tower; without, the adapter goes onto the whole base alone.
+
+    Raises:
+        OSError, SafetensorError: The disk does not take it; an earlier adapter there is still whole.
     """
     state = backbone.disk_state()
     changed = {
@@ -300,7 +315,7 @@ def save_adapter(
         "versions": {"phreg": __version__} | {name: version(name) for name in LIBRARIES},
         **record,
     }
-    with _writing(folder), replacing(folder) as temporary:
+    with replacing(folder) as temporary:
         save_file(changed, temporary / "adapter.safetensors", metadata={"format": "pt"})
         let_others_read(temporary / "adapter.safetensors")
         flush(temporary / "adapter.safetensors")
@@ -355,16 +370,6 @@ def read_adapter(folder: Path) -> dict[str, Any]:
     return record
 
 
-def write_text(path: Path, text: str) -> None:
-    """Writes a text file atomically.
-
-    Raises:
-        CheckpointError: It cannot be written; an old file of that name is still whole.
-    """
-    with _writing(path):
-        write_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-
-
 def truncate_log(log: Path, steps: int) -> None:
     """Drops what a killed run logged beyond its last checkpoint, and a half-written last line."""
     if not log.exists():
@@ -374,7 +379,8 @@ def truncate_log(log: Path, steps: int) -> None:
         with suppress(json.JSONDecodeError):
             if json.loads(line)["step"] <= steps:
                 kept.append(line + "\n")
-    write_text(log, "".join(kept))
+    with writing_run(RunFolder(log.parent)):
+        write_text(log, "".join(kept))
 
 
 def _check_same(run: RunFolder, config: DistillConfig) -> None:
@@ -389,13 +395,3 @@ def _check_same(run: RunFolder, config: DistillConfig) -> None:
             f"cannot resume {run.path}: its settings differ from those it was started with\n{lines}\n"
             "use the same settings, or start anew in another --output"
         )
-
-
-@contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(
-            f"cannot write {path} ({error}); free space or choose another --output, then go on with --resume"
-        ) from error

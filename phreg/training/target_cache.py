@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from phreg.backbones.base import Features
+from phreg.training.checkpoint import RunFolder, writing_run
 
 
 class KeptTargets:
@@ -39,6 +40,9 @@ class KeptTargets:
     def read(self, indices: Sequence[int], make: Callable[[], Features]) -> Features:
         """Returns the targets of a batch, in fp32.
 
+        Raises:
+            CheckpointError: The disk does not take them.
+
         Args:
             indices: Numbers of the images.
             make: Makes the targets of the whole batch. It is called where any is missing, and those that are
@@ -46,10 +50,12 @@ class KeptTargets:
         """
         missing = [not self._path(index).exists() for index in indices]
         if any(missing):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            for index, absent, *target in zip(indices, missing, *make(), strict=True):
-                if absent:
-                    self._write(index, *target)
+            made = make()
+            with writing_run(RunFolder(self.folder.parent)):
+                self.folder.mkdir(parents=True, exist_ok=True)
+                for index, absent, *target in zip(indices, missing, *made, strict=True):
+                    if absent:
+                        self._write(index, *target)
         files = [load_file(self._path(index)) for index in indices]
         patches, pooled = (torch.stack([file[name] for file in files]) for name in ("patches", "pooled"))
         return Features(self._there(patches), self._there(pooled))

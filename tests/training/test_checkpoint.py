@@ -1,9 +1,10 @@
 import json
+import os
 
 import pytest
 import torch
 
-from phreg import api, storage
+from phreg import api
 from phreg.backbones.resolve import Base, adapt, weights_sha256
 from phreg.errors import CheckpointError, LoadError
 from phreg.methods import resolve
@@ -97,17 +98,20 @@ def test_the_log_of_a_killed_run_is_cut_back_to_its_checkpoint(tmp_path):
     assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == [1, 2, 3]
 
 
-def test_a_write_that_fails_leaves_the_old_file_and_one_clear_error(tmp_path, monkeypatch):
-    path = tmp_path / "recipe.toml"
-    checkpoint.write_text(path, "old")
+def test_a_write_that_fails_during_a_run_says_how_to_go_on(tmp_path, monkeypatch):
+    run = RunFolder(tmp_path / "run")
+    checkpoint.save_state(run, 1, *stepped(), {})
 
     def full(_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(storage, "flush", full)
-    with pytest.raises(CheckpointError, match=r"recipe.toml.*No space left on device"):
-        checkpoint.write_text(path, "new")
-    assert path.read_text() == "old"
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(CheckpointError, match=f"No space left.*phreg distill --output {run.path} --resume"):
+        checkpoint.save_state(run, 2, *stepped(), {})
+    assert [path.name for path in run.states] == ["step-000001"]
+    with pytest.raises(CheckpointError, match="choose another --output") as told:
+        checkpoint.start_run(tmp_path / "other", resolve(None, {}), resume=False)
+    assert "--resume" not in str(told.value), "there is nothing to go on with"
 
 
 @pytest.fixture

@@ -133,7 +133,7 @@ def _class_folders(root: Path, others: Collection[str]) -> Labelled:
     if mistaken:
         raise DataError(
             f"classes asked for in {root}, found {', '.join(mistaken)}, which names a part of a dataset; "
-            "expected a folder of images for each class, in train/ and val/ or in neither: give --data the "
+            "expected a folder of images for each class, in train/ and val/ or in neither: give the "
             "folder above or below, rename the folder, or list classes in labels.csv, lines of file,class"
         )
     if not folders:
@@ -144,7 +144,7 @@ def _class_folders(root: Path, others: Collection[str]) -> Labelled:
     if len(folders) < 2:
         raise DataError(
             f"two classes at least asked for in {root}, found one folder, {folders[0].name}; expected a "
-            "folder of images for each class, in train/ and val/ or in neither: give --data the folder above "
+            "folder of images for each class, in train/ and val/ or in neither: give the folder above "
             "them"
         )
     paths, labels = [], []

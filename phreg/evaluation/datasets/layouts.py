@@ -47,7 +47,7 @@ def find_layout(
     """
     root = Path(root)
     if not root.is_dir():
-        raise DataError(f"cannot read {root}: there is no such folder; give --data the dataset's own folder")
+        raise DataError(f"cannot read {root}: there is no such folder; give the dataset's own folder")
     if layout == "auto":
         name = next((name for name, known in layouts.items() if known.fits(root)), None)
         if name is None:
