@@ -30,6 +30,7 @@ from pydantic import (
 from phreg.errors import ConfigError
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
+DecayRate = Annotated[float, Field(ge=0, lt=1)]
 Readout = Literal["plain", "naclip", "value-only"]
 Role = str
 
@@ -115,10 +116,11 @@ class LossConfig(Config):
 
 
 class LoraConfig(Config):
-    """Low-rank adapters (PEFT) in place of whole blocks; they are merged into the weights at the end."""
+    """Low-rank adapters (PEFT); they are merged into the weights at the end."""
 
     rank: PositiveInt | None = None
-    """Rank of the adapters; unset means no LoRA."""
+    """Rank of the adapters; unset means no LoRA. Set, and unlock.roles not: adapters train instead of the
+    blocks that would."""
     alpha: PositiveFloat = 16.0
     """Scale: the update is alpha / rank times the low-rank product."""
     blocks: PositiveInt = 2
@@ -130,9 +132,9 @@ class UnlockConfig(Config):
 
     roles: tuple[Role, ...] = ("pos_embed", "patch_embed", "blocks")
     """Roles that train besides the registers: pos_embed, patch_embed, cls, norm, block.N, block.-N, blocks,
-    head."""
+    head. Given by flag or recipe, they train beside LoRA as well; left out, LoRA takes the blocks' place."""
     lora: LoraConfig = LoraConfig()
-    """Low-rank adapters as an alternative, or an addition, to whole blocks."""
+    """Low-rank adapters instead of whole blocks or, where roles name blocks, besides them."""
 
 
 class OptimConfig(Config):
@@ -152,14 +154,14 @@ class OptimConfig(Config):
     """Steps of linear warm-up before the schedule."""
     weight_decay: NonNegativeFloat = 1e-2
     """Weight decay on everything that trains."""
-    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    betas: tuple[DecayRate, DecayRate] = (0.9, 0.999)
     """Adam's decay rates."""
     momentum: Fraction = 0.9
     """SGD's momentum."""
     clip_norm: PositiveFloat | None = None
     """Largest gradient norm; unset means no clipping."""
     accumulate: PositiveInt = 1
-    """Batches accumulated into one optimizer step."""
+    """Batches accumulated into one optimizer step; epochs count passes over the images all the same."""
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Decay of an exponential moving average of the weights, kept instead of the last ones; unset means
     none."""
@@ -210,7 +212,8 @@ class MeasureConfig(Config):
     source: str | None = None
     """Other images to measure on, in any form of images; unset sets some of the images aside."""
     images: Annotated[int, Field(ge=0)] = 32
-    """Images to measure on, never trained on (fewer when there are few); 0 skips the table."""
+    """Images to measure on, not trained on (fewer when there are few; fewer than 5 are both trained and
+    measured on); 0 skips the table."""
     views: PositiveInt = 40
     """Views in the reference target that agreement is measured against, or all there are, if fewer."""
 
@@ -219,7 +222,7 @@ class DistillConfig(Config):
     """Everything that decides the outcome of `phreg distill`, and where it runs."""
 
     model: str | None = None
-    """Model to patch: a hub id, timm or open_clip name, local folder, run or adapter."""
+    """Model to patch: a hub id, timm or open_clip name, or local folder."""
     revision: str | None = None
     """Hub commit, branch or tag to pin."""
     images: str | None = None
@@ -252,16 +255,16 @@ class DistillConfig(Config):
     device: str | None = None
     """Device: cpu, cuda, cuda:1, mps; unset means the best there is."""
     precision: Literal["fp32", "bf16"] | None = None
-    """Autocast precision; unset means bf16 where the hardware computes in it, else fp32. Weights and losses
-    stay fp32."""
+    """Autocast precision; unset means bf16 where the hardware computes in it, else fp32. Weights that train
+    and losses stay fp32; a half-precision instance is rounded to its own precision at the end."""
     compile: bool = False
     """Compile the blocks with torch.compile."""
     keep_freed_memory: bool = True
     """On a CPU, let the process keep freed memory instead of returning it to the kernel (glibc); faster
     the larger the images, since fewer pages are faulted in anew."""
     deterministic: bool = False
-    """On a GPU, use deterministic kernels alone, so that a resumed run is bit-identical there too; slower,
-    and an error where there is no such kernel. On a CPU runs are bit-identical anyway."""
+    """On a GPU, use deterministic kernels alone during the run, so that a resumed run is bit-identical there
+    too; slower, and an error where there is no such kernel. On a CPU runs are bit-identical anyway."""
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
     """Experiment trackers to write to besides log.jsonl."""
     views: ViewsConfig = ViewsConfig()

@@ -61,6 +61,37 @@ def test_the_paper_means_other_settings_for_clip():
     assert (clip.target.teacher_readout, clip.target.student_readout) == ("naclip", "value-only")
 
 
+LORA = {"unlock.lora.rank": 8}
+
+
+def test_lora_alone_trains_instead_of_blocks_and_beside_roles_that_are_given():
+    assert methods.resolve(None, LORA).unlock.roles == ("pos_embed", "patch_embed")
+    for clip in (False, True):
+        paper = methods.resolve(None, LORA | {"method": "paper"}, clip=clip)
+        assert paper.unlock.roles == ("pos_embed", "patch_embed")
+    both = methods.resolve(None, LORA | {"unlock.roles": ("blocks",)})
+    assert both.unlock.roles == ("blocks",)
+    assert "blocks" in methods.resolve(None, {"unlock.lora.blocks": 3}).unlock.roles, "no rank, no LoRA"
+
+
+def test_lora_of_a_recipe_counts_as_that_of_a_flag_and_a_resolved_recipe_stays_as_it_is(tmp_path):
+    recipe = tmp_path / "mine.toml"
+    recipe.write_text("[unlock.lora]\nrank = 8\n")
+    assert methods.resolve(recipe) == methods.resolve(None, LORA)
+    recipe.write_text('[unlock]\nroles = ["block.-1"]\n')
+    assert methods.resolve(recipe, LORA).unlock.roles == ("block.-1",)
+    for settings in (LORA, LORA | {"unlock.roles": ("blocks", "pos_embed")}):
+        resolved = methods.resolve(None, settings)
+        recipe.write_text(config.to_toml(resolved))
+        assert methods.resolve(recipe) == methods.resolve(recipe, LORA) == resolved
+
+
+@pytest.mark.parametrize("betas", [(1.0, 0.9), (0.9, 1.0)])
+def test_a_decay_rate_of_one_is_refused_before_anything_is_trained(betas):
+    with pytest.raises(ConfigError, match=r"optim\.betas: should be less than 1"):
+        methods.resolve(None, {"optim.betas": betas})
+
+
 @pytest.mark.parametrize("name", sorted(config.recipes()))
 def test_every_shipped_recipe_resolves(name):
     resolved = methods.resolve(name, clip="clip" in name)
@@ -103,7 +134,7 @@ def test_a_size_is_one_number_or_two_and_anything_else_is_one_problem(wrong):
             "views.count": st.integers(1, 99),
             "optim.lr": st.floats(1e-8, 1.0),
             "unlock.roles": st.lists(st.sampled_from(["cls", "norm"])).map(tuple),
-            "optim.betas": st.tuples(st.floats(0, 1), st.floats(0, 1)),
+            "optim.betas": st.tuples(*[st.floats(0, 1, exclude_max=True)] * 2),
             "views.fill": st.sampled_from(["white", "reflect"]),
         },
     )

@@ -4,7 +4,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from phreg.config import DistillConfig, read_settings, validate
+from phreg.config import DistillConfig, UnlockConfig, read_settings, validate
 from phreg.errors import ConfigError
 from phreg.methods import paper, relocate, test_time
 from phreg.methods.base import Method
@@ -47,9 +47,22 @@ def resolve(
     if "steps" in given:  # which says the same in another way
         implied.pop("epochs", None)
     try:
-        config = validate(implied | given, source=source)
+        config = validate(_lora_for_blocks(implied, given), source=source)
     except ConfigError as error:
         raise ConfigError(source, [*problems, *error.problems]) from error
     if problems:
         raise ConfigError(source, problems)
     return config
+
+
+def _lora_for_blocks(implied: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Joins settings; LoRA asked for takes the place of the blocks that nobody asked to train.
+
+    The roles are spelled out in what is resolved, so that a run which is resumed, or rerun from its recipe,
+    trains the same.
+    """
+    settings = {**implied, **given}
+    if settings.get("unlock.lora.rank") is not None and "unlock.roles" not in given:
+        roles = settings.get("unlock.roles", UnlockConfig.model_fields["roles"].default)
+        settings["unlock.roles"] = tuple(role for role in roles if not role.startswith("block"))
+    return settings

@@ -36,7 +36,7 @@ from phreg.config import DistillConfig
 from phreg.data.crops import BrokenImages, Crops, Order, as_input, loader
 from phreg.errors import Interrupted, PhregError, TrainingError
 from phreg.seeding import keyed_generator
-from phreg.training.checkpoint import RunFolder, load_state, save_state, truncate_log
+from phreg.training.checkpoint import RunFolder, load_state, save_state, truncate_log, writing_run
 from phreg.training.target_cache import KeptTargets
 from phreg.training.task import RetrofitTask
 from phreg.training.trainable import (
@@ -107,8 +107,8 @@ def train(  # noqa: C901 (the loop reads straight down)
     optim = optimizer(trained, config.optim)
     average = MovingAverage(trained, config.optim.ema) if config.optim.ema is not None else None
 
-    steps_per_epoch = max(1, order.steps_per_epoch // accumulate)
-    steps = config.steps or (config.epochs or 1) * steps_per_epoch
+    steps_per_epoch = order.steps_per_epoch / accumulate
+    steps = config.steps or max(1, (config.epochs or 1) * order.steps_per_epoch // accumulate)
 
     kept: dict[str, Tensor] = dict(trained)
     if average is not None:
@@ -179,7 +179,8 @@ def train(  # noqa: C901 (the loop reads straight down)
                 accelerator.wait_for_everyone()
             if stopping and step + 1 < steps:
                 raise Interrupted(
-                    f"stopped after step {step + 1} of {steps}, checkpoint written; go on with --resume"
+                    f"stopped after step {step + 1} of {steps}, checkpoint written; go on with the run: "
+                    f"phreg distill --output {run.path} --resume"
                 )
         accelerator.unwrap_model(model, keep_fp32_wrapper=False)
         if accelerator.is_main_process:
@@ -270,13 +271,15 @@ class Journal:
             raise TrainingError(
                 f"the loss is {loss} at step {reading.step}, on {', '.join(reading.names)}; "
                 f"last good checkpoint: {last}. "
-                "Lower --optim.lr, set --optim.clip-norm, or use --precision fp32"
+                "Lower --optim.lr, set --optim.clip-norm"
+                f"{', or use --precision fp32' if self.accelerator.mixed_precision == 'bf16' else ''}"
             )
         speed, self.clock = self.images_per_step / (reading.made - self.clock), reading.made
         if self.accelerator.is_main_process:
             record = StepRecord(reading.step, loss, values, reading.lr, round(speed, 3))
-            self.log.write(json.dumps(asdict(record)) + "\n")
-            self.log.flush()
+            with writing_run(self.run):
+                self.log.write(json.dumps(asdict(record)) + "\n")
+                self.log.flush()
             self.accelerator.log({"loss": loss, "lr": reading.lr, **values}, step=reading.step)
             self.observe(record, self.steps)
         return asked > 0

@@ -153,7 +153,7 @@ def optimizer(parameters: Mapping[str, nn.Parameter], config: OptimConfig) -> to
             )
 
 
-def learning_rate(config: OptimConfig, step: int, steps: int, steps_per_epoch: int) -> float:
+def learning_rate(config: OptimConfig, step: int, steps: int, steps_per_epoch: float | int) -> float:
     """The learning rate of a step.
 
     By epoch, the paper's code sets the rate after each step to that of the epoch's end, so the very first
@@ -163,7 +163,8 @@ def learning_rate(config: OptimConfig, step: int, steps: int, steps_per_epoch: i
         config: Rates, shape and unit of the schedule.
         step: Step, from 0.
         steps: Steps in the whole run.
-        steps_per_epoch: Steps in one pass over the images.
+        steps_per_epoch: Steps in one pass over the images; a fraction where batches are accumulated over the
+            end of a pass.
     """
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps

@@ -128,6 +128,47 @@ def test_only_what_was_unlocked_changes(tiny, photos, tmp_path):
     assert set(weights(tmp_path / "run")) == {"reg_token", "pos_embed", "cls_token"}
 
 
+def test_lora_alone_leaves_the_blocks_as_they_are_but_for_products_of_its_rank(tiny, photos, tmp_path):
+    model = tiny()
+    lora = {"rank": 2, "blocks": 1}
+    run(model, photos, tmp_path / "run", unlock={"lora": lora}, optim={"lr": 1e-2})
+    before, after = tiny().state_dict(), model.state_dict()
+    changed = {name for name in before if "blocks." in name and not torch.equal(before[name], after[name])}
+    linear = {f"blocks.2.{name}.weight" for name in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")}
+    assert changed == linear, "no bias, no norm, no other block"
+    for name in linear:
+        values = torch.linalg.svdvals((after[name] - before[name]).double())
+        # What is left of the third and later ones is the rounding of weights to fp32.
+        assert values[1] > 1e-6
+        assert values[2] < 1e-3 * values[1]
+
+
+@pytest.mark.parametrize(("accumulate", "steps"), [(1, 30), (2, 15), (4, 7), (20, 1)])
+def test_epochs_are_passes_over_the_images_however_many_batches_make_a_step(
+    accumulate, steps, tiny, photos, tmp_path
+):
+    # Twelve images: six batches of two a pass, thirty in five passes.
+    settings = QUICK | {"measure": {"images": 0}, "optim": {"accumulate": accumulate}, "epochs": 5}
+    outcome = api.distill(tiny(), photos, tmp_path / "run", **settings).outcome
+    assert outcome.steps == steps
+    assert outcome.images == steps * accumulate * 2
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_deterministic_kernels_are_used_during_the_run_and_not_after_it(
+    deterministic, tiny, photos, tmp_path
+):
+    seen = []
+
+    def observe(_record, _steps):
+        seen.append(torch.are_deterministic_algorithms_enabled())
+
+    settings = QUICK | {"measure": {"images": 0}, "steps": 1, "deterministic": deterministic}
+    api.distill(tiny(), photos, tmp_path / "run", observe=observe, **settings)
+    assert seen == [deterministic]
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
 def test_the_same_seed_gives_the_same_weights_and_another_seed_others(tiny, photos, tmp_path):
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         run(tiny(), photos, tmp_path / name, seed=seed)
