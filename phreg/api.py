@@ -42,7 +42,7 @@ from phreg.evaluation.before_after import Comparison, failed_gates
 from phreg.evaluation.feature_cache import GIGABYTE, FeatureCache
 from phreg.evaluation.features import FeatureReader
 from phreg.evaluation.features import Observer as Progress
-from phreg.evaluation.results import MAPS, Record, Results
+from phreg.evaluation.results import ADVICE, MAPS, Record, Results
 from phreg.evaluation.runner import Suite, compare_models
 from phreg.evaluation.tasks import object_discovery
 from phreg.evaluation.tasks.table import resolve_settings
@@ -61,7 +61,7 @@ from phreg.rollback import ModelState, rollback_on_error, to_fp32, unchanged
 from phreg.seeding import keyed_generator
 from phreg.sinks import test_time
 from phreg.sinks.locate import Sinks, locate
-from phreg.storage import OWN_FORMATS
+from phreg.storage import OWN_FORMATS, writing
 from phreg.teacher import Teacher
 from phreg.training.checkpoint import RunFolder, check_free, leaving_no_trace, start_run
 from phreg.training.loop import Outcome, StepRecord, deterministic_kernels, start_accelerator, train
@@ -200,7 +200,8 @@ def _distill(
         for each in (original, student):
             to_fp32(each.eval().to(accelerator.device))
         logger.info("looking for sinks on up to %d images", config.sinks.images)
-        seen = list(centre_crops(original, spread(kept, config.sinks.images), size))
+        broken = config.data.max_broken
+        seen = list(centre_crops(original, spread(kept, config.sinks.images), size, max_broken=broken))
         norms = outliers(original, seen)
         # The paper's method has no use for their causes.
         sinks = locate(original, seen, norms) if METHODS[config.method].needs_sinks else None
@@ -220,7 +221,7 @@ def _distill(
     to_fp32(student)  # rounded as it is handed out, and measured so
     comparison = None
     if accelerator.is_main_process:
-        looked_at = list(centre_crops(student, measured, size, around))
+        looked_at = list(centre_crops(student, measured, size, around, broken))
         if looked_at:
             logger.info("measuring before and after, then writing the report")
             comparison = compare_with_original(
@@ -302,7 +303,7 @@ def export(
     """Writes a patched model as a folder that its format's own library loads, and checks that it does.
 
     Args:
-        model: A run, an adapter, or a patched model instance.
+        model: A run, an adapter, or a patched model instance, which stays as it is.
         path: Folder to write; it must not hold anything.
         format: `timm` (most models), `transformers` (DINOv2, as DINOv2 with registers) or `open_clip` (its
             own, text tower included), which load as they are; `remote-code` (any model of transformers, with
@@ -325,7 +326,8 @@ def export(
     # An adapter's own record tells of the run already.
     told = {} if format == "adapter" else record.get("run") or record
     run = {key: told[key] for key in RECORDED if key in told}
-    return exports.export(backbone, Path(path), format, base=base, run=run)
+    with unchanged(*([backbone] if isinstance(model, nn.Module) else [])):
+        return exports.export(backbone, Path(path), format, base=base, run=run)
 
 
 @dataclass(frozen=True)
@@ -618,7 +620,8 @@ def evaluate(
                 suite, list(_named(models)), against, lambda name: open_model(named[name])[0]
             )
         if found:
-            save_png(folder / MAPS, discovery_figure(_short(found)))
+            with writing(folder / MAPS, ADVICE):
+                save_png(folder / MAPS, discovery_figure(_short(found)))
     if gate is not None:
         results.check_gate(gate)
     return results

@@ -199,3 +199,20 @@ def test_compiled_blocks_give_the_same_loss_and_are_put_back(distil, tiny):
     # Both in bf16 (8 bits, 0.4 %), which fused kernels round at other places.
     assert losses(compiled)[0] == pytest.approx(losses(plain)[0], rel=0.02)
     assert not any("forward" in vars(block) for block in model.blocks)
+
+
+def test_a_run_that_fails_on_the_gpu_leaves_the_instance_on_the_cpu_with_its_own_weights(
+    tiny, distil, monkeypatch
+):
+    model, before = tiny(), tiny().state_dict()
+
+    def failing(*_arguments, **_options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("phreg.api.save", failing)
+    with pytest.raises(KeyboardInterrupt):
+        distil("run", model)
+    assert model.state_dict().keys() == before.keys()
+    for name, tensor in model.state_dict().items():
+        assert tensor.device.type == "cpu"
+        assert torch.equal(tensor, before[name])

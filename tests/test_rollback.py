@@ -13,6 +13,7 @@ from phreg import api, distillation, rollback
 from phreg.backbones.resolve import adapt
 from phreg.errors import PhregError, TrainingError
 from phreg.formats import adapter
+from phreg.sinks import test_time
 from phreg.training import loop as trainer
 
 QUICK = {
@@ -234,6 +235,28 @@ def test_looking_and_measuring_leave_an_instance_as_it_was(tiny, photos):
     assert_same(portrait(model), before)
 
 
+def test_an_export_leaves_an_instance_in_its_own_mode(tmp_path):
+    model = phreg.add_registers(LIBRARIES["transformers"]["dinov2"](), 2).train()
+    before = portrait(model)
+    phreg.export(model, tmp_path / "out", format="onnx")
+    assert_same(portrait(model), before)
+
+
+def test_test_time_registers_of_units_that_do_not_exist_leave_no_registers(tiny):
+    model = tiny()
+    before = portrait(model)
+    with pytest.raises(PhregError, match="which has 0 there"):
+        test_time.install(adapt(model), {7: [(1, 1)]})
+    assert_same(portrait(model), before)
+
+
+def test_measuring_an_fp16_instance_in_bf16_is_refused_in_words(tiny, photos):
+    with pytest.raises(PhregError, match=r"weights are float16.*leave precision out"):
+        phreg.evaluate(
+            tiny().half(), task="consistency", data=photos, device="cpu", precision="bf16", views=2
+        )
+
+
 def test_a_run_goes_on_from_a_failure_with_the_same_instance(tiny, photos, tmp_path, monkeypatch):
     model, other = tiny(), tiny()
     with monkeypatch.context() as patch:
@@ -258,6 +281,15 @@ def test_the_twin_has_the_models_own_tensors_and_writing_into_the_model_does_not
     assert all(torch.equal(twin.state_dict()[name], tensor) for name, tensor in tiny().state_dict().items())
     assert not any(parameter.requires_grad for parameter in twin.parameters())
     assert not any(parameter.any() for parameter in model.parameters())
+
+
+def test_a_model_that_was_moved_and_cast_comes_back():
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    before = portrait(model)
+    with rollback.unchanged(model):
+        model.to("meta").half().eval()  # which stands for a device that is not here
+        assert not model.training
+    assert_same(portrait(model), before)
 
 
 def test_trained_weights_that_do_not_fit_the_models_precision_are_an_error():

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from phreg.backbones.base import Backbone
 from phreg.errors import PhregError
 from phreg.registers import remove_registers
+from phreg.rollback import rollback_on_error
 from phreg.sinks.locate import Sinks
 
 logger = logging.getLogger(__name__)
@@ -72,10 +73,11 @@ def install(
         size: Pixels of the images that the units were found on, (height, width); None means not known.
 
     Raises:
-        PhregError: A block or unit does not exist, or the model has registers from phreg.
+        PhregError: A block or unit does not exist, or the model has registers from phreg; it is as it was.
     """
-    backbone.insert_registers(torch.zeros(num_registers, backbone.spec.width))
-    attach(backbone, units, size)
+    with rollback_on_error(backbone):
+        backbone.insert_registers(torch.zeros(num_registers, backbone.spec.width))
+        attach(backbone, units, size)
 
 
 def attach(
