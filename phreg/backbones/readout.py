@@ -20,6 +20,7 @@ NACLIP is Hajimiri et al., arXiv 2404.08181; value-only is MaskCLIP, Zhou et al.
 et al., arXiv 2312.01597, whose two attentions are added, not averaged.
 """
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -35,6 +36,9 @@ from phreg.errors import PhregError
 
 GAUSSIAN_STD = 5.0
 """Standard deviation of NACLIP's Gaussian, in patches."""
+
+RUNNING = "phreg_running_module"
+"""Keyword by which the `forward` of a read-out is told which module runs."""
 
 
 def set_readout(backbone: Backbone, readout: Readout) -> None:
@@ -52,18 +56,22 @@ def set_readout(backbone: Backbone, readout: Readout) -> None:
     block, last = backbone.blocks[-1], len(backbone.blocks) - 1
     overrides: dict[nn.Module, Callable[..., Tensor]] = {}
     if readout in ("value-only", "clearclip"):
-        overrides = {block: DenseForward(backbone.attention(last), readout)}
+        overrides = {block: DenseForward(block, backbone.attention(last), readout)}
     elif readout == "naclip":
         grid = GridForward(_patch_convolution(backbone))
-        overrides = {block: DenseForward(backbone.attention(last), readout, grid), grid.convolution: grid}
+        dense = DenseForward(block, backbone.attention(last), readout, grid)
+        overrides = {block: dense, grid.convolution: grid}
     elif readout == "sclip":
         attention = backbone.attention(last)
         overrides = {attention.module: CorrelativeForward(attention)}
     for module in backbone.model.modules():
         if isinstance(vars(module).get("forward"), DenseForward | GridForward | CorrelativeForward):
             del module.forward
+            for key in [key for key, hook in module._forward_pre_hooks.items() if hook == TellModule()]:
+                del module._forward_pre_hooks[key], module._forward_pre_hooks_with_kwargs[key]
     for module, forward in overrides.items():
         module.forward = forward
+        module.register_forward_pre_hook(TellModule(), with_kwargs=True)
     backbone.readout = readout
 
 
@@ -108,19 +116,34 @@ def read_as(backbone: Backbone, readout: Readout | None = None) -> Iterator[None
         set_readout(backbone, before)
 
 
+@dataclass(frozen=True)
+class TellModule:
+    """A forward pre-hook that tells a read-out's `forward` which module runs.
+
+    Without it, replicas of a model, which DataParallel makes with weights of their own, would all use those
+    of the module that the `forward` was made for.
+    """
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Adds the module to the keywords."""
+        return args, kwargs | {RUNNING: module}
+
+
 @dataclass
 class GridForward:
     """A patch embedding's `forward` that notes the grid, which the last block cannot tell from its tokens.
 
     Like `DenseForward` it is an object, not a closure, so that copies of the model have one of their own.
+    Replicas of a model share it: they get parts of one batch, whose images have one size.
     """
 
     convolution: nn.Conv2d
     shape: tuple[int, int] = (0, 0)
 
-    def __call__(self, images: Tensor) -> Tensor:
+    def __call__(self, images: Tensor, **told: Any) -> Tensor:
         """Makes patches as the convolution does."""
-        patches = type(self.convolution).forward(self.convolution, images)
+        convolution = told.get(RUNNING, self.convolution)
+        patches = type(convolution).forward(convolution, images)
         self.shape = (patches.shape[-2], patches.shape[-1])
         return patches
 
@@ -129,19 +152,20 @@ class GridForward:
 class DenseForward:
     """A last block's `forward` that gives what its attention does, without residual and MLP."""
 
+    block: nn.Module
     attention: Attention
     readout: Readout
     grid: GridForward | None = None
     """Where there is one, patches near each other attend more."""
 
     def __call__(
-        self, tokens: Float[Tensor, "batch tokens width"], *_: Any, **__: Any
+        self, tokens: Float[Tensor, "batch tokens width"], *_: Any, **told: Any
     ) -> Float[Tensor, "batch tokens width"]:
         """Reads tokens that enter the block."""
-        bias = None
+        attention, bias = _attention_of(told.get(RUNNING, self.block), self.block, self.attention), None
         if self.grid is not None:
             bias = _omega(self.grid.shape, tokens.shape[1], tokens.device, tokens.dtype)
-        return _mix(self.attention, self.attention.norm(tokens), self.readout, bias)
+        return _mix(attention, attention.norm(tokens), self.readout, bias)
 
 
 @dataclass
@@ -152,10 +176,23 @@ class CorrelativeForward:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Takes and returns what the attention does, normed tokens first, without its weights."""
-        module = self.attention.module
+        own = self.attention.module
+        module = kwargs.pop(RUNNING, own)
         output = type(module).forward(module, *args, **kwargs)  # its form differs between libraries
-        mixed = _mix(self.attention, (*args, *kwargs.values())[0], "sclip")
+        mixed = _mix(_attention_of(module, own, self.attention), (*args, *kwargs.values())[0], "sclip")
         return (mixed, *(None for _ in output[1:])) if isinstance(output, tuple) else mixed
+
+
+def _attention_of(running: nn.Module, own: nn.Module, attention: Attention) -> Attention:
+    """Takes the parts of an attention from the module that runs, a replica of the one that has them."""
+    if running is own:
+        return attention
+    names = {module: name for name, module in own.named_modules()}
+    replica = copy.copy(attention)
+    for part, module in vars(attention).items():
+        if isinstance(module, nn.Module) and module in names:
+            vars(replica)[part] = running.get_submodule(names[module])
+    return replica
 
 
 def _mix(

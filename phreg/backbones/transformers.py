@@ -36,13 +36,13 @@ from transformers.models.dinov3_vit.modeling_dinov3_vit import apply_rotary_pos_
 from phreg.backbones.base import Backbone, Mlp, Spec, load_tensors
 from phreg.backbones.transformers_families import FAMILIES, HEADS, MLPS, REFUSED, TOWERS, Family, Triple
 from phreg.backbones.transformers_registers import (
-    HANDLES,
     REGISTERS,
     REMOTE_CLASS,
     REMOTE_MODEL_TYPE,
     Registers,
     SavePatched,
     attach,
+    detach,
     disk_names,
     without_refusal,
 )
@@ -160,10 +160,7 @@ class TransformersBackbone(Backbone):
 
     def remove_registers(self) -> None:
         """Takes the child and its hooks off the tower, and gives saving back."""
-        tower = self.tower
-        for handle in vars(tower).pop(HANDLES):
-            handle.remove()
-        delattr(tower, REGISTERS)
+        detach(self.tower, self.entrance)
         for module in self._models_that_save():
             vars(module).pop("save_pretrained", None)
 

@@ -1,11 +1,13 @@
 """Registers in a vision tower of transformers: a child that holds them, hooks that let them in and out.
 
-    embeddings ─► Insert ─► (pre-norm) ─► block 0 … block N ─► Strip ─► norm, pooler, heads
-                                           └ PadMask, each       └► StripStates: hidden_states
+    tower ─LinkRegisters─┐
+    embeddings ─► InsertRegisters ─► (pre-norm) ─► block 0 … block N ─► Strip ─► norm, pooler, heads
+                                                    └ PadMask, each       └► StripStates: hidden_states
 
-Hooks are small objects, never closures or bound methods: a deep copy of the model copies them along, and
-PEFT, which puts a trainable copy in a module's place, is followed. A patched model also saves itself in a
-format of its own, which no stock loader takes for the unpatched model.
+Hooks are small objects, never closures or bound methods: a deep copy of the model copies them along. They
+hold no module, and take what they need from the one that runs: PEFT puts a trainable copy in a module's
+place, and DataParallel runs replicas with weights of their own. A patched model also saves itself in a format
+of its own, which no stock loader takes for the unpatched model.
 """
 
 import json
@@ -14,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -38,6 +40,10 @@ REGISTERS = "registers"
 
 HANDLES = "phreg_hooks"
 """Attribute of a patched tower that keeps the hooks' handles, for taking them off again."""
+
+RUNNING = "phreg_running_registers"
+"""Attribute of the module before which registers come in: those to insert, in a tuple, so that they are no
+child of it."""
 
 
 class Registers(nn.Module):
@@ -77,15 +83,29 @@ class Place:
         return torch.cat([before, filling, after], dim)
 
 
-@dataclass(frozen=True, repr=False)
-class Insert:
-    """A forward pre-hook that lets registers in; it looks them up by name on the tower at every call."""
+@dataclass(frozen=True)
+class LinkRegisters:
+    """A forward pre-hook on a tower that links the module before which registers come in to its registers.
 
-    tower: nn.Module
+    It finds both by name on the tower that runs.
+    """
 
-    def __call__(self, _module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    entrance: str
+
+    def __call__(self, tower: nn.Module, _args: Any) -> None:
+        """Links them where they are not linked yet."""
+        entrance, registers = tower.get_submodule(self.entrance), getattr(tower, REGISTERS)
+        if getattr(entrance, RUNNING)[0] is not registers:
+            setattr(entrance, RUNNING, (registers,))
+
+
+@dataclass(frozen=True)
+class InsertRegisters:
+    """A forward pre-hook that lets in the registers that `LinkRegisters` linked to the module that runs."""
+
+    def __call__(self, entrance: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """Replaces the first argument, a sequence, by one with registers."""
-        registers = cast(nn.Module, getattr(self.tower, REGISTERS))
+        (registers,) = getattr(entrance, RUNNING)
         return (registers(args[0]), *args[1:])
 
 
@@ -175,14 +195,25 @@ def attach(
         collector: The module that returns hidden states.
     """
     tower.add_module(REGISTERS, registers)
+    setattr(entrance, RUNNING, (registers,))
+    path = next(name for name, module in tower.named_modules() if module is entrance)
     place = Place(registers.num_prefix, registers.tokens.shape[1])
     vars(tower)[HANDLES] = [
-        entrance.register_forward_pre_hook(Insert(tower)),
+        tower.register_forward_pre_hook(LinkRegisters(path)),
+        entrance.register_forward_pre_hook(InsertRegisters()),
         # Ahead of the hooks that collect hidden states, which come with the first call that wants some.
         blocks[-1].register_forward_hook(Strip(place), prepend=True),
         collector.register_forward_hook(StripStates(place)),
         *(block.register_forward_pre_hook(PadMask(place), with_kwargs=True) for block in blocks),
     ]
+
+
+def detach(tower: nn.Module, entrance: nn.Module) -> None:
+    """Takes off a tower all that `attach` gave it."""
+    for handle in vars(tower).pop(HANDLES):
+        handle.remove()
+    delattr(entrance, RUNNING)
+    delattr(tower, REGISTERS)
 
 
 def with_refusal(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -107,20 +107,18 @@ def attach(
     tokens = None
     if size is not None:
         tokens = prefix + backbone.num_registers + size[0] // patch[0] * (size[1] // patch[1])
-    watch = Watch(None if size is None else (size[0], size[1]), tokens)
-    backbone.blocks[min(checked)].register_forward_pre_hook(watch, with_kwargs=True)
-    for block, chosen in checked.items():
-        mlp = backbone.mlp(block)
+    for index, chosen in sorted(checked.items()):
+        mlp, block = backbone.mlp(index), backbone.blocks[index]
         assert mlp is not None  # checked above
-        mlp.down.register_forward_pre_hook(
-            MoveUnits(
-                [unit for unit, _ in chosen],
-                [sign for _, sign in chosen],
-                prefix,
-                backbone.num_registers,
-                watch,
-            )
+        down = next(name for name, module in block.named_modules() if module is mlp.down)
+        # The first of them knows the size, so that it is warned of once.
+        first = size is not None and index == min(checked)
+        watch = Watch(down, *(((size[0], size[1]), tokens) if first else (None, None)))
+        block.register_forward_pre_hook(watch, with_kwargs=True)
+        move = MoveUnits(
+            [unit for unit, _ in chosen], [sign for _, sign in chosen], prefix, backbone.num_registers
         )
+        mlp.down.register_forward_pre_hook(move)
 
 
 def installed(backbone: Backbone) -> Units | None:
@@ -145,34 +143,43 @@ def uninstall(backbone: Backbone) -> None:
     remove_registers(backbone)
 
 
+class Seen:
+    """Which tokens are no padding, for the images on their way; an object, as exports assign no tensors."""
+
+    tokens: Tensor | None = None
+    """Those that any token may attend to (batch, tokens); None means all."""
+
+
+SEEN = "_phreg_seen"
+"""Attribute of a down projection that holds its `Seen`: of the one that runs, as replicas (DataParallel) have
+images of their own."""
+
+
 class Watch:
-    """A pre-hook on the first block that has units to move: notes padding, and warns of another size.
+    """A pre-hook on a block that has units to move: notes padding, and warns of another size.
 
     Args:
-        size: Pixels of the images that the units were found on.
+        down: Path of the down projection in the block.
+        size: Pixels of the images that the units were found on; None warns of none.
         tokens: Tokens that such images make.
     """
 
     moves_units = True
 
-    def __init__(self, size: tuple[int, int] | None, tokens: int | None) -> None:
-        self.size, self.tokens = size, tokens
+    def __init__(self, down: str, size: tuple[int, int] | None, tokens: int | None) -> None:
+        self.down, self.size, self.tokens = down, size, tokens
         self._warned = False
-        self._seen: Tensor | None = None
 
-    @property
-    def seen(self) -> Tensor | None:
-        """The tokens that any may attend to (batch, tokens), for the images on their way; None means all."""
-        return self._seen
-
-    def __call__(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def __call__(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Reads the block's tokens and attention mask."""
         tokens = (*args, *kwargs.values())[0].shape[1]
         given = (*args[1:2], kwargs.get("attention_mask"), kwargs.get("attn_mask"))
         mask = next((value for value in given if isinstance(value, Tensor) and value.dim() == 4), None)
         if mask is not None and mask.is_floating_point():  # added to scores
             mask = mask > torch.finfo(mask.dtype).min / 2
-        self._seen = None if mask is None else mask.flatten(1, 2).any(1)
+        seen = Seen()
+        seen.tokens = None if mask is None else mask.flatten(1, 2).any(1)
+        setattr(block.get_submodule(self.down), SEEN, seen)
         other = self.tokens is not None and tokens != self.tokens
         if other and not self._warned and not torch.compiler.is_compiling():
             self._warned = True
@@ -195,7 +202,6 @@ class MoveUnits:
         signs: Sign of each one's activation on sinks; the largest is the one furthest on that side.
         num_prefix: Tokens before the registers.
         num_registers: Registers.
-        watch: Knows which tokens are padding, whose units count for nothing; None means that none are.
     """
 
     moves_units = True
@@ -207,19 +213,18 @@ class MoveUnits:
         signs: Sequence[int],
         num_prefix: int,
         num_registers: int,
-        watch: Watch | None = None,
     ) -> None:
         self.units, self.signs = list(units), list(signs)
         self.start, self.stop = num_prefix, num_prefix + num_registers
-        self.watch = watch
 
-    def __call__(self, _module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Any, ...]:
+    def __call__(self, down: nn.Module, args: tuple[Tensor, ...]) -> tuple[Any, ...]:
         """Edits hidden units (batch, tokens, hidden), image by image and unit by unit."""
         hidden = args[0]
         signs = hidden.new_tensor(self.signs)
         patches = hidden[:, self.stop :, self.units] * signs
-        if self.watch is not None and self.watch.seen is not None:
-            padding = ~self.watch.seen[:, self.stop :, None]
+        seen = getattr(down, SEEN, Seen).tokens
+        if seen is not None:  # the units of padding count for nothing
+            padding = ~seen[:, self.stop :, None]
             patches = patches.masked_fill(padding, torch.finfo(patches.dtype).min)
         largest = patches.amax(1, keepdim=True) * signs
         edited = hidden.clone()

@@ -37,7 +37,8 @@ MODULE = "modeling_registers"
 HOOKS = (
     hooks.Registers,
     hooks.Place,
-    hooks.Insert,
+    hooks.LinkRegisters,
+    hooks.InsertRegisters,
     hooks.Strip,
     hooks.StripStates,
     hooks._are_states,
@@ -70,6 +71,7 @@ from transformers import $config, $stock
 REFUSAL = "$refusal"
 REGISTERS = "$registers"
 HANDLES = "$handles"
+RUNNING = "$running"
 
 
 $hooks
@@ -179,6 +181,7 @@ def _code(backbone: TransformersBackbone, named: dict[str, Any]) -> str:
         refusal=hooks.REFUSAL,
         registers=hooks.REGISTERS,
         handles=hooks.HANDLES,
+        running=hooks.RUNNING,
         hooks="\n\n".join(_source(part) for part in HOOKS).rstrip(),
         tower=f'self.get_submodule("{backbone.tower_name}")' if backbone.tower_name else "self",
         blocks=backbone.family.blocks,
