@@ -14,11 +14,12 @@ always saw.
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, cast, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -32,6 +33,10 @@ Readout = Literal["plain", "naclip", "value-only", "clearclip", "sclip"]
 
 READOUT, TRAINED_READOUT = "phreg_readout", "phreg_trained_readout"
 """Attributes of a model that say how its last block is read, and how it was when phreg trained it."""
+
+
+COMPUTE_TYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+"""Types that tokens have. Quantised weights are packed in others, and unpacked as they are used."""
 
 
 class Features(NamedTuple):
@@ -353,8 +358,9 @@ class Backbone(nn.Module, ABC):
 
     @property
     def dtype(self) -> torch.dtype:
-        """What images must come in: the type of the weights that meet them first."""
-        return self.model.get_parameter(self.roles()["patch_embed"][0]).dtype
+        """What images must come in: the type of the weights that meet them first and are not packed."""
+        first = map(self.model.get_parameter, self.roles()["patch_embed"])
+        return first_unpacked(chain(first, self.blocks[0].parameters())).dtype
 
     @property
     def special_tokens(self) -> tuple[str, ...]:
@@ -511,6 +517,42 @@ def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor], described: str
     with torch.no_grad():
         for name, tensor in tensors.items():
             own[name].copy_(tensor)
+
+
+def first_unpacked(tensors: Iterable[Tensor]) -> Tensor:
+    """Finds the first tensor of a type that is computed in; quantised weights are passed over.
+
+    Raises:
+        PhregError: There is none.
+    """
+    found: set[torch.dtype] = set()
+    for tensor in tensors:
+        if tensor.dtype in COMPUTE_TYPES:
+            return tensor
+        found.add(tensor.dtype)
+    raise PhregError(
+        "asked for the type that a model computes in, and found weights of "
+        f"{', '.join(map(str, found)) or 'none'} alone; load it with its norms in fp32, fp16 or bf16"
+    )
+
+
+def packed_types(model: nn.Module) -> list[str]:
+    """Lists the types of a model's quantised weights, such as `uint8`; empty where none is quantised."""
+    types = {parameter.dtype for parameter in model.parameters()} - {*COMPUTE_TYPES}
+    return sorted(str(dtype).removeprefix("torch.") for dtype in types)
+
+
+def matrix_of(layer: nn.Module, like: Tensor) -> Tensor:
+    """Reads the (in, out) matrix of a linear layer without a bias: a view of its weight, or unpacked from it.
+
+    Args:
+        layer: The layer.
+        like: A tensor of the type that the layer computes in.
+    """
+    weight: Any = layer.weight
+    if weight.dtype in COMPUTE_TYPES:
+        return weight.T
+    return layer(torch.eye(cast(Any, layer).in_features, dtype=like.dtype, device=like.device))
 
 
 def unit_movers(model: nn.Module) -> list[tuple[nn.Module, int]]:

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from phreg.backbones import timm as timm_adapter
-from phreg.backbones.base import Attention, Backbone, Mlp, Spec, prefixed
+from phreg.backbones.base import Attention, Backbone, Mlp, Spec, first_unpacked, matrix_of, prefixed
 from phreg.errors import LoadError, PhregError, UnsupportedModelError
 
 CONFIG = "open_clip_config.json"
@@ -343,7 +343,9 @@ class TimmTower(Backbone):
         linear = getattr(self.tower.head, "proj", None)
         if linear is None:
             return self.trunk.projection
-        return linear.weight.T if linear.bias is None and self.tower.trunk.attn_pool is None else None
+        if linear.bias is not None or self.tower.trunk.attn_pool is not None:
+            return None
+        return matrix_of(linear, first_unpacked(self.trunk.model.parameters()))
 
     def to_joint(self, tokens: Float[Tensor, "batch tokens width"]) -> Float[Tensor, "batch tokens dim"]:
         """Takes tokens to the joint space; those of SigLIP each through its attention pooling alone.

@@ -41,7 +41,7 @@ from timm.models.vision_transformer import ResPostBlock, VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional
 
-from phreg.backbones.base import Attention, Backbone, Mlp, Spec
+from phreg.backbones.base import Attention, Backbone, Mlp, Spec, first_unpacked, matrix_of
 from phreg.errors import LoadError, PhregError, UnsupportedModelError
 
 REFUSED = {
@@ -284,7 +284,9 @@ class TimmBackbone(Backbone):
     @property
     def projection(self) -> Tensor | None:
         """The (width, dim) matrix of a CLIP tower, its head; None elsewhere."""
-        return self.model.head.weight.T if self.is_clip else None
+        if not self.is_clip:
+            return None
+        return matrix_of(self.model.head, first_unpacked(self.model.norm_pre.parameters()))
 
     @property
     def class_tokens(self) -> tuple[str, ...]:
@@ -357,8 +359,8 @@ class TimmBackbone(Backbone):
     def _prefix(self) -> Tensor:
         """Joins CLS and all registers as the model stores them, (1, prefix + registers, width)."""
         parts = [part.detach() for part in (self._embed.cls_token, self._embed.reg_token) if part is not None]
-        none = next(self.model.parameters()).detach().new_empty(1, 0, self.spec.width)
-        return torch.cat([none, *parts], dim=1)
+        like = first_unpacked(self.model.parameters()).detach()
+        return torch.cat([like.new_empty(1, 0, self.spec.width), *parts], dim=1)
 
     def _set_prefix(self, prefix: Tensor) -> None:
         """Stores CLS and registers, and how many they are wherever the model keeps count."""

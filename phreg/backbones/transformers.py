@@ -33,7 +33,7 @@ from transformers import CONFIG_MAPPING, AutoModel, PreTrainedModel
 from transformers.backbone_utils import BackboneMixin
 from transformers.models.dinov3_vit.modeling_dinov3_vit import apply_rotary_pos_emb
 
-from phreg.backbones.base import Backbone, Mlp, Spec, load_tensors
+from phreg.backbones.base import Backbone, Mlp, Spec, first_unpacked, load_tensors, matrix_of
 from phreg.backbones.transformers_families import FAMILIES, HEADS, MLPS, REFUSED, TOWERS, Family, Triple
 from phreg.backbones.transformers_registers import (
     REGISTERS,
@@ -106,7 +106,7 @@ class TransformersBackbone(Backbone):
     def projection(self) -> Tensor | None:
         """The (width, dim) matrix to the joint space, a view of the weight; None without."""
         layer = getattr(self.model, "visual_projection", None)
-        return None if layer is None else layer.weight.T
+        return None if layer is None else matrix_of(layer, first_unpacked(self.final_norm.parameters()))
 
     def to_joint(self, tokens: Float[Tensor, "batch tokens width"]) -> Float[Tensor, "batch tokens dim"]:
         """Takes tokens to the joint space; those of SigLIP each through its attention pooling alone.
@@ -153,7 +153,8 @@ class TransformersBackbone(Backbone):
                 "call remove_registers first"
             )
         tower, blocks = self.tower, self.blocks
-        registers = Registers(tokens.to(next(blocks[0].parameters())), self.spec.num_prefix)
+        like = first_unpacked(blocks[0].parameters())
+        registers = Registers(tokens.to(like), self.spec.num_prefix)
         attach(tower, registers.train(tower.training), self.entrance, blocks, self.collector)
         for module in self._models_that_save():
             vars(module)["save_pretrained"] = SavePatched(module, tower)

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
-from phreg.backbones.base import TRAINED_READOUT, unit_movers
+from phreg.backbones.base import TRAINED_READOUT, packed_types, unit_movers
 from phreg.errors import PhregError
 from phreg.storage import ADAPTER_FILE, FORMAT_VERSION, MODEL_FORMAT, write_file, write_text, writing
 
@@ -297,6 +297,13 @@ def save_patched(
         raise PhregError(
             f"asked to save {type(model).__name__}, part of a model whose registers lie outside of it; "
             "save the whole model"
+        )
+    packed = packed_types(model)
+    if packed:
+        raise PhregError(
+            f"asked to save {type(model).__name__} with registers, whose weights are quantised "
+            f"({', '.join(packed)}) and cannot be built again from phreg's format; save the model before it "
+            "is quantised, or share its adapter, which phreg.load(adapter, into=model) puts onto the base"
         )
     if unit_movers(model):
         raise PhregError(

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from phreg.backbones.base import Backbone
+from phreg.backbones.base import Backbone, packed_types
 from phreg.backbones.resolve import weights_sha256
 from phreg.errors import LoadError, PhregError
 from phreg.rollback import rollback_on_error
@@ -46,13 +46,7 @@ def apply_adapter(folder: Path, backbone: Backbone) -> None:
     tensors = read_tensors(folder / "adapter.safetensors")
     kind = fit(record, backbone)
     if kind is None:
-        base = record["base"]
-        raise LoadError(
-            f"the adapter in {folder} was made for {base['source']} with weights sha256 "
-            f"{base['sha256'][:12]}…, but {backbone.describe()} has "
-            f"{weights_sha256(backbone.disk_state())[:12]}…, and neither is its vision tower the same; "
-            "load it onto that base" + (f" (revision {base['revision']})" if base["revision"] else "")
-        )
+        raise LoadError(_other_base(folder, record["base"], backbone))
     target = backbone if kind == "whole" else backbone.alone()
     wanted = tuple(record["input_size"])
     with rollback_on_error(backbone) as state:
@@ -74,6 +68,23 @@ def apply_adapter(folder: Path, backbone: Backbone) -> None:
             raise LoadError(f"the adapter in {folder} does not fit: {error}") from error
         if kind == "whole":
             backbone.adapter = folder
+
+
+def _other_base(folder: Path, base: Mapping[str, Any], backbone: Backbone) -> str:
+    """Words why an adapter was not made for a model."""
+    made = f"the adapter in {folder} was made for {base['source']}"
+    packed = packed_types(backbone.model)
+    if packed:
+        return (
+            f"{made}, and the weights of {backbone.describe()} are quantised ({', '.join(packed)}), which hides "
+            "whether they are the same; load the adapter onto the base in fp32, fp16 or bf16, and quantise it "
+            "then"
+        )
+    return (
+        f"{made} with weights sha256 {base['sha256'][:12]}…, but {backbone.describe()} has "
+        f"{weights_sha256(backbone.disk_state())[:12]}…, and neither is its vision tower the same; load it onto "
+        "that base" + (f" (revision {base['revision']})" if base["revision"] else "")
+    )
 
 
 def fits(folder: Path, backbone: Backbone) -> bool:

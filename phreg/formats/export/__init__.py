@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from phreg import __version__
-from phreg.backbones.base import Backbone
+from phreg.backbones.base import Backbone, packed_types
 from phreg.backbones.resolve import Base, weights_sha256
 from phreg.errors import LoadError, PhregError, UnsupportedModelError
 from phreg.formats.export.base import FOLDER, TOLERANCE, Contents, Graph, StockFormat
@@ -136,6 +136,12 @@ def export(
 
 def why_not(backbone: Backbone, format: str) -> str | None:
     """Says why a model cannot take one of `Format`; None where it can."""
+    packed = packed_types(backbone.model)
+    if packed and format != "adapter":  # whose tensors are copied from the one it was loaded from
+        return (
+            f"its weights are quantised ({', '.join(packed)}), and packed so that no other class reads them; "
+            "export the model before it is quantised"
+        )
     if format not in CARRY_HOOKS and backbone.readout != "plain":
         return (
             f"its last block is read {backbone.readout}, and stock classes, which have no such read-out, "
@@ -205,14 +211,14 @@ def _measure(
 ) -> list[Equality]:
     # Libraries differ in what they count as the head and what they call pooled. Where one's model became
     # another's, what calling it returns is compared instead, at every size.
-    weight = next(backbone.model.parameters())
     converted = isinstance(exported, Backbone) and exported.spec.library != backbone.spec.library
     if isinstance(exported, Backbone):
-        exported.to(weight.device, weight.dtype)
+        exported.to(backbone.device, backbone.dtype)
     figures = []
     with _evaluating(backbone.model), torch.no_grad():
         for size in sizes:
-            images = torch.randn(2, 3, *size, generator=keyed_generator("export", *size)).to(weight)
+            images = torch.randn(2, 3, *size, generator=keyed_generator("export", *size))
+            images = images.to(backbone.device, backbone.dtype)
             if isinstance(exported, Backbone):
                 pairs = list(zip(_outputs(exported, images), _outputs(backbone, images), strict=True))
                 if converted:

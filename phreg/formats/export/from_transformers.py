@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers.backbone_utils import BackboneMixin
 
+from phreg.backbones.base import first_unpacked
 from phreg.backbones.transformers import TransformersBackbone
 from phreg.formats.export.towers import (
     CLIP_EPS,
@@ -226,7 +227,7 @@ def _sequence(backbone: TransformersBackbone) -> dict[str, Tensor]:
     """Converts CLS, registers and positions."""
     own, family, spec = dict(backbone.tower.named_parameters()), backbone.family, backbone.spec
     tokens = [own[path].detach().reshape(1, -1, spec.width) for path in family.cls if path in own]
-    none = next(backbone.tower.parameters()).detach().new_empty(1, 0, spec.width)
+    none = first_unpacked(backbone.tower.parameters()).detach().new_empty(1, 0, spec.width)
     table = own[family.pos_embed].detach().reshape(1, -1, spec.width) if family.pos_embed else None
     return sequence(
         torch.cat([none, *tokens], dim=1),

@@ -52,9 +52,10 @@ def why_not(backbone: Backbone) -> str | None:
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         return f"that takes {', '.join(missing)}, not installed here (pip install 'phreg[onnx]')"
-    dtype = next(backbone.model.parameters()).dtype
-    if dtype != torch.float32:
-        return f"its weights are {dtype}, and a graph is written in float32; call model.float() first"
+    others = {str(weight.dtype) for weight in backbone.model.parameters()} - {str(torch.float32)}
+    if others:
+        found = ", ".join(sorted(others))
+        return f"it has weights of {found}, and a graph is written in float32; call model.float() first"
     if backbone.spec.family == "siglip2_vision_model":
         return "it resamples its positions image by image, so that a graph of it is made for one batch size"
     return None
@@ -168,8 +169,7 @@ def _graph(backbone: Backbone, *, free: bool) -> Any:
     if free:
         height, width = height * 2 + high, width + 3 * wide
         dynamic |= {2: high * Dim("rows", min=2, max=LARGEST), 3: wide * Dim("cols", min=2, max=LARGEST)}
-    weight = next(backbone.model.parameters())
-    images = torch.zeros(2, 3, height, width).to(weight)
+    images = torch.zeros(2, 3, height, width).to(backbone.device)
     with _quietly():
         # A guard that excludes the model's own size becomes an assertion, which the graph leaves out.
         program = torch.export.export(
@@ -189,9 +189,8 @@ def _graph(backbone: Backbone, *, free: bool) -> Any:
 
 def _difference(backbone: Backbone, program: Any) -> float:
     """Measures how far a graph is from its model at the model's own size, relative to the largest value."""
-    weight = next(backbone.model.parameters())
     shape = (3, 3, *backbone.spec.input_size)
-    images = torch.randn(*shape, generator=torch.Generator().manual_seed(0)).to(weight)
+    images = torch.randn(*shape, generator=torch.Generator().manual_seed(0)).to(backbone.device)
     with TemporaryDirectory() as folder:
         _save(program, Path(folder) / "model.onnx")
         found = load(Path(folder))(images)
