@@ -166,3 +166,50 @@ def test_running_out_of_memory_halves_the_micro_batch_and_changes_no_target(tiny
     assert teacher.micro_batch == 3
     assert "ran out of memory" in caplog.text
     torch.testing.assert_close(target.patches, expected.patches)
+
+
+@pytest.mark.parametrize(("device", "expected"), [("cpu", 16), ("cuda", 256), ("mps", 16)])
+def test_the_micro_batch_is_the_devices_where_none_is_asked_for(tiny, monkeypatch, device, expected):
+    backbone = adapt(tiny())
+    monkeypatch.setattr(type(backbone), "device", torch.device(device))
+    assert Teacher(backbone, VIEWS).micro_batch == expected
+    assert Teacher(backbone, VIEWS, TargetConfig(micro_batch=5)).micro_batch == 5
+
+
+def test_running_out_of_memory_with_a_single_view_is_the_callers_error(tiny, monkeypatch):
+    teacher = Teacher(adapt(tiny()), VIEWS, TargetConfig(micro_batch=4))
+    tried, emptied = [], []
+
+    def never(_views):
+        tried.append(teacher.micro_batch)
+        raise torch.OutOfMemoryError("too large")
+
+    monkeypatch.setattr(teacher, "_forward", never)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(True))
+    with pytest.raises(torch.OutOfMemoryError):
+        teacher(images(), generator(0))
+    assert tried == [4, 2, 1]
+    assert len(emptied) == 2, "before each new try"
+
+
+def test_under_autocast_the_target_is_fp32_and_near_that_of_fp32(tiny):
+    backbone = adapt(tiny())
+    exact = Teacher(backbone, VIEWS)(images(), generator(0))
+    rough = Teacher(backbone, VIEWS, bf16=True)(images(), generator(0))
+    for one, other in zip(rough, exact, strict=True):
+        assert one.dtype == torch.float32
+        assert not torch.equal(one, other), "bf16 was used"
+        # bf16 has 8 bits: 1 part in 256 at each of some dozen steps, of values up to 4.
+        torch.testing.assert_close(one, other, atol=0.1, rtol=0.02)
+
+
+def test_images_and_surroundings_that_are_not_square_make_a_target_of_the_images_grid(tiny):
+    backbone = adapt(tiny(img_size=(32, 48)))
+    views = ViewsConfig(count=3, max_shift=0.34, flip=0.0, fill="surroundings")
+    whole = torch.randn(2, 3, 32 + 2 * 8, 48 + 2 * 16, generator=generator("whole"))
+    target = Teacher(backbone, views)(whole, generator(0), (8, 16))
+    assert target.patches.shape[1:3] == (4, 6)
+    with torch.no_grad():
+        assert torch.equal(target.pooled, backbone(whole[:, :, 8:-8, 16:-16]).pooled)
+    with pytest.raises(PhregError, match=r"32x48 with \(8, 16\).*found \(8, 8\)"):
+        Teacher(backbone, views)(torch.zeros(2, 3, 48, 64), generator(0), (8, 8))

@@ -136,6 +136,18 @@ def test_units_that_no_register_asked_for_them_holds_are_named(patched):
     assert relocation.silenced({1: held}) == []
 
 
+def test_a_unit_counts_as_held_from_half_its_level_by_any_one_register(patched):
+    relocation = Relocation(patched, sinks((1, 5, 10.0), (1, 6, 8.0), (1, 7, -4.0)))
+    held = reading(0.0, 0.0, num_units=3)
+    held.hidden[:, 1] = torch.tensor([5.0, 0.0, 0.0])
+    held.hidden[:, 2] = torch.tensor([0.0, 3.9, -2.0])
+    assert relocation.silenced({1: held}) == ["1:6"]
+
+
+def test_registers_of_a_single_kind_start_from_its_triggers():
+    assert starting_tokens(sinks((1, 5, 10.0)), 2, seed=3)[:, 0].tolist() == [0, 1]
+
+
 def test_gradients_reach_the_registers_and_the_units_rows_and_no_other_rows(patched):
     relocation = Relocation(patched, sinks((1, 5, 10.0)))
     with relocation.listening() as hidden:
@@ -145,6 +157,27 @@ def test_gradients_reach_the_registers_and_the_units_rows_and_no_other_rows(patc
     rows = patched.model.blocks[1].mlp.fc1.weight.grad.abs().sum(-1).nonzero().flatten()
     assert rows.tolist() == [5]
     assert patched.model.blocks[2].mlp.fc1.weight.grad is None
+
+
+def test_the_gradient_has_the_values_computed_by_hand(patched):
+    known = sinks((1, 5, 10.0))
+    known = replace(known, units=(replace(known.units[0], fed=(2.0, -4.0)),))
+    hidden = torch.zeros(2, 19, 1)
+    hidden[:, 1:3], hidden[0, 3] = (
+        5.0,
+        10.0,
+    )  # both registers at half the level, one patch of two images at it
+    hidden.requires_grad_()
+    fed = torch.ones(2, 19, 1, 2, requires_grad=True)
+    loss = Relocation(patched, known).loss({1: Reading(hidden, fed)}, IMAGES[:2])
+    assert loss.item() == pytest.approx(0.5**2 + 1 / 2)
+    by_hidden, by_fed = torch.autograd.grad(loss, (hidden, fed))
+    # d/dh of max(h, 0) / A, a mean over two images; the registers' h is taken through what feeds it.
+    assert by_hidden[0, 3].item() == pytest.approx(1 / 10 / 2)
+    assert not by_hidden[:, :3].any()
+    # 2 (h / A - 1), a mean over two registers and two images, times 1 over what feeds the unit at its level.
+    assert by_fed[:, 1:3, 0].tolist() == [[pytest.approx([2 * -0.5 / 4 / 2.0, 2 * -0.5 / 4 / -4.0])] * 2] * 2
+    assert not by_fed[:, [0, *range(3, 19)]].any()
 
 
 @pytest.mark.parametrize("name", ["timm/vit", "timm/dinov2-swiglu", "transformers/dinov2-swiglu"])
@@ -197,10 +230,15 @@ def test_nothing_listens_when_it_is_over(patched):
     assert hidden == {}
 
 
-def test_the_loss_is_in_full_precision_whatever_the_model_runs_in(patched):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("part", [0, 1], ids=["hidden", "fed"])
+def test_the_loss_is_in_fp32_whatever_the_model_runs_in(patched, dtype, part):
     relocation = Relocation(patched, sinks((1, 5, 10.0)))
-    half = Reading(*(part.bfloat16() for part in reading(10.0, 0.0)))
-    assert relocation.loss({1: half}, IMAGES).dtype == torch.float32
+    parts = list(reading(7.5, 2.5))
+    parts[part] = parts[part].to(dtype)
+    loss = relocation.loss({1: Reading(*parts)}, IMAGES)
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(0.25**2 + 16 * 0.25)
 
 
 def test_training_moves_the_demonstrations_sinks_into_registers_and_keeps_them_there():
