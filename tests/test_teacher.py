@@ -213,3 +213,11 @@ def test_images_and_surroundings_that_are_not_square_make_a_target_of_the_images
         assert torch.equal(target.pooled, backbone(whole[:, :, 8:-8, 16:-16]).pooled)
     with pytest.raises(PhregError, match=r"32x48 with \(8, 16\).*found \(8, 8\)"):
         Teacher(backbone, views)(torch.zeros(2, 3, 48, 64), generator(0), (8, 8))
+
+
+def test_the_target_of_a_half_precision_model_is_summed_in_fp32(tiny):
+    backbone = adapt(tiny().to(torch.bfloat16))
+    target = Teacher(backbone, VIEWS)(images().to(torch.bfloat16), generator(0))
+    assert target.patches.dtype == target.pooled.dtype == torch.float32
+    # Means over two to four views are finer than any bf16 number.
+    assert not torch.equal(target.patches, target.patches.to(torch.bfloat16).float())

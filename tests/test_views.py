@@ -8,7 +8,7 @@ from phreg.config import ViewsConfig
 from phreg.data.crops import middle
 from phreg.errors import PhregError
 from phreg.seeding import keyed_generator as generator
-from phreg.views import count_different, sample_offsets, sample_views, surroundings
+from phreg.views import AffineViews, Views, count_different, sample_offsets, sample_views, surroundings
 
 SPEC = Spec("timm", "test", (4, 4), 8, 1, 1, (24, 24), True, (0.5, 0.4, 0.3), (0.2, 0.25, 0.5))
 WHITE = [(1 - mean) / std for mean, std in zip(SPEC.mean, SPEC.std, strict=True)]
@@ -175,3 +175,234 @@ def test_the_number_of_different_views_is_that_of_those_there_are(fill):
     per_flip = len(drawn.unique(dim=0)) if fill == "valid-crop" else 25
     assert count_different(config, (6, 6)) == 2 * per_flip
     assert count_different(config.model_copy(update={"scale": 0.1}), (6, 6)) is None
+
+
+# -- images, patches and ranges that are not square ----------------------------------------------------------
+
+WIDE = Spec("timm", "test", (4, 6), 8, 1, 1, (20, 48), True, SPEC.mean, SPEC.std)  # 5 x 8 patches
+FILLS = ["surroundings", "white", "black", "mean", "reflect", "replicate", "valid-crop"]
+
+
+def wide_image(around=(0, 0)):
+    """Two images whose patches of 4x6 pixels all differ, and the numbers of their own patches."""
+    rows, cols = 5 + 2 * around[0] // 4, 8 + 2 * around[1] // 6
+    grid = torch.arange(float(rows * cols)).view(1, rows, cols)
+    image = grid.repeat_interleave(4, 1).repeat_interleave(6, 2).unsqueeze(1).repeat(2, 3, 1, 1)
+    image[1] += 1000
+    own = grid[0, around[0] // 4 : rows - around[0] // 4, around[1] // 6 : cols - around[1] // 6]
+    return image, torch.stack([own, own + 1000])
+
+
+@pytest.mark.parametrize("fill", FILLS)
+@pytest.mark.parametrize("seed", range(4))
+def test_undo_inverts_apply_on_images_and_patches_that_are_not_square(fill, seed):
+    config = ViewsConfig(count=6, max_shift=0.3, fill=fill)
+    image, grid = wide_image(surroundings(config, WIDE, (20, 48)))
+    for group in sample_views(config, WIDE, (20, 48), 2, generator(seed)):
+        views = group.apply(image)
+        aligned, seen = group.undo(views[:, :, :1, ::4, ::6].permute(0, 1, 3, 4, 2))
+        truth = grid.unsqueeze(1).expand_as(seen)
+        assert seen.any()
+        assert torch.equal(aligned.squeeze(-1)[seen], truth[seen])
+
+
+@pytest.mark.parametrize(
+    ("fill", "low", "high"), [("white", (-1, -2), (1, 2)), ("valid-crop", (0, 0), (1, 2))]
+)
+def test_each_axis_is_shifted_by_its_own_share_up_to_both_ends(fill, low, high):
+    config = ViewsConfig(count=6, max_shift=0.25, fill=fill)  # 1.25 of 5 rows, 2 of 8 columns
+    groups = sample_views(config, WIDE, (20, 48), 100, generator(0))
+    offsets = torch.cat([group.offsets for group in groups], 1).flatten(0, 1)
+    assert tuple(offsets.amin(0).tolist()) == low
+    assert tuple(offsets.amax(0).tolist()) == high
+    if fill == "valid-crop":
+        crops = groups[1].apply(torch.zeros(100, 3, 20, 48))
+        assert crops.shape[-2:] == (16, 36), "the image less the range"
+
+
+def test_the_number_of_different_views_is_the_product_over_axes_and_mirrorings():
+    config = ViewsConfig(max_shift=0.25, flip=0.0)
+    assert count_different(config, (5, 8)) == 3 * 5
+    assert count_different(config.model_copy(update={"fill": "valid-crop"}), (5, 8)) == 2 * 3
+    assert count_different(config.model_copy(update={"flip": 1.0}), (5, 8)) == 3 * 5, "all are mirrored"
+    assert count_different(config.model_copy(update={"flip": 0.5}), (5, 8)) == 3 * 5 * 2
+    assert count_different(config.model_copy(update={"subpatch": True}), (5, 8)) is None
+
+
+def test_as_many_views_as_there_are_different_ones_can_be_had_and_no_more():
+    config = ViewsConfig(count=15, max_shift=0.25, flip=0.0)
+    assert sample_views(config, WIDE, (20, 48), 1, generator(0))[0].count == 15
+    with pytest.raises(PhregError, match=r"asks for 16 views.* only 15 different"):
+        sample_views(config.model_copy(update={"count": 16}), WIDE, (20, 48), 1, generator(0))
+
+
+def test_surroundings_reach_as_far_as_the_views_do_on_each_axis():
+    config = ViewsConfig(max_shift=0.25, fill="surroundings")
+    assert surroundings(config, WIDE, (20, 48)) == (1 * 4, 2 * 6)
+    assert surroundings(config.model_copy(update={"fill": "white"}), WIDE, (20, 48)) == (0, 0)
+    subpatch = config.model_copy(update={"subpatch": True})
+    assert surroundings(subpatch, WIDE, (20, 48)) == (2 * 4, 3 * 6), "one patch further"
+    scaled = config.model_copy(update={"scale": 0.2})
+    assert surroundings(scaled, WIDE, (20, 48)) == (3 * 4, 5 * 6), "and a fifth of the side"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("fill", "pixel"), [("white", (1, 1, 1)), ("black", (0, 0, 0)), ("mean", SPEC.mean)])
+def test_what_lies_outside_is_the_colour_asked_for_normalised_in_the_images_precision(fill, pixel, dtype):
+    (group,) = sample_views(ViewsConfig(count=1, max_shift=0.25, fill=fill), WIDE, (20, 48), 2, generator(0))
+    shifted = type(group)(
+        torch.tensor([[[1, -2]]] * 2), group.flips, group.grid, group.window, group.margin, group.fill
+    )
+    view = shifted.apply(torch.full((2, 3, 20, 48), 7.0, dtype=dtype))[:, 0]
+    assert view.dtype == dtype
+    assert (view[:, :, :16, 12:] == 7).all(), "moved up by one patch and right by two"
+    colour = [(p - m) / s for p, m, s in zip(pixel, SPEC.mean, SPEC.std, strict=True)]
+    for outside in (view[:, :, 16:], view[:, :, :, :12]):
+        expected = torch.tensor(colour, dtype=torch.float32).view(3, 1, 1).expand_as(outside)
+        torch.testing.assert_close(outside.float(), expected)
+
+
+@pytest.mark.parametrize(("rows", "cols"), [(0, 2), (2, 0), (0, 0)])
+def test_a_range_of_one_axis_alone_moves_along_that_axis(rows, cols):
+    spec = Spec("timm", "x", (4, 4), 8, 1, 1, (8, 8), True, SPEC.mean, SPEC.std)
+    size = (32 if rows else 8, 32 if cols else 8)  # a fifth of 8 patches is 2, of 2 patches none
+    config = ViewsConfig(count=2 if rows or cols else 1, max_shift=0.2, flip=0.0, fill="replicate")
+    (group,) = sample_views(config, spec, size, 50, generator(0))
+    assert group.margin == (rows, cols)
+    assert tuple(group.offsets.abs().amax((0, 1)).tolist()) == (rows, cols)
+    assert group.apply(torch.zeros(50, 3, *size)).shape[-2:] == size
+
+
+def test_farthest_points_are_all_different_while_there_are_different_ones():
+    offsets = sample_offsets(ViewsConfig(count=9, max_shift=0.5), (0, 0), (2, 2), 20, generator(0))
+    # Of 90 draws all nine places are among the pool but for one time in 4000.
+    assert all(len(own.unique(dim=0)) == 9 for own in offsets)
+
+
+def test_the_second_of_the_farthest_points_lies_in_a_corner_opposite_the_first():
+    offsets = sample_offsets(ViewsConfig(count=10), (-4, -4), (4, 4), 200, generator(0))
+    first, second = offsets[:, 0], offsets[:, 1]
+    # Of 100 draws hardly any nearer one is farther: the most there can be is the distance to a corner.
+    most = (first.abs() + 4).square().sum(1)
+    assert ((second - first).square().sum(1) / most).mean() > 0.85
+
+
+# -- views that are resampled --------------------------------------------------------------------------------
+
+
+def affine(offsets, scale, flip=False, grid=(5, 8), margin=(4, 6), fill="replicate"):
+    """One resampled view of each of two images."""
+    return AffineViews(
+        torch.tensor([[offsets]] * 2, dtype=torch.float32),
+        torch.full((2, 1), scale),
+        torch.full((2, 1), flip),
+        grid,
+        margin,
+        fill,
+    )
+
+
+def ramp(rows, cols):
+    """y + 10 x, on which bilinear resampling is exact."""
+    return torch.arange(float(rows))[:, None] + 10 * torch.arange(float(cols))
+
+
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("scale", [0.8, 1.0, 1.25])
+@pytest.mark.parametrize("offsets", [(0.0, 0.0), (0.5, -1.25), (-1.0, 0.75)])
+def test_a_resampled_view_shows_the_point_that_its_definition_says(offsets, scale, flip):
+    image = ramp(20, 48).expand(2, 3, 20, 48).contiguous()
+    view = affine(offsets, scale, flip).apply(image)[:, 0]
+    assert view.shape == (2, 3, 20, 48)
+    if flip:
+        view = view.flip(-1)
+    # Shown at distance scale * d - shift from the centre is what lies at distance d. Patches are 4x6 pixels.
+    y = (torch.arange(20.0) - 9.5 + 4 * offsets[0]) / scale + 9.5
+    x = (torch.arange(48.0) - 23.5 + 6 * offsets[1]) / scale + 23.5
+    inside = ((y >= 0) & (y <= 19))[:, None] & ((x >= 0) & (x <= 47))
+    assert inside.any()
+    expected = y[:, None] + 10 * x
+    # Values up to 500 in fp32, positions to a few units in the last place.
+    torch.testing.assert_close(view[..., inside], expected[inside].expand(2, 3, -1), atol=5e-3, rtol=1e-4)
+
+
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("scale", [0.8, 1.0, 1.25])
+@pytest.mark.parametrize("offsets", [(0.0, 0.0), (0.5, -1.25), (-1.0, 0.75)])
+def test_undo_reads_a_resampled_view_where_the_cell_is_shown(offsets, scale, flip):
+    tokens = torch.stack([ramp(5, 8), -ramp(5, 8)], -1).expand(2, 1, 5, 8, 2)
+    aligned, seen = affine(offsets, scale, flip).undo(tokens.flip(3) if flip else tokens)
+    row = (torch.arange(5.0) - 2) * scale + 2 - offsets[0]
+    col = (torch.arange(8.0) - 3.5) * scale + 3.5 - offsets[1]
+    expected = row[:, None] + 10 * col
+    assert seen.any()
+    torch.testing.assert_close(
+        aligned[seen],
+        torch.stack([expected, -expected], -1).expand(2, 1, 5, 8, 2)[seen],
+        atol=1e-3,
+        rtol=1e-4,
+    )
+
+
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("offsets", [(0, 0), (1, -2), (-1, 0), (0, 2)])
+def test_resampled_views_of_whole_shifts_are_the_exact_ones(offsets, flip):
+    image = torch.randn(2, 3, 20, 48, generator=torch.Generator().manual_seed(0))
+    exact = Views(
+        torch.tensor([[offsets]] * 2), torch.full((2, 1), flip), (5, 8), (5, 8), (4, 6), (1.0, 2.0, 3.0)
+    )
+    resampled = affine(offsets, 1.0, flip, fill=(1.0, 2.0, 3.0))
+    torch.testing.assert_close(resampled.apply(image), exact.apply(image), atol=1e-4, rtol=1e-4)
+    tokens = torch.randn(2, 1, 5, 8, 3, generator=torch.Generator().manual_seed(1))
+    (one, seen), (other, seen_exactly) = resampled.undo(tokens), exact.undo(tokens)
+    assert torch.equal(seen, seen_exactly)
+    torch.testing.assert_close(one[seen], other[seen], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("offset", "scale", "rows"),
+    [
+        (
+            0.5,
+            1.0,
+            [1, 2],
+        ),  # row 0 lies half above the view, and the view's last row shows half a row of fill
+        (-0.25, 1.0, [1, 2]),  # the view's first row shows some fill, and row 3 is half below the view
+        (0.0, 2.0, [1, 2]),  # of an enlarged view rows 0 and 3 lie outside
+        (0.0, 0.5, [1, 2]),  # the outer cells of a reduced view show fill, and rows 0 and 3 blend them in
+        (0.0, 1.0, [0, 1, 2, 3]),
+    ],
+)
+def test_rows_and_columns_that_blend_in_fill_or_lie_outside_are_unseen(offset, scale, rows):
+    tokens = torch.zeros(2, 1, 4, 4, 1)
+    wanted = torch.zeros(4, dtype=torch.bool)
+    wanted[rows] = True
+    both = torch.ones(4, dtype=torch.bool)
+    across = wanted if scale != 1 else both
+    _, seen = affine((offset, 0.0), scale, grid=(4, 4), margin=(2, 2)).undo(tokens)
+    assert torch.equal(seen[0, 0], wanted[:, None] & across)
+    _, seen = affine((0.0, offset), scale, grid=(4, 4), margin=(2, 2)).undo(tokens)
+    assert torch.equal(seen[0, 0], across[:, None] & wanted)
+
+
+def test_resampled_shifts_and_scales_fill_their_range():
+    config = ViewsConfig(count=6, max_shift=0.25, subpatch=True, scale=0.2)
+    unmoved, group = sample_views(config, WIDE, (20, 48), 500, generator(0))
+    assert unmoved.count == 1
+    assert group.count == 5
+    low, high = group.offsets.amin((0, 1)), group.offsets.amax((0, 1))
+    # 2500 draws come within a hundredth of both ends.
+    torch.testing.assert_close(low, torch.tensor([-1.5, -2.5]), atol=0.02, rtol=0)
+    torch.testing.assert_close(high, torch.tensor([1.5, 2.5]), atol=0.02, rtol=0)
+    assert group.scales.min().item() == pytest.approx(0.8, abs=0.005)
+    assert group.scales.max().item() == pytest.approx(1.2, abs=0.005)
+    assert group.scales.mean().item() == pytest.approx(1.0, abs=0.01)
+
+
+def test_a_share_of_images_and_views_is_that_share():
+    config = ViewsConfig(count=6, max_shift=0.25, subpatch=True, scale=0.2)
+    _, group = sample_views(config, WIDE, (20, 48), 3, generator(0))
+    part = group.part(slice(1, 3), slice(2, 4))
+    assert part.count == 2
+    image = torch.randn(3, 3, 20, 48, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(part.apply(image[1:]), group.apply(image)[1:, 2:4], atol=1e-5, rtol=1e-5)

@@ -248,3 +248,112 @@ def test_one_unit_makes_the_corner_sinks_of_a_real_vit(real_model, real_data):
     assert found.fixed
     assert len(found.triggers[0]) == 4
     assert found.attention[-1] > 0.2
+
+
+# -- measured by hand ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def planted():
+    """A tiny ViT with one planted unit, twenty images, and all that is measured, by hooks of our own."""
+    backbone = adapt(FAMILIES["timm/vit"]())
+    images = faint(backbone, count=20)
+    plant(backbone, 1, 5, images)
+    model, seen = backbone.model, {}
+    hooks = [model.blocks[0].register_forward_pre_hook(lambda _, args: seen.update(entry=args[0]))]
+    for number in (0, 1):
+        mlp = model.blocks[number].mlp
+        hooks += [
+            mlp.fc1.register_forward_hook(lambda _, __, out, n=number: seen.update({f"pre{n}": out})),
+            mlp.fc2.register_forward_pre_hook(lambda _, args, n=number: seen.update({f"hidden{n}": args[0]})),
+        ]
+    for number, block in enumerate(model.blocks):
+        keep = lambda _, args, n=number: seen.update({f"attended{n}": args[0]})  # noqa: E731
+        hooks.append(block.attn.register_forward_pre_hook(keep))
+    model(images)
+    for hook in hooks:
+        hook.remove()
+    return backbone, images, seen, locate(backbone, images.split(8))
+
+
+# The sequence is CLS, then the patches; the planted unit answers to the first of them alone.
+SINK, OTHERS = 1, slice(2, None)
+
+
+def test_level_ordinary_share_and_what_feeds_a_cause_are_those_measured_by_hand(planted):
+    backbone, _, seen, found = planted
+    (cause,) = found.units
+    hidden, pre = seen["hidden1"].detach().double(), seen["pre1"].detach().double()
+    sink, others = hidden[:, SINK], hidden[:, OTHERS].flatten(0, 1)
+    # fp32 against fp64, on values around 10: a few units in the sixth place.
+    assert cause.level == pytest.approx(((sink[:, 5] ** 2).sum() / sink[:, 5].sum()).item(), rel=1e-5)
+    assert cause.ordinary == pytest.approx(others[:, 5].mean().item(), abs=1e-5)
+    excess = sink.mean(0) - others.mean(0)
+    down = backbone.model.blocks[1].mlp.fc2.weight.detach().double()
+    write = down @ excess
+    assert cause.share == pytest.approx((excess[5] * (down[:, 5] @ write) / (write @ write)).item(), rel=1e-5)
+    fed = (sink[:, 5] * pre[:, SINK, 5]).sum() / sink[:, 5].sum()
+    assert cause.fed == pytest.approx((fed.item(),), rel=1e-5)
+    assert (cause.kind, cause.block, found.explained) == (0, 1, 1.0)
+
+
+def test_the_trigger_is_the_mean_of_what_enters_the_blocks_at_the_sinks(planted):
+    _, _, seen, found = planted
+    torch.testing.assert_close(found.triggers[0], seen["entry"][:, SINK].mean(0, keepdim=True).detach())
+
+
+def test_the_share_of_attention_is_that_of_cls_on_the_sinks(planted):
+    backbone, _, seen, found = planted
+    expected = []
+    for number, block in enumerate(backbone.model.blocks):
+        attention = block.attn
+        qkv = attention.qkv(seen[f"attended{number}"]).unflatten(-1, (3, attention.num_heads, -1))
+        queries, keys, _ = qkv.unbind(2)
+        scores = torch.einsum("bhd,bthd->bht", queries[:, 0], keys) / keys.shape[-1] ** 0.5
+        expected.append(scores.softmax(-1)[..., SINK].mean().item())
+    assert found.attention == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_chain_is_excess_times_gradient_on_the_first_images(planted):
+    backbone, images, seen, found = planted
+    traced, read = images[:16], {}
+    blocks = backbone.model.blocks
+    hooks = [
+        blocks[number].mlp.fc2.register_forward_pre_hook(lambda _, args, n=number: read.update({n: args[0]}))
+        for number in (0, 1)
+    ]
+    with torch.enable_grad():
+        backbone.model(traced)
+        (gradient,) = torch.autograd.grad(read[1][:, SINK, 5].sum(), read[0])
+    for hook in hooks:
+        hook.remove()
+    ordinary = seen["hidden0"][:, OTHERS].detach().double().mean((0, 1))
+    excess = read[0][:, SINK].detach().double() - ordinary
+    (cause,) = found.units
+    shares = (excess * gradient[:, SINK].double()).mean(0) / (cause.level - cause.ordinary)
+    expected = {unit: share for unit, share in enumerate(shares.tolist()) if share >= 0.05}
+    assert {unit.index: unit.share for unit in found.chain} == pytest.approx(expected, rel=1e-3)
+    assert all((unit.block, unit.kind, unit.fed) == (0, None, ()) for unit in found.chain)
+    for unit in found.chain:
+        sink = seen["hidden0"][:, SINK, unit.index].detach().double()
+        assert unit.level == pytest.approx(((sink**2).sum() / sink.sum()).item(), rel=1e-4, abs=1e-6)
+        assert unit.ordinary == pytest.approx(ordinary[unit.index].item(), rel=1e-4, abs=1e-6)
+
+
+def test_what_json_holds_of_a_unit_is_all_of_it(planted):
+    _, _, _, found = planted
+    written = found.to_json()
+    (unit,), (cause,) = written["units"], found.units
+    assert unit == {
+        "block": 1,
+        "index": 5,
+        "level": cause.level,
+        "ordinary": cause.ordinary,
+        "share": cause.share,
+        "kind": 0,
+        "fed": list(cause.fed),
+    }
+    assert written["explained"] == 1.0
+    assert written["attention_share"] == list(found.attention)
+    assert [one["index"] for one in written["chain"]] == [one.index for one in found.chain]
+    assert written["triggered_by"] == "position"

@@ -1,0 +1,155 @@
+"""An adapter goes onto the weights that it was made for, and onto no others."""
+
+import copy
+import re
+
+import pytest
+import torch
+from families_timm import FAMILIES
+from safetensors.torch import load_file, save_file
+
+from phreg.backbones.resolve import Base, adapt, weights_sha256
+from phreg.errors import LoadError
+from phreg.formats.adapter import apply_adapter, describe_tower, fit, fits, read_tensors
+from phreg.registers import add_registers
+from phreg.training import checkpoint
+
+IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def base():
+    return FAMILIES["vit"]()
+
+
+@pytest.fixture
+def made(base, tmp_path):
+    """A folder with an adapter of that model, and the patched model it was made from."""
+    return make(base, tmp_path / "adapter")
+
+
+def make(base, folder, revision=None):
+    backbone = adapt(copy.deepcopy(base))
+    before = {name: tensor.clone() for name, tensor in backbone.disk_state().items()}
+    source = Base("the base", backbone.spec.library, revision, weights_sha256(before))
+    tower = describe_tower(backbone)
+    add_registers(backbone, 3)
+    with torch.no_grad():
+        backbone.model.norm.weight.mul_(1.5)
+    checkpoint.save_adapter(folder, backbone, source, before, {}, lambda record: "# card", tower=tower)
+    return folder, backbone
+
+
+def state_of(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def assert_unchanged(model, before):
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+def test_it_turns_its_base_into_the_model_it_was_made_from(base, made):
+    folder, patched = made
+    backbone = adapt(base)
+    assert fits(folder, backbone)
+    apply_adapter(folder, backbone)
+    assert torch.equal(base(IMAGES), patched.model(IMAGES))
+    assert backbone.num_registers == 3
+    assert backbone.adapter == folder
+
+
+@pytest.mark.parametrize(("revision", "said"), [(None, ""), ("abc", " (revision abc)")])
+def test_other_weights_are_refused_with_both_hashes_and_what_to_do(base, tmp_path, revision, said):
+    folder, _ = make(base, tmp_path / "adapter", revision)
+    expected = weights_sha256(adapt(base).disk_state())
+    with torch.no_grad():
+        base.norm.weight[0] += 1
+    before, backbone = state_of(base), adapt(base)
+    assert not fits(folder, backbone)
+    found = weights_sha256(backbone.disk_state())
+    message = (
+        f"sha256 {expected[:12]}…, but .* has {found[:12]}…, .*; load it onto that base{re.escape(said)}$"
+    )
+    with pytest.raises(LoadError, match=message):
+        apply_adapter(folder, backbone)
+    assert_unchanged(base, before)
+
+
+@pytest.mark.parametrize("precision", ["float32", "float16", "bfloat16"])
+def test_a_tower_is_known_again_in_each_precision_but_not_with_other_weights(base, precision):
+    record = {"class": "Another", "base": {"sha256": ""}}
+    tower = describe_tower(adapt(base))
+    record["tower"] = {"prefix": tower.prefix, "sha256": tower.sha256}
+    cast = copy.deepcopy(base).to(getattr(torch, precision))
+    assert fit(record, adapt(cast)) == "tower"
+    with torch.no_grad():
+        cast.blocks[0].mlp.fc1.bias[0] += 1
+    assert fit(record, adapt(cast)) is None
+
+
+def test_the_whole_base_is_known_by_its_hash_whatever_its_tower_says(base):
+    sha256 = weights_sha256(adapt(base).disk_state())
+    record = {"class": type(base).__name__, "base": {"sha256": sha256}}
+    assert fit(record, adapt(base)) == "whole"
+    assert fit(record | {"tower": None}, adapt(base)) == "whole"
+    assert fit(record | {"class": "Another"}, adapt(base)) == "whole", (
+        "without a tower only the hash can tell"
+    )
+    assert fit(record | {"base": {"sha256": sha256[::-1]}}, adapt(base)) is None
+
+
+@pytest.mark.parametrize("wrong", ["missing", "shape", "type", "unknown"])
+def test_tensors_that_do_not_fit_leave_the_base_as_it_was(base, made, wrong):
+    folder, _ = made
+    file = folder / "adapter.safetensors"
+    tensors = load_file(file)
+    match wrong:
+        case "missing":
+            del tensors["reg_token"]
+        case "shape":
+            tensors["norm.weight"] = torch.ones(7)
+        case "type":
+            tensors["norm.weight"] = tensors["norm.weight"].double()
+        case "unknown":
+            tensors["norm.wait"] = torch.ones(32)
+    save_file(tensors, file)
+    before, output = state_of(base), base(IMAGES)
+    backbone = adapt(base)
+    with pytest.raises(LoadError):
+        apply_adapter(folder, backbone)
+    assert backbone.num_registers == 0
+    assert_unchanged(base, before)
+    assert torch.equal(base(IMAGES), output)
+
+
+def test_a_file_that_is_not_there_says_which_pickles_are_in_its_place(tmp_path):
+    with pytest.raises(LoadError, match=r"adapter\.safetensors, which is not there; fetch"):
+        read_tensors(tmp_path / "adapter.safetensors")
+    for name in ("b.pt", "a.bin", "c.pth", "d.pkl", "e.ckpt", "readme.md"):
+        (tmp_path / name).touch()
+    with pytest.raises(
+        LoadError, match=r"not there, only a\.bin, b\.pt, c\.pth, d\.pkl, e\.ckpt; a pickle may"
+    ):
+        read_tensors(tmp_path / "adapter.safetensors")
+
+
+def test_values_that_are_not_finite_are_refused_naming_three_of_the_tensors(tmp_path):
+    file = tmp_path / "adapter.safetensors"
+    tensors = {name: torch.ones(2) for name in "abcdef"}
+    save_file(tensors, file)
+    assert read_tensors(file).keys() == tensors.keys()
+    for name in "bcde":
+        tensors[name] = torch.tensor([1.0, float("inf")])
+    save_file(tensors, file)
+    with pytest.raises(LoadError, match=r"holds NaN or infinite values in \['b', 'c', 'd'\]; fetch"):
+        read_tensors(file)
+
+
+def test_a_file_that_is_cut_short_is_refused(tmp_path):
+    file = tmp_path / "adapter.safetensors"
+    save_file({"a": torch.ones(100)}, file)
+    file.write_bytes(file.read_bytes()[:-8])
+    with pytest.raises(LoadError, match=r"cannot read .*adapter\.safetensors as safetensors"):
+        read_tensors(file)

@@ -1,0 +1,110 @@
+"""Registers start as asked, go in once, and come out again without a trace."""
+
+import pytest
+import torch
+from families_timm import FAMILIES
+
+import phreg
+from phreg.backbones.resolve import adapt
+from phreg.errors import PhregError
+from phreg.registers import add_registers, initial_registers, remove_registers
+from phreg.sinks import test_time
+
+IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(("init", "std"), [("randn", 1 / 16), ("trunc-normal", 0.02)])
+def test_registers_are_drawn_around_zero_with_the_spread_of_their_kind(init, std):
+    tokens = initial_registers(100, 256, init)
+    # The mean of 25 600 draws has a spread of std / 160, and their spread one of std / 226; five times that.
+    assert tokens.mean().item() == pytest.approx(0, abs=5 * std / 160)
+    assert tokens.std().item() == pytest.approx(std, abs=5 * std / 226)
+
+
+def test_registers_can_start_at_zero():
+    assert torch.equal(initial_registers(3, 8, "zeros"), torch.zeros(3, 8))
+
+
+@pytest.mark.parametrize("init", ["randn", "trunc-normal"])
+def test_the_draw_is_the_seeds_alone_and_touches_no_global_state(init):
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    first = initial_registers(3, 8, init, seed=5)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(2)
+    assert torch.equal(initial_registers(3, 8, init, seed=5), first)
+    assert not torch.equal(initial_registers(3, 8, init, seed=6), first)
+
+
+def test_randn_of_seed_0_is_what_is_drawn_where_nothing_is_said():
+    expected = initial_registers(3, 32, "randn", 0)
+    assert torch.equal(initial_registers(3, 32), expected)
+    assert torch.equal(adapt(phreg.add_registers(FAMILIES["vit"](), 3)).registers.detach()[0], expected)
+
+
+def test_registers_start_as_asked_in_the_model():
+    backbone = adapt(add_registers(FAMILIES["vit"](), 2, "zeros"))
+    assert backbone.num_registers == 2
+    assert not backbone.registers.any()
+    other = adapt(add_registers(FAMILIES["vit"](), 2, "randn", 7))
+    assert torch.equal(other.registers.detach()[0], initial_registers(2, 32, "randn", 7))
+
+
+def test_0_registers_change_nothing():
+    model = FAMILIES["vit"]()
+    before = model(IMAGES)
+    assert add_registers(model, 0) is model
+    assert adapt(model).num_registers == 0
+    assert torch.equal(model(IMAGES), before)
+
+
+@pytest.mark.parametrize("count", [-1, -4])
+def test_a_negative_count_is_refused(count):
+    with pytest.raises(PhregError, match=f"asked for {count} registers; use 0 or more"):
+        add_registers(FAMILIES["vit"](), count)
+
+
+def test_registers_go_in_once():
+    model = add_registers(FAMILIES["vit"](), 2)
+    with pytest.raises(PhregError, match=r"which has 2 from phreg; call phreg\.remove_registers"):
+        add_registers(model, 1)
+    assert adapt(model).num_registers == 2
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_removing_registers_undoes_adding_them_to_the_bit(wrapped):
+    model = FAMILIES["vit"]()
+    before, state = model(IMAGES), {name: value.clone() for name, value in model.state_dict().items()}
+    given = adapt(model) if wrapped else model
+    assert add_registers(given, 3) is given
+    assert not torch.equal(model(IMAGES), before)
+    assert remove_registers(given) is given
+    assert torch.equal(model(IMAGES), before)
+    after = model.state_dict()
+    assert after.keys() == state.keys()
+    assert all(torch.equal(after[name], state[name]) for name in state)
+
+
+def test_removing_registers_from_a_model_without_leaves_it_as_it_is():
+    model = FAMILIES["vit"]()
+    before = model(IMAGES)
+    assert remove_registers(model) is model
+    assert torch.equal(model(IMAGES), before)
+
+
+def test_test_time_registers_go_with_all_their_hooks():
+    model = FAMILIES["vit"]()
+    before, hooks = model(IMAGES), hooks_of(model)
+    test_time.install(adapt(model), {1: [(5, 1)]}, 2, (32, 32))
+    assert not torch.equal(model(IMAGES), before)
+    remove_registers(model)
+    assert torch.equal(model(IMAGES), before)
+    assert hooks_of(model) == hooks
+
+
+def hooks_of(model):
+    """The number of each module's hooks before its forward."""
+    return [
+        (len(module._forward_pre_hooks), len(module._forward_pre_hooks_with_kwargs))
+        for module in model.modules()
+    ]
