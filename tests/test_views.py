@@ -406,3 +406,13 @@ def test_a_share_of_images_and_views_is_that_share():
     assert part.count == 2
     image = torch.randn(3, 3, 20, 48, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(part.apply(image[1:]), group.apply(image)[1:, 2:4], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("changes", [{"fill": "valid-crop"}, {"subpatch": True}, {"scale": 0.2}], ids=str)
+def test_as_many_views_are_made_as_are_asked_for_whatever_their_kind(count, changes):
+    config = ViewsConfig(count=count, max_shift=0.25, **changes)
+    groups = sample_views(config, WIDE, (20, 48), 2, generator(0))
+    assert [group.count for group in groups] == ([1, count - 1] if count > 1 else [1])
+    image = torch.zeros(2, 3, 20, 48)
+    assert [group.apply(image).shape[1] for group in groups] == [group.count for group in groups]

@@ -65,7 +65,7 @@ def test_other_weights_are_refused_with_both_hashes_and_what_to_do(base, tmp_pat
     folder, _ = make(base, tmp_path / "adapter", revision)
     expected = weights_sha256(adapt(base).disk_state())
     with torch.no_grad():
-        base.norm.weight[0] += 1
+        base.blocks[0].mlp.fc1.bias[0] += 1
     before, backbone = state_of(base), adapt(base)
     assert not fits(folder, backbone)
     found = weights_sha256(backbone.disk_state())

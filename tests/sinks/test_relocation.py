@@ -163,20 +163,20 @@ def test_the_gradient_has_the_values_computed_by_hand(patched):
     known = sinks((1, 5, 10.0))
     known = replace(known, units=(replace(known.units[0], fed=(2.0, -4.0)),))
     hidden = torch.zeros(2, 19, 1)
-    hidden[:, 1:3], hidden[0, 3] = (
-        5.0,
-        10.0,
-    )  # both registers at half the level, one patch of two images at it
+    # One register at half the level, one beyond it by a fifth; one patch of two images at the level.
+    hidden[:, 1], hidden[:, 2], hidden[0, 3] = 5.0, 12.0, 10.0
     hidden.requires_grad_()
     fed = torch.ones(2, 19, 1, 2, requires_grad=True)
     loss = Relocation(patched, known).loss({1: Reading(hidden, fed)}, IMAGES[:2])
-    assert loss.item() == pytest.approx(0.5**2 + 1 / 2)
+    assert loss.item() == pytest.approx((0.5**2 + 0.2**2) / 2 + 1 / 2)
     by_hidden, by_fed = torch.autograd.grad(loss, (hidden, fed))
     # d/dh of max(h, 0) / A, a mean over two images; the registers' h is taken through what feeds it.
     assert by_hidden[0, 3].item() == pytest.approx(1 / 10 / 2)
     assert not by_hidden[:, :3].any()
     # 2 (h / A - 1), a mean over two registers and two images, times 1 over what feeds the unit at its level.
-    assert by_fed[:, 1:3, 0].tolist() == [[pytest.approx([2 * -0.5 / 4 / 2.0, 2 * -0.5 / 4 / -4.0])] * 2] * 2
+    for register, error in ((1, -0.5), (2, 0.2)):
+        expected = [pytest.approx([2 * error / 4 / 2.0, 2 * error / 4 / -4.0])] * 2
+        assert by_fed[:, register, 0].tolist() == expected
     assert not by_fed[:, [0, *range(3, 19)]].any()
 
 
