@@ -12,6 +12,7 @@ from phreg.backbones.resolve import Base, adapt, weights_sha256
 from phreg.errors import LoadError
 from phreg.formats.adapter import apply_adapter, describe_tower, fit, fits, read_tensors
 from phreg.registers import add_registers
+from phreg.sinks import test_time
 from phreg.training import checkpoint
 
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -28,15 +29,17 @@ def made(base, tmp_path):
     return make(base, tmp_path / "adapter")
 
 
-def make(base, folder, revision=None):
+def make(base, folder, revision=None, size=(32, 32), **record):
     backbone = adapt(copy.deepcopy(base))
     before = {name: tensor.clone() for name, tensor in backbone.disk_state().items()}
     source = Base("the base", backbone.spec.library, revision, weights_sha256(before))
     tower = describe_tower(backbone)
+    if size != (32, 32):
+        backbone.set_input_size(size)
     add_registers(backbone, 3)
     with torch.no_grad():
         backbone.model.norm.weight.mul_(1.5)
-    checkpoint.save_adapter(folder, backbone, source, before, {}, lambda record: "# card", tower=tower)
+    checkpoint.save_adapter(folder, backbone, source, before, record, lambda _: "# card", tower=tower)
     return folder, backbone
 
 
@@ -98,6 +101,34 @@ def test_the_whole_base_is_known_by_its_hash_whatever_its_tower_says(base):
         "without a tower only the hash can tell"
     )
     assert fit(record | {"base": {"sha256": sha256[::-1]}}, adapt(base)) is None
+
+
+def test_test_time_registers_come_back_with_the_units_that_they_move(base, tmp_path):
+    units = {1: [(5, 1), (9, -1)]}
+    folder, _ = make(base, tmp_path / "adapter", test_time=units, test_time_size=(32, 32))
+    backbone = adapt(base)
+    apply_adapter(folder, backbone)
+    assert test_time.installed(backbone) == units
+    assert test_time.calibrated_size(backbone) == (32, 32)
+
+
+def test_a_position_embedding_of_another_size_comes_with_its_adapter(base, tmp_path):
+    folder, patched = make(base, tmp_path / "adapter", size=(48, 48))
+    apply_adapter(folder, adapt(base))
+    images = torch.randn(2, 3, 48, 48, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(base(images), patched.model(images))
+
+
+def test_a_refused_adapter_of_another_size_leaves_the_size_and_the_weights(base, tmp_path):
+    folder, _ = make(base, tmp_path / "adapter", size=(48, 48))
+    tensors = load_file(folder / "adapter.safetensors")
+    save_file(tensors | {"norm.weight": torch.ones(7)}, folder / "adapter.safetensors")
+    before, output, backbone = state_of(base), base(IMAGES), adapt(base)
+    with pytest.raises(LoadError):
+        apply_adapter(folder, backbone)
+    assert backbone.spec.input_size == (32, 32)
+    assert_unchanged(base, before)
+    assert torch.equal(base(IMAGES), output)
 
 
 @pytest.mark.parametrize("wrong", ["missing", "shape", "type", "unknown"])
