@@ -76,14 +76,14 @@ def _other_base(folder: Path, base: Mapping[str, Any], backbone: Backbone) -> st
     packed = packed_types(backbone.model)
     if packed:
         return (
-            f"{made}, and the weights of {backbone.describe()} are quantised ({', '.join(packed)}), which hides "
-            "whether they are the same; load the adapter onto the base in fp32, fp16 or bf16, and quantise it "
-            "then"
+            f"{made}, and the weights of {backbone.describe()} are quantised ({', '.join(packed)}), which "
+            "hides whether they are the same; load the adapter onto the base in fp32, fp16 or bf16, and "
+            "quantise it then"
         )
     return (
         f"{made} with weights sha256 {base['sha256'][:12]}…, but {backbone.describe()} has "
-        f"{weights_sha256(backbone.disk_state())[:12]}…, and neither is its vision tower the same; load it onto "
-        "that base" + (f" (revision {base['revision']})" if base["revision"] else "")
+        f"{weights_sha256(backbone.disk_state())[:12]}…, and neither is its vision tower the same; load it "
+        "onto that base" + (f" (revision {base['revision']})" if base["revision"] else "")
     )
 
 

@@ -112,8 +112,8 @@ def attach(
         assert mlp is not None  # checked above
         down = next(name for name, module in block.named_modules() if module is mlp.down)
         # The first of them knows the size, so that it is warned of once.
-        first = size is not None and index == min(checked)
-        watch = Watch(down, *(((size[0], size[1]), tokens) if first else (None, None)))
+        known = (size[0], size[1]) if size is not None and index == min(checked) else None
+        watch = Watch(down, known, tokens if known else None)
         block.register_forward_pre_hook(watch, with_kwargs=True)
         move = MoveUnits(
             [unit for unit, _ in chosen], [sign for _, sign in chosen], prefix, backbone.num_registers

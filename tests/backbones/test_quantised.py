@@ -35,7 +35,7 @@ class Packed(nn.Linear):
 
 
 def pack(model, bits, spare=("patch_embedding",)):
-    """Packs linear layers; Siglip2 itself asks its patch embedding, a linear layer, for the type of its input."""
+    """Packs linear layers; Siglip2 asks its patch embedding, a linear layer, for the type of its input."""
     for module in model.modules():
         for name, child in module.named_children():
             if type(child) is nn.Linear and name not in spare:

@@ -23,6 +23,8 @@ from phreg.registers import add_registers
 from phreg.teacher import Teacher
 from phreg.training.checkpoint import RunFolder
 from phreg.training.loop import start_accelerator, train
+from phreg.training.losses import distillation_terms
+from phreg.training.task import RetrofitTask
 
 COUNT = 4
 LR, DECAY, STEPS = 0.5, 0.1, 3
@@ -66,7 +68,8 @@ def distilled(tiny, pictures, tmp_path):
         teacher = Teacher(adapt(tiny()).requires_grad_(False), config.views, config.target)
         images = Crops(open_images(pictures[1]), 32, config.seed, "random")
         accelerator = start_accelerator(config, run)
-        outcome = train(student, teacher, images, config, run, accelerator, observe)
+        task = RetrofitTask(student, teacher, distillation_terms(config.loss), config.target)
+        outcome = train(task, images, config, run, accelerator, observe)
         return student, outcome, [json.loads(line) for line in run.log.read_text().splitlines()]
 
     return build
