@@ -160,7 +160,9 @@ def distill(
         column=early.data.image_column,
         max_megapixels=early.data.max_megapixels,
     )
-    student, base = open_model(model if isinstance(model, nn.Module) else early.model or "", early.revision)
+    student, base = open_model(
+        model if isinstance(model, nn.Module) else early.model or "", early.revision, early.mean, early.std
+    )
     if student.num_registers:
         raise PhregError(
             f"{early.model} has {student.num_registers} registers from phreg already; "
@@ -233,6 +235,7 @@ def _distill(
     before.restore_precision(original)
     if accelerator.is_main_process:
         save(run, student, original, base, config, outcome, sinks, comparison)
+    student.note_normalisation()
     accelerator.wait_for_everyone()
     accelerator.end_training()
     before.restore_settings()
@@ -285,7 +288,10 @@ def load(
 
     Raises:
         LoadError: phreg did not write it, its base cannot be found, or its weights or its base's are others.
+        PhregError: There is no such device.
     """
+    if device is not None:
+        device = _usable(device, holding=True)
     found = resolve.locate(path, revision)
     with rollback_on_error(into) if into is not None else nullcontext():
         if into is None:
@@ -298,7 +304,13 @@ def load(
 
 
 def export(
-    model: Model, path: str | os.PathLike[str], format: str, *, revision: str | None = None
+    model: Model,
+    path: str | os.PathLike[str],
+    format: str,
+    *,
+    revision: str | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
 ) -> list[Equality]:
     """Writes a patched model as a folder that its format's own library loads, and checks that it does.
 
@@ -310,6 +322,9 @@ def export(
             the code to load it); `onnx`; `merged` (for `load` without the base) or `adapter` (for `load` with
             it). See phreg/formats/export/README.md.
         revision: Hub commit, branch or tag of the adapter.
+        mean: Mean that images are normalised with, RGB on a scale of 0 to 1, to be written into the folder;
+            None means as the model or its record says.
+        std: Standard deviation, likewise.
 
     Returns:
         How equal the written model is at its own size and at others, as measured on loading it back.
@@ -320,7 +335,7 @@ def export(
     record: dict[str, Any] = {}
     if not isinstance(model, nn.Module) and os.fspath(model) != "demo":
         record = record_of(resolve.locate(model, revision)) or {}
-    backbone, base = open_model(model, revision)
+    backbone, base = open_model(model, revision, mean, std)
     if record:  # an instance keeps the read-out that it has
         set_readout(backbone, backbone.trained_readout)
     # An adapter's own record tells of the run already.
@@ -406,7 +421,13 @@ def push(
 
 
 def denoise(
-    model: nn.Module, images: Float[Tensor, "batch 3 height width"], *, seed: int = 0, **views: Any
+    model: nn.Module,
+    images: Float[Tensor, "batch 3 height width"],
+    *,
+    seed: int = 0,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    **views: Any,
 ) -> Float[Tensor, "batch rows cols dim"]:
     """Reads a model's patch features averaged over moved views: the teacher alone, without any training.
 
@@ -415,12 +436,16 @@ def denoise(
             trained.
         images: Normalised images on the model's device, sides a multiple of the patch size.
         seed: Seed of the views.
+        mean: Mean that the images were normalised with, RGB on a scale of 0 to 1, by which views are filled
+            with the right colour; None means as the model or its image processor says.
+        std: Standard deviation, likewise.
         views: Settings of `ViewsConfig`, such as `count=10`.
 
     Returns:
         Features after the final norm, in fp32.
     """
     backbone = adapt(model)
+    resolve.settle_normalisation(backbone, mean, std)
     images = _checked(backbone, images)
     with read_as(backbone):
         return Teacher(backbone, _views(views))(images, keyed_generator("views", seed)).patches
@@ -480,6 +505,8 @@ def inspect(
     count: int = 64,
     labels: Images | None = None,
     queries: Sequence[str] = (),
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
     device: str | None = None,
     observe: Progress | None = None,
 ) -> InspectionReport:
@@ -496,6 +523,9 @@ def inspect(
         labels: Labelled images, in any layout of the task `classification` (a folder a class), to ask what
             single tokens know of an image's class; None leaves that out.
         queries: Texts whose likeness to each patch is mapped, for models with a text tower.
+        mean: Mean to normalise images with, RGB on a scale of 0 to 1, for all models; None means as each or
+            its image processor says.
+        std: Standard deviation to normalise them with, likewise.
         device: Where to run; None means a GPU where there is one, and for an instance, where it is.
         observe: Told of progress: what is done, how much of it, and how much there is.
 
@@ -514,14 +544,24 @@ def inspect(
     for other in against:  # now, so that a typo costs no look at the first
         if not isinstance(other, nn.Module) and os.fspath(other) != "demo":
             resolve.locate(other)
+
     looks = [
-        _look(name, given, images, size, count, labels, queries, device, observe or (lambda *_: None))
+        _look(
+            name, given, images, size, count, labels, queries, mean, std, device, observe or (lambda *_: None)
+        )
         for name, given in _short(_named([model, *against])).items()
     ]
     inspection = InspectionReport.of(replace(looks[0], against=tuple(looks[1:])))
     if output is not None:
         shown = {"images": images if isinstance(images, str | os.PathLike) else "given as a tensor"}
-        shown |= {"size": size, "count": count, "labels": labels, "queries": ", ".join(queries) or None}
+        shown |= {
+            "size": size,
+            "mean": mean,
+            "std": std,
+            "count": count,
+            "labels": labels,
+            "queries": ", ".join(queries) or None,
+        }
         write_inspection(Path(output), inspection, Origin.of("inspect", shown))
     return inspection
 
@@ -536,6 +576,8 @@ def evaluate(
     seed: int = 0,
     protocol: str | None = None,
     gate: float | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
     device: str | None = None,
     precision: Literal["fp32", "bf16"] = "fp32",
     batch_size: int = 16,
@@ -561,6 +603,9 @@ def evaluate(
         protocol: A named set of the task's settings.
         gate: Largest drop behind the baseline's figures, as a fraction, e.g. 0.01: of the headline, and in
             classification of every top-1.
+        mean: Mean to normalise images with, RGB on a scale of 0 to 1, for all models; None means as each or
+            its image processor says.
+        std: Standard deviation to normalise them with, likewise.
         device: Where to run; None means a GPU where there is one.
         precision: Of the models' forwards.
         batch_size: Pictures per forward.
@@ -617,7 +662,10 @@ def evaluate(
         )
         with unchanged(*(model for model in named.values() if isinstance(model, nn.Module))):
             results = compare_models(
-                suite, list(_named(models)), against, lambda name: open_model(named[name])[0]
+                suite,
+                list(_named(models)),
+                against,
+                lambda name: open_model(named[name], mean=mean, std=std)[0],
             )
         if found:
             with writing(folder / MAPS, ADVICE):
@@ -665,16 +713,18 @@ def _check_folder(folder: Path) -> None:
         )
 
 
-def _usable(device: str | None) -> torch.device:
-    """Finds the device to run on; None means a GPU where there is one."""
+def _usable(device: str | torch.device | None, *, holding: bool = False) -> torch.device:
+    """Finds the device to run on, or only to hold weights on; None means a GPU where there is one."""
     name = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         place = torch.device(name)
-        torch.zeros(1, device=place).item()
+        held = torch.zeros(1, device=place)
+        if not holding:
+            held.item()
     except (RuntimeError, AssertionError) as error:  # the latter where torch is built without it
         reason = str(error).partition("\n")[0]
         raise PhregError(
-            f"asked to run on device {name!r}, which cannot be used here: {reason}; leave --device out, or "
+            f"asked to run on device '{name}', which cannot be used here: {reason}; leave --device out, or "
             "give cpu, cuda, cuda:1 or mps, whichever there is"
         ) from error
     return place
@@ -704,11 +754,13 @@ def _look(
     count: int,
     labels: Images | None,
     queries: Sequence[str],
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
     device: str | None,
     observe: Progress,
 ) -> Inspection:
     """Looks at one of the models that `inspect` was asked about."""
-    backbone = open_model(model)[0]
+    backbone = open_model(model, mean=mean, std=std)[0]
     with unchanged(*([backbone] if isinstance(model, nn.Module) else [])):
         if device is not None or not isinstance(model, nn.Module):
             backbone.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))

@@ -156,6 +156,8 @@ def inspect(
     count: int = 64,
     labels: Annotated[str | None, _unset("PATH")] = None,
     queries: Annotated[tuple[str, ...], _unset("TEXT…")] = (),
+    mean: Annotated[tuple[float, float, float] | None, _unset("R G B")] = None,
+    std: Annotated[tuple[float, float, float] | None, _unset("R G B")] = None,
     device: Annotated[str | None, _unset("DEVICE")] = None,
 ) -> None:
     """Look for artifacts: how many, where, what causes them, what they hold; in one report.
@@ -170,6 +172,9 @@ def inspect(
         count: Images to look at.
         labels: Labelled images, such as a folder of class folders, to ask what single tokens know of a class.
         queries: Texts to map over the images shown, for models with a text tower.
+        mean: Mean to normalise images with, on a scale of 0 to 1; unset means as each model or its image
+            processor says.
+        std: Standard deviation to normalise images with, likewise.
         device: Where to run; unset means a GPU where there is one.
     """
     from phreg import api
@@ -178,7 +183,7 @@ def inspect(
     with Doing() as doing:
         inspection = api.inspect(
             model, images, against=against, output=output, size=size, count=count, labels=labels,
-            queries=queries, device=device, observe=doing,
+            queries=queries, mean=mean, std=std, device=device, observe=doing,
         )  # fmt: skip
     for found in inspection.models:
         table = Table(
@@ -242,6 +247,8 @@ def evaluate(
     protocol: Annotated[str | None, _unset("NAME")] = None,
     set: UseAppendAction[Annotated[tuple[tuple[str, ...], ...], arg(metavar="KEY=VALUE…")]] = (),
     gate: Annotated[float | None, _unset("DROP")] = None,
+    mean: Annotated[tuple[float, float, float] | None, _unset("R G B")] = None,
+    std: Annotated[tuple[float, float, float] | None, _unset("R G B")] = None,
     device: Annotated[str | None, _unset("DEVICE")] = None,
     precision: Literal["fp32", "bf16"] = "fp32",
     batch_size: int = 16,
@@ -265,6 +272,9 @@ def evaluate(
         set: Settings of the task, such as `neighbours=10 reading.size=448`; `phreg tasks TASK` lists them.
         gate: Exit with status 3 where a figure drops by more than this behind the baseline's, e.g. 0.01: the
             first figure, and in classification every top-1.
+        mean: Mean to normalise images with, on a scale of 0 to 1; unset means as each model or its image
+            processor says.
+        std: Standard deviation to normalise images with, likewise.
         device: Where to run; unset means a GPU where there is one.
         precision: Of the models' forwards.
         batch_size: Pictures per forward.
@@ -278,8 +288,9 @@ def evaluate(
         with Doing() as doing:
             results = api.evaluate(
                 *models, task=task, data=data, output=output, baseline=baseline, seeds=seeds, seed=seed,
-                protocol=protocol, gate=gate, device=device, precision=precision, batch_size=batch_size,
-                cache=cache, cache_limit=cache_limit, observe=doing, **_assignments([*chain(*set)]),
+                protocol=protocol, gate=gate, mean=mean, std=std, device=device, precision=precision,
+                batch_size=batch_size, cache=cache, cache_limit=cache_limit, observe=doing,
+                **_assignments([*chain(*set)]),
             )  # fmt: skip
     except GateError as failed:
         _show_results(failed.results, output)

@@ -248,6 +248,11 @@ class DistillConfig(Config):
     size: Size | None = None
     """Size of the images in pixels: one number for a square, or height and width; unset means the model's
     own."""
+    mean: tuple[float, float, float] | None = None
+    """Mean that images are normalised with, RGB on a scale of 0 to 1; unset means as the model or its image
+    processor says, or else as is usual for its kind, with a warning."""
+    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] | None = None
+    """Standard deviation that images are normalised with, RGB on a scale of 0 to 1; unset likewise."""
     seed: int = 0
     """Seed of registers, order, crops and views."""
     checkpoint_every: PositiveInt = 500

@@ -12,6 +12,7 @@ from phreg.analysis.inspection import Inspection
 from phreg.backbones.readout import read_as
 from phreg.backbones.resolve import adapt
 from phreg.errors import DataError, LoadError, PhregError
+from phreg.formats.load import open_model
 from phreg.training.task import RetrofitTask
 
 QUICK = {
@@ -268,6 +269,95 @@ def test_unreadable_images_are_left_out_of_an_inspection_not_replaced(tiny, phot
         (photos / f"broken-{number}.png").write_text("not an image")
     with pytest.raises(PhregError, match="too many unreadable images"):
         phreg.inspect(tiny(), photos, count=100)
+
+
+DINO = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+
+
+def vit():
+    """A ViT of transformers that does not say how its images are normalised."""
+    from families import FAMILIES
+
+    return FAMILIES["transformers/vit"]()
+
+
+def test_a_model_distilled_with_a_normalisation_keeps_it_wherever_it_goes(photos, tmp_path, caplog):
+    from transformers import AutoImageProcessor
+
+    run = tmp_path / "run"
+    done = api.distill(vit(), photos, run, steps=1, **QUICK, **DINO)
+    done.model.save_pretrained(tmp_path / "saved")
+    loaded = phreg.load(run, into=vit())
+    for number, model in enumerate((done.model, loaded)):
+        phreg.export(model, tmp_path / f"remote {number}", "remote-code")
+        processor = AutoImageProcessor.from_pretrained(tmp_path / f"remote {number}")
+        assert (tuple(processor.image_mean), tuple(processor.image_std)) == tuple(DINO.values())
+    phreg.export(loaded, tmp_path / "merged", "merged")
+    for path in (tmp_path / "remote 0", tmp_path / "merged", tmp_path / "saved"):
+        spec = open_model(path)[0].spec
+        assert (spec.mean, spec.std) == tuple(DINO.values())
+    assert "assumed" not in caplog.text
+    record = json.loads((run / "model" / "phreg.json").read_text())
+    assert (record["mean"], record["std"]) == (list(DINO["mean"]), list(DINO["std"]))
+
+
+def test_every_verb_says_what_it_assumes_and_takes_the_normalisation(photos, tmp_path, caplog):
+    for number, picture in enumerate(sorted(photos.iterdir())):
+        place = tmp_path / "classes" / "ab"[number % 2]
+        place.mkdir(parents=True, exist_ok=True)
+        (place / picture.name).write_bytes(picture.read_bytes())
+    pixels, given = {}, {"timm-like": DINO, "assumed": {}}
+    for name, settings in given.items():
+        caplog.clear()
+        model = vit()
+        found = phreg.inspect(model, photos, count=2, **settings)
+        pixels[name] = found.survey.shown[0].image
+        asked = {"task": "classification", "data": tmp_path / "classes", "methods": ["knn"], "neighbours": 2}
+        phreg.evaluate(vit(), **asked, **settings)
+        phreg.denoise(vit(), images(), count=2, **settings)
+        phreg.export(phreg.add_registers(vit(), 2), tmp_path / name, "remote-code", **settings)
+        assert caplog.text.count("which are usual for vit") == (0 if settings else 4)
+    mean, std = (torch.tensor(DINO[part]).view(3, 1, 1) for part in ("mean", "std"))
+    levels = pixels["assumed"] * 0.5 + 0.5
+    torch.testing.assert_close(pixels["timm-like"], (levels - mean) / std, rtol=1e-5, atol=1e-5)
+
+
+def test_views_are_filled_with_white_by_the_normalisation_that_is_given(tiny):
+    model = tiny()
+    seen = []
+    handle = model.patch_embed.register_forward_pre_hook(lambda _module, args: seen.append(args[0]))
+    phreg.denoise(model, images(), count=8, max_shift=0.25, mean=(0.2, 0.4, 0.6), std=(0.1, 0.2, 0.4))
+    handle.remove()
+    white = torch.tensor([8.0, 3.0, 1.0])
+    corners = torch.cat([shown[:, :, row, col] for shown in seen for row in (0, -1) for col in (0, -1)])
+    assert any(torch.allclose(corner, white) for corner in corners)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"mean": (0.5, 0.5)}, {"std": (0.5, 0.5, 0.0)}, {"mean": (0.5, 0.5, float("inf"))}],
+    ids=str,
+)
+def test_a_normalisation_is_three_numbers(wrong, tiny):
+    with pytest.raises(PhregError, match="give three numbers, for red, green and blue"):
+        phreg.inspect(tiny(), images(), **wrong)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("device", ["cuda", "mps", torch.device("cuda:3"), "nonsense"], ids=str)
+def test_a_device_that_is_not_there_is_said_by_every_verb_before_anything_is_opened(device, tmp_path):
+    (tmp_path / "photos").mkdir()
+    verbs = [
+        lambda: phreg.load(tmp_path / "nothing", device=device),
+        lambda: phreg.inspect("no/model", tmp_path / "photos", device=str(device)),
+        lambda: phreg.distill("no/model", tmp_path / "photos", tmp_path / "run", device=str(device)),
+        lambda: phreg.evaluate(
+            "no/model", task="classification", data=tmp_path / "photos", device=str(device)
+        ),
+    ]
+    for verb in verbs:
+        with pytest.raises(PhregError, match=f"asked to run on device '{device}', which cannot be used here"):
+            verb()
 
 
 def oblong_vit():

@@ -16,7 +16,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol, cast, runtime_checkable
@@ -30,6 +30,12 @@ from phreg.tokens import TokenLayout
 
 Library = Literal["transformers", "timm", "open_clip"]
 Readout = Literal["plain", "naclip", "value-only", "clearclip", "sclip"]
+
+Triple = tuple[float, float, float]
+"""A number for each of red, green and blue."""
+
+NORMALISATION = "_phreg_normalisation"
+"""Attribute of a model that holds mean and standard deviation of its input, where phreg was told them."""
 
 READOUT, TRAINED_READOUT = "phreg_readout", "phreg_trained_readout"
 """Attributes of a model that say how its last block is read, and how it was when phreg trained it."""
@@ -73,8 +79,8 @@ class Spec:
     num_prefix: int
     input_size: tuple[int, int]
     any_size: bool
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    mean: Triple
+    std: Triple
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -177,12 +183,18 @@ class Backbone(nn.Module, ABC):
     Args:
         model: The user's model, of its ordinary class; patched in place, never copied.
         spec: What was found out about it.
+        assumed: What its normalisation was taken from, if neither the model nor its files say; None where
+            they do.
     """
 
-    def __init__(self, model: nn.Module, spec: Spec) -> None:
+    def __init__(self, model: nn.Module, spec: Spec, assumed: str | None = None) -> None:
         super().__init__()
         self.model = model
         self.spec = spec
+        self.assumed = assumed
+        """What the input normalisation is assumed from; None where it is known."""
+        if NORMALISATION in vars(model):
+            self.set_normalisation(*vars(model)[NORMALISATION])
 
     # -- what an adapter answers
     # ---------------------------------------------------------------------------------------
@@ -290,6 +302,12 @@ class Backbone(nn.Module, ABC):
             f"cannot change the native size of {self.describe()} to {size}; leave target.native_size off"
         )
 
+    def find_normalisation(self) -> None:
+        """Looks up how images are normalised, where the model came from; may ask the hub for one small file.
+
+        Without an answer it stays as it is assumed. Most models say it themselves, and look nowhere.
+        """
+
     def built_of(self) -> Mapping[str, Any]:
         """Gives the library's own config of the model, as JSON holds it; empty where its modules tell all."""
         return {}
@@ -337,6 +355,15 @@ class Backbone(nn.Module, ABC):
     @trained_readout.setter
     def trained_readout(self, readout: Readout) -> None:
         _note(self.model, TRAINED_READOUT, readout)
+
+    def set_normalisation(self, mean: Triple, std: Triple) -> None:
+        """Sets how images are normalised for the model, from here on known."""
+        self.spec = replace(self.spec, mean=mean, std=std)
+        self.assumed = None
+
+    def note_normalisation(self) -> None:
+        """Notes the normalisation on the model, so that an instance of its ordinary class is known by it."""
+        vars(self.model)[NORMALISATION] = (self.spec.mean, self.spec.std)
 
     adapter: Path | None = None
     """The adapter that made the model what it is; set by `phreg.formats.adapter.apply_adapter`."""

@@ -14,7 +14,14 @@ import errno
 from collections.abc import Iterable
 from pathlib import Path
 
-from huggingface_hub import HfApi, constants, get_token, snapshot_download, try_to_load_from_cache
+from huggingface_hub import (
+    HfApi,
+    constants,
+    get_token,
+    hf_hub_download,
+    snapshot_download,
+    try_to_load_from_cache,
+)
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -48,6 +55,21 @@ def snapshot(repository: str, revision: str | None, names: Iterable[str]) -> Pat
         at = f" at revision {revision}" if revision else ""
         asked = f"model '{repository}'{at} asked of {constants.ENDPOINT}"
         raise LoadError(f"{asked}: {_explain(error, repository)}") from error
+
+
+def find_file(repository: str, revision: str | None, name: str) -> Path | None:
+    """Finds one file of a repository, in the cache or else on the hub.
+
+    Returns:
+        The file in the cache; None where the repository has none such, or cannot be asked.
+    """
+    try:
+        cached = try_to_load_from_cache(repository, name, revision=revision)
+        if cached is not None:  # a path, or the mark of a file that is known not to be there
+            return Path(cached) if isinstance(cached, str) else None
+        return Path(hf_hub_download(repository, name, revision=revision))
+    except (OSError, HTTPError, HFValidationError):
+        return None
 
 
 def is_cached(repository: str, revision: str, name: str) -> bool:

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from phreg.backbones import timm as timm_adapter
-from phreg.backbones.base import Attention, Backbone, Mlp, Spec, first_unpacked, matrix_of, prefixed
+from phreg.backbones.base import Attention, Backbone, Mlp, Spec, Triple, first_unpacked, matrix_of, prefixed
 from phreg.errors import LoadError, PhregError, UnsupportedModelError
 
 CONFIG = "open_clip_config.json"
@@ -45,6 +45,9 @@ WEIGHTS = (
     "pytorch_model.bin",
 )
 """The files that may hold its weights, best first."""
+
+ASSUMED = "which are OpenAI's"
+"""Whose mean and standard deviation are assumed of a model that does not say."""
 
 UNBUILDABLE = (OSError, RuntimeError, TypeError, ValueError, LookupError, AssertionError)
 """What open_clip raises for a config that it can make no model of."""
@@ -112,7 +115,7 @@ class NativeTower(Backbone):
     """
 
     def __init__(self, model: nn.Module, tower: Any, prefix: str) -> None:
-        mean, std = _normalisation(tower)
+        mean, std, assumed = _normalisation(tower)
         spec = Spec(
             library="open_clip",
             family="VisionTransformer",
@@ -125,7 +128,7 @@ class NativeTower(Backbone):
             mean=mean,
             std=std,
         )
-        super().__init__(model, spec)
+        super().__init__(model, spec, assumed)
         self.origin: str | None = None
         self.config: dict[str, Any] | None = None
         self.tower = tower
@@ -309,8 +312,8 @@ class TimmTower(Backbone):
 
     def __init__(self, model: nn.Module, tower: Any, prefix: str) -> None:
         trunk: Any = timm_adapter.adapt(tower.trunk, projects=True)
-        mean, std = _normalisation(tower)
-        super().__init__(model, replace(trunk.spec, library="open_clip", mean=mean, std=std))
+        mean, std, assumed = _normalisation(tower)
+        super().__init__(model, replace(trunk.spec, library="open_clip", mean=mean, std=std), assumed)
         self.origin: str | None = None
         self.config: dict[str, Any] | None = None
         self.tower = tower
@@ -425,12 +428,16 @@ class TimmTower(Backbone):
         _note_size(self.tower, self.spec.input_size)
 
 
-def _normalisation(tower: Any) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
-    """Reads how images are normalised; OpenAI's way where open_clip noted nothing on the model."""
+def _normalisation(tower: Any) -> tuple[Triple, Triple, str | None]:
+    """Reads how images are normalised; OpenAI's way is assumed where open_clip noted nothing on the model."""
     noted = getattr(tower, "preprocess_cfg", {})
     mean = noted.get("mean", open_clip.OPENAI_DATASET_MEAN)
     std = noted.get("std", open_clip.OPENAI_DATASET_STD)
-    return tuple(mean), tuple(std)
+    return tuple(mean), tuple(std), None if _says_normalisation(noted) else ASSUMED
+
+
+def _says_normalisation(noted: Mapping[str, Any]) -> bool:
+    return {"mean", "std"} <= noted.keys()
 
 
 def _note_size(tower: Any, size: tuple[int, int]) -> None:
@@ -442,13 +449,14 @@ def _note_size(tower: Any, size: tuple[int, int]) -> None:
 # -- from disk -----------------------------------------------------------------------------------------------
 
 
-def load(folder: Path, arch: str | None = None) -> Backbone:
+def load(folder: Path, arch: str | None = None, tag: str | None = None) -> Backbone:
     """Builds the model of a local open_clip folder, in eval mode and fp32.
 
     Args:
         folder: Holds `open_clip_config.json` and the weights; with `arch`, the weights are enough.
         arch: An open_clip architecture, such as `ViT-B-16`, to build instead of the one in the folder's
-        config.
+            config.
+        tag: What open_clip calls these weights for it, such as `openai`.
 
     Raises:
         LoadError: Config or weights are missing or broken, or do not belong together.
@@ -459,10 +467,10 @@ def load(folder: Path, arch: str | None = None) -> Backbone:
     if weights is None:
         raise LoadError(f"{asked} has no weights; they should be in {', '.join(WEIGHTS)}")
     try:
+        noted = _preprocessing(folder, arch, tag)
         if arch is None:
             model = open_clip.create_model(f"local-dir:{folder}", require_pretrained=True)
         else:
-            noted = _preprocessing(folder, arch)
             model = open_clip.create_model(arch, pretrained=str(weights), force_preprocess_cfg=noted)
     except UNBUILDABLE as error:
         raise _unreadable(asked, error) from error
@@ -470,6 +478,8 @@ def load(folder: Path, arch: str | None = None) -> Backbone:
         raise _unreadable(asked, error) from error
     backbone = adapt(model.eval())
     backbone.origin = arch or f"local-dir:{folder}"
+    if not _says_normalisation(noted):
+        backbone.assumed = ASSUMED
     noted = getattr(backbone.tower, "preprocess_cfg", {})
     backbone.config = {"model_cfg": open_clip.get_model_config(backbone.origin), "preprocess_cfg": noted}
     return backbone
@@ -504,18 +514,17 @@ def _unreadable(asked: str, error: Exception) -> LoadError:
     )
 
 
-def _preprocessing(folder: Path, arch: str) -> dict[str, Any]:
-    """Finds how images are prepared, which an architecture alone does not say.
+def _preprocessing(folder: Path, arch: str | None, tag: str | None) -> dict[str, Any]:
+    """Finds how images are prepared, which an architecture alone does not say; empty where nothing does.
 
-    The folder's config says it, if there is one; else what all of open_clip's weights for the architecture
-    agree on.
+    The folder's config says it, if there is one; else open_clip's own list of weights.
     """
     if (folder / CONFIG).is_file():
         return json.loads((folder / CONFIG).read_bytes()).get("preprocess_cfg", {})
-    bare = arch.removesuffix("-quickgelu")
-    known = [open_clip.get_pretrained_cfg(bare, tag) for tag in open_clip.list_pretrained_tags_by_model(bare)]
-    ways = {(weights["mean"], weights["std"]) for weights in known}
-    return dict(zip(("mean", "std"), ways.pop(), strict=True)) if len(ways) == 1 else {}
+    if arch is None or tag is None:
+        return {}
+    weights = open_clip.get_pretrained_cfg(arch.removesuffix("-quickgelu"), tag)
+    return {name: weights[name] for name in ("mean", "std") if name in weights}
 
 
 def hub_file(name: str) -> tuple[str, str]:

@@ -14,6 +14,8 @@ It finds phreg's own adapters, runs and exports, but does not read what they say
 import hashlib
 import importlib
 import json
+import logging
+import math
 import os
 import pickle
 import shlex
@@ -23,14 +25,17 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, cast, runtime_checkable
+from weakref import WeakSet
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from phreg.backbones.base import Backbone, Library
-from phreg.errors import LoadError, UnsupportedModelError
+from phreg.backbones.base import Backbone, Library, Triple
+from phreg.errors import LoadError, PhregError, UnsupportedModelError
 from phreg.storage import ADAPTER_FILE, EXPORT_FILE
+
+logger = logging.getLogger(__name__)
 
 EXPORTED_FILES = ("*.json", "*.safetensors", "*.txt", "*.model")
 """What is fetched of an export: its weights, configs and tokenizer; never code or pickles."""
@@ -274,10 +279,58 @@ def load(
         else:
             from phreg.backbones import open_clip
 
-            backbone = open_clip.load(found.folder, found.arch)
+            backbone = open_clip.load(found.folder, found.arch, found.source.rpartition("/")[2])
     except (LoadError, UnsupportedModelError) as error:  # adapters know the folder alone
         raise type(error)(f"model '{found.source}': {error}") from error
     return backbone, _base(backbone, found.source, found.revision)
+
+
+def settle_normalisation(
+    backbone: Backbone, mean: Sequence[float] | None = None, std: Sequence[float] | None = None
+) -> None:
+    """Sees to it that images are normalised for a model as it is used to, or warns of what is assumed.
+
+    Args:
+        backbone: The model.
+        mean: Mean of red, green and blue, on a scale of 0 to 1; None means what the model says, or else its
+            image processor where it came from, or else what is usual.
+        std: Their standard deviation, likewise.
+
+    Raises:
+        PhregError: What is given is not three numbers, or a deviation is not above 0.
+    """
+    for name, given, least in (("mean", mean, -math.inf), ("std", std, 0.0)):
+        if given is not None and not _is_triple(given, least):
+            raise PhregError(
+                f"{name} {given!r} asked for to normalise images with; give three numbers, for red, green "
+                f"and blue on a scale of 0 to 1{', each above 0' if name == 'std' else ''}"
+            )
+    if mean is None or std is None:
+        if backbone.assumed:
+            backbone.find_normalisation()
+        if backbone.assumed and backbone.model not in _WARNED:
+            _WARNED.add(backbone.model)
+            logger.warning(
+                "neither %s nor its files say how its images are normalised; assumed are mean %s and std %s, "
+                "%s: if it was trained with others, give mean and std (--mean, --std)",
+                backbone.describe(), backbone.spec.mean, backbone.spec.std, backbone.assumed,
+            )  # fmt: skip
+    if mean is not None or std is not None:
+        backbone.set_normalisation(
+            cast(Triple, tuple(map(float, mean or backbone.spec.mean))),
+            cast(Triple, tuple(map(float, std or backbone.spec.std))),
+        )
+
+
+_WARNED: WeakSet[nn.Module] = WeakSet()
+"""Models whose normalisation was said to be assumed; once is enough, however often one is read."""
+
+
+def _is_triple(values: Any, least: float) -> bool:
+    try:
+        return len(values) == 3 and all(least < float(value) < math.inf for value in values)
+    except (TypeError, ValueError):
+        return False
 
 
 def _base(backbone: Backbone, source: str, revision: str | None) -> Base:

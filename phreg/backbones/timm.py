@@ -152,7 +152,8 @@ def load(folder: Path) -> Backbone:
     """
     asked = f"timm model '{folder}'"
     try:
-        architecture = str(json.loads((folder / "config.json").read_bytes())["architecture"])
+        config = json.loads((folder / "config.json").read_bytes())
+        architecture = str(config["architecture"])
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise LoadError(
             f"{asked} should have a config.json that names its architecture, found {_brief(error)}; "
@@ -170,7 +171,10 @@ def load(folder: Path) -> Backbone:
             f"{asked} ({architecture}) cannot be built from its config and weights: {_brief(error)}; "
             "one is broken or belongs to another model, copy or download both again"
         ) from error
-    return adapt(model.float().eval())
+    backbone = adapt(model.float().eval())
+    if not {"mean", "std"} <= config.get("pretrained_cfg", config).keys():
+        backbone.assumed = "which are timm's default"
+    return backbone
 
 
 def build(name: str, config: dict[str, Any]) -> Backbone:
@@ -252,8 +256,9 @@ class TimmBackbone(Backbone):
     model: Any
 
     def __init__(self, model: nn.Module, *, projects: bool = False) -> None:
-        super().__init__(model, _spec(model))
         weights = getattr(model, "pretrained_cfg", None) or {}
+        told = {"mean", "std"} <= weights.keys()
+        super().__init__(model, _spec(model), None if told else "which are ImageNet's")
         self.is_clip = _could_project(model) if projects else is_clip(model, weights)
         """Whether its head is a projection to a space shared with text."""
 

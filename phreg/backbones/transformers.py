@@ -18,6 +18,7 @@ import pickle
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -33,6 +34,7 @@ from transformers import CONFIG_MAPPING, AutoModel, PreTrainedModel
 from transformers.backbone_utils import BackboneMixin
 from transformers.models.dinov3_vit.modeling_dinov3_vit import apply_rotary_pos_emb
 
+from phreg.backbones import hub
 from phreg.backbones.base import Backbone, Mlp, Spec, first_unpacked, load_tensors, matrix_of
 from phreg.backbones.transformers_families import FAMILIES, HEADS, MLPS, REFUSED, TOWERS, Family, Triple
 from phreg.backbones.transformers_registers import (
@@ -75,12 +77,33 @@ class TransformersBackbone(Backbone):
     model: PreTrainedModel
 
     def __init__(self, model: PreTrainedModel, spec: Spec, family: Family, tower_name: str) -> None:
-        super().__init__(model, spec)
+        super().__init__(model, spec, f"which are usual for {family.name}")
         self.family = family
         self.tower_name = tower_name
         self.image_processor: dict[str, Any] = {}
         """The settings of the image processor that came with the model, where one did."""
         self._grid: tuple[int, int] | None = None  # of the images last run
+
+    def use_processor(self, settings: dict[str, Any]) -> None:
+        """Takes over the settings of the model's image processor, the normalisation among them.
+
+        Raises:
+            LoadError: They normalise in no way that there is for RGB.
+        """
+        self.image_processor = settings
+        found = normalisation(settings)
+        if found is not None:
+            self.set_normalisation(*found)
+
+    def find_normalisation(self) -> None:
+        """Looks for an image processor at the model's `name_or_path`: a folder, or a hub id."""
+        for model in (self.model, self.tower):
+            settings = _processor_at(
+                model.config.name_or_path or "", getattr(model.config, "_commit_hash", None)
+            )
+            if settings:
+                self.use_processor(settings)
+                return
 
     @property
     def tower(self) -> PreTrainedModel:
@@ -615,8 +638,7 @@ def load(folder: Path) -> TransformersBackbone:
         ) from error
     backbone = adapt(model.eval())
     _check_loaded(backbone, found, asked)
-    backbone.image_processor = _image_processor(folder, asked)
-    backbone.spec = replace(backbone.spec, **_normalisation(backbone.image_processor))
+    backbone.use_processor(_image_processor(folder, asked))
     return backbone
 
 
@@ -658,8 +680,7 @@ def load_remote_code(folder: Path) -> TransformersBackbone:
         backbone.model.load_state_dict(tensors)
     except (*LOAD_FAILURES, LookupError, AttributeError, PhregError) as error:
         raise LoadError(f"{asked} cannot be rebuilt without its code ({error}); export it again") from error
-    backbone.image_processor = _image_processor(folder, asked)
-    backbone.spec = replace(backbone.spec, **_normalisation(backbone.image_processor))
+    backbone.use_processor(_image_processor(folder, asked))
     return backbone
 
 
@@ -697,19 +718,82 @@ def _check_loaded(backbone: TransformersBackbone, found: Mapping[str, Iterable[s
 
 
 def _image_processor(folder: Path, asked: str) -> dict[str, Any]:
-    """Reads the settings of the image processor, where there is one."""
-    for name in ("preprocessor_config.json", "processor_config.json"):
-        if (folder / name).is_file():
-            settings = _read_json(folder / name, asked)
-            return settings.get("image_processor", settings)
-    return {}
+    """Reads the settings of the image processor, where there is one, as `AutoImageProcessor` finds it."""
+    return _settings_in(lambda name: folder / name if (folder / name).is_file() else None, asked)
 
 
-def _normalisation(settings: Mapping[str, Any]) -> dict[str, Triple]:
-    """Finds mean and standard deviation in the settings of an image processor that has them."""
-    if settings.get("image_mean") and settings.get("image_std"):
-        return {"mean": tuple(settings["image_mean"]), "std": tuple(settings["image_std"])}
-    return {}
+def _processor_at(name_or_path: str, commit: str | None) -> dict[str, Any]:
+    """Reads the settings of the image processor where a model came from; empty where that has none."""
+    if not name_or_path:
+        return {}
+    if Path(name_or_path).is_dir():
+        return _image_processor(Path(name_or_path), f"model in {name_or_path}")
+    return _processor_on_hub(name_or_path, commit)
+
+
+@lru_cache(maxsize=64)  # so that a hub that does not answer is waited for once
+def _processor_on_hub(repository: str, commit: str | None) -> dict[str, Any]:
+    return _settings_in(lambda name: hub.find_file(repository, commit, name), f"model '{repository}'")
+
+
+def _settings_in(find: Callable[[str], Path | None], asked: str) -> dict[str, Any]:
+    """Reads the settings of an image processor out of the first file that holds some."""
+    whole = find("processor_config.json")
+    settings = _read_json(whole, asked).get("image_processor") if whole else None
+    alone = None if settings else find("preprocessor_config.json")
+    return settings or (_read_json(alone, asked) if alone else {})
+
+
+def normalisation(settings: Mapping[str, Any]) -> tuple[Triple, Triple] | None:
+    """Finds what an image processor subtracts from RGB and divides it by, both on a scale of 0 to 1.
+
+    It may leave out either step, scaling or normalising, and scale otherwise than to between 0 and 1.
+
+    Args:
+        settings: What its `preprocessor_config.json` says. What that leaves out, its class says.
+
+    Returns:
+        Mean and standard deviation; None where the settings are no image processor's.
+
+    Raises:
+        LoadError: They are not three numbers, or one for all.
+    """
+
+    def setting(name: str, otherwise: Any) -> Any:
+        value = settings.get(name)
+        return getattr(_processor_class(settings), name, otherwise) if value is None else value
+
+    if not settings:
+        return None
+    mean, std = setting("image_mean", None), setting("image_std", None)
+    if not setting("do_normalize", otherwise=True):
+        mean, std = 0.0, 1.0
+    if mean is None or std is None:
+        return None
+    # What it normalises are the 256 levels times this factor.
+    white = 255 * setting("rescale_factor", 1 / 255) if setting("do_rescale", otherwise=True) else 255.0
+    white = 1.0 if math.isclose(white, 1, rel_tol=1e-6) else white
+    return _rgb(mean, white, settings), _rgb(std, white, settings)
+
+
+def _rgb(values: Any, white: float, settings: Mapping[str, Any]) -> Triple:
+    listed = values if isinstance(values, list | tuple) else [values]
+    try:
+        scaled = [float(value) / white for value in (listed * 3 if len(listed) == 1 else listed)]
+        red, green, blue = scaled
+    except (TypeError, ValueError, ZeroDivisionError) as error:
+        raise LoadError(
+            f"an image processor for RGB should normalise with three numbers, or one, found {values!r} of "
+            f"{settings.get('image_processor_type', 'its kind')}; correct its preprocessor_config.json"
+        ) from error
+    return red, green, blue
+
+
+def _processor_class(settings: Mapping[str, Any]) -> type | None:
+    """Finds the class of an image processor, by the name that it goes by today."""
+    name = settings.get("image_processor_type") or settings.get("feature_extractor_type") or ""
+    current = str(name).replace("FeatureExtractor", "ImageProcessor").removesuffix("Fast")
+    return getattr(transformers, current, None) if current.endswith("ImageProcessor") else None
 
 
 def _read_json(path: Path, asked: str) -> dict[str, Any]:

@@ -8,7 +8,7 @@ relative to a block. Nothing else in phreg depends on how transformers names a m
 from dataclasses import dataclass, replace
 from typing import Literal
 
-Triple = tuple[float, float, float]
+from phreg.backbones.base import Triple
 
 IMAGENET: tuple[Triple, Triple] = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 OPENAI: tuple[Triple, Triple] = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))

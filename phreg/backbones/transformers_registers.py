@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
-from phreg.backbones.base import TRAINED_READOUT, packed_types, unit_movers
+from phreg.backbones.base import NORMALISATION, TRAINED_READOUT, packed_types, unit_movers
 from phreg.errors import PhregError
 from phreg.storage import ADAPTER_FILE, FORMAT_VERSION, MODEL_FORMAT, write_file, write_text, writing
 
@@ -328,6 +328,7 @@ def save_patched(
         "class": type(model).__name__,
         "registers": registers.tokens.shape[1],
         "readout": vars(model).get(TRAINED_READOUT, "plain"),
+        **dict(zip(("mean", "std"), vars(model).get(NORMALISATION, ()), strict=False)),
         "config": json.loads(model.config.to_json_string(use_diff=False)),
         "versions": {name: version(name) for name in ("torch", "transformers")},
     }

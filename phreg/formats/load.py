@@ -14,8 +14,8 @@ A new format is a row of `FORMATS` and a reader. What phreg did not write is a b
 
 import logging
 import os
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -56,18 +56,29 @@ def record_of(found: Located) -> dict[str, Any] | None:
 
 
 def open_model(
-    source: str | os.PathLike[str] | nn.Module, revision: str | None = None
+    source: str | os.PathLike[str] | nn.Module,
+    revision: str | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
 ) -> tuple[Backbone, Base]:
     """Opens whatever a user may call a model, patched ones included, in eval mode.
 
     Args:
         source: A model in any form, `demo`, a run, an adapter, or an exported folder.
         revision: Hub commit, branch or tag.
+        mean: Mean of the input normalisation, RGB on a scale of 0 to 1; None means the model's own.
+        std: Its standard deviation, likewise.
 
     Raises:
         LoadError: It cannot be found, fetched or trusted.
         UnsupportedModelError: phreg cannot patch it.
     """
+    backbone, base = _open(source, revision)
+    resolve.settle_normalisation(backbone, mean, std)
+    return backbone, base
+
+
+def _open(source: str | os.PathLike[str] | nn.Module, revision: str | None) -> tuple[Backbone, Base]:
     if isinstance(source, nn.Module):
         return resolve.load(source)
     if os.fspath(source) == "demo":
@@ -96,6 +107,7 @@ def open_saved(found: Located) -> tuple[Backbone, Base]:
     if hasattr(backbone.model, "name_or_path"):  # which PEFT notes as the model that its adapter goes onto
         vars(backbone.model)["name_or_path"] = found.source
     backbone.trained_readout = record.get("readout", "plain")
+    _normalise_as(record, backbone, found)
     broken = [name for name, tensor in backbone.disk_state().items() if not torch.isfinite(tensor).all()]
     if broken:
         raise LoadError(
@@ -132,10 +144,21 @@ def open_into(found: Located, model: nn.Module) -> Backbone:
     (tower,) = towers
     apply_adapter(found.folder, tower)
     tower.trained_readout = record.get("readout", "plain")
+    _normalise_as(record, tower, found)
     for around in model.modules():
         if tower.model in around.modules() and around not in tower.model.modules():
             _guard(around, tower)
     return tower
+
+
+def _normalise_as(record: dict[str, Any], backbone: Backbone, found: Located) -> None:
+    """Takes over the normalisation that a record tells, and notes it on the model; older ones tell none."""
+    if "mean" in record and "std" in record:
+        try:
+            resolve.settle_normalisation(backbone, record["mean"], record["std"])
+        except PhregError as error:
+            raise LoadError(f"asked for {found.source}, whose record is damaged: {error}") from error
+        backbone.note_normalisation()
 
 
 def tell_failures(found: Located) -> None:
@@ -188,7 +211,7 @@ def _read_adapter(found: Located) -> tuple[Backbone, Base]:
             "build that model and pass it: phreg.load(path, into=model), which phreg.export takes too"
         )
     try:
-        backbone, _ = open_model(base.source, base.revision)
+        backbone, _ = _open(base.source, base.revision)
     except (LoadError, UnsupportedModelError) as error:
         raise type(error)(
             f"the base of the adapter in {found.folder} cannot be opened: {error}. With that base at hand: "
@@ -203,8 +226,6 @@ def _read_patched(found: Located) -> tuple[Backbone, Base]:
     record, tensors = read_adapter(found.folder), read_tensors(found.folder / "phreg.safetensors")
     try:
         backbone = resolve.build(record["library"], record["class"], record["config"])
-        told = {name: tuple(record[name]) for name in ("mean", "std") if name in record}
-        backbone.spec = replace(backbone.spec, **told)
         if tuple(record.get("input_size", backbone.spec.input_size)) != backbone.spec.input_size:
             backbone.set_input_size(tuple(record["input_size"]))
         if record["registers"]:

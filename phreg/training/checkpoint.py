@@ -312,6 +312,8 @@ def save_adapter(
         "registers": backbone.num_registers,
         "insertion": "after position embedding, before any norm",
         "input_size": list(backbone.spec.input_size),
+        "mean": list(backbone.spec.mean),
+        "std": list(backbone.spec.std),
         "versions": {"phreg": __version__} | {name: version(name) for name in LIBRARIES},
         **record,
     }

@@ -13,8 +13,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 from phreg import testing
+from phreg.backbones import open_clip as adapter
 from phreg.backbones.open_clip import RegisterVisionTransformer, TimmTower, adapt, hub_file, load
 from phreg.errors import LoadError, PhregError, UnsupportedModelError
+from phreg.formats.load import open_model
 from phreg.registers import add_registers, remove_registers
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}  # fp32 sums in another order
@@ -316,6 +318,30 @@ def test_weights_alone_load_as_a_named_architecture(folder, tmp_path_factory):
     assert bare.spec.mean == open_clip.OPENAI_DATASET_MEAN
     assert torch.equal(noted.run(images()), bare.run(images()))
     assert torch.equal(noted.run(images()), clip().encode_image(images()))
+
+
+@pytest.mark.parametrize(
+    ("tag", "mean"),
+    [("laion2b_s32b_b82k", (0.5, 0.5, 0.5)), ("openai", open_clip.OPENAI_DATASET_MEAN)],
+)
+def test_the_tag_of_named_weights_tells_how_images_are_normalised(tag, mean, tmp_path):
+    # open_clip's weights for ViT-L-14 were trained in two ways.
+    noted = adapter._preprocessing(tmp_path, "ViT-L-14", tag)
+    assert noted["mean"] == mean
+
+
+def test_what_is_assumed_of_a_model_that_does_not_say_is_said(folder, caplog):
+    config = json.loads((folder / "open_clip_config.json").read_text())
+    del config["preprocess_cfg"]
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    tower = open_clip.create_model("ViT-B-32", load_weights=False).visual
+    open_model(tower)
+    assert "assumed" not in caplog.text
+    del tower.preprocess_cfg
+    for model in (folder, tower):
+        caplog.clear()
+        open_model(model)
+        assert "assumed are mean (0.48145466, 0.4578275, 0.40821073)" in caplog.text
 
 
 def test_weights_that_are_missing_are_named(folder):

@@ -21,6 +21,7 @@ from torch import nn
 
 from phreg.backbones.timm import adapt, hub_id, is_name, load
 from phreg.errors import LoadError, PhregError, UnsupportedModelError
+from phreg.formats.load import open_model
 from phreg.registers import add_registers, remove_registers
 from phreg.testing import check_backbone
 
@@ -277,6 +278,24 @@ def test_the_pooled_output_is_what_timms_head_is_given(family):
         case _:
             expected = model.forward_head(tokens, pre_logits=True)
     assert torch.equal(backbone.run(images), expected)
+
+
+def test_a_model_that_timm_says_nothing_of_is_assumed_to_be_normalised_for_imagenet(tiny, saved, caplog):
+    said = "which are ImageNet's"
+    for model in (saved, timm.create_model("vit_tiny_patch16_224", img_size=32)):
+        open_model(model)
+    assert said not in caplog.text
+    backbone, _ = open_model(tiny())
+    assert backbone.spec.mean == (0.485, 0.456, 0.406)
+    assert said in caplog.text
+
+
+def test_a_folder_that_leaves_out_its_normalisation_is_said_to(saved, caplog):
+    config = json.loads((saved / "config.json").read_text())
+    del config["pretrained_cfg"]["mean"]
+    (saved / "config.json").write_text(json.dumps(config))
+    open_model(saved)
+    assert "assumed are mean (0.485, 0.456, 0.406) and std (0.5, 0.5, 0.5), which are timm's" in caplog.text
 
 
 CLIP = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 4}

@@ -15,8 +15,10 @@ from transformers import PreTrainedModel
 from transformers.models.siglip2.image_processing_siglip2 import convert_image_to_patches
 
 from phreg.backbones import transformers as adapter
+from phreg.backbones.resolve import settle_normalisation
 from phreg.backbones.transformers import adapt, load
 from phreg.backbones.transformers_registers import PadMask, Place
+from phreg.data.crops import as_input
 from phreg.errors import LoadError, PhregError, UnsupportedModelError
 from phreg.formats.load import open_model
 from phreg.registers import add_registers, remove_registers
@@ -864,6 +866,90 @@ def test_a_folder_with_another_architecture_is_refused(tmp_path: Path) -> None:
     hf.BertModel(hf.BertConfig(**TEXT)).save_pretrained(tmp_path)
 
     with pytest.raises(UnsupportedModelError, match="BertModel"):
+        load(tmp_path)
+
+
+# -- normalisation
+
+PROCESSORS = {
+    "as usual": {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6], "rescale_factor": 1 / 255},
+    "not normalised": {"do_normalize": False, "image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]},
+    "not rescaled": {"do_rescale": False, "image_mean": [120.0] * 3, "image_std": [60.0] * 3},
+    "neither": {"do_rescale": False, "do_normalize": False},
+    "to -1 and 1": {"rescale_factor": 2 / 255, "image_mean": [1.0] * 3, "image_std": [1.0] * 3},
+    "one number": {"image_mean": 0.3, "image_std": 0.7},
+    "what its class says": {},
+}
+"""Settings of image processors."""
+
+
+@pytest.mark.parametrize("kind", PROCESSORS)
+@pytest.mark.parametrize("name", ["ViTImageProcessor", "CLIPImageProcessor"])
+def test_images_are_normalised_as_the_image_processor_does(kind: str, name: str, tmp_path: Path) -> None:
+    FAMILIES["vit"]().save_pretrained(tmp_path)
+    settings = PROCESSORS[kind] | {"image_processor_type": name, "do_resize": False, "do_center_crop": False}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
+    levels = torch.randint(0, 256, (1, 3, 32, 32), generator=torch.Generator().manual_seed(0)).byte()
+    expected = hf.AutoImageProcessor.from_pretrained(tmp_path)(levels[0], return_tensors="pt")["pixel_values"]
+
+    loaded, instance = load(tmp_path), adapt(hf.ViTModel.from_pretrained(tmp_path))
+    settle_normalisation(instance)
+
+    for backbone in (loaded, instance):
+        assert backbone.assumed is None
+        torch.testing.assert_close(as_input(backbone, levels), expected.float(), rtol=1e-5, atol=1e-5)
+
+
+def test_a_nested_processor_is_found_ahead_of_one_by_itself(tmp_path: Path) -> None:
+    FAMILIES["clip"]().save_pretrained(tmp_path)
+    for file, mean in (("preprocessor_config.json", 0.1), ("processor_config.json", 0.2)):
+        settings = {"image_processor_type": "CLIPImageProcessor", "image_mean": [mean] * 3}
+        nested = {"image_processor": settings} if file == "processor_config.json" else settings
+        (tmp_path / file).write_text(json.dumps(nested))
+
+    assert hf.AutoImageProcessor.from_pretrained(tmp_path).image_mean == (0.2, 0.2, 0.2)
+    assert load(tmp_path).spec.mean == (0.2, 0.2, 0.2)
+
+
+def test_an_instance_from_the_hub_is_normalised_as_its_repository_says(hub, tmp_path: Path) -> None:
+    folder = tmp_path / "vit"
+    FAMILIES["vit"]().save_pretrained(folder)
+    settings = {"image_processor_type": "ViTImageProcessor", "image_mean": [0.1, 0.2, 0.3], "image_std": 0.5}
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings))
+    hub.commit("me/vit", folder)
+
+    backbone, _ = open_model(hf.ViTModel.from_pretrained("me/vit"))
+
+    assert (backbone.spec.mean, backbone.spec.std) == ((0.1, 0.2, 0.3), (0.5, 0.5, 0.5))
+
+
+@pytest.mark.parametrize("where", ["nowhere", "folder", "hub", "hub is down"])
+def test_what_is_assumed_is_said_once_where_no_image_processor_is_found(where, hub, tmp_path, caplog) -> None:
+    model, repository = FAMILIES["vit"](), f"me/{where.replace(' ', '-')}"
+    model.save_pretrained(tmp_path / "vit")
+    if where == "folder":
+        model = hf.ViTModel.from_pretrained(tmp_path / "vit")
+    elif where.startswith("hub"):
+        hub.commit(repository, tmp_path / "vit")
+        model = hf.ViTModel.from_pretrained(repository)
+        hub.failing = where == "hub is down"
+
+    for _ in range(2):
+        backbone, _ = open_model(model)
+
+    assert backbone.spec.mean == (0.5, 0.5, 0.5)
+    (said,) = [record.getMessage() for record in caplog.records if "normalised" in record.getMessage()]
+    assert "mean (0.5, 0.5, 0.5) and std (0.5, 0.5, 0.5), which are usual for vit" in said
+    assert "--mean, --std" in said
+
+
+def test_a_processor_for_no_rgb_is_refused_with_its_values(tmp_path: Path) -> None:
+    FAMILIES["vit"]().save_pretrained(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text(
+        json.dumps({"image_mean": [1, 2], "image_std": [1, 2]})
+    )
+
+    with pytest.raises(LoadError, match=r"three numbers, or one, found \[1, 2\]"):
         load(tmp_path)
 
 

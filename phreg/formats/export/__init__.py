@@ -121,6 +121,8 @@ def export(
             "class": type(backbone.model).__name__,
             "base": asdict(base),
             "registers": backbone.num_registers,
+            "mean": list(backbone.spec.mean),
+            "std": list(backbone.spec.std),
             "tolerance": contents.tolerance,
             "equality": [asdict(figure) for figure in figures],
             "versions": {"phreg": __version__} | {name: version(name) for name in LIBRARIES},

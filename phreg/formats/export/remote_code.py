@@ -225,6 +225,7 @@ def _processor(backbone: TransformersBackbone) -> dict[str, dict[str, Any]]:
     if kind not in CONFIG_MAPPING or CONFIG_MAPPING[kind] not in processors:
         return {}
     processor = processors[CONFIG_MAPPING[kind]]["torchvision"]()
+    processor.do_rescale, processor.rescale_factor, processor.do_normalize = True, 1 / 255, True
     processor.image_mean, processor.image_std = list(backbone.spec.mean), list(backbone.spec.std)
     height, width = backbone.spec.input_size
     if "shortest_edge" in (getattr(processor, "size", None) or {}):
