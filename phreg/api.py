@@ -29,16 +29,10 @@ from phreg.backbones.base import Backbone
 from phreg.backbones.readout import read_as, set_readout
 from phreg.backbones.resolve import Base, adapt, display_name
 from phreg.config import DistillConfig, ViewsConfig
-from phreg.data.crops import MEASURED_AT_ONCE, Crops, centre_crops, split, spread, subsample_indices
+from phreg.data.crops import MEASURED_AT_ONCE, Crops, centre_crops, split, subsample, subsample_indices
 from phreg.data.sources import ImageSource, open_images
-from phreg.distillation import (
-    check_trainable,
-    compare_with_original,
-    save,
-    write_comparison,
-)
 from phreg.errors import ConfigError, DataError, PhregError, PushError
-from phreg.evaluation.before_after import Comparison, failed_gates
+from phreg.evaluation.before_after import Comparison, compare_with_original, failed_gates
 from phreg.evaluation.feature_cache import GIGABYTE, FeatureCache
 from phreg.evaluation.features import FeatureReader
 from phreg.evaluation.features import Observer as Progress
@@ -50,11 +44,12 @@ from phreg.formats import export as exports
 from phreg.formats import publish
 from phreg.formats.export import Equality
 from phreg.formats.load import open_into, open_model, open_saved, record_of, tell_failures
+from phreg.formats.record import save_run
 from phreg.inspection.images import labelled, larger
 from phreg.methods import METHODS
 from phreg.report.canvas import save_png
 from phreg.report.discoveries import discovery_figure
-from phreg.report.folder import check_output, write_inspection
+from phreg.report.folder import check_output, write_comparison, write_inspection
 from phreg.report.html import Origin
 from phreg.report.page import InspectionReport
 from phreg.rollback import ModelState, rollback_on_error, to_fp32, unchanged
@@ -63,10 +58,18 @@ from phreg.sinks import test_time
 from phreg.sinks.locate import Sinks, locate
 from phreg.storage import OWN_FORMATS, writing
 from phreg.teacher import Teacher
-from phreg.training.checkpoint import RunFolder, check_free, leaving_no_trace, start_run
-from phreg.training.loop import Outcome, StepRecord, deterministic_kernels, start_accelerator, train
+from phreg.training.checkpoint import RunFolder, check_free, starting_run
+from phreg.training.loop import (
+    UNTRAINED,
+    Outcome,
+    StepRecord,
+    deterministic_kernels,
+    start_accelerator,
+    train,
+)
 from phreg.training.losses import distillation_terms
 from phreg.training.task import RetrofitTask
+from phreg.training.trainable import check_trainable
 from phreg.views import surroundings
 
 Model = str | os.PathLike[str] | nn.Module
@@ -136,6 +139,60 @@ def distill(
     Raises:
         PhregError: Anything asked for does not exist or does not fit; see its subclasses.
     """
+    student, base, source, config = _open_run(model, images, output, recipe, settings, resume=resume)
+    method = METHODS[config.method]
+    with rollback_on_error(student) as before, deterministic_kernels(wanted=config.deterministic):
+        run = _start(student, source, config)
+        if method.trains:
+            check_trainable(student, len(run.train_images), config, run.accelerator.num_processes)
+        with starting_run(run.folder, config, run.accelerator, resume=resume):
+            original = before.frozen_twin()
+            for backbone in (original, student):
+                to_fp32(backbone.eval().to(run.accelerator.device))
+            logger.info("looking for sinks on up to %d images", config.sinks.images)
+            seen = run.read(original, subsample(run.train_images, config.sinks.images))
+            norms = outliers(original, seen)
+            sinks = locate(original, seen, norms) if method.needs_sinks else None
+            if norms.emergence_block is None and not config.force:
+                return _nothing_to_repair(run, before, base, seen, norms)
+            apart = "kept apart to measure on" if run.held_out else "of them measured on too"
+            logger.info(
+                "retrofitting on %d images, %d %s", len(run.train_images), len(run.measured_images), apart
+            )
+            if config.target.native_size:
+                student.set_input_size(run.size)
+            student.trained_readout = config.target.student_readout
+            terms = method.add(student, sinks, config)
+            outcome = UNTRAINED
+            if method.trains:
+                bf16 = run.accelerator.mixed_precision == "bf16"
+                teacher = Teacher(original, config.views, config.target, bf16=bf16)
+                terms = [*distillation_terms(config.loss), *terms]
+                task = RetrofitTask(student, teacher, terms, config.target, run.around)
+                outcome = train(task, run.crops, config, run.folder, run.accelerator, observe)
+        comparison = _measure_and_save(run, before, original, base, sinks, outcome)
+        before.restore_settings()
+    return Distilled(
+        model=student.model,
+        run=run.folder.path,
+        sinks=sinks,
+        outcome=outcome,
+        comparison=comparison,
+        failures=failed_gates(comparison, config.gate) if comparison else [],
+        main_process=run.accelerator.is_main_process,
+    )
+
+
+def _open_run(
+    model: Model | None,
+    images: Images | None,
+    output: str | os.PathLike[str] | None,
+    recipe: str | os.PathLike[str] | None,
+    settings: dict[str, Any],
+    *,
+    resume: bool,
+) -> tuple[Backbone, Base, ImageSource, DistillConfig]:
+    """Resolves what `distill` was asked for, and opens model and images; nothing is written yet."""
     asked = {
         "model": "instance" if isinstance(model, nn.Module) else model,
         "images": images,
@@ -171,83 +228,93 @@ def distill(
     config = methods.resolve(recipe, given, clip=student.projection is not None)
     height, width = student.image_size(config.size)
     config = config.model_copy(update={"size": height if height == width else (height, width)})
-    with rollback_on_error(student) as before, deterministic_kernels(wanted=config.deterministic):
-        return _distill(before, base, source, config, resume=resume, observe=observe)
+    return student, base, source, config
 
 
-def _distill(
-    before: ModelState[Backbone],
-    base: Base,
-    source: ImageSource,
-    config: DistillConfig,
-    *,
-    resume: bool,
-    observe: Observer | None,
-) -> Distilled:
-    """Retrofits a model whose state was noted; settings and images are as they were asked for."""
-    student = before.model
-    size = student.image_size(config.size)
-    run = RunFolder(Path(config.output or ""))
-    accelerator = start_accelerator(config, run)
-    kept, measured, held_out = split(source, config)
+@dataclass(frozen=True)
+class _Run:
+    """A run that is under way: its folder, processes and images.
+
+    Attributes:
+        size: Height and width of its images.
+        train_images: Those it trains on.
+        measured_images: Those it is measured on.
+        held_out: Whether these are kept apart from training.
+        around: Rows and columns of context that training images and targets come with, in pixels.
+    """
+
+    folder: RunFolder
+    config: DistillConfig
+    accelerator: Any
+    size: tuple[int, int]
+    train_images: ImageSource
+    measured_images: ImageSource
+    held_out: bool
+    around: tuple[int, int]
+
+    @property
+    def crops(self) -> Crops:
+        """The training images, cut."""
+        where = "fixed" if self.config.target.keep else "random"
+        return Crops(self.train_images, self.size, self.config.seed, where, self.around)
+
+    def read(self, backbone: Backbone, images: ImageSource, around: tuple[int, int] = (0, 0)) -> list[Tensor]:
+        """Reads images to look at a model with, as many as are readable."""
+        return list(centre_crops(backbone, images, self.size, around, self.config.data.max_broken))
+
+
+def _start(student: Backbone, source: ImageSource, config: DistillConfig) -> _Run:
+    """Starts the processes, and splits the images."""
+    folder, size = RunFolder(Path(config.output or "")), student.image_size(config.size)
+    accelerator = start_accelerator(config, folder)
+    train_images, measured_images, held_out = split(source, config)
     around = surroundings(config.views, student.spec, size)
-    crops = Crops(kept, size, config.seed, "fixed" if config.target.keep else "random", around)
-    check_trainable(student, len(kept), config, accelerator.num_processes)
-    with leaving_no_trace(run.path) if accelerator.is_main_process else nullcontext():
-        if accelerator.is_main_process:
-            start_run(run.path, config, resume=resume)
-        accelerator.wait_for_everyone()
+    return _Run(folder, config, accelerator, size, train_images, measured_images, held_out, around)
 
-        original = before.frozen_twin()
-        for each in (original, student):
-            to_fp32(each.eval().to(accelerator.device))
-        logger.info("looking for sinks on up to %d images", config.sinks.images)
-        broken = config.data.max_broken
-        seen = list(centre_crops(original, spread(kept, config.sinks.images), size, max_broken=broken))
-        norms = outliers(original, seen)
-        # The paper's method has no use for their causes.
-        sinks = locate(original, seen, norms) if METHODS[config.method].needs_sinks else None
-        if norms.emergence_block is None and not config.force:
-            verdict = _nothing_to_repair(run, student, base, accelerator, seen, norms)
-            before.restore()
-            return verdict
 
-        if config.target.native_size:
-            student.set_input_size(size)
-        student.trained_readout = config.target.student_readout
-        apart = "kept apart to measure on" if held_out else "of them measured on too"
-        logger.info("retrofitting on %d images, %d %s", len(kept), len(measured), apart)
-        outcome = _retrofit(student, original, sinks, crops, config, run, accelerator, observe)
-
+def _measure_and_save(
+    run: _Run,
+    before: ModelState[Backbone],
+    original: Backbone,
+    base: Base,
+    sinks: Sinks | None,
+    outcome: Outcome,
+) -> Comparison | None:
+    """Compares the student with the original, and writes report and adapter; returns the comparison."""
+    student, config = before.model, run.config
     before.restore_precision()
     to_fp32(student)  # rounded as it is handed out, and measured so
     comparison = None
-    if accelerator.is_main_process:
-        looked_at = list(centre_crops(student, measured, size, around, broken))
+    if run.accelerator.is_main_process:
+        looked_at = run.read(student, run.measured_images, run.around)
         if looked_at:
             logger.info("measuring before and after, then writing the report")
             comparison = compare_with_original(
-                original, student, looked_at, around, config, base, held_out=held_out
+                original, student, looked_at, run.around, config, base, held_out=run.held_out
             )
     if comparison is not None:
-        write_comparison(run, student, original, base, config, sinks, comparison)
+        write_comparison(run.folder, student, original, base, config, sinks, comparison)
     before.restore_precision()
     before.restore_precision(original)
-    if accelerator.is_main_process:
-        save(run, student, original, base, config, outcome, sinks, comparison)
+    if run.accelerator.is_main_process:
+        save_run(run.folder, student, original, base, config, outcome, sinks, comparison)
     student.note_normalisation()
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
-    before.restore_settings()
-    return Distilled(
-        model=student.model,
-        run=run.path,
-        sinks=sinks,
-        outcome=outcome,
-        comparison=comparison,
-        failures=failed_gates(comparison, config.gate) if comparison else [],
-        main_process=accelerator.is_main_process,
-    )
+    run.accelerator.wait_for_everyone()
+    run.accelerator.end_training()
+    return comparison
+
+
+def _nothing_to_repair(
+    run: _Run, before: ModelState[Backbone], base: Base, seen: Sequence[Tensor], norms: NormReport
+) -> Distilled:
+    """Leaves the model as it was, and shows in the run's report that it has no artifacts."""
+    student, main_process = before.model, run.accelerator.is_main_process
+    if main_process:
+        shown = [seen[number] for number in subsample_indices(len(seen), LOOKED_AT)]
+        write_inspection(run.folder.report, look(student, display_name(base.source), shown))
+    run.accelerator.wait_for_everyone()
+    before.restore()
+    return Distilled(student.model, run.folder.path, None, None, None, [], main_process, norms)
 
 
 def quickstart(
@@ -780,7 +847,7 @@ def _look_at(
     """Looks at an opened model, where it is."""
     if isinstance(images, str | os.PathLike):
         size = backbone.image_size(size)
-        chosen = spread(open_images(images), count)
+        chosen = subsample(open_images(images), count)
         looked_at, resampled = list(centre_crops(backbone, chosen, size)), larger(backbone, chosen)
     else:
         images = _checked(backbone, images)
@@ -819,42 +886,3 @@ def _views(settings: dict[str, Any]) -> ViewsConfig:
         {f"views.{key}": value for key, value in settings.items()}, source="views"
     )
     return checked.views
-
-
-def _retrofit(
-    student: Backbone,
-    original: Backbone,
-    sinks: Sinks | None,
-    crops: Crops,
-    config: DistillConfig,
-    run: RunFolder,
-    accelerator: Any,
-    observe: Observer | None,
-) -> Outcome:
-    """Adds registers by the method asked for, and trains them where it does."""
-    method = METHODS[config.method]
-    added = method.add(student, sinks, config)
-    if not method.trains:
-        return Outcome(steps=0, images=0, seconds=0.0, trained=0, skipped=[])
-    teacher = Teacher(original, config.views, config.target, bf16=accelerator.mixed_precision == "bf16")
-    terms = [*distillation_terms(config.loss), *added]
-    task = RetrofitTask(student, teacher, terms, config.target, crops.around)
-    return train(task, crops, config, run, accelerator, observe or (lambda *_: None))
-
-
-def _nothing_to_repair(
-    run: RunFolder,
-    student: Backbone,
-    base: Base,
-    accelerator: Any,
-    seen: Sequence[Tensor],
-    norms: NormReport,
-) -> Distilled:
-    """Leaves the model as it is, and shows in the run's report that it has no artifacts."""
-    if accelerator.is_main_process:
-        shown = subsample_indices(len(seen), LOOKED_AT)
-        write_inspection(
-            run.report, look(student, display_name(base.source), [seen[number] for number in shown])
-        )
-    accelerator.wait_for_everyone()
-    return Distilled(student.model, run.path, None, None, None, [], accelerator.is_main_process, norms)

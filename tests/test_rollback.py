@@ -9,12 +9,15 @@ from sinking import faint, plant
 from torch import nn
 
 import phreg
-from phreg import api, distillation, rollback
+from phreg import api, rollback
 from phreg.backbones.resolve import adapt
 from phreg.errors import PhregError, TrainingError
-from phreg.formats import adapter
-from phreg.sinks import test_time
+from phreg.formats import adapter, record
+from phreg.report import folder
+from phreg.sinks import relocation, test_time
 from phreg.training import loop as trainer
+from phreg.training import task as tasks
+from phreg.training.task import RetrofitTask
 
 QUICK = {
     "steps": 2,
@@ -88,16 +91,16 @@ def then_raise(monkeypatch, owner, name, error):
 
 STAGES = {
     "the search for sinks": (api, "outliers"),
-    "a change of read-out": (api, "set_readout"),
-    "adding registers": (api, "add_configured"),
+    "adding registers": (relocation, "add_starting_registers"),
+    "a change of read-out": (RetrofitTask, "running"),
     "unlocking": (trainer, "unlock"),
     "the optimizer": (trainer, "optimizer"),
-    "a step": (trainer, "distillation_loss"),
+    "a step": (tasks, "total_loss"),
     "a checkpoint": (trainer, "save_state"),
     "merging": (trainer, "merge_lora"),
     "the comparison": (api, "compare_with_original"),
-    "the report": (distillation, "of_survey"),
-    "the adapter": (distillation, "save_adapter"),
+    "the report": (folder, "of_survey"),
+    "the adapter": (record, "save_adapter"),
     "the very end": (api, "Distilled"),
 }
 
@@ -121,7 +124,7 @@ def test_a_distillation_that_fails_at_any_stage_leaves_the_instance_as_it_was(
     backbone = adapt(model)
     if settings.get("method") == "paper":
         settings = settings | {"size": backbone.spec.input_size[0] + 2 * backbone.spec.patch_size[0]}
-    if STAGES[stage][0] is not trainer:
+    if STAGES[stage][0] not in (trainer, tasks):
         settings = settings | {"measure": {"images": 2, "views": 2}}
     if stage != "the report":  # which takes seconds
         monkeypatch.setattr(api, "write_comparison", lambda *_: None)
@@ -132,14 +135,16 @@ def test_a_distillation_that_fails_at_any_stage_leaves_the_instance_as_it_was(
     assert_same(portrait(model), before)
 
 
-@pytest.mark.parametrize("name", ["locate", "add_test_time"])
-def test_test_time_registers_that_fail_leave_the_instance_as_it_was(name, photos, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("owner", "name"), [(api, "locate"), (test_time, "add_test_time_registers")])
+def test_test_time_registers_that_fail_leave_the_instance_as_it_was(
+    owner, name, photos, tmp_path, monkeypatch
+):
     backbone = adapt(LIBRARIES["timm"]["vit"]())
     images = faint(backbone)
     plant(backbone, 1, 5, images)
     model = used(backbone.model)
     before = portrait(model)
-    then_raise(monkeypatch, api, name, KeyboardInterrupt)
+    then_raise(monkeypatch, owner, name, KeyboardInterrupt)
     with pytest.raises(KeyboardInterrupt):
         phreg.add_test_time_registers(model, images)
     assert_same(portrait(model), before)

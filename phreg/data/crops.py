@@ -269,14 +269,14 @@ def split(source: ImageSource, config: DistillConfig) -> tuple[ImageSource, Imag
     limit = len(source) if config.data.limit == "all" else config.data.limit
     if config.measure.source is not None:
         others = open_images(config.measure.source, max_megapixels=config.data.max_megapixels)
-        return spread(source, limit), spread(others, count), True
+        return subsample(source, limit), subsample(others, count), True
     train_on, measure_on = holdout(len(source), count)
     if measure_on:
-        return spread(Subset(source, train_on), limit), Subset(source, measure_on), True
-    return spread(source, limit), spread(source, count), not count
+        return subsample(Subset(source, train_on), limit), Subset(source, measure_on), True
+    return subsample(source, limit), subsample(source, count), not count
 
 
-def spread(source: ImageSource, count: int) -> ImageSource:
+def subsample(source: ImageSource, count: int) -> ImageSource:
     """Takes up to so many images, spread evenly over those there are."""
     return Subset(source, subsample_indices(len(source), count))
 

@@ -16,12 +16,18 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from phreg import demo
 from phreg.analysis.norms import NormReport
 from phreg.analysis.survey import Survey, survey
 from phreg.backbones.base import Backbone
 from phreg.backbones.readout import set_readout
-from phreg.config import GateConfig, TargetConfig
+from phreg.backbones.resolve import Base
+from phreg.config import DistillConfig, GateConfig, TargetConfig
+from phreg.data.crops import middle
 from phreg.evaluation.metrics.agreement import Agreement, AgreementMeter, Drift, drift
+from phreg.seeding import keyed_generator
+from phreg.teacher import Teacher
+from phreg.views import count_different
 
 # Nothing is bound by these shapes: the last batch may be smaller than the others.
 Images = Float[Tensor, "_ 3 _ _"]
@@ -160,6 +166,40 @@ def compare(
         agreement=(meters[0].compute(), meters[1].compute()),
         drift=drift(surveys[1].pooled, surveys[0].pooled),
         shown=(torch.cat(kept[0])[:show], torch.cat(kept[1])[:show]),
+    )
+
+
+def compare_with_original(
+    original: Backbone,
+    student: Backbone,
+    looked_at: Sequence[Images],
+    around: tuple[int, int],
+    config: DistillConfig,
+    base: Base,
+    *,
+    held_out: bool,
+) -> Comparison:
+    """Measures the student against the original, and both against the original averaged over many views.
+
+    Of the demonstration model the truth is known, and takes the place of that average. The images looked at
+    come with the surroundings that views show, so many pixels around them.
+    """
+    images = [middle(whole, around) for whole in looked_at]
+    grid = student.layout(images[0]).grid
+    count = min(config.measure.views, count_different(config.views, grid) or config.measure.views)
+    many = config.views.model_copy(update={"count": count, "sampler": "uniform"})
+    teacher = Teacher(original, many, config.target)
+    known = base.source == "demo"
+
+    def reference(images: Tensor, number: int) -> Tensor:
+        if known:
+            return demo.truth(images)
+        key = keyed_generator("reference", config.seed, number)
+        return teacher(looked_at[number], key, around).patches
+
+    described = "the known truth" if known else f"the original averaged over {many.count} views"
+    return compare(
+        original, student, images, reference, config.target, described=described, held_out=held_out
     )
 
 

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from phreg.analysis.inspection import Labelled
 from phreg.backbones.base import Backbone
-from phreg.data.crops import MEASURED_AT_ONCE, Crops, as_input, centre_crops, spread, subsample_indices
+from phreg.data.crops import MEASURED_AT_ONCE, Crops, as_input, centre_crops, subsample, subsample_indices
 from phreg.data.sources import ImageSource
 from phreg.errors import DataError
 from phreg.evaluation.datasets.labelled import open_labelled
@@ -24,7 +24,7 @@ def larger(backbone: Backbone, source: ImageSource) -> list[Float[Tensor, "_ 3 _
         return []
     rows, cols = (round(LARGER * count) for count in backbone.spec.grid)
     size = (rows * backbone.spec.patch_size[0], cols * backbone.spec.patch_size[1])
-    return list(centre_crops(backbone, spread(source, MEASURED_AT_ONCE), size))
+    return list(centre_crops(backbone, subsample(source, MEASURED_AT_ONCE), size))
 
 
 def labelled(backbone: Backbone, data: str, size: int | tuple[int, int]) -> Labelled:

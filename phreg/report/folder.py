@@ -8,16 +8,24 @@ heads-1-01.png).
 
 import json
 import os
+import shutil
 from pathlib import Path
 
+from phreg import config as configuration
 from phreg.analysis.feature_maps import attention_limits
-from phreg.analysis.inspection import Inspection
+from phreg.analysis.inspection import Inspection, of_survey
+from phreg.backbones.base import Backbone
+from phreg.backbones.resolve import Base, display_name
+from phreg.config import DistillConfig
 from phreg.errors import PhregError
+from phreg.evaluation.before_after import Comparison, failed_gates
 from phreg.report.canvas import save_png
 from phreg.report.html import UNKNOWN, Origin, write_report
 from phreg.report.maps import attention_maps, sheet
-from phreg.report.page import inspection_page
+from phreg.report.page import comparison_page, inspection_page
+from phreg.sinks.locate import Sinks
 from phreg.storage import write_text, writing
+from phreg.training.checkpoint import RunFolder, writing_run
 
 HEAD_SIDE = 112
 """Pixels of a head's map on a sheet, at least."""
@@ -76,3 +84,29 @@ def write_inspection(folder: Path, inspection: Inspection, origin: Origin = UNKN
             for number, attention in enumerate(seen, start=1):
                 tiles = attention_maps(attention, attention_limits(*seen).high, side=HEAD_SIDE)
                 save_png(folder / f"heads-{which}{number:02}.png", sheet(tiles))
+
+
+def write_comparison(
+    run: RunFolder,
+    student: Backbone,
+    original: Backbone,
+    base: Base,
+    config: DistillConfig,
+    sinks: Sinks | None,
+    comparison: Comparison,
+) -> None:
+    """Writes what the run changed: figures.json, and a page with the models side by side."""
+    surveys, features = comparison.surveys, comparison.shown
+    before = of_survey(original, "before", surveys[0], features[0], sinks=sinks)
+    after = of_survey(student, "after", surveys[1], features[1], sinks=None)
+    title = f"{display_name(base.source)}, before and after {config.registers} registers"
+    origin = Origin.of("distill", configuration.flatten(config.model_dump(mode="json", exclude_none=True)))
+    page = comparison_page(
+        title, comparison, before, after, origin, failures=failed_gates(comparison, config.gate)
+    )
+    with writing_run(run):
+        if (run.report / "inspect.json").exists():  # of a verdict that --force overrode
+            shutil.rmtree(run.report)
+        run.report.mkdir(exist_ok=True)
+        write_text(run.report / "figures.json", json.dumps(comparison.to_json(), indent=2))
+        write_report(run.report / "report.html", page)

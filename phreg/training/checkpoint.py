@@ -17,7 +17,7 @@ import logging
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -144,7 +144,7 @@ def writing_run(run: RunFolder) -> AbstractContextManager[None]:
 
 
 @contextmanager
-def leaving_no_trace(path: Path) -> Iterator[None]:
+def rollback_folder_on_error(path: Path) -> Iterator[None]:
     """Undoes what is written to a run folder inside, where it fails before the run's first step.
 
     So what was wrong can be mended and asked for again. A run that has begun is left as it is, to go on with.
@@ -163,6 +163,26 @@ def leaving_no_trace(path: Path) -> Iterator[None]:
             if recipe is not None:
                 run.recipe.write_bytes(recipe)
         raise
+
+
+@contextmanager
+def starting_run(run: RunFolder, config: DistillConfig, accelerator: Any, *, resume: bool) -> Iterator[None]:
+    """Starts a run on its main process; what fails before its first step leaves the folder as it was.
+
+    Args:
+        run: Its folder.
+        config: Its settings.
+        accelerator: Its processes, of accelerate.
+        resume: As `start_run` takes it.
+
+    Raises:
+        CheckpointError: See `start_run`.
+    """
+    with rollback_folder_on_error(run.path) if accelerator.is_main_process else nullcontext():
+        if accelerator.is_main_process:
+            start_run(run.path, config, resume=resume)
+        accelerator.wait_for_everyone()
+        yield
 
 
 def check_free(path: Path, *, resume: bool) -> None:

@@ -73,13 +73,17 @@ class Outcome:
     skipped: list[str]
 
 
+UNTRAINED = Outcome(steps=0, images=0, seconds=0.0, trained=0, skipped=[])
+"""Of a method that trains nothing."""
+
+
 def train(  # noqa: C901 (the loop reads straight down)
     task: RetrofitTask,
     images: Crops,
     config: DistillConfig,
     run: RunFolder,
     accelerator: Accelerator,
-    observe: Callable[[StepRecord, int], None],
+    observe: Callable[[StepRecord, int], None] | None = None,
 ) -> Outcome:
     """Trains a patched model's registers and unlocked weights towards the teacher's targets.
 
@@ -136,7 +140,8 @@ def train(  # noqa: C901 (the loop reads straight down)
         run.log.open("a") as log,
     ):
         model = accelerator.prepare_model(student)
-        journal = Journal(log, accelerator, config.batch_size * accumulate * world, steps, run, observe)
+        images_per_step = config.batch_size * accumulate * world
+        journal = Journal(log, accelerator, images_per_step, steps, run, observe or (lambda *_: None))
         reading: Reading | None = None
         for step in range(done, steps):
             lr = learning_rate(config.optim, step, steps, steps_per_epoch)

@@ -14,7 +14,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from phreg.backbones.base import Backbone
-from phreg.config import OptimConfig, UnlockConfig
+from phreg.config import DistillConfig, OptimConfig, UnlockConfig
+from phreg.data.crops import Order
 from phreg.errors import ConfigError
 from phreg.training.task import RetrofitTask
 
@@ -44,6 +45,16 @@ def unlock(backbone: Backbone, config: UnlockConfig) -> dict[str, nn.Parameter]:
             "settings", ["unlock.roles: no registers and no roles, so nothing would train; name some roles"]
         )
     return trained
+
+
+def check_trainable(student: Backbone, num_images: int, config: DistillConfig, processes: int) -> None:
+    """Checks what training will ask for, before anything is written and before the search for sinks.
+
+    Raises:
+        PhregError: The images do not fill a batch, or a role does not exist for the model.
+    """
+    Order(num_images, config.batch_size, world_size=processes)
+    expand_roles(student, config.unlock.roles)
 
 
 def expand_roles(backbone: Backbone, roles: tuple[str, ...]) -> list[str]:

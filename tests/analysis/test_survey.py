@@ -188,12 +188,12 @@ def test_no_images_and_images_of_two_sizes_are_refused():
 
 @pytest.mark.real
 def test_the_corner_sinks_of_a_real_model_draw_attention(real_model, real_data):
-    from phreg.data.crops import centre_crops, spread
+    from phreg.data.crops import centre_crops, subsample
     from phreg.data.sources import open_images
     from phreg.formats.load import open_model
 
     backbone, _ = open_model(real_model)
-    source = spread(open_images(str(real_data / "imagenet_samples")), 16)
+    source = subsample(open_images(str(real_data / "imagenet_samples")), 16)
     found = survey(backbone.eval(), centre_crops(backbone, source, 224))
 
     # The four corners of 14 x 14 patches are 2.04 %; few images lack one of them.

@@ -24,7 +24,7 @@ from phreg.data.crops import (
     middle,
     normalise,
     split,
-    spread,
+    subsample,
     subsample_indices,
 )
 from phreg.data.sources import Subset, open_images
@@ -284,7 +284,7 @@ def test_a_subsample_covers_both_ends_in_gaps_that_differ_by_at_most_one(total, 
 
 @pytest.mark.parametrize(("total", "count", "last"), [(999, 500, 997), (100, 64, 98), (5, 9, 4)])
 def test_spread_images_cover_both_ends(total, count, last):
-    chosen = spread(InMemory([None] * total), count)
+    chosen = subsample(InMemory([None] * total), count)
     assert (chosen.name(0), chosen.name(len(chosen) - 1)) == ("image 0", f"image {last}")
 
 

@@ -23,7 +23,7 @@ from phreg.analysis.norms import outlier_mask, outliers
 from phreg.backbones.base import Backbone, Readout
 from phreg.backbones.readout import read_as
 from phreg.config import Config, Size, ViewsConfig
-from phreg.data.crops import spread
+from phreg.data.crops import subsample
 from phreg.data.sources import ImageSource, open_images
 from phreg.errors import PhregError
 from phreg.evaluation.features import FeatureReader, Reading
@@ -63,7 +63,7 @@ def run(reader: FeatureReader, data: str, settings: Settings, seed: int) -> Metr
         DataError: A picture cannot be read.
         PhregError: The model takes no such size.
     """
-    chosen = spread(open_images(data), settings.count)
+    chosen = subsample(open_images(data), settings.count)
     height, width = reader.snap(settings.size or reader.backbone.spec.input_size)
     high, wide = (settings.shift * unit for unit in reader.backbone.spec.patch_size)
     if height <= high or width <= wide:
