@@ -172,15 +172,15 @@ def distill(
                 outcome = train(task, run.crops, config, run.folder, run.accelerator, observe)
         comparison = _measure_and_save(run, before, original, base, sinks, outcome)
         before.restore_settings()
-    return Distilled(
-        model=student.model,
-        run=run.folder.path,
-        sinks=sinks,
-        outcome=outcome,
-        comparison=comparison,
-        failures=failed_gates(comparison, config.gate) if comparison else [],
-        main_process=run.accelerator.is_main_process,
-    )
+        return Distilled(
+            model=student.model,
+            run=run.folder.path,
+            sinks=sinks,
+            outcome=outcome,
+            comparison=comparison,
+            failures=failed_gates(comparison, config.gate) if comparison else [],
+            main_process=run.accelerator.is_main_process,
+        )
 
 
 def _open_run(
