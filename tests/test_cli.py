@@ -111,6 +111,23 @@ def test_inspect_prints_a_verdict_and_writes_its_files(saved, photos, tmp_path, 
     assert (tmp_path / "out" / "report.html").is_file()
 
 
+def test_size_takes_one_number_or_two_and_the_normalisation_three_each(saved, photos, tmp_path):
+    given = ["--size", 16, 48, "--mean", 0.1, 0.2, 0.3, "--std", 0.4, 0.5, 0.6]
+    assert (
+        phreg("inspect", saved, "--images", photos, "--output", tmp_path / "look", "--count", 2, *given) == 0
+    )
+    assert json.loads((tmp_path / "look" / "inspect.json").read_text())["size"] == [16, 48]
+    run = tmp_path / "run"
+    assert phreg("distill", saved, "--images", photos, "--output", run, "--steps", 1, *QUICK, *given) in (
+        0,
+        3,
+    )
+    resolved = config.resolve(run / "recipe.toml")
+    assert (resolved.size, resolved.mean, resolved.std) == ((16, 48), (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    record = json.loads((run / "model" / "phreg.json").read_text())
+    assert (record["size"], record["mean"], record["std"]) == ([16, 48], [0.1, 0.2, 0.3], [0.4, 0.5, 0.6])
+
+
 def test_inspect_sets_models_side_by_side_in_one_report(saved, photos, tmp_path, capsys):
     other = saved.with_name("other")
     shutil.copytree(saved, other)
