@@ -11,7 +11,6 @@ import logging
 import signal
 import sys
 import time
-import tomllib
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from inspect import signature
@@ -32,6 +31,7 @@ from tyro.extras import SubcommandApp
 from phreg import __version__, config
 from phreg.errors import ConfigError, GateError, Interrupted, PhregError
 from phreg.methods import METHODS
+from phreg.parsing import parse_toml
 from phreg.storage import ADAPTER_FORMAT, Format
 
 app = SubcommandApp()
@@ -354,8 +354,8 @@ def _value(text: str) -> Any:
     if text[0] not in "[{" or text == "{}":  # which is a template, and no table
         return text
     try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+        return parse_toml(f"value = {text}")["value"]
+    except ValueError:
         return text
 
 

@@ -9,7 +9,6 @@ complains. A field's docstring is its command-line help, its documentation and p
 
 import difflib
 import os
-import tomllib
 from collections.abc import Iterator, Mapping
 from importlib import resources
 from pathlib import Path
@@ -28,6 +27,7 @@ from pydantic import (
 )
 
 from phreg.errors import ConfigError
+from phreg.parsing import parse_toml
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 DecayRate = Annotated[float, Field(ge=0, lt=1)]
@@ -413,11 +413,13 @@ def read_toml(path: Path) -> dict[str, Any]:
     """Reads a TOML file.
 
     Raises:
-        ConfigError: It is not TOML.
+        ConfigError: It cannot be read, or is not TOML.
     """
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        return parse_toml(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise ConfigError(os.fspath(path), [f"cannot be read: {error}"]) from error
+    except ValueError as error:
         raise ConfigError(os.fspath(path), [f"not TOML: {error}"]) from error
 
 

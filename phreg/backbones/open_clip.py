@@ -34,6 +34,7 @@ from torch.nn import functional
 from phreg.backbones import timm as timm_adapter
 from phreg.backbones.base import Attention, Backbone, Mlp, Spec, Triple, first_unpacked, matrix_of, prefixed
 from phreg.errors import LoadError, PhregError, UnsupportedModelError
+from phreg.parsing import parse_json
 
 CONFIG = "open_clip_config.json"
 """The file that describes a model."""
@@ -520,7 +521,7 @@ def _preprocessing(folder: Path, arch: str | None, tag: str | None) -> dict[str,
     The folder's config says it, if there is one; else open_clip's own list of weights.
     """
     if (folder / CONFIG).is_file():
-        return json.loads((folder / CONFIG).read_bytes()).get("preprocess_cfg", {})
+        return dict(parse_json((folder / CONFIG).read_bytes())).get("preprocess_cfg", {})
     if arch is None or tag is None:
         return {}
     weights = open_clip.get_pretrained_cfg(arch.removesuffix("-quickgelu"), tag)

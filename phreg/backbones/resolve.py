@@ -33,6 +33,7 @@ from torch import Tensor, nn
 
 from phreg.backbones.base import Backbone, Library, Triple
 from phreg.errors import LoadError, PhregError, UnsupportedModelError
+from phreg.parsing import parse_json
 from phreg.storage import ADAPTER_FILE, EXPORT_FILE
 
 logger = logging.getLogger(__name__)
@@ -481,8 +482,8 @@ def _library(folder: Path, order: Sequence[Library], source: str) -> Library | N
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
-        content = json.loads(file.read_bytes())
-    except ValueError as error:  # neither UTF-8 nor JSON
+        content = parse_json(file.read_bytes())
+    except (OSError, ValueError) as error:
         raise LoadError(f"{file} is not JSON ({error}); copy or download it again") from error
     if not isinstance(content, dict):
         raise LoadError(f"{file} should hold a JSON object, found something else; copy or download it again")
@@ -549,6 +550,32 @@ def _problem(file: Path) -> str | None:
     except UNPICKLING_ERRORS:
         return "is broken, or holds pickled objects, which phreg never loads"
     return None
+
+
+SETTINGS = (
+    *("format", "library", "class", "config", "tower", "registers", "input_size", "mean", "std"),
+    *("readout", "test_time", "test_time_size"),
+)
+"""What a record in phreg.json says of how its tensors become a model; the rest is told to people."""
+
+
+def record_sums(record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Hashes what a folder of phreg's own formats holds, so that loading it notices any damage.
+
+    Args:
+        record: What its phreg.json says.
+        tensors: Its tensors, by their names in the file.
+
+    Returns:
+        `tensors_sha256` and `settings_sha256`, to be added to the record.
+    """
+    return {"tensors_sha256": weights_sha256(tensors), "settings_sha256": settings_sha256(record)}
+
+
+def settings_sha256(record: Mapping[str, Any]) -> str:
+    """Hashes those of `SETTINGS` that a record has: SHA-256 of their ASCII JSON, keys sorted."""
+    settings = json.loads(json.dumps({name: record[name] for name in SETTINGS if name in record}))
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
 def weights_sha256(tensors: Mapping[str, Tensor]) -> str:

@@ -92,7 +92,7 @@ def _open_clip_tokenizer(backbone: Backbone) -> Tokenizer:
             if scheme == "local-dir":
                 _fetch(Path(folder))
             return open_clip.get_tokenizer(origin)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise _missing(backbone, error) from error
     tokenizer = SimpleTokenizer(context_length=model.context_length)
     if getattr(model, "vocab_size", None) != tokenizer.vocab_size:
@@ -116,7 +116,7 @@ def _transformers_tokenizer(backbone: Backbone) -> Tokenizer:
         if Path(config.name_or_path).is_dir():
             _fetch(Path(config.name_or_path))
         tokenizer = AutoTokenizer.from_pretrained(config.name_or_path)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise _missing(backbone, error) from error
     siglip = backbone.spec.family.startswith("siglip")
 

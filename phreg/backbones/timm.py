@@ -43,6 +43,7 @@ from torch.nn import functional
 
 from phreg.backbones.base import Attention, Backbone, Mlp, Spec, first_unpacked, matrix_of
 from phreg.errors import LoadError, PhregError, UnsupportedModelError
+from phreg.parsing import parse_json
 
 REFUSED = {
     "VisionTransformerDistilled": "its distillation token leaves no place for registers",
@@ -152,7 +153,7 @@ def load(folder: Path) -> Backbone:
     """
     asked = f"timm model '{folder}'"
     try:
-        config = json.loads((folder / "config.json").read_bytes())
+        config = parse_json((folder / "config.json").read_bytes())
         architecture = str(config["architecture"])
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise LoadError(

@@ -50,6 +50,7 @@ from phreg.backbones.transformers_registers import (
 )
 from phreg.backbones.transformers_registers import save_patched as save_patched
 from phreg.errors import LoadError, PhregError, UnsupportedModelError
+from phreg.parsing import parse_json
 
 LOAD_FAILURES = (
     OSError,
@@ -798,7 +799,7 @@ def _processor_class(settings: Mapping[str, Any]) -> type | None:
 
 def _read_json(path: Path, asked: str) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_bytes())
+        content = parse_json(path.read_bytes())
     except (OSError, ValueError) as error:
         raise LoadError(
             f"{asked}: {path.name} cannot be read ({error}); copy or download it again"

@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from phreg.backbones.base import NORMALISATION, TRAINED_READOUT, packed_types, unit_movers
+from phreg.backbones.resolve import record_sums
 from phreg.errors import PhregError
 from phreg.storage import ADAPTER_FILE, FORMAT_VERSION, MODEL_FORMAT, write_file, write_text, writing
 
@@ -332,7 +333,7 @@ def save_patched(
         "config": json.loads(model.config.to_json_string(use_diff=False)),
         "versions": {name: version(name) for name in ("torch", "transformers")},
     }
-    text = json.dumps(description, indent=2)
+    text = json.dumps(description | record_sums(description, plain), indent=2)
     with writing(folder, "free space, or give another folder"):
         folder.mkdir(parents=True, exist_ok=True)
         write_file(

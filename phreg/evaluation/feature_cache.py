@@ -34,6 +34,7 @@ from torch import Tensor
 from phreg.data.sources import Files, ImageSource, Subset, TarShards
 from phreg.errors import DataError, PhregError
 from phreg.evaluation.dense import Dense, Placement
+from phreg.parsing import parse_json
 from phreg.storage import write_file
 
 logger = logging.getLogger(__name__)
@@ -60,21 +61,24 @@ class StoredFeatures(Sequence[Dense]):
         folder: A complete entry.
 
     Raises:
-        PhregError: A file is shorter or longer than the index says.
+        PhregError: The index or a file cannot be read, or a file is shorter or longer than the index says.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._index: dict[str, Any] = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-        self._globals = load_file(folder / GLOBALS)
-        self.dim: int = self._index["dim"]
-        """Channels of a patch feature."""
-        values = sum(rows * cols for rows, cols in self._index["grids"]) * self.dim
-        found = (folder / GRIDS).stat().st_size
+        try:
+            self._index: dict[str, Any] = parse_json((folder / INDEX).read_bytes())
+            self._globals = load_file(folder / GLOBALS)
+            self.dim: int = self._index["dim"]
+            """Channels of a patch feature."""
+            sizes = [rows * cols * self.dim for rows, cols in self._index["grids"]]
+            found = (folder / GRIDS).stat().st_size
+        except (OSError, ValueError, LookupError, TypeError, SafetensorError) as error:
+            raise self._damaged(f"{type(error).__name__}: {error}") from error
+        values = sum(sizes)
         if found != 2 * values:
             raise self._damaged(f"{GRIDS} has {found} bytes instead of {2 * values}")
         self._values = np.memmap(folder / GRIDS, np.float16, "r", shape=(values,))
-        sizes = [rows * cols * self.dim for rows, cols in self._index["grids"]]
         self._starts = np.concatenate([[0], np.cumsum(sizes)])
 
     def __len__(self) -> int:

@@ -46,6 +46,7 @@ from phreg.evaluation.results import (
     summarise,
 )
 from phreg.evaluation.tasks.table import draws, find_task
+from phreg.parsing import parse_json
 from phreg.storage import write_text, writing
 
 logger = logging.getLogger(__name__)
@@ -97,7 +98,7 @@ class Suite:
         if not path.is_file():
             return
         try:
-            held = json.loads(path.read_text(encoding="utf-8"))["models"][0]
+            held = parse_json(path.read_text(encoding="utf-8"))["models"][0]
             theirs = _asked(held["task"], held["data"], held["settings"])
         except (OSError, ValueError, LookupError, TypeError) as error:
             raise PhregError(
@@ -205,8 +206,8 @@ class Suite:
         key = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
         path = self.folder / RUNS / f"{self.task}-{key}.json"
         # A run that is not there, or of which a power cut left half, is done again.
-        with suppress(OSError, ValueError):
-            done = json.loads(path.read_text(encoding="utf-8"))
+        with suppress(OSError, ValueError, LookupError, TypeError):
+            done = parse_json(path.read_text(encoding="utf-8"))
             return Metrics(**done["metrics"]), done["seconds"]
         started = time.perf_counter()
         metrics = find_task(self.task).run(reader, self.data, self.settings, seed)

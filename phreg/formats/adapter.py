@@ -43,7 +43,7 @@ def apply_adapter(folder: Path, backbone: Backbone) -> None:
             unreadable or not those of the model. The model is left as it was.
     """
     record = read_adapter(folder)
-    tensors = read_tensors(folder / "adapter.safetensors")
+    tensors = read_own_tensors(folder / "adapter.safetensors", record)
     kind = fit(record, backbone)
     if kind is None:
         raise LoadError(_other_base(folder, record["base"], backbone))
@@ -112,6 +112,29 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
     broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
     if broken:
         raise LoadError(f"{file} holds NaN or infinite values in {broken[:3]}; fetch or train it again")
+    return tensors
+
+
+def read_own_tensors(file: Path, record: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Reads the tensors of one of phreg's own formats, and checks that they are those that were written.
+
+    A record of an earlier phreg does not tell: they are then read with a warning.
+
+    Raises:
+        LoadError: As `read_tensors`, or they are not those of the record.
+    """
+    tensors = read_tensors(file)
+    if "tensors_sha256" not in record or "settings_sha256" not in record:
+        logger.warning(
+            "%s has no sha256 of its tensors and settings, as earlier versions of phreg wrote none: damage "
+            "to them would go unnoticed; save it again to have them checked", file.parent,
+        )  # fmt: skip
+    expected, found = record.get("tensors_sha256"), weights_sha256(tensors)
+    if expected is not None and found != expected:
+        raise LoadError(
+            f"asked for the tensors in {file}, which have sha256 {found[:12]}…, and {str(expected)[:12]}… "
+            "were written; they were damaged or changed since: fetch or train them again"
+        )
     return tensors
 
 

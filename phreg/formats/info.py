@@ -19,7 +19,7 @@ from phreg.backbones.resolve import Base
 from phreg.errors import LoadError
 from phreg.evaluation.before_after import Row, table
 from phreg.formats.adapter import fit
-from phreg.formats.load import open_model, record_of
+from phreg.formats.load import open_model, reading_record, record_of
 from phreg.storage import ADAPTER_FORMAT
 
 Model = str | os.PathLike[str] | nn.Module
@@ -94,8 +94,15 @@ def show(source: str | os.PathLike[str], *, revision: str | None = None, base: M
             f"asked to show {source}, which is a {found.library} model that phreg did not write; "
             "`phreg inspect` looks into such a model"
         )
+    with reading_record(source):
+        return _shown(source, record, found.folder, base)
+
+
+def _shown(
+    source: str | os.PathLike[str], record: Mapping[str, Any], folder: Path, base: Model | None
+) -> Shown:
     run = record.get("run") or record
-    tensors, num_bytes = _count(found.folder)
+    tensors, num_bytes = _count(folder)
     return Shown(
         source=str(source),
         format=record["format"],

@@ -14,7 +14,8 @@ A new format is a row of `FORMATS` and a reader. What phreg did not write is a b
 
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +27,7 @@ from phreg.backbones import resolve
 from phreg.backbones.base import Backbone
 from phreg.backbones.resolve import Base, Located, adapt, weights_sha256
 from phreg.errors import LoadError, PhregError, UnsupportedModelError
-from phreg.formats.adapter import apply_adapter, fits, read_tensors
+from phreg.formats.adapter import apply_adapter, fits, read_own_tensors, read_tensors
 from phreg.sinks import test_time
 from phreg.storage import ADAPTER_FILE, ADAPTER_FORMAT, EXPORT_FILE, MODEL_FORMAT
 from phreg.training.checkpoint import read_adapter, read_record
@@ -53,6 +54,21 @@ def record_of(found: Located) -> dict[str, Any] | None:
             f"{', '.join(FORMATS)}: upgrade phreg, or load it with the library it was made for"
         )
     return record
+
+
+@contextmanager
+def reading_record(source: Any) -> Iterator[None]:
+    """Words as one error whatever fails in what a record tells people, which is not checked as it is read.
+
+    Raises:
+        LoadError: It says too little, or other things than phreg writes.
+    """
+    try:
+        yield
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
+        raise LoadError(
+            f"asked for {source}, whose record is not whole ({type(error).__name__}: {error}); fetch it again"
+        ) from error
 
 
 def open_model(
@@ -223,7 +239,8 @@ def _read_adapter(found: Located) -> tuple[Backbone, Base]:
 
 def _read_patched(found: Located) -> tuple[Backbone, Base]:
     """Builds a model that the `merged` export or a transformers model's own `save_pretrained` wrote whole."""
-    record, tensors = read_adapter(found.folder), read_tensors(found.folder / "phreg.safetensors")
+    record = read_adapter(found.folder)
+    tensors = read_own_tensors(found.folder / "phreg.safetensors", record)
     try:
         backbone = resolve.build(record["library"], record["class"], record["config"])
         if tuple(record.get("input_size", backbone.spec.input_size)) != backbone.spec.input_size:
@@ -280,11 +297,16 @@ def _read_stock(found: Located) -> tuple[Backbone, Base]:
 
 
 def _check_unchanged(found: Located, sha256: str) -> None:
-    expected = read_record(found.folder / EXPORT_FILE).get("sha256", sha256)
-    if sha256 != expected:
+    expected = read_record(found.folder / EXPORT_FILE).get("sha256")
+    if expected is None:
+        logger.warning(
+            "%s has no sha256 of its weights: damage to them would go unnoticed; export it again to have "
+            "them checked", found.source,
+        )  # fmt: skip
+    elif sha256 != expected:
         raise LoadError(
             f"asked for the export in {found.source}, whose weights have sha256 {sha256[:12]}…, and "
-            f"{expected[:12]}… were written; it was changed since: fetch or export it again"
+            f"{str(expected)[:12]}… were written; it was changed since: fetch or export it again"
         )
 
 

@@ -22,7 +22,8 @@ from phreg.backbones import hub
 from phreg.backbones.resolve import Located
 from phreg.errors import LoadError, PushError
 from phreg.formats.card import Illustration, License, model_card
-from phreg.formats.load import record_of
+from phreg.formats.load import reading_record, record_of
+from phreg.parsing import parse_json
 from phreg.report.html import read_pictures
 from phreg.storage import ADAPTER_FILE, ADAPTER_FORMAT, EXPORT_FILE, MODEL_FORMAT, replacing, write_text
 from phreg.training.checkpoint import RunFolder
@@ -68,9 +69,9 @@ def assemble(found: Located, folder: Path, repository: str) -> dict[str, Any]:
     names = _visible(found.folder) if exported else [Path(OWN_FILES[record["format"]])]
     license = base_license(record.get("base") or {})
     _tell_of_base(record)
-    record = public(record)
     try:
-        with replacing(folder.resolve()) as unfinished:
+        with reading_record(found.source), replacing(folder.resolve()) as unfinished:
+            record = public(record)
             for name in names:
                 (unfinished / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(found.folder / name, unfinished / name)
@@ -130,9 +131,9 @@ def base_license(base: Mapping[str, Any]) -> License:
     try:
         card = (metadata_load(folder / "README.md") if (folder / "README.md").is_file() else None) or {}
         config = (
-            json.loads((folder / "config.json").read_bytes()) if (folder / "config.json").is_file() else {}
+            parse_json((folder / "config.json").read_bytes()) if (folder / "config.json").is_file() else {}
         )
-    except (ValueError, yaml.YAMLError) as error:
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
         logger.warning("the licence of %s is not known: its card or config is broken (%s)", source, error)
         return License()
     if card.get("license"):

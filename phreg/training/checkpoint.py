@@ -30,11 +30,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from phreg import __version__
-from phreg.backbones.base import Backbone
-from phreg.backbones.resolve import Base
+from phreg.backbones.base import Backbone, Readout
+from phreg.backbones.resolve import Base, record_sums, settings_sha256, weights_sha256
 from phreg.config import DistillConfig, GateConfig, flatten, to_toml, validate
 from phreg.config import read_toml as read_settings
 from phreg.errors import CheckpointError, LoadError
+from phreg.parsing import parse_json
 from phreg.storage import (
     ADAPTER_FILE,
     ADAPTER_FORMAT,
@@ -223,10 +224,21 @@ def save_state(
     with writing_run(run), replacing(folder) as temporary:
         save_file(contents, temporary / "state.safetensors")
         flush(temporary / "state.safetensors")
-        write_text(temporary / "state.json", json.dumps({"step": step, "facts": facts}))
+        told = {"step": step, "facts": facts, "sha256": weights_sha256(contents)}
+        write_text(temporary / "state.json", json.dumps(told))
     for old in run.states[:-KEPT_STATES]:
         shutil.rmtree(old)
     return folder
+
+
+class StateRecord(BaseModel):
+    """What state.json says of a checkpoint."""
+
+    model_config = ConfigDict(strict=True)
+
+    step: NonNegativeInt
+    facts: dict[str, Any]
+    sha256: str | None = None
 
 
 def load_state(
@@ -241,15 +253,17 @@ def load_state(
         CheckpointError: The checkpoint belongs to a run whose facts differ, or does not fit the model.
     """
     for folder in reversed(run.states):
-        with suppress(OSError, SafetensorError, json.JSONDecodeError):
+        with suppress(OSError, SafetensorError, ValueError):
             saved = load_file(folder / "state.safetensors")
-            meta = json.loads((folder / "state.json").read_text())
-            break
+            meta = StateRecord.model_validate_json((folder / "state.json").read_bytes())
+            if meta.sha256 in (None, weights_sha256(saved)):  # earlier versions wrote none
+                break
+        logger.warning("checkpoint %s is damaged, so the one before it is taken", folder)
     else:
         return 0
-    differing = [name for name in facts if meta["facts"].get(name) != facts[name]]
+    differing = [name for name in facts if meta.facts.get(name) != facts[name]]
     if differing:
-        changes = "; ".join(f"{name} was {meta['facts'].get(name)}, is {facts[name]}" for name in differing)
+        changes = "; ".join(f"{name} was {meta.facts.get(name)}, is {facts[name]}" for name in differing)
         raise CheckpointError(
             f"cannot resume {run.path} from {folder.name}: {changes}; run it as it was started"
         )
@@ -264,7 +278,7 @@ def load_state(
         for name, tensor in tensors.items():
             tensor.copy_(saved[name])
     optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
-    return int(meta["step"])
+    return meta.step
 
 
 @dataclass(frozen=True)
@@ -280,16 +294,47 @@ class Tower:
     sha256: dict[str, str]
 
 
-class AdapterRecord(BaseModel):
-    """What an adapter's phreg.json must say to be applied; it says more, for people."""
+class Gates(BaseModel):
+    """What a run asked of its result."""
+
+    failures: list[str] = []
+
+
+class RunRecord(BaseModel):
+    """What a record says of the run that made the model."""
 
     model_config = ConfigDict(strict=True)
 
-    class_name: str = Field(alias="class")
-    base: Base
-    registers: NonNegativeInt
-    input_size: tuple[PositiveInt, PositiveInt]
+    recipe: dict[str, Any] | None = None
+    outcome: dict[str, Any] | None = None
+    gates: Gates | None = None
+
+
+class Record(RunRecord):
+    """What is read of phreg.json or phreg_export.json, as far as it is there; it says more, for people."""
+
+    format: str
+    class_name: str = Field("", alias="class")
+    base: Base | None = None
+    registers: NonNegativeInt = 0
+    input_size: tuple[PositiveInt, PositiveInt] | None = None
+    mean: tuple[float, float, float] | None = None
+    std: tuple[float, float, float] | None = None
+    readout: Readout = "plain"
+    test_time: dict[NonNegativeInt, list[tuple[NonNegativeInt, int]]] | None = None
+    test_time_size: tuple[PositiveInt, PositiveInt] | None = None
     tower: Tower | None = None
+    versions: dict[str, str] = {}
+    library: str = ""
+    config: dict[str, Any] | None = None
+    run: RunRecord | None = None
+
+
+NEEDED: dict[str, tuple[str, ...]] = {
+    ADAPTER_FORMAT: ("class", "base", "registers", "input_size"),
+    MODEL_FORMAT: ("class", "registers", "library", "config"),
+}
+"""What a record must say of its model, by format; those of others are read by people and by stock loaders."""
 
 
 def save_adapter(
@@ -341,6 +386,7 @@ def save_adapter(
         save_file(changed, temporary / "adapter.safetensors", metadata={"format": "pt"})
         let_others_read(temporary / "adapter.safetensors")
         flush(temporary / "adapter.safetensors")
+        description |= record_sums(description, changed)
         write_text(temporary / "phreg.json", json.dumps(description, indent=2))
         write_text(temporary / "README.md", card(description))
 
@@ -349,10 +395,12 @@ def read_record(file: Path) -> dict[str, Any]:
     """Reads phreg.json or phreg_export.json, whatever its format.
 
     Raises:
-        LoadError: It cannot be read, or its version is none that this phreg reads.
+        LoadError: It cannot be read, says too little, was changed since, or is of a version that this phreg
+            does not read.
     """
     try:
-        record = json.loads(file.read_text(encoding="utf-8"))
+        text = file.read_bytes()
+        record = parse_json(text)
         kind, number = record["format"], record.get("format_version", 1)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise LoadError(
@@ -365,6 +413,20 @@ def read_record(file: Path) -> dict[str, Any]:
             f"{__version__}, reads versions 1 to {FORMAT_VERSION}: "
             + ("upgrade phreg" if type(number) is int and number > 0 else "copy or fetch it again")
         )
+    asked = f"asked for what is in {file.parent}, whose {file.name}"
+    try:
+        Record.model_validate_json(text)
+    except ValidationError as error:
+        problems = [f"{'.'.join(map(str, found['loc']))}: {found['msg']}" for found in error.errors()]
+    else:
+        problems = [f"{name}: missing" for name in NEEDED.get(kind, ()) if record.get(name) is None]
+    if problems:
+        raise LoadError(f"{asked} is not whole ({'; '.join(problems)}); fetch it again")
+    if record.get("settings_sha256", found := settings_sha256(record)) != found:
+        raise LoadError(
+            f"{asked} says other things of the model than were written: it was damaged or changed since; "
+            "fetch it again. What is told of its base and its run may be changed"
+        )
     return record
 
 
@@ -375,20 +437,12 @@ def read_adapter(folder: Path) -> dict[str, Any]:
         LoadError: It is neither, says too little, or is of a newer format.
     """
     record = read_record(folder / ADAPTER_FILE)
-    asked = f"asked for the adapter in {folder}"
     if record["format"] not in (ADAPTER_FORMAT, MODEL_FORMAT):
         raise LoadError(
-            f"{asked}, found format {record['format']!r}; this phreg, {__version__}, knows {ADAPTER_FORMAT} "
-            f"and {MODEL_FORMAT}: upgrade phreg, or load the folder with what wrote it"
+            f"asked for the adapter in {folder}, found format {record['format']!r}; this phreg, "
+            f"{__version__}, knows {ADAPTER_FORMAT} and {MODEL_FORMAT}: upgrade phreg, or load the folder "
+            "with what wrote it"
         )
-    if record["format"] == ADAPTER_FORMAT:
-        try:
-            AdapterRecord.model_validate_json(json.dumps(record))
-        except ValidationError as error:
-            problems = "; ".join(
-                f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}" for problem in error.errors()
-            )
-            raise LoadError(f"{asked}, whose phreg.json is not whole ({problems}); fetch it again") from error
     return record
 
 
@@ -397,10 +451,10 @@ def truncate_log(log: Path, steps: int) -> None:
     if not log.exists():
         return
     kept = []
-    for line in log.read_text(encoding="utf-8").splitlines():
-        with suppress(json.JSONDecodeError):
-            if json.loads(line)["step"] <= steps:
-                kept.append(line + "\n")
+    for line in log.read_bytes().splitlines():
+        with suppress(ValueError, LookupError, TypeError):
+            if parse_json(line)["step"] <= steps:
+                kept.append(line.decode() + "\n")
     with writing_run(RunFolder(log.parent)):
         write_text(log, "".join(kept))
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import shutil
 from dataclasses import asdict, replace
 
@@ -24,10 +25,12 @@ from phreg.errors import LoadError, PhregError, UnsupportedModelError
 from phreg.formats.adapter import describe_tower, fit
 from phreg.formats.export import export
 from phreg.formats.load import open_model
+from phreg.sinks import test_time
 from phreg.training import checkpoint
 
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 DINOV2 = {"mlp_ratio": 2, **TINY}
+SUMS = ("tensors_sha256", "settings_sha256")
 LLAMA = {
     "hidden_size": 32,
     "num_hidden_layers": 1,
@@ -402,8 +405,10 @@ def test_a_model_at_hand_stays_on_its_device_unless_told(adapter, saved):
 
 
 def tampered(folder, **changes):
+    """Changes what phreg.json says, and takes out the sums that would tell of it."""
     path = folder / "phreg.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    record = {key: value for key, value in json.loads(path.read_text()).items() if key not in SUMS}
+    path.write_text(json.dumps(record | changes))
 
 
 @pytest.mark.parametrize(
@@ -458,6 +463,7 @@ def test_tampered_tensors_are_one_clear_error_and_change_nothing(change, found, 
     tensors = load_file(file)
     change(tensors)
     save_file(tensors, file)
+    tampered(adapter[0])
     with pytest.raises(LoadError, match=found):
         phreg.load(adapter[0], into=model)
     assert all(torch.equal(model.state_dict()[name], before[name]) for name in before)
@@ -598,3 +604,140 @@ def test_towers_are_known_apart_from_what_stands_around_them():
     headed.alone().model.load_state_dict(plain.model.state_dict())
     assert replace(describe_tower(headed), prefix="") == describe_tower(plain)
     assert describe_tower(headed).prefix == "dinov2."
+
+
+# -- damage --------------------------------------------------------------------------------------------------
+
+
+def saved_as(kind, folder, saved):
+    """Writes a patched model in one of phreg's own formats."""
+    model = timm.create_model(f"local-dir:{saved}", pretrained=True).eval()
+    match kind:
+        case "adapter":
+            adapted(model, folder, str(saved))
+        case "test-time adapter":
+            backbone, base = resolve.load(saved)
+            before = {name: tensor.clone() for name, tensor in backbone.disk_state().items()}
+            test_time.install(backbone, {1: [(5, 1), (9, -1)]}, 2)
+            told = {
+                "test_time": test_time.installed(backbone),
+                "test_time_size": [32, 32],
+                "readout": "plain",
+            }
+            tower = describe_tower(adapt(timm.create_model(f"local-dir:{saved}", pretrained=True)))
+            checkpoint.save_adapter(folder, backbone, base, before, told, lambda _: "# card", tower=tower)
+        case "merged":
+            phreg.export(phreg.add_registers(families_timm.FAMILIES["vit"](), 3), folder, format="merged")
+        case "saved whole":
+            phreg.add_registers(families_transformers.FAMILIES["dinov2"](), 3).save_pretrained(folder)
+    return folder
+
+
+def all_that_it_is(folder):
+    """Loads a folder and tells everything that decides what its model computes."""
+    backbone, _ = open_model(folder)
+    features = backbone(IMAGES)
+    return features.patches, features.pooled, backbone.spec, backbone.trained_readout, backbone.num_registers
+
+
+KINDS = {
+    "adapter": ("adapter.safetensors", "phreg.json", "README.md"),
+    "test-time adapter": ("adapter.safetensors", "phreg.json"),
+    "merged": ("phreg.safetensors", "phreg.json"),
+    "saved whole": ("phreg.safetensors", "phreg.json"),
+}
+FLIPS = 25
+
+
+@pytest.mark.parametrize(("kind", "file"), [(kind, file) for kind in KINDS for file in KINDS[kind]])
+def test_a_damaged_byte_is_refused_or_does_no_harm(kind, file, saved, tmp_path):
+    folder = saved_as(kind, tmp_path / "whole", saved)
+    expected = all_that_it_is(folder)
+    whole = (folder / file).read_bytes()
+    refused = 0
+    for seed in range(FLIPS):
+        draw = random.Random(f"{kind} {file} {seed}")
+        damaged = bytearray(whole)
+        damaged[draw.randrange(len(whole))] ^= draw.randrange(1, 256)
+        (folder / file).write_bytes(damaged)
+        try:
+            found = all_that_it_is(folder)
+        except PhregError:
+            refused += 1
+            continue
+        assert all(map(torch.equal, found[:2], expected[:2])), f"seed {seed}"
+        assert found[2:] == expected[2:], f"seed {seed}"
+    # A byte of weights always matters; a byte of what is told to people, or of a space between, never does.
+    if file.endswith(".safetensors"):
+        assert refused == FLIPS
+    if file == "README.md":
+        assert refused == 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_flipped_weights_are_named_as_damage_and_the_model_at_hand_stays_as_it_was(kind, saved, tmp_path):
+    folder = saved_as(kind, tmp_path / "whole", saved)
+    file = folder / KINDS[kind][0]
+    content = bytearray(file.read_bytes())
+    content[-4] ^= 1  # the last bit of a number: as finite as before
+    file.write_bytes(content)
+    with pytest.raises(
+        LoadError, match=r"sha256 \w{12}…, and \w{12}… were written; they were damaged or changed"
+    ):
+        phreg.load(folder)
+    if kind == "adapter":
+        model = timm.create_model(f"local-dir:{saved}", pretrained=True).eval()
+        before = state_of(model)
+        with pytest.raises(LoadError, match="damaged or changed"):
+            phreg.load(folder, into=model)
+        assert all(torch.equal(model.state_dict()[name], before[name]) for name in before)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_an_earlier_phreg_wrote_loads_with_a_warning(kind, saved, tmp_path, caplog):
+    folder = saved_as(kind, tmp_path / "whole", saved)
+    expected = all_that_it_is(folder)
+    assert "no sha256" not in caplog.text
+    tampered(folder)
+    found = all_that_it_is(folder)
+    assert all(map(torch.equal, found[:2], expected[:2]))
+    assert caplog.text.count("whole has no sha256 of its tensors and settings") == 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"test_time": {"1": [[6, 1], [9, -1]]}},
+        {"readout": "naclip"},
+        {"input_size": [40, 32]},
+        {"registers": 1},
+    ],
+)
+def test_a_setting_that_decides_what_the_model_computes_cannot_change_unnoticed(change, saved, tmp_path):
+    folder = saved_as("test-time adapter", tmp_path / "whole", saved)
+    path = folder / "phreg.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(LoadError, match="damaged or changed since"):
+        phreg.load(folder)
+
+
+def test_where_the_base_lies_now_may_be_written_into_the_record(saved, tmp_path):
+    folder = saved_as("adapter", tmp_path / "whole", saved)
+    expected = all_that_it_is(folder)
+    moved = saved.rename(tmp_path / "moved")
+    path = folder / "phreg.json"
+    path.write_text(path.read_text().replace(str(saved), str(moved)))
+    assert torch.equal(all_that_it_is(folder)[0], expected[0])
+
+
+@pytest.mark.parametrize("depth", [150, 900, 990, 100_000])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_record_nested_without_end_is_one_clear_error(kind, depth, saved, tmp_path):
+    folder = saved_as(kind, tmp_path / "whole", saved)
+    path = folder / "phreg.json"
+    nested = "[" * depth + "]" * depth
+    for text in (nested, path.read_text()[:-1].rstrip("}\n") + f', "more": {nested}}}'):
+        path.write_text(text)
+        for read in (phreg.load, phreg.show):
+            with pytest.raises(LoadError, match=r"phreg\.json"):
+                read(folder)

@@ -12,7 +12,6 @@ Annotations are read at once, images one by one; what is wrong with one is an er
 """
 
 import csv
-import json
 import os
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -37,6 +36,7 @@ from phreg.evaluation.datasets.pairs import (
     read_names,
     without_suffix,
 )
+from phreg.parsing import parse_json
 
 COCO_LIST = "coco_20k_filenames.txt"
 """The list of COCO20k, as LOST calls it."""
@@ -155,7 +155,7 @@ def _boxed(root: Path, entries: Iterable[_Entry]) -> Boxed:
 
 def _read_json(path: Path, example: str) -> Any:
     try:
-        return json.loads(read_text(path))
+        return parse_json(read_text(path))
     except (OSError, ValueError) as error:
         raise DataError(f"cannot read boxes from {path}: {error}; expected {example}") from error
 

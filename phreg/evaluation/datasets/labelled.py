@@ -9,7 +9,6 @@ are listed at once and decoded one by one; what is wrong with one is an error th
 """
 
 import csv
-import json
 import os
 import re
 from collections import Counter
@@ -48,6 +47,7 @@ from phreg.evaluation.datasets.pairs import (
 )
 from phreg.evaluation.datasets.vocabulary import shipped
 from phreg.evaluation.metrics.scores import IGNORE
+from phreg.parsing import parse_json
 
 Split = Literal["train", "val"]
 
@@ -168,7 +168,7 @@ def _listed(root: Path, path: Path) -> Labelled:
     try:
         text = read_text(path)
         pairs = (
-            list(json.loads(text).items())
+            list(parse_json(text).items())
             if path.suffix.lower() == ".json"
             else [(row[0].strip(), row[1].strip()) for row in csv.reader(text.split("\n")) if row]
         )

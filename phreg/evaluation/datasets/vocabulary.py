@@ -9,7 +9,6 @@ calls itself, synonyms separated by commas.
 """
 
 import os
-import tomllib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -22,6 +21,7 @@ from torch.nn.functional import normalize
 from phreg.backbones.text import TextEncoder, imagenet_templates
 from phreg.data.sources import read_text, walk
 from phreg.errors import DataError, PhregError
+from phreg.parsing import parse_toml
 
 FOLDER = Path(__file__).with_name("vocabularies")
 
@@ -135,7 +135,7 @@ def _lists() -> list[Path]:
 def _read(path: str | os.PathLike[str]) -> dict[str, tuple[str, ...]]:
     known = ", ".join(file.stem for file in _lists())
     try:
-        table = tomllib.loads(read_text(Path(path)))
+        table = parse_toml(read_text(Path(path)))
     except (OSError, ValueError) as error:
         raise DataError(
             f"cannot read a list of words from {path}: {error}; give one of {known}, or a TOML file of lines "

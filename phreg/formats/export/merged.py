@@ -18,6 +18,7 @@ from torch import Tensor
 from phreg.backbones import resolve
 from phreg.backbones.base import Backbone
 from phreg.backbones.readout import set_readout
+from phreg.backbones.resolve import record_sums
 from phreg.formats.export import timm as timm_format
 from phreg.formats.export.base import Contents
 from phreg.formats.load import open_saved
@@ -54,7 +55,9 @@ def contents(backbone: Backbone) -> Contents:
         "test_time": test_time.installed(backbone),
         "test_time_size": test_time.calibrated_size(backbone),
     }
-    return Contents({"phreg.safetensors": backbone.disk_state()}, {ADAPTER_FILE: description})
+    tensors = backbone.disk_state()
+    description |= record_sums(description, tensors)
+    return Contents({"phreg.safetensors": tensors}, {ADAPTER_FILE: description})
 
 
 def load(folder: Path) -> Backbone:
