@@ -8,10 +8,12 @@ import json
 import math
 import os
 import signal
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from PIL import Image
 
 from phreg.backbones.resolve import adapt
@@ -20,10 +22,11 @@ from phreg.data.crops import Crops
 from phreg.data.sources import open_images
 from phreg.errors import Interrupted, TrainingError
 from phreg.registers import add_registers
+from phreg.sinks.relocation import Relocation
 from phreg.teacher import Teacher
 from phreg.training.checkpoint import RunFolder
 from phreg.training.loop import start_accelerator, train
-from phreg.training.losses import distillation_terms
+from phreg.training.losses import RelocationTerm, distillation_terms
 from phreg.training.task import RetrofitTask
 
 COUNT = 4
@@ -47,7 +50,7 @@ def distilled(tiny, pictures, tmp_path):
 
     sgd = {"name": "sgd", "lr": LR, "schedule": "constant", "momentum": 0.0, "weight_decay": 0.0}
 
-    def build(observe=lambda *_: None, **settings):
+    def build(observe=lambda *_: None, relocation=None, **settings):
         run = RunFolder(tmp_path / "run")
         run.path.mkdir(exist_ok=True)
         config = DistillConfig.model_validate(
@@ -68,7 +71,10 @@ def distilled(tiny, pictures, tmp_path):
         teacher = Teacher(adapt(tiny()).requires_grad_(False), config.views, config.target)
         images = Crops(open_images(pictures[1]), 32, config.seed, "random")
         accelerator = start_accelerator(config, run)
-        task = RetrofitTask(student, teacher, distillation_terms(config.loss), config.target)
+        terms = distillation_terms(config.loss)
+        if relocation is not None:
+            terms.append(RelocationTerm(config.loss.relocation, relocation))
+        task = RetrofitTask(student, teacher, terms, config.target)
         outcome = train(task, images, config, run, accelerator, observe)
         return student, outcome, [json.loads(line) for line in run.log.read_text().splitlines()]
 
@@ -174,11 +180,12 @@ def test_weight_decay_is_that_of_the_plain_loop(tiny, pictures, distilled):
 
 
 @pytest.mark.parametrize("accumulate", [2, 4])
-def test_accumulated_batches_take_the_step_of_one_batch_of_all(tiny, pictures, distilled, accumulate):
-    # Without the pooled term, which is relative to each batch's own targets.
-    _, _, norms = plain_loop(tiny, pictures[0], pooled=0)
-    history, losses, _ = plain_loop(tiny, pictures[0], pooled=0, clip=norms[0] / 2)
-    optim = {"accumulate": accumulate, "clip_norm": norms[0] / 2}  # to be told a mean from a sum
+@pytest.mark.parametrize("share", [None, 0.5])
+def test_accumulated_batches_take_the_step_of_one_batch_of_all(tiny, pictures, distilled, accumulate, share):
+    # Without the pooled term, which is relative to each batch's own targets. Clipped, sum and mean are alike.
+    clip = share and share * plain_loop(tiny, pictures[0], steps=1, pooled=0)[2][0]
+    history, losses, _ = plain_loop(tiny, pictures[0], pooled=0, clip=clip)
+    optim = {"accumulate": accumulate, "clip_norm": clip}
     student, outcome, log = distilled(batch_size=COUNT // accumulate, optim=optim, loss={"pooled": 0})
     assert_same(snapshot(student), history[-1])
     assert [line["loss"] for line in log] == pytest.approx(losses, rel=1e-5)
@@ -201,6 +208,109 @@ def test_every_step_runs_at_the_schedules_rate(tiny, pictures, distilled):
     student, _, log = distilled(optim={"schedule": "cosine", "final_lr": 0.0})
     assert_same(snapshot(student), history[-1])
     assert [line["lr"] for line in log] == pytest.approx(rates)
+
+
+def test_each_step_is_in_the_log_when_it_is_told_of_with_its_speed(distilled, tmp_path):
+    told = []
+
+    def observe(record, steps):
+        told.append((record.step, steps))
+        assert len((tmp_path / "run" / "log.jsonl").read_text().splitlines()) == record.step
+
+    _, outcome, log = distilled(observe)
+    assert told == [(1, STEPS), (2, STEPS), (3, STEPS)]
+    speeds = [line["images_per_second"] for line in log]
+    assert speeds == [round(speed, 3) for speed in speeds]
+    # The steps are all that the run's time is made of, but for what comes before them and after them.
+    assert 0 < sum(COUNT / speed for speed in speeds) <= outcome.seconds + 0.01
+
+
+def test_trackers_get_what_the_log_gets(distilled, monkeypatch):
+    tracked = []
+    monkeypatch.setattr(Accelerator, "log", lambda _, values, step=None: tracked.append((step, values)))
+    _, _, log = distilled()
+    assert tracked == [
+        (line["step"], {"loss": line["loss"], "lr": line["lr"], **line["terms"]}) for line in log
+    ]
+
+
+@pytest.mark.parametrize(
+    ("length", "steps"),
+    [({"epochs": 3}, 3), ({"epochs": 1}, 1), ({}, 1), ({"steps": 5}, 5)],
+)
+def test_an_epoch_is_as_many_steps_as_the_images_fill(distilled, length, steps):
+    settings = {"steps": None, "batch_size": 1, "optim": {"accumulate": 3}} | length
+    _, outcome, log = distilled(**settings)  # four pictures fill one step of three
+    assert outcome.steps == len(log) == steps
+    assert outcome.images == steps * 3
+
+
+def test_after_training_under_autocast_the_model_runs_in_full_precision_again(tiny, pictures, distilled):
+    student, _, log = distilled(precision="bf16")
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    other = add_registers(adapt(tiny()), 2)
+    other.load_disk_state(student.disk_state())
+    assert torch.equal(student(images).patches, other(images).patches)
+    losses = plain_loop(tiny, pictures[0])[1]
+    assert [line["loss"] for line in log] == pytest.approx(losses, rel=0.05), "near those of fp32"
+    assert [line["loss"] for line in log] != pytest.approx(losses, rel=1e-5), "bf16 was used"
+
+
+def test_kept_targets_give_the_same_run_and_are_gone_afterwards(tiny, pictures, distilled, tmp_path):
+    history, losses, _ = plain_loop(tiny, pictures[0])
+    seen, targets = [], tmp_path / "run" / "targets"
+    student, _, log = distilled(lambda *_: seen.append(targets.is_dir()), target={"keep": True})
+    # Targets are kept in bf16: of values around 1, 1 part in 256, which averages out.
+    assert [line["loss"] for line in log] == pytest.approx(losses, rel=2e-3)
+    for name, expected in history[-1].items():
+        torch.testing.assert_close(snapshot(student)[name], expected, atol=5e-4, rtol=0)
+    assert seen == [True] * STEPS
+    assert not targets.exists()
+
+
+def test_pictures_that_cannot_be_read_are_told_in_the_outcome(distilled, pictures):
+    (pictures[1] / "2.png").write_bytes(b"no picture")
+    _, outcome, _ = distilled(data={"workers": 0, "max_broken": 0.5})
+    assert [name.rsplit("/")[-1] for name in outcome.skipped] == ["2.png"]
+
+
+def test_a_checkpoint_is_written_every_so_many_steps_and_at_the_end(distilled, tmp_path):
+    written = {}
+
+    def observe(record, _steps):
+        written[record.step] = [state.name for state in RunFolder(tmp_path / "run").states]
+
+    distilled(observe, steps=5, checkpoint_every=2)
+    # A step is told of while the next one runs, or right before its own checkpoint.
+    assert written == {
+        1: [],
+        2: [],
+        3: ["step-000002"],
+        4: ["step-000002"],
+        5: ["step-000002", "step-000004"],
+    }
+    assert [state.name for state in RunFolder(tmp_path / "run").states] == ["step-000004", "step-000005"]
+
+
+@pytest.mark.parametrize("weight", [0.5, 2.0])
+def test_the_relocation_term_adds_its_weight_times_its_value(tiny, pictures, distilled, weight):
+    class Constant(Relocation):
+        """A relocation loss of 3, whatever the model does."""
+
+        __init__ = object.__init__
+        listening = staticmethod(lambda: nullcontext({"block": "heard"}))
+        silenced = staticmethod(lambda hidden: [])
+
+        def loss(self, hidden, images):
+            assert hidden == {"block": "heard"}
+            assert images.shape[1:] == (3, 32, 32)
+            return torch.tensor(3.0)
+
+    plain, _, log = distilled(relocation=Constant(), loss={"relocation": weight})
+    history, losses, _ = plain_loop(tiny, pictures[0])
+    assert_same(snapshot(plain), history[-1])
+    assert [line["terms"]["relocation"] for line in log] == [3.0] * STEPS
+    assert [line["loss"] - 3 * weight for line in log] == pytest.approx(losses, abs=1e-5)
 
 
 class PowerCutError(Exception):
