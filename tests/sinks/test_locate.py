@@ -358,3 +358,49 @@ def test_what_json_holds_of_a_unit_is_all_of_it(planted):
     assert written["attention_share"] == list(found.attention)
     assert [one["index"] for one in written["chain"]] == [one.index for one in found.chain]
     assert written["triggered_by"] == "position"
+
+
+def read_unit(backbone, images, unit):
+    """A hidden unit of block 1 on the first patch of each image, and what feeds it there."""
+    mlp, hidden, fed = backbone.mlp(1), [], []
+    hooks = [mlp.down.register_forward_pre_hook(lambda _, args: hidden.append(args[0]))]
+    hooks += [layer.register_forward_hook(lambda _, __, out: fed.append(out)) for layer in mlp.up]
+    with torch.no_grad():
+        backbone.run(images)
+    for hook in hooks:
+        hook.remove()
+    sink = backbone.spec.num_prefix
+    parts = [out[:, sink, unit :: mlp.num_units] for out in fed]  # both halves, where one layer has them
+    return hidden[0][:, sink, unit], torch.cat(parts, dim=-1)
+
+
+@pytest.mark.parametrize("family", ["timm/dinov2-swiglu", "transformers/dinov3-gated"])
+def test_what_feeds_a_gated_cause_is_the_mean_of_both_inputs_weighted_by_its_answer(family):
+    backbone = adapt(FAMILIES[family]())
+    images = faint(backbone)
+    plant(backbone, 1, 5, images)
+    (cause,) = locate(backbone, images.split(8)).units
+    answer, fed = read_unit(backbone, images, 5)
+    expected = (answer[:, None] * fed).sum(0) / answer.sum()
+    assert cause.fed == pytest.approx(expected.tolist(), rel=1e-4)
+
+
+def test_a_cause_may_be_negative():
+    family = "timm/dinov2-swiglu"
+    levels = []
+    for half in (0, 1):  # of which one is the gate: negated, it would silence the unit
+        backbone = adapt(FAMILIES[family]())
+        images = faint(backbone)
+        plant(backbone, 1, 5, images)
+        mlp = backbone.mlp(1)
+        with torch.no_grad():
+            for parameter, rows in mlp.rows(torch.tensor([5])):
+                parameter[rows[half]] *= -1
+        level = read_unit(backbone, images, 5)[0].mean().item()
+        if level < -10:
+            levels.append(level)
+            found = locate(backbone, images.split(8))
+            assert names(found.units) == {(1, 5)}
+            assert found.units[0].level == pytest.approx(level, rel=0.01)
+            assert found.explained == 1.0
+    assert len(levels) == 1
