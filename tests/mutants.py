@@ -301,7 +301,7 @@ def replace_on_import(path: Path, source: bytes) -> None:
 
 def measure(name: str, limit: int, seed: int, budget: float) -> dict[str, Any]:
     """Tries a module's mutants."""
-    path = ROOT / "phreg" / f"{name}.py"
+    path = ROOT / "phreg" / f"{name.replace('.', '/')}.py"
     source, files = path.read_bytes(), [str(ROOT / file) for file in PLAN["modules"][name]]
     every = find(source)
     # In the order of a hash of what they say, so that changes elsewhere do not change the sample.
