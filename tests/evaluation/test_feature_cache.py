@@ -10,7 +10,7 @@ import torch
 from phreg.backbones.resolve import adapt
 from phreg.data.sources import Files, HubImages, Subset, open_images
 from phreg.errors import DataError, PhregError
-from phreg.evaluation.feature_cache import GRIDS, FeatureCache
+from phreg.evaluation.feature_cache import GLOBALS, GRIDS, INDEX, FeatureCache
 from phreg.evaluation.features import FeatureReader, Reading
 
 READING = Reading(size=32)
@@ -75,6 +75,15 @@ def test_a_damaged_entry_is_noticed(reader, mixed_photos, monkeypatch):
         reader.features(open_images(mixed_photos), READING)[0]
     path.write_bytes(content[:-2])
     with pytest.raises(PhregError, match="bytes instead of"):
+        reader.features(open_images(mixed_photos), READING)
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"[]", b"\xff", b"[" * 100_000])
+@pytest.mark.parametrize("name", [INDEX, GLOBALS])
+def test_a_damaged_description_of_an_entry_says_what_to_delete(name, content, reader, mixed_photos):
+    kept = reader.features(open_images(mixed_photos), READING)
+    (kept.folder / name).write_bytes(content)
+    with pytest.raises(PhregError, match=r"are damaged.*delete this folder and run again"):
         reader.features(open_images(mixed_photos), READING)
 
 

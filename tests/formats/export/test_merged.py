@@ -157,6 +157,9 @@ def test_a_broken_folder_is_one_clear_error(broken, tmp_path):
     folder = tmp_path / "out"
     export(backbone, folder, "merged", base=base)
     description = json.loads((folder / "phreg.json").read_text())
+    # Written so by somebody, and no damage: what is there is noted as it is.
+    description = {key: value for key, value in description.items() if not key.endswith("_sha256")}
+    (folder / "phreg.json").write_text(json.dumps(description))
     if broken == "tensors":
         (folder / "phreg.safetensors").write_bytes(b"half")
     elif broken == "missing":
