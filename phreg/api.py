@@ -25,7 +25,7 @@ from phreg import demo, methods
 from phreg.analysis.inspection import Inspection, look
 from phreg.analysis.norms import NormReport, outliers
 from phreg.backbones import hub, resolve
-from phreg.backbones.base import Backbone
+from phreg.backbones.base import Backbone, packed_types
 from phreg.backbones.readout import read_as, set_readout
 from phreg.backbones.resolve import Base, adapt, display_name
 from phreg.config import DistillConfig, ViewsConfig
@@ -224,6 +224,12 @@ def _open_run(
         raise PhregError(
             f"{early.model} has {student.num_registers} registers from phreg already; "
             f"distil what it was made from: {base.source}"
+        )
+    packed = packed_types(student.model)
+    if packed:
+        raise PhregError(
+            f"asked to distil {student.describe()}, whose weights are quantised ({', '.join(packed)}) "
+            "and cannot train; distil it in fp32, fp16 or bf16, and quantise the result"
         )
     config = methods.resolve(recipe, given, clip=student.projection is not None)
     height, width = student.image_size(config.size)

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, ClassVar, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
@@ -136,7 +137,7 @@ def total_loss(
     """Adds up terms by their weights; returns the total, and each term without its weight by name."""
     values = {term.name: term(outputs) for term in terms}
     weighted = (term.weight * values[term.name] for term in terms)
-    return sum(weighted, start=outputs.student.patches.new_zeros(())), values
+    return sum(weighted, start=torch.zeros((), device=outputs.student.patches.device)), values
 
 
 def cosine_distance(

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Float
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -40,24 +41,24 @@ class KeptTargets:
     def read(self, indices: Sequence[int], make: Callable[[], Features]) -> Features:
         """Returns the targets of a batch, in fp32.
 
-        Raises:
-            CheckpointError: The disk does not take them.
-
         Args:
             indices: Numbers of the images.
-            make: Makes the targets of the whole batch. It is called where any is missing, and those that are
-                there stay: killed between two files, a run still ends up with the same ones.
+            make: Makes the targets of the whole batch. It is called where any file is missing or damaged; the
+                others stay. So a run that was killed between two files ends up with the same targets.
+
+        Raises:
+            CheckpointError: The disk does not take them.
         """
-        missing = [not self._path(index).exists() for index in indices]
-        if any(missing):
+        found = [self._load(index) for index in indices]
+        if not all(found):
             made = make()
             with writing_run(RunFolder(self.folder.parent)):
                 self.folder.mkdir(parents=True, exist_ok=True)
-                for index, absent, *target in zip(indices, missing, *made, strict=True):
-                    if absent:
+                for index, there, *target in zip(indices, found, *made, strict=True):
+                    if not there:
                         self._write(index, *target)
-        files = [load_file(self._path(index)) for index in indices]
-        patches, pooled = (torch.stack([file[name] for file in files]) for name in ("patches", "pooled"))
+            found = [self._load(index) for index in indices]
+        patches, pooled = (torch.stack([file[name] for file in found]) for name in ("patches", "pooled"))
         return Features(self._there(patches), self._there(pooled))
 
     def remove(self) -> None:
@@ -66,6 +67,13 @@ class KeptTargets:
 
     def _there(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.device, non_blocking=True).float()
+
+    def _load(self, index: int) -> dict[str, Tensor]:
+        """Reads a target; empty where there is none, or a power cut left half of it."""
+        try:
+            return load_file(self._path(index))
+        except (OSError, SafetensorError):
+            return {}
 
     def _path(self, index: int) -> Path:
         return self.folder / f"{index:08}.safetensors"

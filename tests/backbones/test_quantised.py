@@ -108,3 +108,11 @@ def test_a_packed_patch_embedding_does_not_say_what_images_come_in():
 def test_a_model_of_packed_weights_alone_is_one_clear_error():
     with pytest.raises(PhregError, match=r"found weights of torch.uint8 alone"):
         first_unpacked([nn.Parameter(torch.ones(3, dtype=torch.uint8), requires_grad=False)])
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_quantised_model_is_not_distilled(bits, photos, tmp_path):
+    model = pack(families.FAMILIES["transformers/dinov2"](), bits)
+    with pytest.raises(PhregError, match=r"quantised \(u?int8\) and cannot train"):
+        phreg.distill(model, photos, tmp_path / "run", steps=1, device="cpu")
+    assert not (tmp_path / "run").exists()

@@ -98,8 +98,8 @@ def test_terms_are_in_fp32_whatever_either_side_is_in(side, dtype):
         for name, features in (("student", STUDENT), ("target", TARGET))
     )
     for weights in ({"cosine": 1}, {"mse": 1}, {"pooled": 1}):
-        _, terms = distillation_loss(student, target, only(**weights))
-        assert {term.dtype for term in terms.values()} == {torch.float32}
+        loss, terms = distillation_loss(student, target, only(**weights))
+        assert {loss.dtype, *(term.dtype for term in terms.values())} == {torch.float32}
 
 
 def test_each_norm_is_raised_by_1e_8():

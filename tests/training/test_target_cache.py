@@ -55,6 +55,13 @@ def test_a_run_killed_between_two_files_ends_with_the_same_targets(kept, teacher
     assert same(after, whole)
 
 
+@pytest.mark.parametrize("content", [b"", b"cut short"])
+def test_a_target_that_a_power_cut_left_half_written_is_made_again(kept, teacher, content):
+    whole = kept.read([0, 1], teacher)
+    (kept.folder / "00000001.safetensors").write_bytes(content)
+    assert same(kept.read([0, 1], Teacher()), whole)
+
+
 def test_a_target_that_is_there_stays_where_another_of_its_batch_is_missing(kept, teacher):
     first = kept.read([0, 1], teacher)
     mixed = kept.read([1, 2], teacher)

@@ -187,7 +187,7 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[np.ndarray | Image.Image]:
                 if image.mode not in ("L", "F") and not image.mode.startswith("I"):
                     raise _not_depths(path, f"a picture of mode {image.mode}")
                 yield image
-    except (OSError, ValueError, UnidentifiedImageError, SyntaxError) as error:
+    except (OSError, ValueError, UnidentifiedImageError, SyntaxError, Image.DecompressionBombError) as error:
         raise DataError(f"cannot read depths {path}: {error}; remove its image, or save them anew") from error
 
 

@@ -325,7 +325,7 @@ def read_index_mask(path: str | os.PathLike[str], *, lossy: bool = False) -> np.
             image.load()
             values = np.asarray(image)
             mode, inexact = image.mode, image.format in ("JPEG", "MPO") and not lossy
-    except (OSError, UnidentifiedImageError, SyntaxError) as error:
+    except (OSError, UnidentifiedImageError, SyntaxError, Image.DecompressionBombError) as error:
         raise DataError(f"cannot read mask {path}: {error}; remove its image, or save it anew") from error
     if inexact:
         raise DataError(

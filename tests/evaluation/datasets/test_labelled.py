@@ -652,3 +652,10 @@ def test_linked_pictures_of_any_layout_are_read(layout, request, tmp_path):
     folder.rename(tmp_path / "elsewhere")
     folder.symlink_to(tmp_path / "elsewhere")
     assert len(open_segmentation(root, "val")) == 1
+
+
+def test_a_mask_of_more_pixels_than_pil_takes_is_one_clear_error(tmp_path, monkeypatch):
+    Image.new("L", (40, 40)).save(tmp_path / "mask.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40 * 40 // 2 - 1)  # PIL refuses from twice as many on
+    with pytest.raises(DataError, match=r"cannot read mask .*mask\.png"):
+        read_index_mask(tmp_path / "mask.png")
