@@ -276,7 +276,10 @@ def _sign(should: str) -> str:
 def shown() -> dict[Path, str]:
     """Says where which table stands."""
     root = Path(__file__).parents[1]
-    return {root / "phreg" / "exports" / "README.md": markdown(), root / "README.md": short_markdown()}
+    return {
+        root / "phreg" / "formats" / "export" / "README.md": markdown(),
+        root / "README.md": short_markdown(),
+    }
 
 
 if __name__ == "__main__":

@@ -39,6 +39,8 @@ def clip_around_timm(*, pool: str, proj: str, **trunk: Any) -> nn.Module:
 def shaken(model: nn.Module) -> nn.Module:
     """Moves parameters off the zeros and ones of an initialisation, which would hide a wrong token."""
     with torch.no_grad():
+        if isinstance(model, CoCa):  # of which open_clip leaves this as the memory was
+            nn.init.normal_(model.text_decoder.text_projection, std=0.1)
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     return model.eval()

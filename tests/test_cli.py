@@ -122,7 +122,7 @@ def test_size_takes_one_number_or_two_and_the_normalisation_three_each(saved, ph
         0,
         3,
     )
-    resolved = config.resolve(run / "recipe.toml")
+    resolved = methods.resolve(run / "recipe.toml")
     assert (resolved.size, resolved.mean, resolved.std) == ((16, 48), (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
     record = json.loads((run / "model" / "phreg.json").read_text())
     assert (record["size"], record["mean"], record["std"]) == ([16, 48], [0.1, 0.2, 0.3], [0.4, 0.5, 0.6])

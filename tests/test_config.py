@@ -66,9 +66,10 @@ LORA = {"unlock.lora.rank": 8}
 
 def test_lora_alone_trains_instead_of_blocks_and_beside_roles_that_are_given():
     assert methods.resolve(None, LORA).unlock.roles == ("pos_embed", "patch_embed")
-    for clip in (False, True):
-        paper = methods.resolve(None, LORA | {"method": "paper"}, clip=clip)
-        assert paper.unlock.roles == ("pos_embed", "patch_embed")
+    paper = LORA | {"method": "paper"}
+    plain = {"target.student_readout": "plain", "target.teacher_readout": "plain"}
+    assert methods.resolve(None, paper).unlock.roles == ("pos_embed", "patch_embed")
+    assert methods.resolve(None, paper | plain, clip=True).unlock.roles == ("pos_embed", "patch_embed")
     both = methods.resolve(None, LORA | {"unlock.roles": ("blocks",)})
     assert both.unlock.roles == ("blocks",)
     assert "blocks" in methods.resolve(None, {"unlock.lora.blocks": 3}).unlock.roles, "no rank, no LoRA"

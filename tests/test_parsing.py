@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import phreg
-from phreg import config
+from phreg import methods
 from phreg.backbones import resolve
 from phreg.errors import PhregError
 from phreg.evaluation.datasets.boxes import _read_json as read_boxes
@@ -138,7 +138,7 @@ def test_recipes_and_lists_of_words_nested_without_end_are_errors_of_phreg(depth
     file = tmp_path / "mine.toml"
     for text in (f"steps = {nested(depth)}", "optim." + "a." * depth + "a = 1", "[" + "a . " * depth + "a]"):
         file.write_text(text)
-        for read in (config.resolve, read_words):
+        for read in (methods.resolve, read_words):
             with pytest.raises(PhregError, match=r"mine\.toml"):
                 read(file)
 

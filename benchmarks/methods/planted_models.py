@@ -105,6 +105,7 @@ def build(kind: str, *, planted: bool = True) -> "VisionTransformer":
         raise PhregError(f"asked for the planted model {kind!r}; there are {', '.join(BUILDS)}")
     architecture, changes = BUILDS[kind]
     overlay = {"input_size": (3, SIZE, SIZE), "mean": (0.5,) * 3, "std": (0.5,) * 3, "pool_size": None}
+    overlay |= {"num_classes": changes["num_classes"]}  # CLIP's projection is no new classifier
     with torch.random.fork_rng(devices=[]):  # pooling and projection keep what timm draws
         torch.manual_seed(0)
         model = timm.create_model(

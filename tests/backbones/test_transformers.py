@@ -688,7 +688,7 @@ def test_an_interrupted_save_leaves_the_last_one_whole(
         raise OSError("no space left on device")
 
     monkeypatch.setattr("phreg.backbones.transformers_registers.save_file", full_disk)
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(PhregError, match="no space"):
         backbone.model.save_pretrained(tmp_path)
 
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

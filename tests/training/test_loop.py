@@ -448,18 +448,16 @@ def test_device_and_precision_are_those_asked_for_or_the_best_there_are(
     assert kept == []
 
 
-def test_deterministic_runs_ask_for_it_everywhere(tmp_path, monkeypatch):
-    calls, one = [], Accelerator(cpu=True)
-    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
-    monkeypatch.setattr(trainer, "Accelerator", lambda **_: one)
-    monkeypatch.setattr(trainer, "keep_freed_memory", lambda: None)
-    monkeypatch.setattr(torch, "use_deterministic_algorithms", calls.append)
-    trainer.start_accelerator(DistillConfig(), RunFolder(tmp_path))
-    assert calls == []
-    assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
-    trainer.start_accelerator(DistillConfig(deterministic=True), RunFolder(tmp_path))
-    assert calls == [True]
-    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"  # as cuBLAS documents it
+def test_deterministic_runs_ask_for_it_everywhere_while_they_last(monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")  # so that it is put back
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    with trainer.deterministic_kernels(wanted=False):
+        assert not torch.are_deterministic_algorithms_enabled()
+        assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
+    with trainer.deterministic_kernels(wanted=True):
+        assert torch.are_deterministic_algorithms_enabled()
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"  # as cuBLAS documents it
+    assert not torch.are_deterministic_algorithms_enabled()
 
 
 def test_a_tracker_that_is_not_installed_is_an_error_with_the_command_that_installs_it(tmp_path, monkeypatch):

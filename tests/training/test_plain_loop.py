@@ -151,14 +151,14 @@ def test_training_takes_the_steps_of_the_plain_loop(tiny, pictures, distilled):
     assert outcome.skipped == []
 
 
-def test_what_is_not_unlocked_stays_bit_identical_and_everything_can_train_again_afterwards(tiny, distilled):
+def test_what_is_not_unlocked_stays_frozen_and_bit_identical(tiny, distilled):
     student, _, _ = distilled()
     original = tiny().state_dict()
     after = student.model.state_dict()
     frozen = [name for name in original if name.startswith(("blocks.", "norm.", "patch_embed."))]
     assert frozen
     assert all(torch.equal(after[name], original[name]) for name in frozen)
-    assert all(parameter.requires_grad for parameter in student.parameters())
+    assert not any(student.model.get_parameter(name).requires_grad for name in frozen)
 
 
 @pytest.mark.parametrize("share", [0.5, 2.0])
@@ -236,11 +236,11 @@ def test_trackers_get_what_the_log_gets(distilled, monkeypatch):
 
 @pytest.mark.parametrize(
     ("length", "steps"),
-    [({"epochs": 3}, 3), ({"epochs": 1}, 1), ({}, 1), ({"steps": 5}, 5)],
+    [({"epochs": 3}, 4), ({"epochs": 1}, 1), ({}, 1), ({"steps": 5}, 5)],
 )
-def test_an_epoch_is_as_many_steps_as_the_images_fill(distilled, length, steps):
+def test_epochs_are_as_many_steps_as_their_images_fill(distilled, length, steps):
     settings = {"steps": None, "batch_size": 1, "optim": {"accumulate": 3}} | length
-    _, outcome, log = distilled(**settings)  # four pictures fill one step of three
+    _, outcome, log = distilled(**settings)  # three epochs of four pictures fill four steps of three
     assert outcome.steps == len(log) == steps
     assert outcome.images == steps * 3
 
