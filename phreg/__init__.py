@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from phreg.registers import add_registers as add_registers
     from phreg.registers import remove_registers as remove_registers
 
-_DOOR = {
+_LAZY_EXPORTS = {
     "PhregError": "phreg.errors",
     "add_registers": "phreg.registers",
     "add_test_time_registers": "phreg.api",
@@ -61,8 +61,8 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """Imports a public name when it is first used: accelerate, kornia and matplotlib take seconds."""
-    if name in _DOOR:
-        return getattr(importlib.import_module(_DOOR[name]), name)
+    if name in _LAZY_EXPORTS:
+        return getattr(importlib.import_module(_LAZY_EXPORTS[name]), name)
     raise AttributeError(f"module 'phreg' has no attribute {name!r}")
 
 

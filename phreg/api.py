@@ -26,7 +26,7 @@ from phreg.analysis.inspection import Inspection, look
 from phreg.analysis.norms import NormReport, outliers
 from phreg.backbones import hub, resolve
 from phreg.backbones.base import Backbone, packed_types
-from phreg.backbones.readout import read_as, set_readout
+from phreg.backbones.readout import set_readout, use_readout
 from phreg.backbones.resolve import Base, adapt, display_name
 from phreg.config import DistillConfig, ViewsConfig
 from phreg.data.crops import MEASURED_AT_ONCE, Crops, centre_crops, split, subsample, subsample_indices
@@ -43,7 +43,7 @@ from phreg.evaluation.tasks.table import resolve_settings
 from phreg.formats import export as exports
 from phreg.formats import publish
 from phreg.formats.export import Equality
-from phreg.formats.load import open_into, open_model, open_saved, record_of, tell_failures
+from phreg.formats.load import open_into, open_model, open_saved, record_of, warn_failed_checks
 from phreg.formats.record import save_run
 from phreg.inspection.images import labelled, larger
 from phreg.methods import METHODS
@@ -70,7 +70,7 @@ from phreg.training.loop import (
 from phreg.training.losses import distillation_terms
 from phreg.training.task import RetrofitTask
 from phreg.training.trainable import check_trainable
-from phreg.views import surroundings
+from phreg.views import context_margin
 
 Model = str | os.PathLike[str] | nn.Module
 Images = str | os.PathLike[str]
@@ -168,7 +168,7 @@ def distill(
                 bf16 = run.accelerator.mixed_precision == "bf16"
                 teacher = Teacher(original, config.views, config.target, bf16=bf16)
                 terms = [*distillation_terms(config.loss), *terms]
-                task = RetrofitTask(student, teacher, terms, config.target, run.around)
+                task = RetrofitTask(student, teacher, terms, config.target, run.margin)
                 outcome = train(task, run.crops, config, run.folder, run.accelerator, observe)
         comparison = _measure_and_save(run, before, original, base, sinks, outcome)
         before.restore_settings()
@@ -246,7 +246,7 @@ class _Run:
         train_images: Those it trains on.
         measured_images: Those it is measured on.
         held_out: Whether these are kept apart from training.
-        around: Rows and columns of context that training images and targets come with, in pixels.
+        margin: Rows and columns of context that training images and targets come with, in pixels.
     """
 
     folder: RunFolder
@@ -256,17 +256,17 @@ class _Run:
     train_images: ImageSource
     measured_images: ImageSource
     held_out: bool
-    around: tuple[int, int]
+    margin: tuple[int, int]
 
     @property
     def crops(self) -> Crops:
         """The training images, cut."""
         where = "fixed" if self.config.target.keep else "random"
-        return Crops(self.train_images, self.size, self.config.seed, where, self.around)
+        return Crops(self.train_images, self.size, self.config.seed, where, self.margin)
 
-    def read(self, backbone: Backbone, images: ImageSource, around: tuple[int, int] = (0, 0)) -> list[Tensor]:
+    def read(self, backbone: Backbone, images: ImageSource, margin: tuple[int, int] = (0, 0)) -> list[Tensor]:
         """Reads images to look at a model with, as many as are readable."""
-        return list(centre_crops(backbone, images, self.size, around, self.config.data.max_broken))
+        return list(centre_crops(backbone, images, self.size, margin, self.config.data.max_broken))
 
 
 def _start(student: Backbone, source: ImageSource, config: DistillConfig) -> _Run:
@@ -274,8 +274,8 @@ def _start(student: Backbone, source: ImageSource, config: DistillConfig) -> _Ru
     folder, size = RunFolder(Path(config.output or "")), student.image_size(config.size)
     accelerator = start_accelerator(config, folder)
     train_images, measured_images, held_out = split(source, config)
-    around = surroundings(config.views, student.spec, size)
-    return _Run(folder, config, accelerator, size, train_images, measured_images, held_out, around)
+    margin = context_margin(config.views, student.spec, size)
+    return _Run(folder, config, accelerator, size, train_images, measured_images, held_out, margin)
 
 
 def _measure_and_save(
@@ -292,11 +292,11 @@ def _measure_and_save(
     to_fp32(student)  # rounded as it is handed out, and measured so
     comparison = None
     if run.accelerator.is_main_process:
-        looked_at = run.read(student, run.measured_images, run.around)
+        looked_at = run.read(student, run.measured_images, run.margin)
         if looked_at:
             logger.info("measuring before and after, then writing the report")
             comparison = compare_with_original(
-                original, student, looked_at, run.around, config, base, held_out=run.held_out
+                original, student, looked_at, run.margin, config, base, held_out=run.held_out
             )
     if comparison is not None:
         write_comparison(run.folder, student, original, base, config, sinks, comparison)
@@ -372,7 +372,7 @@ def load(
         else:
             open_into(found, into)
             model = into
-        tell_failures(found)
+        warn_failed_checks(found)
         return model.eval() if device is None else model.eval().to(device)
 
 
@@ -472,7 +472,7 @@ def push(
             export(model, Path(scratch) / "export", format=format)
             found = resolve.locate(Path(scratch) / "export")
         else:
-            tell_failures(found)
+            warn_failed_checks(found)
         folder = Path(scratch) / "push" if dry_run is None else Path(dry_run)
         written = publish.assemble(found, folder, repository)
         files = sorted(path for path in folder.rglob("*") if path.is_file())
@@ -520,7 +520,7 @@ def denoise(
     backbone = adapt(model)
     resolve.settle_normalisation(backbone, mean, std)
     images = _checked(backbone, images)
-    with read_as(backbone):
+    with use_readout(backbone):
         return Teacher(backbone, _views(views))(images, keyed_generator("views", seed)).patches
 
 

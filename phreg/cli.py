@@ -104,7 +104,7 @@ def quickstart(output: Path = Path("runs/quickstart")) -> None:
     from phreg import api
 
     started = time.perf_counter()
-    with Steps() as steps:
+    with TrainingProgress() as steps:
         result = api.quickstart(output, observe=steps)
     _show(result)
     seconds = time.perf_counter() - started
@@ -134,7 +134,7 @@ def distill(
     """
     from phreg import api
 
-    with Steps() as steps:
+    with TrainingProgress() as steps:
         result = api.distill(model, recipe=recipe, resume=resume, observe=steps, **settings)
     if result.main_process:
         _show(result)
@@ -180,7 +180,7 @@ def inspect(
     from phreg import api
     from phreg.report.verdict import causes, verdict
 
-    with Doing() as doing:
+    with ProgressReporter() as doing:
         inspection = api.inspect(
             model, images, against=against, output=output, size=size, count=count, labels=labels,
             queries=queries, mean=mean, std=std, device=device, observe=doing,
@@ -285,7 +285,7 @@ def evaluate(
     try:
         from phreg import api
 
-        with Doing() as doing:
+        with ProgressReporter() as doing:
             results = api.evaluate(
                 *models, task=task, data=data, output=output, baseline=baseline, seeds=seeds, seed=seed,
                 protocol=protocol, gate=gate, mean=mean, std=std, device=device, precision=precision,
@@ -431,7 +431,7 @@ def recipes() -> None:
     console.print(table)
 
 
-class Doing(AbstractContextManager["Doing"]):
+class ProgressReporter(AbstractContextManager["ProgressReporter"]):
     """Shows what is being done and how far it is: bars on a terminal, a line now and then elsewhere."""
 
     def __init__(self) -> None:
@@ -457,7 +457,7 @@ class Doing(AbstractContextManager["Doing"]):
             _say(f"{what} {done}/{total}")
 
 
-class Steps(AbstractContextManager["Steps"]):
+class TrainingProgress(AbstractContextManager["TrainingProgress"]):
     """Shows training steps as they come: a bar on a terminal, a line now and then elsewhere."""
 
     def __init__(self) -> None:

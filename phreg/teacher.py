@@ -16,7 +16,7 @@ from torch import Tensor
 from phreg.backbones.base import Backbone, Features
 from phreg.config import TargetConfig, ViewsConfig
 from phreg.errors import PhregError
-from phreg.views import sample_views, surroundings
+from phreg.views import context_margin, sample_views
 
 logger = logging.getLogger(__name__)
 
@@ -56,14 +56,14 @@ class Teacher:
         self,
         images: Float[Tensor, "batch 3 height width"],
         generator: torch.Generator,
-        around: tuple[int, int] = (0, 0),
+        margin: tuple[int, int] = (0, 0),
     ) -> Features:
         """Makes the target of a batch.
 
         Args:
             images: Normalised images on the backbone's device, with their surroundings.
             generator: CPU generator that decides the views.
-            around: Rows and columns of surroundings, in pixels, on each side of the images proper.
+            margin: Rows and columns of surroundings, in pixels, on each side of the images proper.
 
         Returns:
             The mean over views of the aligned patch features, fp32, each position averaged over the views
@@ -72,12 +72,12 @@ class Teacher:
         Raises:
             PhregError: Views are to show the images' surroundings, which are not there.
         """
-        size = (images.shape[-2] - 2 * around[0], images.shape[-1] - 2 * around[1])
-        needed = surroundings(self.views, self.backbone.spec, size)
-        if around != needed:
+        size = (images.shape[-2] - 2 * margin[0], images.shape[-1] - 2 * margin[1])
+        needed = context_margin(self.views, self.backbone.spec, size)
+        if margin != needed:
             raise PhregError(
                 f"views.fill = {self.views.fill} needs images of {size[0]}x{size[1]} with {needed} pixels of "
-                f"surroundings on each side, above and at the sides; found {around}; give them, or choose "
+                f"surroundings on each side, above and at the sides; found {margin}; give them, or choose "
                 "another views.fill, such as white"
             )
         while True:

@@ -320,7 +320,7 @@ def sample_views(
     return [unmoved, AffineViews(shifts, scales, moved.flips, grid, margin, fill)]
 
 
-def surroundings(config: ViewsConfig, spec: Spec, size: tuple[int, int]) -> tuple[int, int]:
+def context_margin(config: ViewsConfig, spec: Spec, size: tuple[int, int]) -> tuple[int, int]:
     """Tells how much of an image's surroundings its views show, above and below it and at its sides.
 
     Args:

@@ -15,7 +15,7 @@ from families import FAMILIES
 from phreg.backbones import resolve
 from phreg.backbones.base import Backbone
 from phreg.backbones.resolve import Base, weights_sha256
-from phreg.formats.export import export, why_not
+from phreg.formats.export import export, unsupported_reason
 from phreg.formats.load import open_saved
 from phreg.registers import add_registers
 from phreg.storage import Format
@@ -52,13 +52,13 @@ def outcome(family: str, format: str, folder: Path) -> Outcome:
     """
     backbone, base = resolve.load(FAMILIES[family]())
     if format == "adapter":
-        reason = why_not(backbone, "merged")
+        reason = unsupported_reason(backbone, "merged")
         if reason:
             return Outcome(REFUSED, 0.0, reason)
         backbone, base = _from_adapter(backbone, base, folder.parent)
     else:
         add_registers(backbone, COUNT)
-    reason = why_not(backbone, format)
+    reason = unsupported_reason(backbone, format)
     if reason:
         return Outcome(REFUSED, 0.0, reason)
     with torch.no_grad():

@@ -9,7 +9,7 @@ from families import LIBRARIES
 import phreg
 from phreg import api
 from phreg.analysis.inspection import Inspection
-from phreg.backbones.readout import read_as
+from phreg.backbones.readout import use_readout
 from phreg.backbones.resolve import adapt
 from phreg.errors import DataError, LoadError, PhregError
 from phreg.formats.load import open_model
@@ -86,7 +86,7 @@ def test_denoise_reads_a_model_as_phreg_trained_it():
     backbone = adapt(LIBRARIES["open_clip"]["clip"]())
     backbone.trained_readout = "value-only"
     grids = phreg.denoise(backbone.model, images(), count=1)
-    with torch.no_grad(), read_as(backbone):
+    with torch.no_grad(), use_readout(backbone):
         torch.testing.assert_close(grids, backbone(images()).patches, atol=1e-5, rtol=1e-5)  # fp32 sums
     assert backbone.readout == "plain"
 

@@ -395,13 +395,13 @@ def test_python_that_is_printed_names_the_folder_it_is_about(name):
 @given(NAMES)
 @example("a[/x]b")
 def test_progress_names_what_is_done_as_it_is(name):
-    with contextlib.redirect_stdout(io.StringIO()) as out, cli.Doing() as doing:
+    with contextlib.redirect_stdout(io.StringIO()) as out, cli.ProgressReporter() as doing:
         doing(name, 1, 2)
     assert out.getvalue().startswith(f"{name} 1/2\n"), "a line where there is no terminal"
     with (
         pytest.MonkeyPatch.context() as patch,
         contextlib.redirect_stdout(io.StringIO()) as out,
-        cli.Doing() as doing,
+        cli.ProgressReporter() as doing,
     ):
         patch.setattr(cli.console, "_force_terminal", True)
         patch.setattr(cli.console, "_width", 1000)

@@ -164,7 +164,7 @@ def test_adding_registers_is_undone_where_it_is_cut_short(library, monkeypatch):
     assert_same(portrait(model), before)
 
 
-@pytest.mark.parametrize("failing", [(adapter, "_check_tensors"), (api, "tell_failures")], ids=str)
+@pytest.mark.parametrize("failing", [(adapter, "_check_tensors"), (api, "warn_failed_checks")], ids=str)
 def test_an_adapter_half_applied_is_undone_whatever_the_reason(failing, tiny, photos, tmp_path, monkeypatch):
     api.distill(tiny(), photos, tmp_path / "run", **QUICK)
     model = used(tiny())

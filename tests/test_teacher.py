@@ -3,11 +3,11 @@ import torch
 
 from phreg.backbones.resolve import adapt
 from phreg.config import TargetConfig, ViewsConfig
-from phreg.data.crops import middle
+from phreg.data.crops import center_crop
 from phreg.errors import PhregError
 from phreg.seeding import keyed_generator as generator
 from phreg.teacher import Teacher
-from phreg.views import sample_views, surroundings
+from phreg.views import context_margin, sample_views
 
 VIEWS = ViewsConfig(count=4, max_shift=0.25)
 
@@ -103,16 +103,16 @@ def test_subpatch_views_and_scales_make_a_finite_target(tiny):
 def test_surroundings_are_seen_by_moved_views_alone(tiny, resampled):
     backbone = adapt(tiny())
     views = ViewsConfig(count=4, max_shift=0.25, fill="surroundings", **resampled)
-    around = surroundings(views, backbone.spec, (32, 32))
-    whole = torch.randn(3, 3, 32 + 2 * around[0], 32 + 2 * around[1], generator=generator("whole"))
+    margin = context_margin(views, backbone.spec, (32, 32))
+    whole = torch.randn(3, 3, 32 + 2 * margin[0], 32 + 2 * margin[1], generator=generator("whole"))
     teacher = Teacher(backbone, views)
-    target = teacher(whole, generator(0), around)
-    pixels = middle(whole, around)
+    target = teacher(whole, generator(0), margin)
+    pixels = center_crop(whole, margin)
     with torch.no_grad():
         assert torch.equal(target.pooled, backbone(pixels).pooled)
     other = torch.zeros_like(whole)
-    middle(other, around).copy_(pixels)
-    moved = teacher(other, generator(0), around)
+    center_crop(other, margin).copy_(pixels)
+    moved = teacher(other, generator(0), margin)
     assert torch.equal(moved.pooled, target.pooled)
     assert not torch.allclose(moved.patches, target.patches, atol=1e-2)
 

@@ -5,10 +5,10 @@ from hypothesis import strategies as st
 
 from phreg.backbones.base import Spec
 from phreg.config import ViewsConfig
-from phreg.data.crops import middle
+from phreg.data.crops import center_crop
 from phreg.errors import PhregError
 from phreg.seeding import keyed_generator as generator
-from phreg.views import AffineViews, Views, count_different, sample_offsets, sample_views, surroundings
+from phreg.views import AffineViews, Views, context_margin, count_different, sample_offsets, sample_views
 
 SPEC = Spec("timm", "test", (4, 4), 8, 1, 1, (24, 24), True, (0.5, 0.4, 0.3), (0.2, 0.25, 0.5))
 WHITE = [(1 - mean) / std for mean, std in zip(SPEC.mean, SPEC.std, strict=True)]
@@ -24,13 +24,13 @@ configs = st.builds(
 sizes = st.tuples(st.integers(5, 8), st.integers(5, 8)).map(lambda grid: (grid[0] * 4, grid[1] * 4))
 
 
-def numbered(size, around=(0, 0)):
+def numbered(size, margin=(0, 0)):
     """An image, with surroundings, whose cells all differ, and the numbers of its own cells as a grid."""
-    rows, cols = ((side + 2 * far) // 4 for side, far in zip(size, around, strict=True))
+    rows, cols = ((side + 2 * far) // 4 for side, far in zip(size, margin, strict=True))
     grid = torch.arange(float(rows * cols)).view(1, rows, cols)
     image = grid.repeat_interleave(4, 1).repeat_interleave(4, 2).unsqueeze(1).repeat(2, 3, 1, 1)
     image[1] += 1000
-    own = grid[0, around[0] // 4 : rows - around[0] // 4, around[1] // 4 : cols - around[1] // 4]
+    own = grid[0, margin[0] // 4 : rows - margin[0] // 4, margin[1] // 4 : cols - margin[1] // 4]
     return image, torch.stack([own, own + 1000])
 
 
@@ -42,7 +42,7 @@ def cells(views):
 @settings(max_examples=60)
 @given(configs, sizes, st.integers(0, 2**32))
 def test_undo_inverts_apply_exactly_wherever_the_view_saw_the_image(config, size, seed):
-    image, grid = numbered(size, surroundings(config, SPEC, size))
+    image, grid = numbered(size, context_margin(config, SPEC, size))
     for group in sample_views(config, SPEC, size, 2, generator(seed)):
         aligned, seen = group.undo(cells(group.apply(image)))
         truth = grid.unsqueeze(1).expand_as(seen)
@@ -54,11 +54,11 @@ def test_undo_inverts_apply_exactly_wherever_the_view_saw_the_image(config, size
 def test_every_position_is_seen_by_the_first_view_at_least_and_that_view_is_the_image_itself(
     config, size, seed
 ):
-    around = surroundings(config, SPEC, size)
-    image, _ = numbered(size, around)
+    margin = context_margin(config, SPEC, size)
+    image, _ = numbered(size, margin)
     groups = sample_views(config, SPEC, size, 2, generator(seed))
     first = groups[0].part(slice(None), slice(0, 1))
-    assert torch.equal(first.apply(image)[:, 0], middle(image, around))
+    assert torch.equal(first.apply(image)[:, 0], center_crop(image, margin))
     assert first.undo(cells(first.apply(image)))[1].all()
     assert sum(group.count for group in groups) == config.count
 
@@ -183,13 +183,13 @@ WIDE = Spec("timm", "test", (4, 6), 8, 1, 1, (20, 48), True, SPEC.mean, SPEC.std
 FILLS = ["surroundings", "white", "black", "mean", "reflect", "replicate", "valid-crop"]
 
 
-def wide_image(around=(0, 0)):
+def wide_image(margin=(0, 0)):
     """Two images whose patches of 4x6 pixels all differ, and the numbers of their own patches."""
-    rows, cols = 5 + 2 * around[0] // 4, 8 + 2 * around[1] // 6
+    rows, cols = 5 + 2 * margin[0] // 4, 8 + 2 * margin[1] // 6
     grid = torch.arange(float(rows * cols)).view(1, rows, cols)
     image = grid.repeat_interleave(4, 1).repeat_interleave(6, 2).unsqueeze(1).repeat(2, 3, 1, 1)
     image[1] += 1000
-    own = grid[0, around[0] // 4 : rows - around[0] // 4, around[1] // 6 : cols - around[1] // 6]
+    own = grid[0, margin[0] // 4 : rows - margin[0] // 4, margin[1] // 6 : cols - margin[1] // 6]
     return image, torch.stack([own, own + 1000])
 
 
@@ -197,7 +197,7 @@ def wide_image(around=(0, 0)):
 @pytest.mark.parametrize("seed", range(4))
 def test_undo_inverts_apply_on_images_and_patches_that_are_not_square(fill, seed):
     config = ViewsConfig(count=6, max_shift=0.3, fill=fill)
-    image, grid = wide_image(surroundings(config, WIDE, (20, 48)))
+    image, grid = wide_image(context_margin(config, WIDE, (20, 48)))
     for group in sample_views(config, WIDE, (20, 48), 2, generator(seed)):
         views = group.apply(image)
         aligned, seen = group.undo(views[:, :, :1, ::4, ::6].permute(0, 1, 3, 4, 2))
@@ -238,12 +238,12 @@ def test_as_many_views_as_there_are_different_ones_can_be_had_and_no_more():
 
 def test_surroundings_reach_as_far_as_the_views_do_on_each_axis():
     config = ViewsConfig(max_shift=0.25, fill="surroundings")
-    assert surroundings(config, WIDE, (20, 48)) == (1 * 4, 2 * 6)
-    assert surroundings(config.model_copy(update={"fill": "white"}), WIDE, (20, 48)) == (0, 0)
+    assert context_margin(config, WIDE, (20, 48)) == (1 * 4, 2 * 6)
+    assert context_margin(config.model_copy(update={"fill": "white"}), WIDE, (20, 48)) == (0, 0)
     subpatch = config.model_copy(update={"subpatch": True})
-    assert surroundings(subpatch, WIDE, (20, 48)) == (2 * 4, 3 * 6), "one patch further"
+    assert context_margin(subpatch, WIDE, (20, 48)) == (2 * 4, 3 * 6), "one patch further"
     scaled = config.model_copy(update={"scale": 0.2})
-    assert surroundings(scaled, WIDE, (20, 48)) == (3 * 4, 5 * 6), "and a fifth of the side"
+    assert context_margin(scaled, WIDE, (20, 48)) == (3 * 4, 5 * 6), "and a fifth of the side"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -30,11 +30,11 @@ from phreg.analysis.norms import outliers
 from phreg.api import open_model
 from phreg.backbones.resolve import adapt
 from phreg.config import ViewsConfig
-from phreg.data.crops import centre_crops, middle
+from phreg.data.crops import center_crop, centre_crops
 from phreg.data.sources import open_images
 from phreg.seeding import keyed_generator
 from phreg.teacher import Teacher
-from phreg.views import count_different, surroundings
+from phreg.views import context_margin, count_different
 
 FILLS = ("white", "black", "mean", "reflect", "replicate", "valid-crop", "surroundings")
 REFERENCES = ("surroundings", "white", "reflect")
@@ -51,10 +51,10 @@ class Bench:
         paths = paths[:: max(1, len(paths) // options.count)][: options.count]
         self.raw = (adapt(planted_models.build(kind)) if kind else open_model(options.model)[0]).eval()
         side = self.raw.spec.input_size[0]
-        self.around = surroundings(ViewsConfig(fill="surroundings"), self.raw.spec, (side, side))
+        self.margin = context_margin(ViewsConfig(fill="surroundings"), self.raw.spec, (side, side))
         source = open_images([str(path) for path in paths])
-        self.whole = list(centre_crops(self.raw, source, side, self.around))
-        self.images = [middle(images, self.around) for images in self.whole]
+        self.whole = list(centre_crops(self.raw, source, side, self.margin))
+        self.images = [center_crop(images, self.margin) for images in self.whole]
         self.were = measuring.outlying(self.raw, self.images, outliers(self.raw, self.images, show=1))
         self.protocol = {"model": Path(options.model).name, "size": side, "images": len(paths)}
         twin = adapt(planted_models.build(kind, planted=False)).eval() if kind else None
@@ -66,7 +66,7 @@ class Bench:
 
     def seen(self, fill: str, place: int) -> tuple[Tensor, tuple[int, int]]:
         """Returns images of a batch as views of a fill need them, and the surroundings that they have."""
-        return (self.whole[place], self.around) if fill == "surroundings" else (self.images[place], (0, 0))
+        return (self.whole[place], self.margin) if fill == "surroundings" else (self.images[place], (0, 0))
 
     def views(self, fill: Any, count: int | None) -> ViewsConfig:
         """Says how to draw views: so many, or all different ones, if those are fewer or none is asked for."""
@@ -81,9 +81,9 @@ class Bench:
 
         def average(place: int) -> Tensor:
             if place not in made:
-                images, around = self.seen(fill, place)
+                images, margin = self.seen(fill, place)
                 with torch.inference_mode():
-                    made[place] = measuring.average(self.raw, images, config, place, around)
+                    made[place] = measuring.average(self.raw, images, config, place, margin)
             return made[place]
 
         return average
@@ -108,8 +108,8 @@ class Bench:
         teacher = Teacher(self.raw, self.views(fill, ViewsConfig().count))
 
         def read(place: int) -> Tensor:
-            images, around = self.seen(fill, place)
-            return teacher(images, keyed_generator("views", seed, place), around).patches
+            images, margin = self.seen(fill, place)
+            return teacher(images, keyed_generator("views", seed, place), margin).patches
 
         return self.row(read)
 

@@ -84,14 +84,14 @@ def shifts(config: ViewsConfig, grid: tuple[int, int]) -> Tensor:
 
 @torch.inference_mode()
 def average(
-    backbone: Backbone, images: Tensor, config: ViewsConfig, key: int, around: tuple[int, int] = (0, 0)
+    backbone: Backbone, images: Tensor, config: ViewsConfig, key: int, margin: tuple[int, int] = (0, 0)
 ) -> Tensor:
     """Averages patch features over `config.count` different views, drawn without repetition for each image.
 
     A position counts in the views that saw it. The first view is the image as it is. Images come with the
-    surroundings that views show, where they show any: `around`, in pixels.
+    surroundings that views show, where they show any: `margin`, in pixels.
     """
-    size = (images.shape[-2] - 2 * around[0], images.shape[-1] - 2 * around[1])
+    size = (images.shape[-2] - 2 * margin[0], images.shape[-1] - 2 * margin[1])
     random = keyed_generator("reference", key)
     (group,) = sample_views(config, backbone.spec, size, len(images), random.clone_state())
     assert isinstance(group, Views)

@@ -53,8 +53,8 @@ PARTS: dict[str, str | Callable[[], str]] = {
     "phreg.training.task.total_loss": "loss",
     "accelerate.Accelerator.backward": "backward",
     "torch.optim.AdamW.step": "optimizer",
-    "phreg.training.loop.Reading.__init__": "logging",
-    "phreg.training.loop.Journal.enter": "logging",
+    "phreg.training.loop.StepMetrics.__init__": "logging",
+    "phreg.training.loop.StepLogger.enter": "logging",
 }
 """Functions of the loop, and the part of a step that each belongs to."""
 

@@ -75,7 +75,7 @@ def attention_weights(
         UnsupportedModelError: The model computes attention in another way, which cannot be listened to.
     """
     tokens = backbone.layout(images).num_tokens
-    with _listening(queries, tokens, reduce) as found:
+    with _capture(queries, tokens, reduce) as found:
         backbone.run(images)
     return heard(backbone, found)
 
@@ -96,7 +96,7 @@ def attention_maps(
     Raises:
         UnsupportedModelError: The model computes attention in another way, which cannot be listened to.
     """
-    with listening_to_maps(backbone, images) as found:
+    with capture_maps(backbone, images) as found:
         backbone.run(images)
     return heard(backbone, found)[-1]
 
@@ -107,9 +107,7 @@ def query_names(backbone: Backbone) -> tuple[str, ...]:
 
 
 @contextmanager
-def listening_to_maps(
-    backbone: Backbone, images: Float[Tensor, "batch 3 height width"]
-) -> Iterator[list[Tensor]]:
+def capture_maps(backbone: Backbone, images: Float[Tensor, "batch 3 height width"]) -> Iterator[list[Tensor]]:
     """Collects where the model looks while it runs, block by block: (batch, queries, heads, rows, cols)."""
     layout = backbone.layout(images)
     special = layout.num_tokens - layout.num_patches
@@ -122,7 +120,7 @@ def listening_to_maps(
         return weights[..., special:].transpose(1, 2).unflatten(-1, layout.grid)
 
     queries = slice(None) if from_patches else slice(0, special)
-    with _listening(queries, layout.num_tokens, to_maps) as found:
+    with _capture(queries, layout.num_tokens, to_maps) as found:
         yield found
 
 
@@ -172,7 +170,7 @@ def attention_report(
 
 
 @contextmanager
-def _listening(queries: slice, tokens: int, reduce: Callable[[Tensor], Tensor]) -> Iterator[list[Tensor]]:
+def _capture(queries: slice, tokens: int, reduce: Callable[[Tensor], Tensor]) -> Iterator[list[Tensor]]:
     """Collects the weights of every self-attention over `tokens` tokens, in the order of the calls."""
     found: list[Tensor] = []
     original = functional.scaled_dot_product_attention

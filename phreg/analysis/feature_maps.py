@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate, normalize
 
 from phreg.backbones.base import Backbone, Readout
-from phreg.backbones.readout import read_as
+from phreg.backbones.readout import use_readout
 from phreg.backbones.text import TextEncoder, text_encoder
 from phreg.errors import PhregError
 
@@ -193,7 +193,7 @@ def text_maps(
     embeddings = normalize((encode or text_encoder(backbone))(queries).float(), dim=-1)
     layout = backbone.layout(images)
     last = backbone.block_index(None)
-    with read_as(backbone, readout or _usual_readout(backbone)):
+    with use_readout(backbone, readout or _usual_readout(backbone)):
         tokens = layout.patches(backbone.block_tokens(images, [last])[last])
     patches = normalize(backbone.to_joint(backbone.final_norm(tokens)).float(), dim=-1)
     cosines = torch.einsum("ipd,qd->iqp", patches, embeddings.to(patches.device))

@@ -35,7 +35,7 @@ from phreg.analysis.probes import (
 )
 from phreg.analysis.survey import Survey, survey
 from phreg.backbones.base import Backbone
-from phreg.backbones.readout import dense_readout, read_as
+from phreg.backbones.readout import dense_readout, use_readout
 from phreg.data.crops import denormalise
 from phreg.errors import UnsupportedModelError
 from phreg.sinks.locate import Sinks, locate
@@ -197,7 +197,7 @@ def look(
     drawn = text_maps(backbone, shown, queries) if queries else None
     meant = None
     if dense_readout(backbone) != "plain":
-        with read_as(backbone):
+        with use_readout(backbone):
             meant = backbone(shown).patches.float().cpu()
     with stage("cost"):
         return replace(

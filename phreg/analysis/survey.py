@@ -27,8 +27,8 @@ from torch import Tensor
 from phreg.analysis.attention import (
     AttentionReport,
     attention_report,
+    capture_maps,
     heard,
-    listening_to_maps,
     query_names,
 )
 from phreg.analysis.neighbours import (
@@ -46,7 +46,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
-class Shown:
+class ShownImage:
     """One image, and what the model makes of it.
 
     Attributes:
@@ -82,7 +82,7 @@ class Survey:
     attention: AttentionReport | None
     neighbours: NeighbourReport
     pooled: Float[Tensor, "images dim"]
-    shown: tuple[Shown, ...]
+    shown: tuple[ShownImage, ...]
 
     def to_json(self) -> dict[str, Any]:
         """Returns the reports as JSON can hold them: that of norms, and beside it the others by name."""
@@ -108,7 +108,7 @@ def survey(backbone: Backbone, batches: Iterable[Float[Tensor, "_ 3 _ _"]], *, s
         PhregError: A norm is not finite, or the model's adapter does not know its patch embedding.
     """
     readings: list[_Reading] = []
-    shown: list[Shown] = []
+    shown: list[ShownImage] = []
     for images in of_one_size(backbone, batches):
         reading, examples = _read(backbone, images, show - len(shown))
         readings.append(reading)
@@ -145,12 +145,12 @@ class _Reading(NamedTuple):
 
 def _read(
     backbone: Backbone, images: Float[Tensor, "batch 3 height width"], show: int
-) -> tuple[_Reading, list[Shown]]:
+) -> tuple[_Reading, list[ShownImage]]:
     """Runs the model on a batch; the first `show` images are kept whole."""
     layout, depth = backbone.layout(images), len(backbone.blocks)
     with (
         backbone.tap(range(depth)) as tokens,
-        listening_to_maps(backbone, images) as maps,
+        capture_maps(backbone, images) as maps,
         patch_embeddings(backbone, layout) as embedded,
     ):
         pooled = backbone.run(images)
@@ -166,7 +166,7 @@ def _read(
     )
     features = backbone.final_norm(layout.to_grid(tokens[depth - 1])[:show])
     examples = [  # copies, since a view would keep its batch in memory
-        Shown(
+        ShownImage(
             image=images[place].cpu().clone(),
             norms=norms.patches[0, :, place].clone(),
             features=features[place].float().cpu().clone(),

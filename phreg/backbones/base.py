@@ -205,7 +205,7 @@ class Backbone(nn.Module, ABC):
         """The transformer blocks, first to last."""
 
     @property
-    def entrance(self) -> nn.Module:
+    def first_block_input(self) -> nn.Module:
         """The first module that takes in the whole sequence: the norm before the blocks, or a block."""
         return self.blocks[0]
 
@@ -328,7 +328,7 @@ class Backbone(nn.Module, ABC):
         """
         load_tensors(self.model, tensors, self.describe())
 
-    def alone(self) -> "Backbone":
+    def vision_tower(self) -> "Backbone":
         """Wraps the vision tower without what is around it: a head, a projection, a text tower, a decoder."""
         return self
 
@@ -373,7 +373,7 @@ class Backbone(nn.Module, ABC):
 
         They are the same whatever stands around the tower, and whether or not its last norm was pruned.
         """
-        tower = self.alone()
+        tower = self.vision_tower()
         own, roles = tower.model.state_dict(), tower.roles()
         inner = [name for role, names in roles.items() if role not in ("norm", "head") for name in names]
         return tower.to_disk({name: own[name] for name in inner})

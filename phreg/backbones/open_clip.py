@@ -141,7 +141,7 @@ class NativeTower(Backbone):
         return list(self.tower.transformer.resblocks)
 
     @property
-    def entrance(self) -> nn.Module:
+    def first_block_input(self) -> nn.Module:
         """The norm before the blocks."""
         return self.tower.ln_pre
 
@@ -195,7 +195,7 @@ class NativeTower(Backbone):
             roles[role].append(f"{self._prefix}{name}")
         return roles
 
-    def alone(self) -> Backbone:
+    def vision_tower(self) -> Backbone:
         """Wraps the tower by itself."""
         return adapt(self.tower)
 
@@ -327,9 +327,9 @@ class TimmTower(Backbone):
         return self.trunk.blocks
 
     @property
-    def entrance(self) -> nn.Module:
+    def first_block_input(self) -> nn.Module:
         """The norm before the trunk's blocks, or the first of them."""
-        return self.trunk.entrance
+        return self.trunk.first_block_input
 
     @property
     def class_tokens(self) -> tuple[str, ...]:
@@ -396,7 +396,7 @@ class TimmTower(Backbone):
         roles = {role: [prefix + name for name in names] for role, names in self.trunk.roles().items()}
         return roles | {"head": roles["head"] + prefixed(self.tower.head, f"{self._prefix}head")}
 
-    def alone(self) -> Backbone:
+    def vision_tower(self) -> Backbone:
         """Gives the timm model inside, as the timm adapter wraps it."""
         return self.trunk
 

@@ -7,7 +7,7 @@ or phreg, gets the read-out; meanwhile its pooled output means nothing. Final no
 in `Backbone.forward`.
 
 So a model is handed out plain, and only those who read its dense features read it otherwise, and meanwhile
-(`read_as`): as phreg trained it, unless they are told how.
+(`use_readout`): as phreg trained it, unless they are told how.
 
     plain        x + attention(norm(x)), + MLP
     naclip       out(softmax(keys·keys * scale + omega) · values)     omega: a Gaussian of patches' distances
@@ -21,8 +21,9 @@ et al., arXiv 2312.01597, whose two attentions are added, not averaged.
 """
 
 import copy
+import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -95,7 +96,7 @@ def dense_readout(backbone: Backbone) -> Readout:
 
 
 @contextmanager
-def read_as(backbone: Backbone, readout: Readout | None = None) -> Iterator[None]:
+def use_readout(backbone: Backbone, readout: Readout | None = None) -> Iterator[None]:
     """Reads a model in a certain way for a while; it comes back as it was.
 
     Args:
@@ -114,6 +115,12 @@ def read_as(backbone: Backbone, readout: Readout | None = None) -> Iterator[None
         yield
     finally:
         set_readout(backbone, before)
+
+
+def read_as(backbone: Backbone, readout: Readout | None = None) -> AbstractContextManager[None]:
+    """The old name of `use_readout`; it goes with version 0.3."""
+    warnings.warn("phreg.backbones.readout.read_as is now use_readout", DeprecationWarning, stacklevel=2)
+    return use_readout(backbone, readout)
 
 
 @dataclass(frozen=True)

@@ -111,7 +111,7 @@ WRAPPERS = {
 
 
 @runtime_checkable
-class Adapter(Protocol):
+class LibraryAdapter(Protocol):
     """What the module of a library offers."""
 
     def adapt(self, model: nn.Module) -> Backbone:
@@ -233,9 +233,9 @@ def _wrapper(model: nn.Module) -> str | None:
     return next((WRAPPERS[package] for package in packages), None)
 
 
-def _adapter(library: Library) -> Adapter:
+def _adapter(library: Library) -> LibraryAdapter:
     """Imports the adapter of a library, and the library with it."""
-    return cast(Adapter, importlib.import_module(f"phreg.backbones.{library}"))
+    return cast(LibraryAdapter, importlib.import_module(f"phreg.backbones.{library}"))
 
 
 def build(library: str, name: str, config: dict[str, Any]) -> Backbone:

@@ -117,7 +117,7 @@ def adapt(model: nn.Module, *, projects: bool = False) -> Backbone:
     Raises:
         UnsupportedModelError: The model is not one that phreg can patch.
     """
-    reason = _why_not(model)
+    reason = _unsupported_reason(model)
     if reason:
         raise UnsupportedModelError(
             f"cannot add registers to timm's {type(model).__name__}: {reason}. Supported are "
@@ -126,7 +126,7 @@ def adapt(model: nn.Module, *, projects: bool = False) -> Backbone:
     return TimmBackbone(model, projects=projects)
 
 
-def _why_not(model: Any) -> str | None:
+def _unsupported_reason(model: Any) -> str | None:
     name = type(model).__name__
     if name in REFUSED:
         return REFUSED[name]
@@ -278,7 +278,7 @@ class TimmBackbone(Backbone):
         return list(self.model.blocks)
 
     @property
-    def entrance(self) -> nn.Module:
+    def first_block_input(self) -> nn.Module:
         """The norm before the blocks (an identity in most), or the first block of a class without one."""
         return getattr(self.model, "norm_pre", self.blocks[0])
 

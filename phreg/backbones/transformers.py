@@ -117,7 +117,7 @@ class TransformersBackbone(Backbone):
         return list(cast(nn.ModuleList, self.tower.get_submodule(self.family.blocks)))
 
     @property
-    def entrance(self) -> nn.Module:
+    def first_block_input(self) -> nn.Module:
         """The norm before the blocks, where there is one, else the first block."""
         return self.tower.get_submodule(self.family.pre_norm) if self.family.pre_norm else self.blocks[0]
 
@@ -179,13 +179,13 @@ class TransformersBackbone(Backbone):
         tower, blocks = self.tower, self.blocks
         like = first_unpacked(blocks[0].parameters())
         registers = Registers(tokens.to(like), self.spec.num_prefix)
-        attach(tower, registers.train(tower.training), self.entrance, blocks, self.collector)
+        attach(tower, registers.train(tower.training), self.first_block_input, blocks, self.collector)
         for module in self._models_that_save():
             vars(module)["save_pretrained"] = SavePatched(module, tower)
 
     def remove_registers(self) -> None:
         """Takes the child and its hooks off the tower, and gives saving back."""
-        detach(self.tower, self.entrance)
+        detach(self.tower, self.first_block_input)
         for module in self._models_that_save():
             vars(module).pop("save_pretrained", None)
 
@@ -341,7 +341,7 @@ class TransformersBackbone(Backbone):
         """Renames tensors as the checkpoint on the hub names them, and joins some."""
         return disk_names(self.model, tensors)
 
-    def alone(self) -> Backbone:
+    def vision_tower(self) -> Backbone:
         """Wraps the tower by itself."""
         return adapt(self.tower) if self.tower_name else self
 
@@ -523,8 +523,9 @@ def adapt(model: nn.Module) -> TransformersBackbone:
     name = _tower_name(model)
     if name is None or not isinstance(model, PreTrainedModel):
         raise UnsupportedModelError(
-            f"cannot add registers to {type(model).__name__}: {_why_not(model)}. Supported are vision models "
-            f"of the kinds {', '.join(family.name for family in FAMILIES)}: see phreg/backbones/README.md."
+            f"cannot add registers to {type(model).__name__}: {_unsupported_reason(model)}. Supported are "
+            f"vision models of the kinds {', '.join(family.name for family in FAMILIES)}: see "
+            "phreg/backbones/README.md."
         )
     tower = cast(PreTrainedModel, model.get_submodule(name))
     family, config = cast(Family, _family(tower)), cast(Any, tower.config)
@@ -587,7 +588,7 @@ def _inner_towers(model: nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if _family(module)]
 
 
-def _why_not(model: nn.Module) -> str:
+def _unsupported_reason(model: nn.Module) -> str:
     if not isinstance(model, PreTrainedModel):
         return "it is no model of transformers"
     kind = model.config.model_type
@@ -741,8 +742,8 @@ def _settings_in(find: Callable[[str], Path | None], asked: str) -> dict[str, An
     """Reads the settings of an image processor out of the first file that holds some."""
     whole = find("processor_config.json")
     settings = _read_json(whole, asked).get("image_processor") if whole else None
-    alone = None if settings else find("preprocessor_config.json")
-    return settings or (_read_json(alone, asked) if alone else {})
+    vision_tower = None if settings else find("preprocessor_config.json")
+    return settings or (_read_json(vision_tower, asked) if vision_tower else {})
 
 
 def normalisation(settings: Mapping[str, Any]) -> tuple[Triple, Triple] | None:

@@ -91,22 +91,22 @@ class LinkRegisters:
     It finds both by name on the tower that runs.
     """
 
-    entrance: str
+    first_block_input: str
 
     def __call__(self, tower: nn.Module, _args: Any) -> None:
         """Links them where they are not linked yet."""
-        entrance, registers = tower.get_submodule(self.entrance), getattr(tower, REGISTERS)
-        if getattr(entrance, RUNNING)[0] is not registers:
-            setattr(entrance, RUNNING, (registers,))
+        first_block_input, registers = tower.get_submodule(self.first_block_input), getattr(tower, REGISTERS)
+        if getattr(first_block_input, RUNNING)[0] is not registers:
+            setattr(first_block_input, RUNNING, (registers,))
 
 
 @dataclass(frozen=True)
 class InsertRegisters:
     """A forward pre-hook that lets in the registers that `LinkRegisters` linked to the module that runs."""
 
-    def __call__(self, entrance: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    def __call__(self, first_block_input: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """Replaces the first argument, a sequence, by one with registers."""
-        (registers,) = getattr(entrance, RUNNING)
+        (registers,) = getattr(first_block_input, RUNNING)
         return (registers(args[0]), *args[1:])
 
 
@@ -182,7 +182,7 @@ class PadMask:
 def attach(
     tower: nn.Module,
     registers: Registers,
-    entrance: nn.Module,
+    first_block_input: nn.Module,
     blocks: Sequence[nn.Module],
     collector: nn.Module,
 ) -> None:
@@ -191,17 +191,17 @@ def attach(
     Args:
         tower: The module that turns pixels into tokens.
         registers: Become its child.
-        entrance: The module before which they come in: the pre-norm, or the first block.
+        first_block_input: The module before which they come in: the pre-norm, or the first block.
         blocks: The transformer blocks, first to last.
         collector: The module that returns hidden states.
     """
     tower.add_module(REGISTERS, registers)
-    setattr(entrance, RUNNING, (registers,))
-    path = next(name for name, module in tower.named_modules() if module is entrance)
+    setattr(first_block_input, RUNNING, (registers,))
+    path = next(name for name, module in tower.named_modules() if module is first_block_input)
     place = Place(registers.num_prefix, registers.tokens.shape[1])
     vars(tower)[HANDLES] = [
         tower.register_forward_pre_hook(LinkRegisters(path)),
-        entrance.register_forward_pre_hook(InsertRegisters()),
+        first_block_input.register_forward_pre_hook(InsertRegisters()),
         # Ahead of the hooks that collect hidden states, which come with the first call that wants some.
         blocks[-1].register_forward_hook(Strip(place), prepend=True),
         collector.register_forward_hook(StripStates(place)),
@@ -209,11 +209,11 @@ def attach(
     ]
 
 
-def detach(tower: nn.Module, entrance: nn.Module) -> None:
+def detach(tower: nn.Module, first_block_input: nn.Module) -> None:
     """Takes off a tower all that `attach` gave it."""
     for handle in vars(tower).pop(HANDLES):
         handle.remove()
-    delattr(entrance, RUNNING)
+    delattr(first_block_input, RUNNING)
     delattr(tower, REGISTERS)
 
 

@@ -83,14 +83,14 @@ class Crops:
         seed: Seed of random crops.
         crop: `random` to train, `fixed` to train with the crop of the first epoch in all, `centre` to
             measure.
-        around: Rows and columns of surroundings to cut with it, in pixels on each side.
+        margin: Rows and columns of surroundings to cut with it, in pixels on each side.
     """
 
     source: ImageSource
     size: int | tuple[int, int]
     seed: int = 0
     crop: Literal["random", "fixed", "centre"] = "random"
-    around: tuple[int, int] = (0, 0)
+    margin: tuple[int, int] = (0, 0)
 
     def __len__(self) -> int:
         return len(self.source)
@@ -127,7 +127,7 @@ class Crops:
         raise DataError(f"found {len(skipped)} unreadable images in a row:\n  {reasons}\nreplace them")
 
     def _cut(self, image: Image.Image, name: str, generator: torch.Generator) -> Image.Image:
-        rows, cols = (side + 2 * far for side, far in zip(self.shape, self.around, strict=True))
+        rows, cols = (side + 2 * far for side, far in zip(self.shape, self.margin, strict=True))
         # The side with the least to spare decides.
         shorter, needed = min(zip(image.size, (cols, rows), strict=True), key=lambda side: side[0] / side[1])
         width, height = (int(needed * side / shorter) for side in image.size)  # as torchvision truncates
@@ -142,14 +142,16 @@ class Crops:
         return image.crop((left, top, left + cols, top + rows))
 
 
-def middle(images: Shaped[Tensor, "batch 3 _ _"], around: tuple[int, int]) -> Shaped[Tensor, "batch 3 _ _"]:
+def center_crop(
+    images: Shaped[Tensor, "batch 3 _ _"], margin: tuple[int, int]
+) -> Shaped[Tensor, "batch 3 _ _"]:
     """Takes images out of their surroundings.
 
     Args:
         images: Images with surroundings.
-        around: Rows and columns of those, in pixels on each side.
+        margin: Rows and columns of those, in pixels on each side.
     """
-    rows, cols = around
+    rows, cols = margin
     return images[..., rows : images.shape[-2] - rows, cols : images.shape[-1] - cols]
 
 
@@ -408,7 +410,7 @@ def centre_crops(
     backbone: Backbone,
     source: ImageSource,
     size: int | tuple[int, int],
-    around: tuple[int, int] = (0, 0),
+    margin: tuple[int, int] = (0, 0),
     max_broken: float | None = None,
 ) -> Iterator[Float[Tensor, "batch 3 rows cols"]]:
     """Reads images for measuring: centre crops, normalised for a model, on its device.
@@ -419,11 +421,11 @@ def centre_crops(
         backbone: The model.
         source: The images.
         size: Side of a crop in pixels.
-        around: Rows and columns of surroundings to cut with it, in pixels on each side.
+        margin: Rows and columns of surroundings to cut with it, in pixels on each side.
         max_broken: Share of unreadable images that is too many; None means that of `DataConfig`, where there
             is no such setting.
     """
-    crops = Crops(source, size, crop="centre", around=around)
+    crops = Crops(source, size, crop="centre", margin=margin)
     broken = BrokenImages(len(source), max_broken)
     readable: list[Tensor] = []
     for index in range(len(source)):

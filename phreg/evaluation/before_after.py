@@ -23,7 +23,7 @@ from phreg.backbones.base import Backbone
 from phreg.backbones.readout import set_readout
 from phreg.backbones.resolve import Base
 from phreg.config import DistillConfig, GateConfig, TargetConfig
-from phreg.data.crops import middle
+from phreg.data.crops import center_crop
 from phreg.evaluation.metrics.agreement import Agreement, AgreementMeter, Drift, drift
 from phreg.seeding import keyed_generator
 from phreg.teacher import Teacher
@@ -173,7 +173,7 @@ def compare_with_original(
     original: Backbone,
     student: Backbone,
     looked_at: Sequence[Images],
-    around: tuple[int, int],
+    margin: tuple[int, int],
     config: DistillConfig,
     base: Base,
     *,
@@ -184,7 +184,7 @@ def compare_with_original(
     Of the demonstration model the truth is known, and takes the place of that average. The images looked at
     come with the surroundings that views show, so many pixels around them.
     """
-    images = [middle(whole, around) for whole in looked_at]
+    images = [center_crop(whole, margin) for whole in looked_at]
     grid = student.layout(images[0]).grid
     count = min(config.measure.views, count_different(config.views, grid) or config.measure.views)
     many = config.views.model_copy(update={"count": count, "sampler": "uniform"})
@@ -195,7 +195,7 @@ def compare_with_original(
         if known:
             return demo.truth(images)
         key = keyed_generator("reference", config.seed, number)
-        return teacher(looked_at[number], key, around).patches
+        return teacher(looked_at[number], key, margin).patches
 
     described = "the known truth" if known else f"the original averaged over {many.count} views"
     return compare(

@@ -37,7 +37,7 @@ from torch.nn.functional import normalize
 
 from phreg.backbones.base import Backbone, Readout
 from phreg.backbones.identity import identify
-from phreg.backbones.readout import dense_readout, read_as
+from phreg.backbones.readout import dense_readout, use_readout
 from phreg.config import Config, Size
 from phreg.data.crops import as_input
 from phreg.data.sources import ImageSource
@@ -205,7 +205,7 @@ class FeatureReader:
         for placed in self._batches(source, reading, what):
             images = self.normalise(torch.stack([pixels for pixels, _ in placed]))
             autocast = torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16)
-            with torch.no_grad(), autocast, read_as(self.backbone, reading.readout):
+            with torch.no_grad(), autocast, use_readout(self.backbone, reading.readout):
                 found.append(self.backbone.logits(images).float().cpu())
         return torch.cat(found)
 
@@ -344,7 +344,7 @@ class FeatureReader:
         entered = sorted({index for index, reading in asked if reading.source not in OUTPUTS})
         found = []
         autocast = torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16)
-        with autocast, read_as(backbone, readings[0].readout):
+        with autocast, use_readout(backbone, readings[0].readout):
             with backbone.tap(left) as outputs, _entering(backbone.blocks, entered) as inputs:
                 pooled = backbone.run(images)
             for index, reading in asked:

@@ -47,7 +47,7 @@ def apply_adapter(folder: Path, backbone: Backbone) -> None:
     kind = fit(record, backbone)
     if kind is None:
         raise LoadError(_other_base(folder, record["base"], backbone))
-    target = backbone if kind == "whole" else backbone.alone()
+    target = backbone if kind == "whole" else backbone.vision_tower()
     wanted = tuple(record["input_size"])
     with rollback_on_error(backbone) as state:
         state.work_on_copies()
@@ -140,7 +140,7 @@ def read_own_tensors(file: Path, record: Mapping[str, Any]) -> dict[str, Tensor]
 
 def describe_tower(backbone: Backbone) -> Tower:
     """Tells an unpatched model's vision tower, in each precision that people run it in."""
-    names, alone = backbone.disk_state().keys(), backbone.alone().disk_state().keys()
+    names, alone = backbone.disk_state().keys(), backbone.vision_tower().disk_state().keys()
     some = min(alone)
     prefixes = [name.removesuffix(some) for name in names if name.endswith(some)]
     prefix = next(prefix for prefix in prefixes if all(prefix + name in names for name in alone))

@@ -102,7 +102,7 @@ def _open(source: str | os.PathLike[str] | nn.Module, revision: str | None) -> t
         return backbone, Base("demo", backbone.spec.library, None, weights_sha256(backbone.disk_state()))
     found = resolve.locate(source, revision)
     backbone, base = resolve.load(found) if record_of(found) is None else open_saved(found)
-    tell_failures(found)
+    warn_failed_checks(found)
     backbone.eval()
     return backbone, base
 
@@ -177,7 +177,7 @@ def _normalise_as(record: dict[str, Any], backbone: Backbone, found: Located) ->
         backbone.note_normalisation()
 
 
-def tell_failures(found: Located) -> None:
+def warn_failed_checks(found: Located) -> None:
     """Warns of a model whose run failed its gates, and names them."""
     record = record_of(found) or {}
     gates = (record.get("run") or record).get("gates") or {}

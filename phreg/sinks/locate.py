@@ -276,7 +276,7 @@ def _fed(
     )
     sums: dict[int, Tensor] = {}
     for images, mask in zip(batches, plain.masks, strict=True):
-        with reader.listening() as found:
+        with reader.capture() as found:
             backbone.run(images)
         patches = backbone.layout(images).patches
         for block, (hidden, fed) in found.items():
@@ -293,7 +293,7 @@ def _triggers(
     """Averages what enters the blocks at outliers, at as many positions as an image has outliers, rounded."""
     entered: list[Tensor] = []
     totals, counts = [], []
-    with ahead_of(backbone.entrance, lambda _module, args: entered.append(args[0])):
+    with ahead_of(backbone.first_block_input, lambda _module, args: entered.append(args[0])):
         for images, mask in zip(batches, masks, strict=True):
             backbone.run(images)
             entry = backbone.layout(images).patches(entered.pop()).float()
@@ -343,7 +343,9 @@ def _chain(
         layout = backbone.layout(images)
         with (
             torch.enable_grad(),
-            ahead_of(backbone.entrance, lambda _m, args: (args[0].detach().requires_grad_(), *args[1:])),
+            ahead_of(
+                backbone.first_block_input, lambda _m, args: (args[0].detach().requires_grad_(), *args[1:])
+            ),
             reading_units(backbone, [*upstream, block]) as hidden,
         ):
             backbone.run(images)

@@ -37,10 +37,10 @@ from torch import Tensor
 from phreg.backbones.base import Backbone
 from phreg.registers import add_registers, initial_registers
 from phreg.sinks.locate import Sinks
-from phreg.sinks.units import Reading, UnitReader
+from phreg.sinks.units import UnitActivations, UnitReader
 
 
-def deal(num_registers: int, sinks_an_image: Sequence[int]) -> list[list[int]]:
+def assign_registers(num_registers: int, sinks_an_image: Sequence[int]) -> list[list[int]]:
     """Deals kinds of sink out to registers, each once before any twice, given how many an image has of each.
 
     Returns:
@@ -61,7 +61,7 @@ def starting_tokens(sinks: Sinks, num_registers: int, seed: int) -> Float[Tensor
     """
     tokens = initial_registers(num_registers, sinks.triggers[0].shape[1], seed=seed)
     unused = [iter(own) for own in sinks.triggers]
-    for register, kinds in enumerate(deal(num_registers, [len(own) for own in sinks.triggers])):
+    for register, kinds in enumerate(assign_registers(num_registers, [len(own) for own in sinks.triggers])):
         if kinds:
             tokens[register] = torch.stack([next(unused[kind]) for kind in kinds]).mean(0)
     return tokens
@@ -103,18 +103,18 @@ class Relocation:
 
         self._level = {block: there([unit.level for unit in units]) for block, units in causes.items()}
         self._fed = {block: there([unit.fed for unit in units]) for block, units in causes.items()}
-        dealt = deal(backbone.num_registers, [len(own) for own in sinks.triggers])
+        dealt = assign_registers(backbone.num_registers, [len(own) for own in sinks.triggers])
         self._asked = {
             block: there([[unit.kind in kinds for unit in units] for kinds in dealt])
             for block, units in causes.items()
         }
 
-    def listening(self) -> AbstractContextManager[dict[int, Reading]]:
+    def capture(self) -> AbstractContextManager[dict[int, UnitActivations]]:
         """Collects hidden units while the model runs; give them to `loss`."""
-        return self._reader.listening()
+        return self._reader.capture()
 
     def loss(
-        self, readings: dict[int, Reading], images: Float[Tensor, "batch 3 height width"]
+        self, readings: dict[int, UnitActivations], images: Float[Tensor, "batch 3 height width"]
     ) -> Float[Tensor, ""]:
         """Computes the loss, in fp32, from what was collected on some images."""
         layout = self.backbone.layout(images)
@@ -130,7 +130,7 @@ class Relocation:
         return torch.cat(terms).mean()
 
     @torch.no_grad()
-    def silenced(self, readings: dict[int, Reading]) -> list[str]:
+    def silenced(self, readings: dict[int, UnitActivations]) -> list[str]:
         """Names the units, as block:unit, that no register asked for them holds at half their level."""
         start = self.backbone.spec.num_prefix
         names = []
@@ -140,6 +140,6 @@ class Relocation:
             names += [f"{block}:{unit}" for unit in self._reader.units[block][held < 0.5].tolist()]
         return names
 
-    def _relative(self, block: int, reading: Reading) -> Float[Tensor, "batch tokens units"]:
+    def _relative(self, block: int, reading: UnitActivations) -> Float[Tensor, "batch tokens units"]:
         """Reads the units of a block; 1 is their level on the original outliers."""
         return reading.hidden.float() / self._level[block]

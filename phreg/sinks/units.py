@@ -101,7 +101,7 @@ def ahead_of(module: nn.Module, hook: Any) -> Iterator[None]:
         handle.remove()
 
 
-class Reading(NamedTuple):
+class UnitActivations(NamedTuple):
     """Some hidden units of one MLP, and what feeds them."""
 
     hidden: Float[Tensor, "batch tokens units"]
@@ -138,9 +138,9 @@ class UnitReader:
                 self._up[names[layer]] = block, [index + start for start in starts]
 
     @contextmanager
-    def listening(self) -> Iterator[dict[int, Reading]]:
+    def capture(self) -> Iterator[dict[int, UnitActivations]]:
         """Collects readings by block while the model runs."""
-        found: dict[int, Reading] = {}
+        found: dict[int, UnitActivations] = {}
         fed: dict[int, list[Tensor]] = {}
 
         def note(block: int, rows: list[Tensor]) -> Any:
@@ -151,7 +151,9 @@ class UnitReader:
 
         def keep(block: int) -> Any:
             def hook(_module: nn.Module, args: tuple[Tensor]) -> None:
-                found[block] = Reading(args[0][..., self.units[block]], torch.stack(fed.pop(block), dim=-1))
+                found[block] = UnitActivations(
+                    args[0][..., self.units[block]], torch.stack(fed.pop(block), dim=-1)
+                )
 
             return hook
 

@@ -37,7 +37,7 @@ from phreg.data.crops import BrokenImages, Crops, Order, as_input, loader
 from phreg.errors import Interrupted, PhregError, TrainingError
 from phreg.seeding import keyed_generator
 from phreg.training.checkpoint import RunFolder, load_state, save_state, truncate_log, writing_run
-from phreg.training.target_cache import KeptTargets
+from phreg.training.target_cache import TargetCache
 from phreg.training.task import RetrofitTask
 from phreg.training.trainable import (
     MovingAverage,
@@ -132,7 +132,7 @@ def train(  # noqa: C901 (the loop reads straight down)
         )
     )  # fmt: skip
     started = time.perf_counter()
-    kept_targets = KeptTargets(run.path / "targets", accelerator.device) if config.target.keep else None
+    target_cache = TargetCache(run.path / "targets", accelerator.device) if config.target.keep else None
     with (
         stop_signals() as stop,
         task.running(),
@@ -141,8 +141,8 @@ def train(  # noqa: C901 (the loop reads straight down)
     ):
         model = accelerator.prepare_model(student)
         images_per_step = config.batch_size * accumulate * world
-        journal = Journal(log, accelerator, images_per_step, steps, run, observe or (lambda *_: None))
-        reading: Reading | None = None
+        journal = StepLogger(log, accelerator, images_per_step, steps, run, observe or (lambda *_: None))
+        reading: StepMetrics | None = None
         for step in range(done, steps):
             lr = learning_rate(config.optim, step, steps, steps_per_epoch)
             for group in optim.param_groups:
@@ -157,7 +157,7 @@ def train(  # noqa: C901 (the loop reads straight down)
                 pixels = as_input(student, batch.images)
                 views = keyed_generator("views", config.seed, step, micro, rank)
                 taught = partial(task.target, pixels, views)
-                target = kept_targets.read(batch.indices.tolist(), taught) if kept_targets else taught()
+                target = target_cache.read(batch.indices.tolist(), taught) if target_cache else taught()
                 # Processes exchange gradients once a step, with the last accumulated batch.
                 with accelerator.no_sync(model) if micro + 1 < accumulate else nullcontext():
                     loss, terms = task.loss(model, pixels, target)
@@ -174,7 +174,7 @@ def train(  # noqa: C901 (the loop reads straight down)
 
             # The previous step's numbers are on the host by now. All processes read the same ones, so they
             # stop together.
-            previous, reading = reading, Reading(step + 1, lr, names, sums, stop.is_set(), accelerator)
+            previous, reading = reading, StepMetrics(step + 1, lr, names, sums, stop.is_set(), accelerator)
             stopping = previous is not None and journal.enter(previous)
             if stopping or step + 1 == steps or (step + 1) % config.checkpoint_every == 0:
                 stopping = journal.enter(reading) or stopping
@@ -191,8 +191,8 @@ def train(  # noqa: C901 (the loop reads straight down)
         if accelerator.is_main_process:
             for warning in task.warnings():
                 logger.warning("%s", warning)
-    if kept_targets is not None and accelerator.is_main_process:
-        kept_targets.remove()
+    if target_cache is not None and accelerator.is_main_process:
+        target_cache.remove()
 
     if average is not None:
         average.apply()
@@ -206,7 +206,7 @@ def train(  # noqa: C901 (the loop reads straight down)
     )
 
 
-class Reading:
+class StepMetrics:
     """A step's numbers on their way from the device to the host, means over all processes.
 
     Args:
@@ -244,7 +244,7 @@ class Reading:
         return dict(zip(self.keys, self._host.tolist(), strict=True))
 
 
-class Journal:
+class StepLogger:
     """Enters each step into log.jsonl, the trackers and the observer, and refuses one that is not finite."""
 
     def __init__(
@@ -260,7 +260,7 @@ class Journal:
         self.steps, self.run, self.observe = steps, run, observe
         self.clock = time.perf_counter()
 
-    def enter(self, reading: Reading) -> bool:
+    def enter(self, reading: StepMetrics) -> bool:
         """Records a step.
 
         Returns:

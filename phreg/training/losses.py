@@ -21,7 +21,7 @@ from torch import Tensor
 from phreg.backbones.base import Features
 from phreg.config import LossConfig
 from phreg.sinks.relocation import Relocation
-from phreg.sinks.units import Reading
+from phreg.sinks.units import UnitActivations
 
 
 class Outputs(NamedTuple):
@@ -102,7 +102,7 @@ class RelocationTerm(LossTerm):
     def __init__(self, weight: float, relocation: Relocation) -> None:
         super().__init__(weight)
         self.relocation = relocation
-        self._captured: dict[int, Reading] = {}
+        self._captured: dict[int, UnitActivations] = {}
 
     def __call__(self, outputs: Outputs) -> Float[Tensor, ""]:
         """Computes the term."""
@@ -111,7 +111,7 @@ class RelocationTerm(LossTerm):
     @contextmanager
     def capture(self) -> Iterator[None]:
         """Reads the units as the student runs."""
-        with self.relocation.listening() as self._captured:
+        with self.relocation.capture() as self._captured:
             yield
 
     def warnings(self) -> list[str]:

@@ -24,7 +24,7 @@ from phreg.backbones.base import Features
 from phreg.training.checkpoint import RunFolder, writing_run
 
 
-class KeptTargets:
+class TargetCache:
     """A folder of targets, filled as they are made; processes may share it.
 
     Each is rounded to bf16 as it is made, whether it is read again or not, so that it is the same every time.

@@ -14,9 +14,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from phreg.backbones.base import Backbone, Features
-from phreg.backbones.readout import read_as
+from phreg.backbones.readout import use_readout
 from phreg.config import TargetConfig
-from phreg.data.crops import middle
+from phreg.data.crops import center_crop
 from phreg.teacher import Teacher
 from phreg.training.losses import LossTerm, Outputs, total_loss
 
@@ -29,7 +29,7 @@ class RetrofitTask:
         teacher: The frozen original, averaged over views.
         terms: The terms of the loss.
         config: What of both models is compared, and how their last block is read.
-        around: Rows and columns of context that images come with, in pixels on each side.
+        margin: Rows and columns of context that images come with, in pixels on each side.
     """
 
     def __init__(
@@ -38,27 +38,27 @@ class RetrofitTask:
         teacher: Teacher,
         terms: Sequence[LossTerm],
         config: TargetConfig,
-        around: tuple[int, int] = (0, 0),
+        margin: tuple[int, int] = (0, 0),
     ) -> None:
         self.student = student
         self.teacher = teacher
         self.terms = terms
         self.config = config
-        self.around = around
+        self.margin = margin
 
     @contextmanager
     def running(self) -> Iterator[None]:
         """Sets read-outs and captures what terms need; both models are read as before when it ends."""
         with ExitStack() as stack:
-            stack.enter_context(read_as(self.teacher.backbone, self.config.teacher_readout))
-            stack.enter_context(read_as(self.student, self.config.student_readout))
+            stack.enter_context(use_readout(self.teacher.backbone, self.config.teacher_readout))
+            stack.enter_context(use_readout(self.student, self.config.student_readout))
             for term in self.terms:
                 stack.enter_context(term.capture())
             yield
 
     def target(self, images: Float[Tensor, "batch 3 height width"], generator: torch.Generator) -> Features:
         """Makes the target of images that come with their context; the generator decides the views."""
-        return self.teacher(images, generator, self.around)
+        return self.teacher(images, generator, self.margin)
 
     def loss(
         self, model: nn.Module, images: Float[Tensor, "batch 3 height width"], target: Features
@@ -73,7 +73,7 @@ class RetrofitTask:
         Returns:
             The total, and each term without its weight by name, all fp32.
         """
-        seen = middle(images, self.around)
+        seen = center_crop(images, self.margin)
         features = model(seen, self.config.layer, self.config.norm)
         return total_loss(self.terms, Outputs(seen, features, target))
 

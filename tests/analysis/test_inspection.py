@@ -15,7 +15,7 @@ from phreg.analysis.interpolation import interpolation_effect, stripes
 from phreg.analysis.norms import outliers
 from phreg.analysis.probes import global_probe, position_probe, reconstruction_probe, sample_tokens
 from phreg.analysis.survey import survey
-from phreg.backbones.readout import read_as
+from phreg.backbones.readout import use_readout
 from phreg.backbones.resolve import adapt
 from phreg.errors import PhregError
 from phreg.registers import add_registers
@@ -246,7 +246,7 @@ def test_features_shown_of_a_trained_model_are_those_it_was_trained_for():
     plain = looked_at(backbone, images=images).survey.shown
     backbone.trained_readout = "value-only"
     found = looked_at(backbone, images=images).survey.shown
-    with read_as(backbone):
+    with use_readout(backbone):
         expected = backbone(images).patches
     for before, after, features in zip(plain, found, expected, strict=True):
         torch.testing.assert_close(after.features, features)

@@ -15,7 +15,14 @@ from torch import Tensor, nn
 
 import phreg
 from phreg.backbones.base import Backbone
-from phreg.backbones.readout import DenseForward, GridForward, gaussian_bias, read_as, set_readout
+from phreg.backbones.readout import (
+    DenseForward,
+    GridForward,
+    gaussian_bias,
+    read_as,
+    set_readout,
+    use_readout,
+)
 from phreg.backbones.resolve import adapt
 from phreg.errors import PhregError
 from phreg.registers import add_registers
@@ -294,9 +301,9 @@ def test_models_without_a_joint_token_space_are_refused_and_left_alone(readout):
 def test_a_model_is_read_otherwise_for_a_while_only(library):
     backbone = build(library, 2)
     expected = backbone(images()).patches
-    with read_as(backbone, "naclip"):
+    with use_readout(backbone, "naclip"):
         assert backbone(images()).patches.shape[-1] == 16
-    with pytest.raises(PhregError), read_as(backbone, "naclip"):
+    with pytest.raises(PhregError), use_readout(backbone, "naclip"):
         backbone(torch.zeros(1, 3, 30, 30))
     assert backbone.readout == "plain"
     assert torch.equal(backbone(images()).patches, expected)
@@ -304,13 +311,13 @@ def test_a_model_is_read_otherwise_for_a_while_only(library):
 
 def test_unless_told_how_a_model_is_read_as_it_is_set_or_else_as_phreg_trained_it(library):
     backbone = build(library)
-    with read_as(backbone):
+    with use_readout(backbone):
         assert backbone.readout == "plain"
     backbone.trained_readout = "value-only"
-    with read_as(backbone):
+    with use_readout(backbone):
         assert backbone.readout == "value-only"
     set_readout(backbone, "sclip")
-    with read_as(backbone):
+    with use_readout(backbone):
         assert backbone.readout == "sclip"
 
 
@@ -339,3 +346,9 @@ def test_omega_is_one_on_the_diagonal_of_patches_and_zero_ahead_of_them():
     assert not bias[:2].any()
     # Patch 0 lies at (0, 0) and patch 6 at (1, 2): squared distance 5.
     torch.testing.assert_close(bias[2, 8], torch.tensor(math.exp(-0.1)))
+
+
+def test_the_old_name_still_reads_and_says_the_new_one(tiny):
+    backbone = adapt(tiny())
+    with pytest.deprecated_call(match="use_readout"), read_as(backbone):
+        assert backbone.readout == "plain"

@@ -18,10 +18,10 @@ from phreg.data.crops import (
     Crops,
     Order,
     Skipped,
+    center_crop,
     denormalise,
     holdout,
     loader,
-    middle,
     normalise,
     split,
     subsample,
@@ -121,11 +121,11 @@ def test_a_crop_of_any_shape_is_the_middle_of_the_picture_resampled_to_just_cove
 
 
 @pytest.mark.parametrize("shape", [(90, 60), (60, 90), (60, 60)])
-@pytest.mark.parametrize("around", [(0, 0), (8, 8), (4, 12)], ids=str)
-def test_surroundings_are_cut_with_the_square_and_leave_it_in_their_middle(shape, around):
+@pytest.mark.parametrize("margin", [(0, 0), (8, 8), (4, 12)], ids=str)
+def test_surroundings_are_cut_with_the_square_and_leave_it_in_their_middle(shape, margin):
     source = InMemory([noise(shape)])
-    rows, cols = 20 + 2 * around[0], 20 + 2 * around[1]
-    whole = Crops(source, 20, crop="centre", around=around).batch([(0, 0)]).images
+    rows, cols = 20 + 2 * margin[0], 20 + 2 * margin[1]
+    whole = Crops(source, 20, crop="centre", margin=margin).batch([(0, 0)]).images
     assert whole.shape == (1, 3, rows, cols)
     scale = max(cols / shape[0], rows / shape[1])
     width, height = (round(scale * side) for side in shape)
@@ -133,9 +133,9 @@ def test_surroundings_are_cut_with_the_square_and_leave_it_in_their_middle(shape
     resized = source.read(0).resize((width, height), Image.Resampling.BICUBIC)
     expected = np.asarray(resized.crop((left, top, left + cols, top + rows)))
     assert np.array_equal(whole[0].permute(1, 2, 0).numpy(), expected)
-    square = middle(whole, around)
+    square = center_crop(whole, margin)
     assert square.shape == (1, 3, 20, 20)
-    assert torch.equal(square[0, :, 0, 0], whole[0, :, around[0], around[1]])
+    assert torch.equal(square[0, :, 0, 0], whole[0, :, margin[0], margin[1]])
 
 
 def test_seed_epoch_and_index_each_move_the_crop():

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from pictures import noise
 from PIL import Image
 
-from phreg.backbones.readout import read_as
+from phreg.backbones.readout import use_readout
 from phreg.backbones.resolve import adapt
 from phreg.config import build
 from phreg.data.sources import open_images
@@ -260,7 +260,7 @@ def clip_reader(tmp_path):
 def test_dense_features_are_read_as_phreg_trained_the_model_unless_asked_otherwise(clip_reader):
     backbone, pixels = clip_reader.backbone, images(clip_reader)
     plain = clip_reader(pixels, Reading())
-    with read_as(backbone, "value-only"):
+    with use_readout(backbone, "value-only"):
         expected = backbone(pixels).patches
     assert clip_reader.readout(Reading()) == "plain"
     backbone.trained_readout = "value-only"

@@ -240,7 +240,7 @@ def test_an_adapter_goes_into_the_vision_tower_of_a_llava_which_still_generates(
     clip = families_transformers.FAMILIES["clip"]()
     tower = clip_tower() if base == "tower" else clip.vision_model
     model = llava(tower)
-    patched = adapt(adapted(tower if base == "tower" else clip, tmp_path / "adapter").alone().model)
+    patched = adapt(adapted(tower if base == "tower" else clip, tmp_path / "adapter").vision_tower().model)
     asked = {
         "input_ids": torch.tensor([[1, *[60] * 16, 5]]),
         "attention_mask": torch.ones(1, 18, dtype=torch.long),
@@ -590,7 +590,7 @@ def test_every_family_s_tower_is_known_again_without_what_stands_around_it(famil
     backbone = adapt(families.FAMILIES[family]())
     record = {"class": "", "base": {"sha256": ""}, "tower": asdict(describe_tower(backbone))}
     assert fit(record, backbone) == "tower"
-    alone = backbone.alone()
+    alone = backbone.vision_tower()
     assert fit(record, alone) == "tower"
     with torch.no_grad():
         alone.model.get_parameter(alone.roles()["block.0"][0]).add_(1)
@@ -601,7 +601,7 @@ def test_towers_are_known_apart_from_what_stands_around_them():
     plain, headed = (
         adapt(families_transformers.FAMILIES[name]()) for name in ("dinov2", "dinov2-classifier")
     )
-    headed.alone().model.load_state_dict(plain.model.state_dict())
+    headed.vision_tower().model.load_state_dict(plain.model.state_dict())
     assert replace(describe_tower(headed), prefix="") == describe_tower(plain)
     assert describe_tower(headed).prefix == "dinov2."
 

@@ -14,8 +14,8 @@ from phreg.backbones.resolve import adapt
 from phreg.config import LoraConfig, UnlockConfig
 from phreg.registers import add_registers, initial_registers
 from phreg.sinks.locate import Sinks, Unit, locate
-from phreg.sinks.relocation import Relocation, deal, starting_tokens
-from phreg.sinks.units import Reading
+from phreg.sinks.relocation import Relocation, assign_registers, starting_tokens
+from phreg.sinks.units import UnitActivations
 from phreg.training.trainable import merge_lora, unlock
 
 
@@ -43,7 +43,7 @@ def reading(on_registers, on_patches, num_units=1):
     """Hidden units of one block as listening collects them, and pre-activations alike."""
     hidden = torch.randn(3, 19, num_units, generator=torch.Generator().manual_seed(0))
     hidden[:, 1:3], hidden[:, 3:] = on_registers, on_patches
-    return Reading(hidden, hidden.unsqueeze(-1))
+    return UnitActivations(hidden, hidden.unsqueeze(-1))
 
 
 @pytest.mark.parametrize("level", [150.0, -8.0])
@@ -85,7 +85,7 @@ def test_several_units_and_blocks_count_alike(patched):
     ],
 )
 def test_kinds_are_dealt_out_in_turn_and_each_as_often_as_an_image_has_it(registers, an_image, dealt):
-    assert deal(registers, an_image) == dealt
+    assert assign_registers(registers, an_image) == dealt
 
 
 def test_registers_start_from_triggers_of_their_kinds_the_most_frequent_first_and_free_ones_at_random():
@@ -150,7 +150,7 @@ def test_registers_of_a_single_kind_start_from_its_triggers():
 
 def test_gradients_reach_the_registers_and_the_units_rows_and_no_other_rows(patched):
     relocation = Relocation(patched, sinks((1, 5, 10.0)))
-    with relocation.listening() as hidden:
+    with relocation.capture() as hidden:
         patched.run(IMAGES)
         relocation.loss(hidden, IMAGES).backward()
     assert patched.registers.grad.abs().sum(-1).all()
@@ -167,7 +167,7 @@ def test_the_gradient_has_the_values_computed_by_hand(patched):
     hidden[:, 1], hidden[:, 2], hidden[0, 3] = 5.0, 12.0, 10.0
     hidden.requires_grad_()
     fed = torch.ones(2, 19, 1, 2, requires_grad=True)
-    loss = Relocation(patched, known).loss({1: Reading(hidden, fed)}, IMAGES[:2])
+    loss = Relocation(patched, known).loss({1: UnitActivations(hidden, fed)}, IMAGES[:2])
     assert loss.item() == pytest.approx((0.5**2 + 0.2**2) / 2 + 1 / 2)
     by_hidden, by_fed = torch.autograd.grad(loss, (hidden, fed))
     # d/dh of max(h, 0) / A, a mean over two images; the registers' h is taken through what feeds it.
@@ -193,7 +193,7 @@ def test_a_register_that_is_off_is_led_back_on(name):
     known = sinks((1, 5, 10.0))
     known = replace(known, units=(replace(known.units[0], fed=(10.0 ** (1 / halves),) * halves),))
     relocation = Relocation(backbone, known)
-    with relocation.listening() as hidden:
+    with relocation.capture() as hidden:
         backbone.run(images)
     fed = hidden[1].fed[:, backbone.spec.num_prefix]
     assert fed.max() < -20
@@ -201,7 +201,7 @@ def test_a_register_that_is_off_is_led_back_on(name):
     assert direction.norm() > 1e-3
     with torch.no_grad():
         backbone.registers.sub_(0.01 * direction / direction.norm())
-        with relocation.listening() as hidden:
+        with relocation.capture() as hidden:
             backbone.run(images)
     assert (hidden[1].fed[:, backbone.spec.num_prefix].mean(0) > fed.mean(0)).all()
 
@@ -213,10 +213,10 @@ def test_layers_that_lora_wraps_later_are_listened_to_with_it(patched):
         for name, parameter in patched.named_parameters():
             if "lora_" in name:
                 parameter.add_(0.1)
-    with relocation.listening() as hidden:
+    with relocation.capture() as hidden:
         patched.run(IMAGES)
     merge_lora(patched)
-    with relocation.listening() as merged:
+    with relocation.capture() as merged:
         patched.run(IMAGES)
     # Merging adds the low-rank product to the weight first: another order of the same sums.
     torch.testing.assert_close(merged[1].hidden, hidden[1].hidden, atol=1e-4, rtol=1e-4)
@@ -224,7 +224,7 @@ def test_layers_that_lora_wraps_later_are_listened_to_with_it(patched):
 
 
 def test_nothing_listens_when_it_is_over(patched):
-    with Relocation(patched, sinks((1, 5, 10.0))).listening() as hidden:
+    with Relocation(patched, sinks((1, 5, 10.0))).capture() as hidden:
         pass
     patched.run(IMAGES)
     assert hidden == {}
@@ -236,7 +236,7 @@ def test_the_loss_is_in_fp32_whatever_the_model_runs_in(patched, dtype, part):
     relocation = Relocation(patched, sinks((1, 5, 10.0)))
     parts = list(reading(7.5, 2.5))
     parts[part] = parts[part].to(dtype)
-    loss = relocation.loss({1: Reading(*parts)}, IMAGES)
+    loss = relocation.loss({1: UnitActivations(*parts)}, IMAGES)
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(0.25**2 + 16 * 0.25)
 
@@ -252,7 +252,7 @@ def test_training_moves_the_demonstrations_sinks_into_registers_and_keeps_them_t
     )
     losses = []
     for _ in range(30):
-        with relocation.listening() as hidden:
+        with relocation.capture() as hidden:
             backbone.run(images)
             loss = relocation.loss(hidden, images)
         optimizer.zero_grad()
@@ -261,7 +261,7 @@ def test_training_moves_the_demonstrations_sinks_into_registers_and_keeps_them_t
         losses.append(loss.item())
     layout = backbone.layout(images)
     level = torch.tensor([unit.level for unit in found.units])
-    with relocation.listening() as hidden, torch.no_grad():
+    with relocation.capture() as hidden, torch.no_grad():
         tokens = backbone.block_tokens(images, [demo.DEPTH - 1])[demo.DEPTH - 1]
     relative = hidden[demo.SINK_BLOCK].hidden / level
     # A unit that no register holds would cost 1, and one of two that only half of the registers hold 1/4.
@@ -289,7 +289,7 @@ def test_a_real_sink_moves_into_a_register_however_many_there_are(real_model, re
     relocation = Relocation(backbone, found)
     optimizer = torch.optim.AdamW(backbone.parameters(), lr=1e-4)
     for _ in range(10):
-        with relocation.listening() as hidden:
+        with relocation.capture() as hidden:
             backbone.run(images)
             relocation.loss(hidden, images).backward()
         optimizer.step()

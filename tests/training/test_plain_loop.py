@@ -298,7 +298,7 @@ def test_the_relocation_term_adds_its_weight_times_its_value(tiny, pictures, dis
         """A relocation loss of 3, whatever the model does."""
 
         __init__ = object.__init__
-        listening = staticmethod(lambda: nullcontext({"block": "heard"}))
+        capture = staticmethod(lambda: nullcontext({"block": "heard"}))
         silenced = staticmethod(lambda hidden: [])
 
         def loss(self, hidden, images):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from phreg.backbones.base import Features
-from phreg.training.target_cache import KeptTargets
+from phreg.training.target_cache import TargetCache
 
 
 class Teacher:
@@ -26,7 +26,7 @@ def teacher():
 
 @pytest.fixture
 def kept(tmp_path):
-    return KeptTargets(tmp_path / "targets", torch.device("cpu"))
+    return TargetCache(tmp_path / "targets", torch.device("cpu"))
 
 
 def same(first, second):

@@ -4,7 +4,7 @@ Agreement asks whether dense features came closer to a clean reference, such as 
 views; it is reported over all patches, for the worst of them, and for the patches that used to be artifacts
 alone. Drift asks what that cost: how far the CLS or pooled output moved.
 
-Channels mean the same in a network and in what was trained from it, and nowhere else (`why_incomparable`).
+Channels mean the same in a network and in what was trained from it, and nowhere else (`incomparable_reason`).
 """
 
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from torch.nn.functional import cosine_similarity
 from phreg.backbones.base import Backbone
 from phreg.errors import PhregError
 
-KIN = 0.5
+MIN_SHARED_COSINE = 0.5
 """Least cosine of two models' patch embeddings where one was trained from the other: it is about 1 of a
 student and its original, and about 0 of networks trained apart."""
 
@@ -98,7 +98,7 @@ def agreement(
     return meter.compute()
 
 
-def why_incomparable(backbone: Backbone, other: Backbone) -> str | None:
+def incomparable_reason(backbone: Backbone, other: Backbone) -> str | None:
     """Says why patch features of two models cannot be set against each other; None where they can."""
     names = backbone.describe(), other.describe()
     patches, widths = zip(
@@ -109,7 +109,7 @@ def why_incomparable(backbone: Backbone, other: Backbone) -> str | None:
     if widths[0] != widths[1]:
         return f"{names[0]} has features of {widths[0]} channels, {names[1]} of {widths[1]}"
     ours, theirs = _patch_embedding(backbone), _patch_embedding(other)
-    if ours.shape != theirs.shape or float(cosine_similarity(ours, theirs, dim=0)) < KIN:
+    if ours.shape != theirs.shape or float(cosine_similarity(ours, theirs, dim=0)) < MIN_SHARED_COSINE:
         return f"{names[0]} and {names[1]} are two networks, neither of which was trained from the other"
     return None
 

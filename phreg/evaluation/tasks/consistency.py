@@ -21,13 +21,13 @@ from torch import Tensor
 
 from phreg.analysis.norms import outlier_mask, outliers
 from phreg.backbones.base import Backbone, Readout
-from phreg.backbones.readout import read_as
+from phreg.backbones.readout import use_readout
 from phreg.config import Config, Size, ViewsConfig
 from phreg.data.crops import subsample
 from phreg.data.sources import ImageSource, open_images
 from phreg.errors import PhregError
 from phreg.evaluation.features import FeatureReader, Reading
-from phreg.evaluation.metrics.agreement import Agreement, AgreementMeter, why_incomparable
+from phreg.evaluation.metrics.agreement import Agreement, AgreementMeter, incomparable_reason
 from phreg.evaluation.results import Metrics
 from phreg.seeding import keyed_generator
 from phreg.teacher import Teacher
@@ -85,7 +85,7 @@ def run(reader: FeatureReader, data: str, settings: Settings, seed: int) -> Metr
     }
     rate = {"outlier_rate": outliers(reader.backbone, batches, show=1).outlier_rate}
     baseline = reader.reference or reader.backbone
-    reason = why_incomparable(reader.backbone, baseline)
+    reason = incomparable_reason(reader.backbone, baseline)
     if reason is None:
         found = _reference(reader, reading, baseline, batches, settings.views, seed)
         figures |= {"reference_agreement": found.mean, "reference_worst_percent": found.worst_percent} | rate
@@ -158,7 +158,7 @@ def _reference(
     gap = outliers(baseline, batches, layers=[last], show=1).blocks[-1].gap
     meter = AgreementMeter()
     for number, images in enumerate(batches):
-        with read_as(baseline, reader.readout(reading)):
+        with use_readout(baseline, reader.readout(reading)):
             target = teacher(images, keyed_generator("reference", seed, number)).patches
         with torch.no_grad():
             tokens = baseline.block_tokens(images, [last])[last]

@@ -136,7 +136,7 @@ def export(
     return figures
 
 
-def why_not(backbone: Backbone, format: str) -> str | None:
+def unsupported_reason(backbone: Backbone, format: str) -> str | None:
     """Says why a model cannot take one of `Format`; None where it can."""
     packed = packed_types(backbone.model)
     if packed and format != "adapter":  # whose tensors are copied from the one it was loaded from
@@ -154,7 +154,7 @@ def why_not(backbone: Backbone, format: str) -> str | None:
             "its test-time registers work by hooks, which no stock class has; any format takes what "
             'phreg.distill(method="relocate") makes'
         )
-    return _module(format).why_not(backbone)
+    return _module(format).unsupported_reason(backbone)
 
 
 # -- formats -------------------------------------------------------------------------------------------------
@@ -165,14 +165,14 @@ def _stock(backbone: Backbone, format: str) -> StockFormat:
     asked = f"asked to export {backbone.describe()} as {format!r}"
     if format not in get_args(Format):
         raise PhregError(f"{asked}; the formats there are: {', '.join(get_args(Format))}")
-    reason = why_not(backbone, format)
+    reason = unsupported_reason(backbone, format)
     if reason:
         raise PhregError(f"{asked}: {reason}. {_alternative(backbone, format)}")
     return _module(format)
 
 
 def _alternative(backbone: Backbone, format: str) -> str:
-    others = [name for name in get_args(Format) if name != format and not why_not(backbone, name)]
+    others = [name for name in get_args(Format) if name != format and not unsupported_reason(backbone, name)]
     if others:
         return f"It can be exported as {' or '.join(others)}."
     return "No other format takes it; share the phreg adapter, which phreg.load reads."

@@ -23,7 +23,7 @@ FILES = ("adapter.safetensors", "README.md")
 """What is copied as it is; the card may be missing."""
 
 
-def why_not(backbone: Backbone) -> str | None:
+def unsupported_reason(backbone: Backbone) -> str | None:
     """Says why a model cannot take this format; None where it can."""
     if backbone.adapter is None:
         return "it was not loaded from a run or an adapter, so what it has that its base has not is unknown"

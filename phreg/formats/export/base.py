@@ -59,7 +59,7 @@ class Graph(Protocol):
 class StockFormat(Protocol):
     """The module of a format."""
 
-    def why_not(self, backbone: Backbone) -> str | None:
+    def unsupported_reason(self, backbone: Backbone) -> str | None:
         """Says why a model cannot take this format; None where it can."""
         ...
 

@@ -12,13 +12,21 @@ from torch import Tensor, nn
 
 from phreg.backbones.base import Backbone
 from phreg.backbones.open_clip import NativeTower, TimmTower
-from phreg.formats.export.towers import Tower, architecture, named, ratio, sequence, tolerance, why_not_norm
+from phreg.formats.export.towers import (
+    Tower,
+    architecture,
+    named,
+    ratio,
+    sequence,
+    tolerance,
+    unsupported_norm,
+)
 
 CROPS = {"shortest": "center", "longest": "border", "squash": "squash"}
 """What timm calls open_clip's ways to resize."""
 
 
-def why_not(backbone: Backbone) -> str | None:
+def unsupported_reason(backbone: Backbone) -> str | None:
     """Says why timm has no model that computes what the image tower does; None where it has."""
     tower: Any = cast(Any, backbone).tower
     if isinstance(backbone, TimmTower):
@@ -36,11 +44,11 @@ def why_not(backbone: Backbone) -> str | None:
         return "it norms the mean of its patches, and so its patches, unlike timm's, are read without a norm"
     if activation(block.mlp.gelu) is None:
         return f"timm has no activation {type(block.mlp.gelu).__name__}"
-    return why_not_norm(tower.ln_post.eps)
+    return unsupported_norm(tower.ln_post.eps)
 
 
 def tower(backbone: Backbone) -> Tower:
-    """Converts an image tower that `why_not` lets pass, projection included."""
+    """Converts an image tower that `unsupported_reason` lets pass, projection included."""
     if isinstance(backbone, TimmTower):
         return _trunk(backbone)
     native = cast(NativeTower, backbone)

@@ -26,7 +26,7 @@ from phreg.formats.export.towers import (
     ratio,
     sequence,
     tolerance,
-    why_not_norm,
+    unsupported_norm,
 )
 
 ACTIVATIONS = {
@@ -56,7 +56,7 @@ RESAMPLING = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
 """What timm calls pillow's filters."""
 
 
-def why_not(backbone: TransformersBackbone) -> str | None:
+def unsupported_reason(backbone: TransformersBackbone) -> str | None:
     """Says why timm has no model that computes the same; None where it has."""
     model, family, config = backbone.model, backbone.family, cast(Any, backbone.tower.config)
     classifier = getattr(model, "classifier", None)
@@ -78,11 +78,11 @@ def why_not(backbone: TransformersBackbone) -> str | None:
     if config.hidden_act not in ACTIVATIONS:
         return f"timm has no activation {config.hidden_act!r}"
     if family.name == "dinov3_vit":
-        return _why_not_eva(backbone)
-    return why_not_norm(_eps(backbone))
+        return _unsupported_eva(backbone)
+    return unsupported_norm(_eps(backbone))
 
 
-def _why_not_eva(backbone: TransformersBackbone) -> str | None:
+def _unsupported_eva(backbone: TransformersBackbone) -> str | None:
     config: Any = backbone.tower.config
     if _eps(backbone) != CLIP_EPS:
         return f"its norms add {_eps(backbone):g} to the variance, and those of timm's DINOv3 {CLIP_EPS:g}"
@@ -94,7 +94,7 @@ def _why_not_eva(backbone: TransformersBackbone) -> str | None:
 
 
 def tower(backbone: TransformersBackbone) -> Tower:
-    """Converts the image's path through a model that `why_not` lets pass, with classifier or projection."""
+    """Converts the image's path, classifier or projection included, of a model that is supported."""
     match backbone.family.name:
         case "dinov3_vit":
             name, arguments, tensors = _eva(backbone)
@@ -204,7 +204,7 @@ def _blocks(backbone: TransformersBackbone, *scales: str) -> dict[str, Tensor]:
         attention: Any = block.get_submodule(backbone.family.attention)
         mlp = cast(nn.Module, block.mlp)
         # A gated MLP is one packed layer in timm, the gate first.
-        entrance = (
+        first_block_input = (
             (mlp.gate_proj, mlp.up_proj) if hasattr(mlp, "gate_proj") else (_child(mlp, "fc1", "up_proj"),)
         )
         parts = named(
@@ -212,7 +212,7 @@ def _blocks(backbone: TransformersBackbone, *scales: str) -> dict[str, Tensor]:
             norm2=_child(block, "norm2", "layer_norm2", "layernorm_after"),
             attn__qkv=joined(attention.q_proj, attention.k_proj, attention.v_proj),
             attn__proj=attention.get_submodule(backbone.family.out),
-            mlp__fc1=joined(*cast(Any, entrance)),
+            mlp__fc1=joined(*cast(Any, first_block_input)),
             mlp__fc2=_child(mlp, "fc2", "down_proj"),
         )
         for number, scale in enumerate(scales, start=1):

@@ -27,11 +27,11 @@ from phreg.sinks import test_time
 from phreg.storage import ADAPTER_FILE, MODEL_FORMAT
 
 
-def why_not(backbone: Backbone) -> str | None:
+def unsupported_reason(backbone: Backbone) -> str | None:
     """Says why a model cannot take this format; None where it can."""
     match backbone.spec.library:
         case "timm":
-            return timm_format.why_not(backbone)
+            return timm_format.unsupported_reason(backbone)
         case "open_clip" if getattr(backbone, "config", None) is None:
             return (
                 "an open_clip instance does not say what it was built from; name the model by its folder, "

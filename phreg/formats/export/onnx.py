@@ -47,7 +47,7 @@ UNTRACEABLE = (TorchDynamoException, OnnxExporterError, RuntimeError, ValueError
 """What torch raises where a model's path hangs on its input's size, or has no ONNX operator."""
 
 
-def why_not(backbone: Backbone) -> str | None:
+def unsupported_reason(backbone: Backbone) -> str | None:
     """Says why a model cannot take this format; None where it can."""
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:

@@ -45,7 +45,7 @@ TOKENIZER_FILES = ("*token*.json", "special_tokens_map.json", "vocab.*", "merges
 """What the files of a tokenizer are called."""
 
 
-def why_not(backbone: Backbone) -> str | None:
+def unsupported_reason(backbone: Backbone) -> str | None:
     """Says why a model cannot take this format; None where it can."""
     model: Any = backbone.model
     if not isinstance(backbone, NativeTower | TimmTower):
@@ -57,7 +57,7 @@ def why_not(backbone: Backbone) -> str | None:
         return (
             "an open_clip folder holds a text tower too, and it is an image tower alone; give the whole model"
         )
-    reason = timm.why_not(backbone)
+    reason = timm.unsupported_reason(backbone)
     if reason:
         return f"its image tower would be a model of timm, and {reason}"
     text = _text(model)

@@ -103,11 +103,11 @@ class $prefix$stock($stock):
         blocks = tower.get_submodule("$blocks")
         tokens = 0.02 * torch.randn(config.num_registers, tower.config.hidden_size)
         registers = Registers(tokens, num_prefix=$num_prefix)
-        attach(tower, registers, $entrance, blocks, $collector)
+        attach(tower, registers, $first_block_input, blocks, $collector)
 $pooler''')
 
 
-def why_not(backbone: Backbone) -> str | None:
+def unsupported_reason(backbone: Backbone) -> str | None:
     """Says why a model cannot take this format; None where it can."""
     if not isinstance(backbone, TransformersBackbone):
         return f"it is a model of {backbone.spec.library}, and phreg does not convert those to transformers"
@@ -185,7 +185,7 @@ def _code(backbone: TransformersBackbone, named: dict[str, Any]) -> str:
         hooks="\n\n".join(_source(part) for part in HOOKS).rstrip(),
         tower=f'self.get_submodule("{backbone.tower_name}")' if backbone.tower_name else "self",
         blocks=backbone.family.blocks,
-        entrance=places[backbone.entrance],
+        first_block_input=places[backbone.first_block_input],
         collector=places[backbone.collector],
         num_prefix=backbone.spec.num_prefix,
         pooler="        tower.pooler = None\n" if lacks_pooler else "",

@@ -42,7 +42,7 @@ TEST_SIZE = {"test_input_size", "test_pool_size"}
 class Converter(Protocol):
     """The module that converts the towers of a library to timm."""
 
-    def why_not(self, backbone: Backbone) -> str | None:
+    def unsupported_reason(self, backbone: Backbone) -> str | None:
         """Says why timm has no model that computes the same; None where it has."""
         ...
 
@@ -55,18 +55,18 @@ class Converter(Protocol):
         ...
 
 
-def why_not(backbone: Backbone) -> str | None:
+def unsupported_reason(backbone: Backbone) -> str | None:
     """Says why a model cannot take this format; None where it can."""
     # open_clip may keep a model of timm, which is then as timm's own are.
     trunk = getattr(backbone, "trunk", backbone)
     if isinstance(trunk, TimmBackbone):
-        reason = _why_not_timm(trunk.model)
+        reason = _unsupported_timm(trunk.model)
         if reason or trunk is backbone:
             return reason
-    return _converter(backbone).why_not(backbone)
+    return _converter(backbone).unsupported_reason(backbone)
 
 
-def _why_not_timm(model: Any) -> str | None:
+def _unsupported_timm(model: Any) -> str | None:
     architecture = _architecture(model)
     if not architecture:
         return (

@@ -102,7 +102,7 @@ def architecture(eps: float, kind: str, spec: Spec) -> str:
     return name if timm.is_model(name) else f"vit_base_patch16_{plain}"
 
 
-def why_not_norm(eps: float) -> str | None:
+def unsupported_norm(eps: float) -> str | None:
     """Says why timm has no such norm; None where it has, or one so close that the export can be measured."""
     if eps <= EPS or eps == CLIP_EPS:
         return None

@@ -41,7 +41,7 @@ OF_THE_OLD_CLASS = {"model_type", "architectures", "use_mask_token", "transforme
 """Settings that do not carry over."""
 
 
-def why_not(backbone: Backbone) -> str | None:
+def unsupported_reason(backbone: Backbone) -> str | None:
     """Says why a model cannot take this format; None where it can."""
     if not isinstance(backbone, TransformersBackbone):
         return f"it is a model of {backbone.spec.library}, and phreg does not convert those to transformers"
