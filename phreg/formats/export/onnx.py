@@ -178,13 +178,18 @@ def _graph(backbone: Backbone, *, free: bool) -> Any:
             dynamic_shapes=(dynamic,),
             prefer_deferred_runtime_asserts_over_guards=True,
         )
-        return torch.onnx.export(
+        written: Any = torch.onnx.export(
             program,
             input_names=["images"],
             output_names=["patches", "pooled"],
             opset_version=OPSET,
             verbose=False,
         )
+    # Stack traces of the export, with paths of this disk, are most of the file.
+    for graph in (written.model.graph, *written.model.functions.values()):
+        for node in graph.all_nodes():
+            node.metadata_props.clear()
+    return written
 
 
 def _difference(backbone: Backbone, program: Any) -> float:

@@ -1,6 +1,8 @@
 """ONNX: a graph that onnxruntime runs, at any batch and, where it can be, any size."""
 
 import json
+import os
+from pathlib import Path
 
 import jaxtyping
 import onnxruntime
@@ -85,6 +87,14 @@ def test_a_model_of_one_size_gets_a_graph_of_one_size(tmp_path):
     assert [figure.size for figure in figures] == [(32, 32)]
     assert json.loads((tmp_path / "out" / "config.json").read_text())["size"] == [32, 32]
     check(backbone, tmp_path / "out", [(1, 32, 32), (3, 32, 32)])
+
+
+def test_a_graph_holds_no_paths_of_the_disk_that_it_was_made_on(tmp_path):
+    backbone, base = patched("timm/vit")
+    export(backbone, tmp_path / "out", "onnx", base=base)
+    content = (tmp_path / "out" / "model.onnx").read_bytes()
+    assert os.fsencode(Path(torch.__file__).parent) not in content
+    assert os.fsencode(Path(__file__).parents[3]) not in content
 
 
 @pytest.mark.slow
