@@ -836,7 +836,7 @@ def _look(
     backbone = open_model(model, mean=mean, std=std)[0]
     with unchanged(*([backbone] if isinstance(model, nn.Module) else [])):
         if device is not None or not isinstance(model, nn.Module):
-            backbone.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+            backbone.to(_usable(device))
         return _look_at(backbone.eval(), name, images, size, count, labels, queries, observe)
 
 

@@ -8,6 +8,7 @@ the old file or the new one.
 """
 
 import os
+import shlex
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -102,6 +103,11 @@ def writing(path: Path, advice: str, error: type[PhregError] = PhregError) -> It
         yield
     except (OSError, SafetensorError) as problem:
         raise error(f"cannot write {path} ({problem}); {advice}") from problem
+
+
+def resume_command(folder: Path) -> str:
+    """Writes the command that goes on with a run, as a shell takes it."""
+    return f"phreg distill --output {shlex.quote(str(folder))} --resume"
 
 
 def let_others_read(path: Path) -> None:

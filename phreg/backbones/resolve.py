@@ -18,7 +18,6 @@ import logging
 import math
 import os
 import pickle
-import shlex
 import struct
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -34,7 +33,7 @@ from torch import Tensor, nn
 from phreg.backbones.base import Backbone, Library, Triple
 from phreg.errors import LoadError, PhregError, UnsupportedModelError
 from phreg.parsing import parse_json
-from phreg.storage import ADAPTER_FILE, EXPORT_FILE
+from phreg.storage import ADAPTER_FILE, EXPORT_FILE, resume_command
 
 logger = logging.getLogger(__name__)
 
@@ -413,11 +412,11 @@ def _locate_folder(folder: Path) -> Located:
             raise LoadError(
                 f"run '{folder}' holds no model, since it found nothing to repair; use its base, which "
                 f"{folder / 'recipe.toml'} names, or distil it all the same: "
-                f"phreg distill --output {folder} --resume --force"
+                f"{resume_command(folder)} --force"
             )
         raise LoadError(
             f"run '{folder}' holds no model yet, since it was not finished; "
-            f"finish it: phreg distill --output {shlex.quote(str(folder))} --resume"
+            f"finish it: {resume_command(folder)}"
         )
     return Located(folder, str(folder), _library(folder, tuple(LAYOUTS), str(folder)))
 

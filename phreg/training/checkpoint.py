@@ -44,6 +44,7 @@ from phreg.storage import (
     flush,
     let_others_read,
     replacing,
+    resume_command,
     write_text,
     writing,
 )
@@ -140,7 +141,7 @@ def writing_run(run: RunFolder) -> AbstractContextManager[None]:
 
     It gives the whole command, since not everything that distils has the flag.
     """
-    advice = f"free space, then go on with the run: phreg distill --output {run.path} --resume"
+    advice = f"free space, then go on with the run: {resume_command(run.path)}"
     return writing(run.path, advice, CheckpointError)
 
 
@@ -198,7 +199,7 @@ def check_free(path: Path, *, resume: bool) -> None:
     if run.recipe.exists():
         if not resume and not run.is_verdict:
             raise CheckpointError(
-                f"output {path} holds a run already; go on with it: phreg distill --output {path} --resume, "
+                f"output {path} holds a run already; go on with it: {resume_command(path)}, "
                 "or choose another --output"
             )
     elif path.exists() and (not path.is_dir() or any(path.iterdir())):

@@ -36,6 +36,7 @@ from phreg.config import DistillConfig
 from phreg.data.crops import BrokenImages, Crops, Order, as_input, loader
 from phreg.errors import Interrupted, PhregError, TrainingError
 from phreg.seeding import keyed_generator
+from phreg.storage import resume_command
 from phreg.training.checkpoint import RunFolder, load_state, save_state, truncate_log, writing_run
 from phreg.training.target_cache import TargetCache
 from phreg.training.task import RetrofitTask
@@ -185,7 +186,7 @@ def train(  # noqa: C901 (the loop reads straight down)
             if stopping and step + 1 < steps:
                 raise Interrupted(
                     f"stopped after step {step + 1} of {steps}, checkpoint written; go on with the run: "
-                    f"phreg distill --output {run.path} --resume"
+                    f"{resume_command(run.path)}"
                 )
         accelerator.unwrap_model(model, keep_fp32_wrapper=False)
         if accelerator.is_main_process:
