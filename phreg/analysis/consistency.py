@@ -1,0 +1,172 @@
+"""Measures how well a model agrees with its own moved views, and how much of that a student could gain.
+
+A model without artifacts says the same of a patch wherever the patch lies in the frame. What it says
+differently is artifact, position or context. Averages over moved views have less of it; two averages over
+disjoint halves of the views tell how much is left in them (the noise floor): a student that learns from such
+averages cannot come nearer.
+
+    image ──┬─ as it is ──────────► features ──────────┬─► agreement, worst 1 %, by position ──┐
+            ├─ half of the views ──► average ─┬─ mean ─┘                                       ├─► headroom
+            └─ the other half ─────► average ─┴─────────────► noise floor ─────────────────────┘
+
+It needs no labels, and no gap in the norms.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.functional import cosine_similarity, normalize
+
+from phreg.backbones.base import Backbone
+from phreg.config import ViewsConfig
+from phreg.errors import PhregError
+from phreg.seeding import keyed_generator
+from phreg.views import context_margin, distinct_views
+
+AT_ONCE = 16
+"""Views in one forward pass."""
+
+CERTAIN = 2.0
+"""Headroom counts where its mean over images is so many standard errors above zero."""
+
+WORTHWHILE = 0.005
+"""Headroom below this is nothing to train for."""
+
+
+@dataclass(frozen=True, eq=False)
+class ConsistencyReport:
+    """Agreement of a model with its own moved views, as cosines of patch features.
+
+    Attributes:
+        mean: Agreement of the model with the average over all views, mean over all patches.
+        worst_percent: Mean over the worst 1 % of all patches.
+        floor: Agreement of two averages over disjoint halves of the views, mean over all patches.
+        floor_worst_percent: Mean over the worst 1 % of all patches.
+        headroom: Mean over images of an image's floor less its agreement.
+        headroom_error: Standard error of that mean; None where there is one image.
+        frame_fixed: Share of the disagreement that is the same in all images: it belongs to the frame.
+        frame_fixed_by_chance: What that share would be if images had nothing in common.
+        views: Views in the average; the unmoved image is none of them.
+        by_position: Agreement at each position, mean over images.
+        maps: Agreement of each patch.
+    """
+
+    mean: float
+    worst_percent: float
+    floor: float
+    floor_worst_percent: float
+    headroom: float
+    headroom_error: float | None
+    frame_fixed: float
+    frame_fixed_by_chance: float
+    views: int
+    by_position: Float[Tensor, "rows cols"]
+    maps: Float[Tensor, "images rows cols"]
+
+    @property
+    def worthwhile(self) -> bool:
+        """Says whether distillation has something to gain: headroom of some size, and beyond its own spread."""
+        error = self.headroom_error or 0.0
+        return self.headroom >= WORTHWHILE and self.headroom > CERTAIN * error
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the figures, and the agreement by position; not the maps."""
+        figures = {
+            name: value for name, value in vars(self).items() if isinstance(value, float | int | None)
+        }
+        return figures | {
+            "images": len(self.maps),
+            "worthwhile": self.worthwhile,
+            "by_position": [[round(value, 5) for value in row] for row in self.by_position.tolist()],
+        }
+
+
+@torch.no_grad()
+def consistency(
+    backbone: Backbone,
+    batches: Iterable[Float[Tensor, "_ 3 _ _"]],
+    views: ViewsConfig,
+    size: tuple[int, int],
+    *,
+    count: int = 40,
+    seed: int = 0,
+) -> ConsistencyReport:
+    """Measures a model's agreement with its own moved views.
+
+    The model runs in the mode it is in; put it in eval mode first. Each image costs `count` + 1 forward
+    passes.
+
+    Args:
+        backbone: The model.
+        batches: Normalised images on the model's device, with the context that views show, where they do.
+        views: How views are drawn; their number is not used.
+        size: Height and width of the images without context, in pixels.
+        count: Views an image, or as many different ones as there are; rounded down to an even number.
+        seed: Seed of the views.
+
+    Raises:
+        PhregError: There are no images, or fewer than two moved views.
+    """
+    margin = context_margin(views, backbone.spec, size)
+    cosines, floors, residuals = [], [], []
+    drawn = 0
+    for number, whole in enumerate(batches):
+        random = keyed_generator("consistency", seed, number)
+        group = distinct_views(views, backbone.spec, size, len(whole), count, random)
+        drawn = group.count // 2 * 2
+        if drawn < 2:
+            raise PhregError(
+                f"asked how a model agrees with its moved views; views.max_shift = {views.max_shift:g} allows "
+                f"{group.count} at {size[0]}x{size[1]} pixels, which cannot be halved; raise views.max_shift"
+            )
+        images = whole[..., margin[0] : margin[0] + size[0], margin[1] : margin[1] + size[1]]
+        features = backbone(images).patches.float()
+        halves = [
+            _average(backbone, whole, group.part(slice(None), part))
+            for part in (slice(0, drawn // 2), slice(drawn // 2, drawn))
+        ]
+        (first, second), counts = [total / n for total, n in halves], [n for _, n in halves]
+        average = sum(total for total, _ in halves) / sum(counts)
+        cosines.append(cosine_similarity(features, average, dim=-1).cpu())
+        floors.append(cosine_similarity(first, second, dim=-1).cpu())
+        residuals.append((normalize(features, dim=-1) - normalize(average, dim=-1)).cpu())
+    if not cosines:
+        raise PhregError("asked how a model agrees with its moved views, of no images; give at least one")
+    agreement, floor, residual = torch.cat(cosines), torch.cat(floors), torch.cat(residuals)
+    headroom = (floor - agreement).double().mean((1, 2))
+    return ConsistencyReport(
+        mean=float(agreement.double().mean()),
+        worst_percent=worst_percent(agreement),
+        floor=float(floor.double().mean()),
+        floor_worst_percent=worst_percent(floor),
+        headroom=float(headroom.mean()),
+        headroom_error=float(headroom.std() / len(headroom) ** 0.5) if len(headroom) > 1 else None,
+        frame_fixed=float(residual.mean(0).square().sum() / residual.square().sum((1, 2, 3)).mean().clamp_min(1e-12)),
+        frame_fixed_by_chance=1 / len(agreement),
+        views=drawn,
+        by_position=agreement.mean(0),
+        maps=agreement,
+    )
+
+
+def worst_percent(cosines: Float[Tensor, "..."]) -> float:
+    """Returns the mean of the lowest 1 % of all values, at least one."""
+    values = cosines.flatten().double().sort().values
+    return float(values[: max(1, len(values) // 100)].mean())
+
+
+def _average(backbone: Backbone, images: Tensor, group: Any) -> tuple[Tensor, Tensor]:
+    """Sums aligned features over views, and counts how many views saw each patch."""
+    total, count = 0, 0
+    at_once = max(1, AT_ONCE // len(images))
+    for first in range(0, group.count, at_once):
+        part = group.part(slice(None), slice(first, first + at_once))
+        read = backbone(part.apply(images).flatten(0, 1)).patches.float().unflatten(0, (len(images), -1))
+        aligned, seen = part.undo(read)
+        total = total + (aligned * seen.unsqueeze(-1)).sum(1)
+        count = count + seen.sum(1).unsqueeze(-1)
+    return total, count  # pyright: ignore
