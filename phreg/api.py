@@ -31,6 +31,7 @@ from phreg.backbones.resolve import Base, adapt, display_name
 from phreg.config import DistillConfig, ViewsConfig
 from phreg.data.crops import MEASURED_AT_ONCE, Crops, centre_crops, split, subsample, subsample_indices
 from phreg.data.sources import ImageSource, open_images
+from phreg.deprecated import accept_old_arguments
 from phreg.errors import ConfigError, DataError, PhregError, PushError
 from phreg.evaluation.before_after import Comparison, compare_with_original, failed_gates
 from phreg.evaluation.feature_cache import GIGABYTE, FeatureCache
@@ -97,7 +98,7 @@ class Distilled:
         sinks: The sinks that were found; None where there were none, or the method does not look for them.
         outcome: Steps, images, seconds and skipped files; None where there was nothing to repair.
         comparison: The before/after figures; None where measuring was switched off, and on other processes.
-        failures: What the run made worse than `config.GateConfig` allows, in words; the adapter is marked so.
+        failures: What the run made worse than `config.ChecksConfig` allows, in words. The adapter is marked.
         main_process: Whether this is the process that writes, of the many there may be.
         norms: The norms that show nothing to repair, where that is so; None otherwise.
     """
@@ -178,7 +179,7 @@ def distill(
             sinks=sinks,
             outcome=outcome,
             comparison=comparison,
-            failures=failed_gates(comparison, config.gate) if comparison else [],
+            failures=failed_gates(comparison, config.checks) if comparison else [],
             main_process=run.accelerator.is_main_process,
         )
 
@@ -199,10 +200,11 @@ def _open_run(
         "output": output,
     }
     given = {key: os.fspath(value) for key, value in asked.items() if value is not None} | settings
-    if resume and recipe is None and output is not None and RunFolder(Path(output)).recipe.is_file():
-        recipe = RunFolder(Path(output)).recipe  # what is not said again stays as it was
+    resumed = resume and recipe is None and output is not None and RunFolder(Path(output)).recipe.is_file()
+    if resumed:
+        recipe = RunFolder(Path(output or "")).recipe  # what is not said again stays as it was
     # Now, so that a typo costs no download; and once more when it is known whether the model is CLIP-type.
-    early = methods.resolve(recipe, given)
+    early = methods.resolve(recipe, given, written_by_phreg=resumed)
     missing = [key for key in asked if getattr(early, key) is None]
     if missing:
         raise ConfigError(
@@ -231,7 +233,8 @@ def _open_run(
             f"asked to distil {student.describe()}, whose weights are quantised ({', '.join(packed)}) "
             "and cannot train; distil it in fp32, fp16 or bf16, and quantise the result"
         )
-    config = methods.resolve(recipe, given, clip=student.projection is not None)
+    is_clip = student.projection is not None
+    config = methods.resolve(recipe, given, clip=is_clip, written_by_phreg=resumed)
     height, width = student.image_size(config.size)
     config = config.model_copy(update={"size": height if height == width else (height, width)})
     return student, base, source, config
@@ -261,7 +264,7 @@ class _Run:
     @property
     def crops(self) -> Crops:
         """The training images, cut."""
-        where = "fixed" if self.config.target.keep else "random"
+        where = "fixed" if self.config.target.cache else "random"
         return Crops(self.train_images, self.size, self.config.seed, where, self.margin)
 
     def read(self, backbone: Backbone, images: ImageSource, margin: tuple[int, int] = (0, 0)) -> list[Tensor]:
@@ -568,16 +571,17 @@ def _add_test_time_registers(backbone: Backbone, images: Tensor, num_registers: 
     test_time.add_test_time_registers(backbone, sinks, num_registers)
 
 
+@accept_old_arguments("inspect")
 def inspect(
     model: Model,
     images: Images | Float[Tensor, "batch 3 height width"],
     *,
-    against: Sequence[Model] = (),
+    baseline: Sequence[Model] = (),
     output: str | os.PathLike[str] | None = None,
     size: int | tuple[int, int] | None = None,
     count: int = 64,
     labels: Images | None = None,
-    queries: Sequence[str] = (),
+    texts: Sequence[str] = (),
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     device: str | None = None,
@@ -588,14 +592,14 @@ def inspect(
     Args:
         model: A model in any form that `distill` takes, a run, or an adapter.
         images: Where images are, or a batch of normalised ones.
-        against: Models to compare it with, on the same images.
+        baseline: Models to compare it with, on the same images.
         output: Folder to write inspect.json, report.html and pictures to, new, empty or of an earlier look;
             None writes nothing.
         size: Height and width of the images in pixels, or one number for both; None means each model's own.
         count: Images to look at, spread evenly over those there are.
         labels: Labelled images, in any layout of the task `classification` (a folder a class), to ask what
             single tokens know of an image's class; None leaves that out.
-        queries: Texts whose likeness to each patch is mapped, for models with a text tower.
+        texts: Texts whose similarity to each patch is mapped, for models with a text tower.
         mean: Mean to normalise images with, RGB on a scale of 0 to 1, for all models; None means as each or
             its image processor says.
         std: Standard deviation to normalise them with, likewise.
@@ -614,15 +618,15 @@ def inspect(
         check_output(Path(output), images if isinstance(images, str | os.PathLike) else None)
     if device is not None:
         _usable(device)
-    for other in against:  # now, so that a typo costs no look at the first
+    for other in baseline:  # now, so that a typo costs no look at the first
         if not isinstance(other, nn.Module) and os.fspath(other) != "demo":
             resolve.locate(other)
 
     looks = [
         _look(
-            name, given, images, size, count, labels, queries, mean, std, device, observe or (lambda *_: None)
+            name, given, images, size, count, labels, texts, mean, std, device, observe or (lambda *_: None)
         )
-        for name, given in _short(_named([model, *against])).items()
+        for name, given in _short(_named([model, *baseline])).items()
     ]
     inspection = InspectionReport.of(replace(looks[0], against=tuple(looks[1:])))
     if output is not None:
@@ -633,12 +637,13 @@ def inspect(
             "std": std,
             "count": count,
             "labels": labels,
-            "queries": ", ".join(queries) or None,
+            "texts": ", ".join(texts) or None,
         }
         write_inspection(Path(output), inspection, Origin.of("inspect", shown))
     return inspection
 
 
+@accept_old_arguments("evaluate")
 def evaluate(
     *models: Model,
     task: str,
@@ -648,7 +653,7 @@ def evaluate(
     seeds: int = 1,
     seed: int = 0,
     protocol: str | None = None,
-    gate: float | None = None,
+    max_drop: float | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     device: str | None = None,
@@ -674,8 +679,8 @@ def evaluate(
         seeds: Runs of each model; with several, figures have a spread. A task that draws nothing runs once.
         seed: The first seed.
         protocol: A named set of the task's settings.
-        gate: Largest drop behind the baseline's figures, as a fraction, e.g. 0.01: of the headline, and in
-            classification of every top-1.
+        max_drop: Largest drop behind the baseline, as a fraction, e.g. 0.01, of the headline and, in
+            classification, of every top-1.
         mean: Mean to normalise images with, RGB on a scale of 0 to 1, for all models; None means as each or
             its image processor says.
         std: Standard deviation to normalise them with, likewise.
@@ -688,15 +693,15 @@ def evaluate(
         settings: Any setting of the task: `neighbours=10, reading={"size": 448}`.
 
     Raises:
-        GateError: The gate failed; results are written, and come with the error.
+        MaxDropError: A figure dropped by more than `max_drop`. The results are written; the error holds them.
         PhregError: Anything asked for does not exist or does not fit.
     """
     checked = resolve_settings(task, settings, protocol)
-    asked = {"seeds": seeds, "batch_size": batch_size, "gate": gate, "cache_limit": cache_limit}
+    asked = {"seeds": seeds, "batch_size": batch_size, "max_drop": max_drop, "cache_limit": cache_limit}
     configuration.build(_Amounts, asked, source="evaluate")
     _check_names(models, baseline, data)
-    if gate is not None and baseline is None:
-        raise PhregError("a gate asked for without a model to compare with; give --baseline MODEL")
+    if max_drop is not None and baseline is None:
+        raise PhregError("--max-drop asked for without a model to compare with; give --baseline MODEL")
     for folder in (output, cache):
         if folder is not None:
             _check_folder(Path(folder))
@@ -743,8 +748,8 @@ def evaluate(
         if found:
             with writing(folder / MAPS, ADVICE):
                 save_png(folder / MAPS, discovery_figure(_short(found)))
-    if gate is not None:
-        results.check_gate(gate)
+    if max_drop is not None:
+        results.check_gate(max_drop)
     return results
 
 
@@ -753,7 +758,7 @@ class _Amounts(configuration.Config):
 
     seeds: PositiveInt
     batch_size: PositiveInt
-    gate: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None
+    max_drop: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None
     cache_limit: Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
@@ -826,7 +831,7 @@ def _look(
     size: int | tuple[int, int] | None,
     count: int,
     labels: Images | None,
-    queries: Sequence[str],
+    texts: Sequence[str],
     mean: Sequence[float] | None,
     std: Sequence[float] | None,
     device: str | None,
@@ -837,7 +842,7 @@ def _look(
     with unchanged(*([backbone] if isinstance(model, nn.Module) else [])):
         if device is not None or not isinstance(model, nn.Module):
             backbone.to(_usable(device))
-        return _look_at(backbone.eval(), name, images, size, count, labels, queries, observe)
+        return _look_at(backbone.eval(), name, images, size, count, labels, texts, observe)
 
 
 def _look_at(
@@ -847,7 +852,7 @@ def _look_at(
     size: int | tuple[int, int] | None,
     count: int,
     labels: Images | None,
-    queries: Sequence[str],
+    texts: Sequence[str],
     observe: Progress,
 ) -> Inspection:
     """Looks at an opened model, where it is."""
@@ -866,7 +871,7 @@ def _look_at(
         looked_at,
         resampled=resampled,
         labelled=labelled(backbone, os.fspath(labels), size) if labels is not None else None,
-        queries=queries,
+        queries=texts,
         observe=observe,
     )
 
@@ -888,7 +893,6 @@ def _checked(backbone: Backbone, images: Any) -> Tensor:
 
 
 def _views(settings: dict[str, Any]) -> ViewsConfig:
-    checked = configuration.validate(
-        {f"views.{key}": value for key, value in settings.items()}, source="views"
-    )
-    return checked.views
+    given = {f"views.{key}": value for key, value in settings.items()}
+    current = configuration.with_current_names(given, source="views")
+    return configuration.validate(current, source="views").views

@@ -11,8 +11,9 @@ import logging
 import signal
 import sys
 import time
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from inspect import signature
 from itertools import chain
 from pathlib import Path
@@ -29,7 +30,8 @@ from tyro.conf import Positional, UseAppendAction, arg
 from tyro.extras import SubcommandApp
 
 from phreg import __version__, config
-from phreg.errors import ConfigError, GateError, Interrupted, PhregError
+from phreg.deprecated import OldNameWarning, current_command_line, current_name
+from phreg.errors import ConfigError, Interrupted, MaxDropError, PhregError
 from phreg.methods import METHODS
 from phreg.parsing import parse_toml
 from phreg.storage import ADAPTER_FORMAT, Format
@@ -112,7 +114,7 @@ def quickstart(output: Path = Path("runs/quickstart")) -> None:
     _say("This model is a demonstration. The same with a real one:")
     _say("  phreg distill facebook/dinov2-small --images photos/ --output runs/dinov2-small-reg")
     if result.failures:
-        sys.exit(GATE_FAILED)
+        sys.exit(CHECK_FAILED)
 
 
 @app.command
@@ -142,7 +144,7 @@ def distill(
         if result.outcome is not None:
             _say(f'In Python:  model = phreg.load("{_inside_quotes(result.run)}")')
     if result.failures:
-        sys.exit(GATE_FAILED)
+        sys.exit(CHECK_FAILED)
 
 
 @app.command
@@ -151,11 +153,11 @@ def inspect(
     /,
     images: str,
     output: Path,
-    against: Annotated[tuple[str, ...], _unset("MODEL…")] = (),
+    baseline: Annotated[tuple[str, ...], _unset("MODEL…")] = (),
     size: Annotated[int | tuple[int, int] | None, _unset("HEIGHT [WIDTH]")] = None,
     count: int = 64,
     labels: Annotated[str | None, _unset("PATH")] = None,
-    queries: Annotated[tuple[str, ...], _unset("TEXT…")] = (),
+    texts: Annotated[tuple[str, ...], _unset("TEXT…")] = (),
     mean: Annotated[tuple[float, float, float] | None, _unset("R G B")] = None,
     std: Annotated[tuple[float, float, float] | None, _unset("R G B")] = None,
     device: Annotated[str | None, _unset("DEVICE")] = None,
@@ -166,12 +168,12 @@ def inspect(
         model: Hub id, timm or open_clip name, local folder, run or adapter.
         images: Folder, text file of paths, tar shards or Hugging Face dataset.
         output: Folder to write inspect.json, pictures and report.html to: new, empty, or of an earlier look.
-        against: Models to set beside it, on the same images.
+        baseline: Models to compare it with, on the same images.
         size: Size of the images in pixels: one number for a square, or height and width; unset means each
             model's own.
         count: Images to look at.
         labels: Labelled images, such as a folder of class folders, to ask what single tokens know of a class.
-        queries: Texts to map over the images shown, for models with a text tower.
+        texts: Texts to map over the images shown, for models with a text tower.
         mean: Mean to normalise images with, on a scale of 0 to 1; unset means as each model or its image
             processor says.
         std: Standard deviation to normalise images with, likewise.
@@ -182,8 +184,8 @@ def inspect(
 
     with ProgressReporter() as doing:
         inspection = api.inspect(
-            model, images, against=against, output=output, size=size, count=count, labels=labels,
-            queries=queries, mean=mean, std=std, device=device, observe=doing,
+            model, images, baseline=baseline, output=output, size=size, count=count, labels=labels,
+            texts=texts, mean=mean, std=std, device=device, observe=doing,
         )  # fmt: skip
     for found in inspection.models:
         table = Table(
@@ -246,7 +248,7 @@ def evaluate(
     seeds: int = 1,
     protocol: Annotated[str | None, _unset("NAME")] = None,
     set: UseAppendAction[Annotated[tuple[tuple[str, ...], ...], arg(metavar="KEY=VALUE…")]] = (),
-    gate: Annotated[float | None, _unset("DROP")] = None,
+    max_drop: Annotated[float | None, _unset("DROP")] = None,
     mean: Annotated[tuple[float, float, float] | None, _unset("R G B")] = None,
     std: Annotated[tuple[float, float, float] | None, _unset("R G B")] = None,
     device: Annotated[str | None, _unset("DEVICE")] = None,
@@ -270,8 +272,8 @@ def evaluate(
         seeds: Runs of each model; with several, figures have a spread. A task that draws nothing runs once.
         protocol: Named set of the task's settings.
         set: Settings of the task, such as `neighbours=10 reading.size=448`; `phreg tasks TASK` lists them.
-        gate: Exit with status 3 where a figure drops by more than this behind the baseline's, e.g. 0.01: the
-            first figure, and in classification every top-1.
+        max_drop: Largest drop behind the baseline, e.g. 0.01, of the first figure and, in classification, of
+            every top-1. A larger drop exits with status 3.
         mean: Mean to normalise images with, on a scale of 0 to 1; unset means as each model or its image
             processor says.
         std: Standard deviation to normalise images with, likewise.
@@ -288,11 +290,11 @@ def evaluate(
         with ProgressReporter() as doing:
             results = api.evaluate(
                 *models, task=task, data=data, output=output, baseline=baseline, seeds=seeds, seed=seed,
-                protocol=protocol, gate=gate, mean=mean, std=std, device=device, precision=precision,
+                protocol=protocol, max_drop=max_drop, mean=mean, std=std, device=device, precision=precision,
                 batch_size=batch_size, cache=cache, cache_limit=cache_limit, observe=doing,
                 **_assignments([*chain(*set)]),
             )  # fmt: skip
-    except GateError as failed:
+    except MaxDropError as failed:
         _show_results(failed.results, output)
         raise
     except KeyboardInterrupt as stopped:
@@ -301,8 +303,8 @@ def evaluate(
             "again, and it goes on after them"
         ) from stopped
     _show_results(results, output)
-    if gate is not None:
-        console.print(f"Gate passed: no drop beyond {gate:g}.")
+    if max_drop is not None:
+        console.print(f"Check passed: no drop of more than {max_drop:g}.")
 
 
 @app.command
@@ -338,8 +340,8 @@ def _assignments(given: Sequence[str]) -> dict[str, Any]:
     problems = [f"{text}: expected KEY=VALUE" for text in given if not text.partition("=")[2]]
     keys = [text.partition("=")[0] for text in given]
     for key in dict.fromkeys(keys):
-        if key in flags:
-            problems.append(f"{key}: no setting of a task; give it by --{key.replace('_', '-')}")
+        if (flag := current_name("evaluate", key)) in flags:
+            problems.append(f"{key}: no setting of a task; give it by --{flag.replace('_', '-')}")
         elif key == "observe":
             problems.append(f"{key}: unknown key")  # of phreg.evaluate alone
         if keys.count(key) > 1:
@@ -391,7 +393,7 @@ def push(
 
 
 @app.command
-def show(
+def info(
     path: Annotated[Positional[str], arg(metavar="PATH")],
     /,
     base: Annotated[str | None, _unset("MODEL")] = None,
@@ -406,9 +408,9 @@ def show(
         revision: Hub commit, branch or tag to pin.
         json: Print JSON.
     """
-    from phreg.formats.info import show
+    from phreg.formats.info import info as describe
 
-    shown = show(path, revision=revision, base=base)
+    shown = describe(path, revision=revision, base=base)
     if json:
         console.print_json(data=shown.to_json())
         return
@@ -533,7 +535,7 @@ def _show(result: Any) -> None:
     if outcome.skipped:
         _say(f"{len(outcome.skipped)} unreadable images were skipped: {', '.join(outcome.skipped[:5])}")
     if result.comparison is None:
-        console.print("Not measured (--measure.images 0), so no gate was asked.")
+        console.print("Not measured (--measure.images 0), so nothing was checked.")
         return
     apart = "not trained on" if result.comparison.held_out else "that were trained on too"
     _table(result.comparison.rows(), title=f"on {result.comparison.images} images {apart}")
@@ -543,7 +545,7 @@ def _show(result: Any) -> None:
             f"{after / before:.0%} of the artifacts remain. Train on more images, or for more epochs."
         )
     for failure in result.failures:
-        _say(f"{failure}.", alarm="Gate failed: ")
+        _say(f"{failure}.", alarm="Check failed: ")
     if result.failures:
         console.print("The adapter is kept, and marked in phreg.json and in its model card.")
 
@@ -562,8 +564,8 @@ LOADED: dict[Format, str] = {
 REMAINING = 0.05
 """Share of the artifacts that a run may leave without a word."""
 
-GATE_FAILED = 3
-"""Exit status of a run, or of an evaluation, that found something worse than its gates allow."""
+CHECK_FAILED = 3
+"""Exit status of a run, or of an evaluation, that found something worse than its checks allow."""
 
 INTERRUPTED = 130
 """Exit status of what the user stopped, as shells have it of Ctrl-C."""
@@ -582,7 +584,7 @@ def _table(rows: Sequence[Any], title: str | None = None) -> None:
 
 
 def _described(shown: Any) -> list[tuple[str, str]]:
-    """Puts what `phreg show` found into words, line by line."""
+    """Puts what `phreg info` found into words, line by line."""
     base = shown.base
     fits = {
         "whole": "yes, the base at hand is the one it was made from",
@@ -590,9 +592,9 @@ def _described(shown: Any) -> list[tuple[str, str]]:
         "no": "no, the base at hand has other weights",
         "unknown": "not checked; give the base by --base",
     }
-    gates = "none failed" if shown.figures else "not asked"
+    checks = "none failed" if shown.figures else "not made"
     if shown.failures:
-        gates = f"failed: {'; '.join(shown.failures)}"
+        checks = f"failed: {'; '.join(shown.failures)}"
     sizes = (f"{high}x{wide} {'yes' if claimed else 'no'}" for (high, wide), claimed in shown.sizes)
     lines = [
         ("format", f"{shown.format}, version {shown.format_version}"),
@@ -602,7 +604,7 @@ def _described(shown: Any) -> list[tuple[str, str]]:
         ("base sha256", base.sha256 if base else "-"),
         ("registers", str(shown.registers)),
         ("method", "-" if shown.method is None else f"{shown.method}, {shown.steps} steps"),
-        ("gates", gates),
+        ("checks", checks),
         ("tensors", f"{shown.tensors}, {shown.num_bytes / 1e6:.2f} MB"),
         ("equal at", ", ".join(sizes) or "-"),
         ("versions", ", ".join(f"{name} {number}" for name, number in shown.versions.items())),
@@ -610,6 +612,24 @@ def _described(shown: Any) -> list[tuple[str, str]]:
     if shown.format == ADAPTER_FORMAT:
         lines.append(("fits", fits[shown.fits]))
     return lines
+
+
+@contextmanager
+def _old_names_logged() -> Iterator[None]:
+    """Logs each old name that is used, once, in place of Python's warning."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", OldNameWarning)
+        show, logged = warnings.showwarning, set[str]()
+
+        def log(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+            if not issubclass(category, OldNameWarning):
+                show(message, category, *where, **more)
+            elif str(message) not in logged:
+                logged.add(str(message))
+                logger.warning("%s", message)
+
+        warnings.showwarning = log
+        yield
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -620,17 +640,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )  # fmt: skip
     logger.setLevel(logging.INFO)
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # which warns of fonts that no chart needs
-    if list(sys.argv[1:] if arguments is None else arguments) == ["--version"]:
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if words == ["--version"]:
         console.print(f"phreg {__version__}")
         return
     # Ends as an exception does, so that what was begun is tidied up.
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
     try:
-        app.cli(prog="phreg", args=arguments)
+        with _old_names_logged():
+            app.cli(prog="phreg", args=current_command_line(words))
     except PhregError as error:
         _say(str(error), alarm="phreg: ", to=Console(stderr=True, **PLAIN))
-        if isinstance(error, GateError):
-            sys.exit(GATE_FAILED)
+        if isinstance(error, MaxDropError):
+            sys.exit(CHECK_FAILED)
         sys.exit(INTERRUPTED if isinstance(error, Interrupted) else 1)
     finally:
         signal.signal(signal.SIGTERM, before)

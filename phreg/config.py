@@ -26,6 +26,7 @@ from pydantic import (
     model_validator,
 )
 
+from phreg.deprecated import current_attribute, current_names
 from phreg.errors import ConfigError
 from phreg.parsing import parse_toml
 
@@ -69,9 +70,9 @@ class ViewsConfig(Config):
     text)."""
     flip: Fraction = 0.5
     """Probability that a view is mirrored left to right."""
-    fill: Literal["white", "black", "mean", "reflect", "replicate", "surroundings", "valid-crop"] = "white"
-    """What a shifted view shows outside the image; surroundings: what lies there, the image being the middle
-    of a larger crop; valid-crop: nothing, views being smaller crops."""
+    fill: Literal["white", "black", "mean", "reflect", "replicate", "context", "valid-crop"] = "white"
+    """What a shifted view shows outside the image. context: the pixels that lie there, taken from a larger
+    crop. valid-crop: nothing; views are smaller crops."""
     subpatch: bool = False
     """Shift by fractions of a patch too; features are then resampled (kornia), which blurs the target
     slightly."""
@@ -93,7 +94,7 @@ class TargetConfig(Config):
     student_readout: Readout = "plain"
     """How the student's last block is read; anything but plain makes its pooled output meaningless in that
     reading."""
-    keep: bool = True
+    cache: bool = True
     """Cut each image the same in every epoch, and keep its target on disk in the run folder until the run
     ends; off, every step has new crops and new views."""
     native_size: bool = False
@@ -174,7 +175,7 @@ class SinksConfig(Config):
     """Images to find them on, of those that are trained on (fewer when there are few)."""
 
 
-class GateConfig(Config):
+class ChecksConfig(Config):
     """What a run may not make worse, measured on images it was not trained on; beyond, it fails."""
 
     outlier_rate: Fraction = 0.001
@@ -278,7 +279,7 @@ class DistillConfig(Config):
     unlock: UnlockConfig = UnlockConfig()
     optim: OptimConfig = OptimConfig()
     sinks: SinksConfig = SinksConfig()
-    gate: GateConfig = GateConfig()
+    checks: ChecksConfig = ChecksConfig()
     data: DataConfig = DataConfig()
     measure: MeasureConfig = MeasureConfig()
 
@@ -305,25 +306,42 @@ AnyConfig = TypeVar("AnyConfig", bound=Config)
 
 
 def read_settings(
-    recipe: str | os.PathLike[str] | None = None, overrides: Mapping[str, Any] | None = None
+    recipe: str | os.PathLike[str] | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    *,
+    written_by_phreg: bool = False,
 ) -> tuple[str, dict[str, Any]]:
-    """Lays overrides over a recipe.
+    """Lays overrides over a recipe. Old names are replaced, with a warning.
 
     Args:
         recipe: Name of a shipped recipe, or path of a TOML file.
         overrides: Settings that win over the recipe, by dotted key (`{"optim.lr": 1e-3}`) or nested.
+        written_by_phreg: Whether the recipe is that of a run; old names in it are then no reason to warn.
 
     Returns:
         What to call the source of the settings in messages, and the settings by dotted key, unchecked.
 
     Raises:
-        ConfigError: The recipe is not there, or not TOML.
+        ConfigError: The recipe is not there, or not TOML, or gives a setting by its old and its new name.
     """
-    given = flatten(overrides or {})
+    given = with_current_names(overrides or {}, source="settings")
     if recipe is None:
         return "settings", given
     path = find_recipe(recipe)
-    return os.fspath(path), flatten(read_toml(path)) | given
+    settings = with_current_names(read_toml(path), source=os.fspath(path), quiet=written_by_phreg)
+    return os.fspath(path), settings | given
+
+
+def with_current_names(settings: Mapping[str, Any], *, source: str, quiet: bool = False) -> dict[str, Any]:
+    """Lists settings by dotted key, old names replaced.
+
+    Raises:
+        ConfigError: A setting is given by its old and its new name.
+    """
+    current, problems = current_names("distill", flatten(settings), quiet=quiet)
+    if problems:
+        raise ConfigError(source, problems)
+    return current
 
 
 def validate(settings: Mapping[str, Any], *, source: str) -> DistillConfig:
@@ -453,3 +471,10 @@ def _problem(details: Any) -> str:
         return message
     message = message.replace("Input should be", "should be").partition(", unable")[0]
     return f"{key}: {message}, found {details['input']!r}"
+
+
+def __getattr__(name: str) -> Any:
+    """Finds a class by its old name, with a warning."""
+    if (new := current_attribute(__name__, name)) is not None:
+        return globals()[new]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

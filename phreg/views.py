@@ -331,7 +331,7 @@ def context_margin(config: ViewsConfig, spec: Spec, size: tuple[int, int]) -> tu
     Returns:
         Pixels on each side; none where views are filled in another way.
     """
-    if config.fill != "surroundings":
+    if config.fill != "context":
         return 0, 0
     rows, cols = _margin(config, (size[0] // spec.patch_size[0], size[1] // spec.patch_size[1]))
     return rows * spec.patch_size[0], cols * spec.patch_size[1]
@@ -393,7 +393,7 @@ def _margin(config: ViewsConfig, grid: tuple[int, int]) -> tuple[int, int]:
 
 def _fill_value(config: ViewsConfig, spec: Spec) -> Fill:
     match config.fill:
-        case "surroundings":
+        case "context":
             return None
         case "reflect" | "replicate":
             return config.fill

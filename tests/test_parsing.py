@@ -90,7 +90,7 @@ def loaded_record(folder):
 
 
 def shown_record(folder):
-    return folder / "phreg_export.json", lambda: phreg.show(folder)
+    return folder / "phreg_export.json", lambda: phreg.info(folder)
 
 
 def results(folder):

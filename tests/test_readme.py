@@ -41,7 +41,7 @@ def test_every_command_is_one_that_the_program_takes(command, monkeypatch):
         "phreg.api.export",
         "phreg.api.push",
         "phreg.api.evaluate",
-        "phreg.formats.info.show",
+        "phreg.formats.info.info",
     ):
         monkeypatch.setattr(place, lambda *arguments, **settings: record(*arguments))
     lists = command in ("phreg recipes", "phreg tasks")

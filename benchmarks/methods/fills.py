@@ -4,7 +4,7 @@
     python benchmarks/methods/fills.py planted:dinov2|planted:clip|planted:siglip --output FILE.json
     python benchmarks/methods/fills.py --table FILE.json
 
-Images are the middle of larger crops, so that views can show what really surrounds them. A teacher of 10
+Images are the center of larger crops, so that views can show the context that surrounds them. A teacher of 10
 views is compared with averages over all different views, filled in each of several ways; of a planted model,
 with its clean twin. So are students, models that phreg trained by teachers of a fill.
 """
@@ -36,8 +36,11 @@ from phreg.seeding import keyed_generator
 from phreg.teacher import Teacher
 from phreg.views import context_margin, count_different
 
-FILLS = ("white", "black", "mean", "reflect", "replicate", "valid-crop", "surroundings")
-REFERENCES = ("surroundings", "white", "reflect")
+CONTEXT = "surroundings"
+"""What result files call the fill `context`."""
+
+FILLS = ("white", "black", "mean", "reflect", "replicate", "valid-crop", CONTEXT)
+REFERENCES = (CONTEXT, "white", "reflect")
 SHOWN = ("all", "former outliers", "ring", "worst 1 %")
 
 
@@ -51,7 +54,7 @@ class Bench:
         paths = paths[:: max(1, len(paths) // options.count)][: options.count]
         self.raw = (adapt(planted_models.build(kind)) if kind else open_model(options.model)[0]).eval()
         side = self.raw.spec.input_size[0]
-        self.margin = context_margin(ViewsConfig(fill="surroundings"), self.raw.spec, (side, side))
+        self.margin = context_margin(ViewsConfig(fill="context"), self.raw.spec, (side, side))
         source = open_images([str(path) for path in paths])
         self.whole = list(centre_crops(self.raw, source, side, self.margin))
         self.images = [center_crop(images, self.margin) for images in self.whole]
@@ -65,12 +68,12 @@ class Bench:
         )
 
     def seen(self, fill: str, place: int) -> tuple[Tensor, tuple[int, int]]:
-        """Returns images of a batch as views of a fill need them, and the surroundings that they have."""
-        return (self.whole[place], self.margin) if fill == "surroundings" else (self.images[place], (0, 0))
+        """Returns images of a batch as views of a fill need them, and the context margin that they have."""
+        return (self.whole[place], self.margin) if fill == CONTEXT else (self.images[place], (0, 0))
 
     def views(self, fill: Any, count: int | None) -> ViewsConfig:
         """Says how to draw views: so many, or all different ones, if those are fewer or none is asked for."""
-        config = ViewsConfig(fill=fill)
+        config = ViewsConfig(fill="context" if fill == CONTEXT else fill)
         different = count_different(config, self.raw.layout(self.images[0]).grid)
         assert different is not None  # nothing is resampled
         return config.model_copy(update={"count": min(count or different, different)})

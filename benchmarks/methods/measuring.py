@@ -88,8 +88,8 @@ def average(
 ) -> Tensor:
     """Averages patch features over `config.count` different views, drawn without repetition for each image.
 
-    A position counts in the views that saw it. The first view is the image as it is. Images come with the
-    surroundings that views show, where they show any: `margin`, in pixels.
+    A position counts in the views that saw it. The first view is the image as it is. Images come with
+    the context margin that views show, in pixels, where they show any.
     """
     size = (images.shape[-2] - 2 * margin[0], images.shape[-1] - 2 * margin[1])
     random = keyed_generator("reference", key)

@@ -19,6 +19,7 @@ def resolve(
     overrides: Mapping[str, Any] | None = None,
     *,
     clip: bool = False,
+    written_by_phreg: bool = False,
 ) -> DistillConfig:
     """Builds the configuration of a run.
 
@@ -26,11 +27,12 @@ def resolve(
         recipe: Name of a shipped recipe, or path of a TOML file.
         overrides: Settings that win over the recipe, by dotted key (`{"optim.lr": 1e-3}`) or nested.
         clip: Whether the model is CLIP-type: what a method implies may differ for those.
+        written_by_phreg: Whether the recipe is that of a run; old names in it are then no reason to warn.
 
     Raises:
         ConfigError: Any setting is wrong; all problems are listed.
     """
-    source, given = read_settings(recipe, overrides)
+    source, given = read_settings(recipe, overrides, written_by_phreg=written_by_phreg)
     name = given.get("method", DistillConfig.model_fields["method"].default)
     method = METHODS.get(name)
     problems = []

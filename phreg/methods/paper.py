@@ -16,7 +16,7 @@ DINOV2: dict[str, Any] = {
     "batch_size": 8,
     "data.limit": "all",
     "epochs": 1,
-    "target.keep": False,
+    "target.cache": False,
     "loss.pooled": 0.0,
     "unlock.roles": ("pos_embed", "patch_embed", "block.-1"),
     "optim.final_lr": 5e-6,

@@ -35,5 +35,5 @@ METHOD = Method(
     name="relocate",
     summary="find the sinks, move them into the registers, and distil meanwhile",
     add=add,
-    settings={"epochs": 8, "views.fill": "surroundings"},
+    settings={"epochs": 8, "views.fill": "context"},
 )

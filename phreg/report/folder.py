@@ -102,7 +102,7 @@ def write_comparison(
     title = f"{display_name(base.source)}, before and after {config.registers} registers"
     origin = Origin.of("distill", configuration.flatten(config.model_dump(mode="json", exclude_none=True)))
     page = comparison_page(
-        title, comparison, before, after, origin, failures=failed_gates(comparison, config.gate)
+        title, comparison, before, after, origin, failures=failed_gates(comparison, config.checks)
     )
     with writing_run(run):
         if (run.report / "inspect.json").exists():  # of a verdict that --force overrode

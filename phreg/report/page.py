@@ -89,7 +89,7 @@ def comparison_page(
         before: What was found about the original.
         after: What was found about the patched model.
         origin: How to make the report again.
-        failures: What became worse than its gates allow, in words.
+        failures: What became worse than its checks allow, in words.
     """
     models = (before, after)
     apart = "not trained on" if comparison.held_out else "that were trained on too"
@@ -97,7 +97,7 @@ def comparison_page(
     return _page(
         models,
         title=title,
-        verdict=" ".join([outcome(comparison), *(f"Gate failed: {failure}." for failure in failures)]),
+        verdict=" ".join([outcome(comparison), *(f"Check failed: {failure}." for failure in failures)]),
         measured=f"Measured on {comparison.images} images {apart}.",
         lines=[*figures, *_lines(models)[1:]],  # the first is the outlier rate again
         origin=origin,

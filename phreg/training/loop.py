@@ -133,7 +133,7 @@ def train(  # noqa: C901 (the loop reads straight down)
         )
     )  # fmt: skip
     started = time.perf_counter()
-    target_cache = TargetCache(run.path / "targets", accelerator.device) if config.target.keep else None
+    target_cache = TargetCache(run.path / "targets", accelerator.device) if config.target.cache else None
     with (
         stop_signals() as stop,
         task.running(),

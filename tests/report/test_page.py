@@ -40,7 +40,7 @@ def both(alone):
 def page(both):
     with pytest.MonkeyPatch.context() as patch:  # charts take long to draw
         patch.setattr(pages, "figures", lambda models: (c for c in figures(models) if c.section == "Sinks"))
-        return inspection_page(both, Origin("phreg inspect sinking --against other"))
+        return inspection_page(both, Origin("phreg inspect sinking --baseline other"))
 
 
 @pytest.fixture(scope="module")

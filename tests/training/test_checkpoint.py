@@ -69,7 +69,7 @@ def test_a_changed_recipe_is_refused_key_by_key_but_where_it_runs_may_change(tmp
     config = resolve(None, {"steps": 5, "optim.lr": 1e-3})
     checkpoint.start_run(tmp_path / "run", config, resume=False)
     moved = resolve(
-        None, {"steps": 5, "optim.lr": 1e-3, "device": "cpu", "checkpoint_every": 3, "gate.drift": 0.5}
+        None, {"steps": 5, "optim.lr": 1e-3, "device": "cpu", "checkpoint_every": 3, "checks.drift": 0.5}
     )
     checkpoint.start_run(tmp_path / "run", moved, resume=True)
     with pytest.raises(CheckpointError, match=r"optim.lr: was 0.001, is 0.01"):

@@ -35,7 +35,7 @@ QUICK = {
     "device": "cpu",
     "registers": 2,
     "force": True,  # tiny random models have no artifacts
-    "gate": {"drift": 0.0, "agreement": 1.0, "outlier_rate": 1.0},  # and may be changed at will
+    "checks": {"drift": 0.0, "agreement": 1.0, "outlier_rate": 1.0},  # and may be changed at will
 }
 
 
@@ -192,7 +192,7 @@ def test_reader_processes_do_not_change_the_run(tiny, photos, tmp_path):
         {},
         {"optim": {"ema": 0.9, "accumulate": 2, "clip_norm": 0.5}},
         {"unlock": {"roles": ["pos_embed"], "lora": {"rank": 2, "blocks": 1}}},
-        {"target": {"keep": False}},
+        {"target": {"cache": False}},
         {"data": {"workers": 0, "limit": 4}},  # from the third step on, targets are read, not made
     ],
 )
@@ -210,7 +210,7 @@ def test_a_run_that_stopped_and_resumed_has_the_weights_of_one_that_did_not(
     with pytest.raises(Interrupted, match="--resume"):
         run(tiny(), photos, tmp_path / "parts", steps=6, **extra)
     monkeypatch.undo()
-    kept = extra.get("target", {}).get("keep", True)
+    kept = extra.get("target", {}).get("cache", True)
     assert (tmp_path / "parts" / "targets").is_dir() == kept, "a killed run leaves them to the next"
     run(tiny(), photos, tmp_path / "parts", steps=6, resume=True, **extra)
     assert not (tmp_path / "parts" / "targets").exists()

@@ -60,7 +60,7 @@ def distilled(tiny, pictures, tmp_path):
                 "steps": STEPS,
                 "batch_size": COUNT,
                 "views": {"count": 1},
-                "target": {"keep": False},
+                "target": {"cache": False},
                 "unlock": {"roles": ("pos_embed",)},
                 "data": {"workers": 0},
             }
@@ -259,7 +259,7 @@ def test_after_training_under_autocast_the_model_runs_in_full_precision_again(ti
 def test_kept_targets_give_the_same_run_and_are_gone_afterwards(tiny, pictures, distilled, tmp_path):
     history, losses, _ = plain_loop(tiny, pictures[0])
     seen, targets = [], tmp_path / "run" / "targets"
-    student, _, log = distilled(lambda *_: seen.append(targets.is_dir()), target={"keep": True})
+    student, _, log = distilled(lambda *_: seen.append(targets.is_dir()), target={"cache": True})
     # Targets are kept in bf16: of values around 1, 1 part in 256, which averages out.
     assert [line["loss"] for line in log] == pytest.approx(losses, rel=2e-3)
     for name, expected in history[-1].items():
