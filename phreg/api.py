@@ -56,7 +56,7 @@ from phreg.report.page import InspectionReport
 from phreg.rollback import ModelState, rollback_on_error, to_fp32, unchanged
 from phreg.seeding import keyed_generator
 from phreg.sinks import test_time
-from phreg.sinks.locate import Sinks, locate
+from phreg.sinks.locate import Sinks, find_sinks
 from phreg.storage import OWN_FORMATS, writing
 from phreg.teacher import Teacher
 from phreg.training.checkpoint import RunFolder, check_free, starting_run
@@ -153,7 +153,7 @@ def distill(
             logger.info("looking for sinks on up to %d images", config.sinks.images)
             seen = run.read(original, subsample(run.train_images, config.sinks.images))
             norms = outliers(original, seen)
-            sinks = locate(original, seen, norms) if method.needs_sinks else None
+            sinks = find_sinks(original, seen, norms) if method.needs_sinks else None
             if norms.emergence_block is None and not config.force:
                 return _nothing_to_repair(run, before, base, seen, norms)
             apart = "kept apart to measure on" if run.held_out else "of them measured on too"
@@ -562,7 +562,7 @@ def _add_test_time_registers(backbone: Backbone, images: Tensor, num_registers: 
             f"asked for test-time registers on {backbone.describe()}, which has {backbone.num_registers} "
             "registers from phreg; call phreg.remove_registers(model) first"
         )
-    sinks = locate(backbone, list(images.split(MEASURED_AT_ONCE)))
+    sinks = find_sinks(backbone, list(images.split(MEASURED_AT_ONCE)))
     if sinks is None:
         raise PhregError(
             f"asked for test-time registers on {backbone.describe()}, whose norms on {len(images)} images "

@@ -19,6 +19,13 @@ RENAMED: dict[str, dict[str, str]] = {
     "phreg": {"show": "info"},
     "phreg.config": {"GateConfig": "ChecksConfig"},
     "phreg.errors": {"GateError": "MaxDropError"},
+    "phreg.sinks.locate": {"locate": "find_sinks"},
+    "phreg.sinks.units.Unit": {
+        "fed": "pre_activation",
+        "kind": "cluster",
+        "level": "sink_level",
+        "ordinary": "baseline",
+    },
     # Settings by dotted key, whole sections, and values as key=value.
     "distill": {
         "gate": "checks",
@@ -29,7 +36,7 @@ RENAMED: dict[str, dict[str, str]] = {
     "inspect": {"against": "baseline", "queries": "texts"},
     "evaluate": {"gate": "max_drop"},
 }
-"""New names by old ones: by verb for its arguments, by module for its attributes."""
+"""New names by old ones: by verb for its arguments, by module or class for its attributes."""
 
 Parameters = ParamSpec("Parameters")
 Returned = TypeVar("Returned")
@@ -113,11 +120,11 @@ def accept_old_arguments(
     return accept
 
 
-def current_attribute(module: str, name: str) -> str | None:
-    """Gives the new name of a module's attribute and warns of the old one; None where it is no old name."""
-    new = RENAMED[module].get(name)
+def current_attribute(owner: str, name: str) -> str | None:
+    """Gives the new name of an attribute and warns of the old one; None where it is no old name."""
+    new = RENAMED[owner].get(name)
     if new is not None:
-        warn(f"{module}.{name}", f"{module}.{new}")
+        warn(f"{owner}.{name}", f"{owner}.{new}")
     return new
 
 

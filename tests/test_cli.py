@@ -189,7 +189,7 @@ def test_the_version_is_told(capsys):
 
 def test_a_run_told_to_stop_before_its_first_step_leaves_nothing(saved, photos, tmp_path, monkeypatch):
     before = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr(api, "locate", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(api, "find_sinks", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     asked = ["distill", saved, "--images", photos, "--output", tmp_path / "run", "--steps", 1, *QUICK]
     assert phreg(*asked) == 143
     assert not (tmp_path / "run").exists()

@@ -1,5 +1,6 @@
 """Old names still work, and warn of the new ones; what an earlier phreg wrote loads without a warning."""
 
+import copy
 import logging
 import subprocess
 import sys
@@ -14,6 +15,8 @@ from phreg import cli, config, errors, methods
 from phreg.deprecated import RENAMED, OldNameWarning
 from phreg.errors import ConfigError, PhregError
 from phreg.formats.info import info
+from phreg.sinks import locate
+from phreg.sinks.units import Unit
 
 GOLDEN = Path(__file__).parent / "golden" / "0.1"
 OLD_RECIPE = '[target]\nkeep = false\n[views]\nfill = "surroundings"\n[gate]\ndrift = 0.5\n'
@@ -130,6 +133,7 @@ def test_old_arguments_of_inspect_and_evaluate_mean_the_new_ones_and_warn(tmp_pa
         (phreg, "show", info),
         (errors, "GateError", errors.MaxDropError),
         (config, "GateConfig", config.ChecksConfig),
+        (locate, "locate", locate.find_sinks),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -221,3 +225,16 @@ def test_every_new_name_exists():
         assert new.partition("=")[0] in known
         assert old.partition("=")[0] not in known or "=" in old
     assert set(RENAMED["phreg"].values()) <= set(phreg.__all__)
+
+
+def test_attributes_of_a_unit_are_found_by_their_old_names_with_a_warning():
+    unit = Unit(3, 7, sink_level=10.0, baseline=0.5, share=0.9, cluster=1, pre_activation=(2.0,))
+    for old, value in (("level", 10.0), ("ordinary", 0.5), ("kind", 1), ("fed", (2.0,))):
+        with pytest.warns(OldNameWarning, match=rf"Unit\.{old} is called"):
+            assert getattr(unit, old) == value
+    assert unit.to_json() == {
+        "block": 3, "index": 7, "level": 10.0, "ordinary": 0.5, "share": 0.9, "kind": 1, "fed": [2.0]
+    }  # fmt: skip
+    assert copy.deepcopy(unit) == unit
+    with pytest.raises(AttributeError, match="'Unit' object has no attribute 'nothing'"):
+        _ = unit.nothing

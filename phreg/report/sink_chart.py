@@ -97,10 +97,10 @@ def _levels(axes: Axes, causes: Sequence[Unit], chain: Sequence[Unit]) -> None:
     units = [(unit, CAUSE) for unit in causes] + [(unit, UPSTREAM) for unit in reversed(chain)]
     for place, (unit, shade) in enumerate(units):
         first = place == 0
-        axes.plot((unit.ordinary, unit.level), (place, place), color=shade, linewidth=1.5)
-        axes.plot(unit.level, place, "o", color=shade, label="on outliers" if first else None)
+        axes.plot((unit.baseline, unit.sink_level), (place, place), color=shade, linewidth=1.5)
+        axes.plot(unit.sink_level, place, "o", color=shade, label="on outliers" if first else None)
         axes.plot(
-            unit.ordinary, place, "o", color=INK, markersize=4, label="on other patches" if first else None
+            unit.baseline, place, "o", color=INK, markersize=4, label="on other patches" if first else None
         )
     axes.set_yticks(range(len(units)), [_name(unit) for unit, _ in units])
     axes.set_ylim(len(units) - 0.5, -0.5)

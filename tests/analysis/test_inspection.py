@@ -20,7 +20,7 @@ from phreg.backbones.resolve import adapt
 from phreg.errors import PhregError
 from phreg.registers import add_registers
 from phreg.sinks import test_time
-from phreg.sinks.locate import locate
+from phreg.sinks.locate import find_sinks
 
 KINDS = [
     "timm/vit-gap",  # no CLS
@@ -65,7 +65,7 @@ def test_figures_are_those_of_each_analysis_alone(sides, written):
     sample = sample_tokens(backbone, batches, norms)
     alone = {
         **survey(backbone, batches).to_json(),
-        "sinks": locate(backbone, batches).to_json(),
+        "sinks": find_sinks(backbone, batches).to_json(),
         "stripes": stripes(norms.position_histogram).to_json(),
         "position_probe": position_probe(sample).to_json(),
         "reconstruction_probe": reconstruction_probe(sample).to_json(),
@@ -166,7 +166,7 @@ def test_texts_asked_of_a_model_without_a_text_tower_are_refused():
 
 def test_registers_do_not_hide_a_sink_from_the_search():
     backbone, images = sinking_model()
-    bare = locate(backbone, images.split(5))
+    bare = find_sinks(backbone, images.split(5))
     add_registers(backbone, 2, "zeros")
     found = looked_at(backbone, images=images)
     assert units(found.sinks) == units(bare) == {(BLOCK, UNIT)}

@@ -57,7 +57,7 @@ def sinks(*units: Unit, explained: float) -> Sinks:
     return Sinks(norms, 2, units, explained, (), None, (torch.zeros(4, 16),))
 
 
-UNITS = [Unit(block=2, index=index, level=10.0, ordinary=0.0, share=0.5) for index in (7, 9)]
+UNITS = [Unit(block=2, index=index, sink_level=10.0, baseline=0.0, share=0.5) for index in (7, 9)]
 
 
 def test_the_headline_is_one_sentence_that_ends_with_the_cause():

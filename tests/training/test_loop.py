@@ -77,11 +77,11 @@ def test_the_loss_falls(tiny, photos, tmp_path):
 def sinking(monkeypatch):
     """Has sinks found in a model that has none: all that relocation is told of."""
 
-    def locate(_backbone, _batches, norms):
-        unit = Unit(block=1, index=5, level=10.0, ordinary=0.0, share=1.0, fed=(10.0,))
+    def find_sinks(_backbone, _batches, norms):
+        unit = Unit(block=1, index=5, sink_level=10.0, baseline=0.0, share=1.0, pre_activation=(10.0,))
         return Sinks(norms, 1, (unit,), 1.0, (), None, (torch.zeros(1, 32),))
 
-    monkeypatch.setattr(api, "locate", locate)
+    monkeypatch.setattr(api, "find_sinks", find_sinks)
     return {"measure": {"images": 0}}
 
 
