@@ -367,7 +367,7 @@ def load(
         PhregError: There is no such device.
     """
     if device is not None:
-        device = _usable(device, holding=True)
+        device = _usable(device, for_weights=True)
     found = resolve.locate(path, revision)
     with rollback_on_error(into) if into is not None else nullcontext():
         if into is None:
@@ -415,8 +415,8 @@ def export(
     if record:  # an instance keeps the read-out that it has
         set_readout(backbone, backbone.trained_readout)
     # An adapter's own record tells of the run already.
-    told = {} if format == "adapter" else record.get("run") or record
-    run = {key: told[key] for key in RECORDED if key in told}
+    run_record = {} if format == "adapter" else record.get("run") or record
+    run = {key: run_record[key] for key in RECORDED if key in run_record}
     with unchanged(*([backbone] if isinstance(model, nn.Module) else [])):
         return exports.export(backbone, Path(path), format, base=base, run=run)
 
@@ -604,7 +604,7 @@ def inspect(
             its image processor says.
         std: Standard deviation to normalise them with, likewise.
         device: Where to run; None means a GPU where there is one, and for an instance, where it is.
-        observe: Told of progress: what is done, how much of it, and how much there is.
+        observe: Called with the progress: the name of the work, how much is done, and how much there is.
 
     Returns:
         What was found; in a notebook it shows itself as the report.
@@ -689,7 +689,7 @@ def evaluate(
         batch_size: Pictures per forward.
         cache: Folder that keeps features; None means `output/features`.
         cache_limit: Gigabytes it may take.
-        observe: Told of progress: what is done, how much of it, and how much there is.
+        observe: Called with the progress: the name of the work, how much is done, and how much there is.
         settings: Any setting of the task: `neighbours=10, reading={"size": 448}`.
 
     Raises:
@@ -705,7 +705,7 @@ def evaluate(
     for folder in (output, cache):
         if folder is not None:
             _check_folder(Path(folder))
-    place = _usable(device)
+    on_device = _usable(device)
     named = _named(models)
     against = None
     if baseline is not None:
@@ -724,15 +724,17 @@ def evaluate(
 
     with tempfile.TemporaryDirectory(prefix="phreg-") as temporary:
         folder = Path(output if output is not None else temporary)
-        kept = FeatureCache(Path(cache) if cache else folder / "features", int(cache_limit * GIGABYTE))
+        feature_cache = FeatureCache(
+            Path(cache) if cache else folder / "features", int(cache_limit * GIGABYTE)
+        )
         suite = Suite(
             task,
             os.fspath(data),
             checked,
             tuple(range(seed, seed + seeds)),
             folder,
-            kept,
-            place,
+            feature_cache,
+            on_device,
             batch_size,
             precision == "bf16",
             observe or (lambda *_: None),
@@ -791,21 +793,21 @@ def _check_folder(folder: Path) -> None:
         )
 
 
-def _usable(device: str | torch.device | None, *, holding: bool = False) -> torch.device:
+def _usable(device: str | torch.device | None, *, for_weights: bool = False) -> torch.device:
     """Finds the device to run on, or only to hold weights on; None means a GPU where there is one."""
     name = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        place = torch.device(name)
-        held = torch.zeros(1, device=place)
-        if not holding:
-            held.item()
+        usable = torch.device(name)
+        probe = torch.zeros(1, device=usable)
+        if not for_weights:
+            probe.item()
     except (RuntimeError, AssertionError) as error:  # the latter where torch is built without it
         reason = str(error).partition("\n")[0]
         raise PhregError(
             f"asked to run on device '{name}', which cannot be used here: {reason}; leave --device out, or "
             "give cpu, cuda, cuda:1 or mps, whichever there is"
         ) from error
-    return place
+    return usable
 
 
 def _named(models: Sequence[Model], instance: str = "instance") -> dict[str, Model]:

@@ -103,7 +103,7 @@ def test_farthest_points_lie_further_out_than_uniform_ones():
         offsets = sample_offsets(config, (-4, -4), (4, 4), 2000, generator(0))
         return (offsets.abs().amax(-1) == 4).float().mean().item()
 
-    # The spread of a mean over 20 000 offsets is well below 0.01.
+    # The standard deviation of a mean over 20 000 offsets is well below 0.01.
     assert on_border("farthest-point") == pytest.approx(0.66, abs=0.03)
     assert on_border("uniform") == pytest.approx(1 - 49 / 81, abs=0.02)
 

@@ -466,12 +466,12 @@ def _library(folder: Path, order: Sequence[Library], source: str) -> Library | N
         The library; None for an export that none of them builds.
     """
     exported = folder / EXPORT_FILE
-    told = _read_json(exported).get("format") if exported.is_file() else None
-    for library in sorted(order, key=lambda library: library != told):  # stable: the order stays otherwise
+    written_by = _read_json(exported).get("format") if exported.is_file() else None
+    for library in sorted(order, key=lambda library: library != written_by):  # stable: the order stays
         config = folder / LAYOUTS[library].config
         if config.is_file() and LAYOUTS[library].key in _read_json(config):
             return library
-    if told:
+    if written_by:
         return None
     wanted = ", ".join(
         f"{layout.config} with {layout.key} ({library})" for library, layout in LAYOUTS.items()

@@ -1,6 +1,6 @@
 """Turns images into batches that depend on the seed and the step alone.
 
-Nothing here keeps state: `Order` says which numbers make which batch, and the place of a crop is a hash of
+Nothing here keeps state: `Order` says which numbers make which batch, and the position of a crop is a hash of
 seed, epoch and number. So a run resumed at any step, with any number of reader processes, sees the very
 pixels it would have seen. What cannot be decoded is replaced by the next image, reported, and counted.
 
@@ -116,9 +116,9 @@ class Crops:
         for offset in range(min(len(self), LONGEST_GAP)):
             index = (key[1] + offset) % len(self)
             name = self.source.name(index)
-            place = (0, index) if self.crop == "fixed" else key
+            crop_key = (0, index) if self.crop == "fixed" else key
             try:
-                cut = self._cut(self.source.read(index), name, keyed_generator("crop", self.seed, *place))
+                cut = self._cut(self.source.read(index), name, keyed_generator("crop", self.seed, *crop_key))
             except DataError as error:
                 skipped.append(Skipped(name, str(error)))
             else:
@@ -165,12 +165,12 @@ def normalise(
         mean: Of each channel, on a scale of 0 to 1.
         std: Of each channel, on the same scale.
     """
-    centre, spread = (
+    mean_rgb, std_rgb = (
         # Copied without waiting for the device, as torch.tensor(…, device=…) would.
         torch.tensor(values, dtype=torch.float32).view(3, 1, 1).to(images.device, non_blocking=True)
         for values in (mean, std)
     )
-    return (images.float() / 255 - centre) / spread
+    return (images.float() / 255 - mean_rgb) / std_rgb
 
 
 def denormalise(

@@ -99,10 +99,10 @@ def wrapped(name: str, letters: int) -> str:
     return "\n".join(line.strip() for line in lines)
 
 
-def legend(axes: Axes, **place: Any) -> None:
+def legend(axes: Axes, **position: Any) -> None:
     """Explains lines and bars that have a label; nothing where none has."""
     if _labelled(axes):
-        axes.legend(frameon=False, labelcolor=INK, fontsize=FONT_SIZE - 1, **place)
+        axes.legend(frameon=False, labelcolor=INK, fontsize=FONT_SIZE - 1, **position)
 
 
 def legend_above(figure: Chart, *every: Axes) -> None:
@@ -129,7 +129,7 @@ def titles(count: int, names: Sequence[str]) -> Sequence[str]:
 
 
 def colour(index: int) -> str:
-    """The colour of a model, by its place."""
+    """The colour of a model, by its number."""
     return COLOURS[index % len(COLOURS)]
 
 

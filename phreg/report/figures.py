@@ -16,7 +16,7 @@ from phreg.report import charts
 from phreg.report.sink_chart import sink_chart
 from phreg.report.verdict import causes
 
-Told = TypeVar("Told")
+ProbeFigures = TypeVar("ProbeFigures")
 
 
 class Figures(NamedTuple):
@@ -114,9 +114,9 @@ def _position_figures(models: Sequence[Inspection], names: Sequence[str]) -> Ite
 
 def _attention_figures(models: Sequence[Inspection], names: Sequence[str]) -> Iterator[Figures]:
     """Models whose attention cannot be listened to are left out."""
-    heard = [(model.survey.attention, name) for model, name in zip(models, names, strict=True)]
-    reports = [report for report, _ in heard if report]
-    names = [name for report, name in heard if report]
+    measured = [(model.survey.attention, name) for model, name in zip(models, names, strict=True)]
+    reports = [report for report, _ in measured if report]
+    names = [name for report, name in measured if report]
     if not reports:
         return
     focus = [dict(zip(report.queries, report.focus, strict=True)) for report in reports]
@@ -155,35 +155,35 @@ def _neighbour_figures(models: Sequence[Inspection], names: Sequence[str]) -> It
 
 def _probe_figures(models: Sequence[Inspection], names: Sequence[str]) -> Iterator[Figures]:
     section = "What tokens hold"
-    told = [
+    positions = [
         {kind: (figures.distance, 0.0) for kind, figures in by_kind(model.position).items()}
         for model in models
     ]
-    if all(told):
+    if all(positions):
         yield Figures(
             section, "probe-position",
-            charts.probe_bars(*told, figure="distance of the position told, patches", names=names),
+            charts.probe_bars(*positions, figure="distance of the position told, patches", names=names),
             "Chart of how well tokens tell their position",
             "How far from the truth a linear probe tells a position, on images it was not trained on. "
             "Lower is better.",
         )  # fmt: skip
-    drawn = [
+    pixels = [
         {
             kind: (100 * relative_error(figures), 0.0)
             for kind, figures in by_kind(model.reconstruction).items()
         }
         for model in models
     ]
-    if all(drawn):
+    if all(pixels):
         yield Figures(
             section, "probe-pixels",
-            charts.probe_bars(*drawn, figure="error of pixels told, % of guessing", names=names),
+            charts.probe_bars(*pixels, figure="error of pixels told, % of guessing", names=names),
             "Chart of how well tokens tell their patch's pixels",
             "Error of a linear probe that tells a patch's pixels from its token; 100 % is the mean patch told"
             " every time. Lower is better.",
         )  # fmt: skip
     classes = [
-        {entry.token: (100 * entry.mean, 100 * (entry.spread or 0.0)) for entry in model.classes.tokens}
+        {entry.token: (100 * entry.mean, 100 * (entry.std or 0.0)) for entry in model.classes.tokens}
         for model in models
         if model.classes
     ]
@@ -195,7 +195,8 @@ def _probe_figures(models: Sequence[Inspection], names: Sequence[str]) -> Iterat
                 *classes, figure="class told, top-1, %", names=names, chance=100 * models[0].classes.chance
             ),
             "Chart of how well single tokens tell the class of their image",
-            "Accuracy of a linear probe that is given one token of an image; bars show the spread over "
+            "Accuracy of a linear probe that is given one token of an image; bars show the standard "
+            "deviation over "
             "seeds.",
         )  # fmt: skip
 
@@ -229,7 +230,7 @@ def focus_blocks(models: Sequence[Inspection]) -> str:
     return ", ".join(f"block {block} ({model.name})" for block, model in zip(blocks, models, strict=True))
 
 
-def by_kind(probe: TokenProbe[Told] | None) -> dict[str, Told]:
+def by_kind(probe: TokenProbe[ProbeFigures] | None) -> dict[str, ProbeFigures]:
     """Takes a probe's figures of ordinary tokens and of outliers, as far as there are any."""
     kinds = {"ordinary": probe.ordinary, "outliers": probe.outliers} if probe else {}
     return {kind: figures for kind, figures in kinds.items() if figures}

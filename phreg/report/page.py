@@ -164,9 +164,9 @@ def _figures(model: Inspection) -> dict[str, float | None]:
     """The figures of one model, None where one does not exist."""
     norms, attention, neighbours = model.norms, model.survey.attention, model.survey.neighbours
     block = norms.blocks[norms.focus]
-    told, drawn = by_kind(model.position), by_kind(model.reconstruction)
-    distances = {kind: figures.distance for kind, figures in told.items()}
-    errors = {kind: relative_error(figures) for kind, figures in drawn.items()}
+    positions, pixels = by_kind(model.position), by_kind(model.reconstruction)
+    distances = {kind: figures.distance for kind, figures in positions.items()}
+    errors = {kind: relative_error(figures) for kind, figures in pixels.items()}
     classes = {entry.token: entry.mean for entry in model.classes.tokens} if model.classes else {}
     some = bool(model.survey.outliers.any())
     drawn_to = max(attention.share) if attention and some else None
@@ -282,9 +282,9 @@ def _looks(model: Inspection, query: str, count: int) -> list[Tensor] | None:
     attention = model.survey.attention
     if attention is None or query not in attention.queries:
         return None
-    place = attention.queries.index(query)
-    drawn = [shown.attention for shown in model.survey.shown[:count]]
-    return [grid[place].mean(dim=0) for grid in drawn if grid is not None]
+    index = attention.queries.index(query)
+    maps = [shown.attention for shown in model.survey.shown[:count]]
+    return [grid[index].mean(dim=0) for grid in maps if grid is not None]
 
 
 def _text_maps(models: Sequence[Inspection], text: str, count: int) -> list[list[Picture] | None]:
@@ -320,5 +320,5 @@ def _sections(models: Sequence[Inspection]) -> list[Section]:
         found.setdefault(drawn.section, []).append(
             Chart(png(drawn.figure), drawn.alt, drawn.caption, drawn.name)
         )
-    told = {"Sinks": " ".join(_of(models, model, causes(model.sinks)) for model in models if model.sinks)}
-    return [Section(title, pictures, told.get(title, "")) for title, pictures in found.items()]
+    texts = {"Sinks": " ".join(_of(models, model, causes(model.sinks)) for model in models if model.sinks)}
+    return [Section(title, pictures, texts.get(title, "")) for title, pictures in found.items()]

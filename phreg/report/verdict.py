@@ -1,7 +1,7 @@
 """Puts a report into one sentence."""
 
 from phreg.analysis.norms import BlockNorms, NormReport
-from phreg.analysis.positions import place
+from phreg.analysis.positions import describe_positions
 from phreg.evaluation.before_after import Comparison
 from phreg.sinks.locate import Sinks
 
@@ -13,7 +13,7 @@ def verdict(report: NormReport) -> str:
         return _after_norm_only(report.normed[-1])
     traits = (
         f"{_strength(found)}, from block {report.emergence_block} on (of 0 to {last.block}), "
-        f"mostly {place(report.position_histogram)}"
+        f"mostly {describe_positions(report.position_histogram)}"
     )
     if found is last:
         return f"{percent(found.outlier_rate)} of patch tokens are artifacts: {traits}."

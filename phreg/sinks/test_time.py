@@ -7,8 +7,8 @@ patches of an image goes to the register; everywhere else the unit is set to zer
     hidden units [cls | register | patches]  ──►  [0 | largest of the patches | 0]  ──► down projection
 
 This is the cheapest repair and not the best: the patches also lose what these units said about them. It holds
-for the image size of the calibration; at another size the model warns once. Inference needs these hooks, which
-no stock checkpoint can carry.
+for the image size of the calibration; at another size the model warns once. Inference needs the hooks, and no
+stock checkpoint can carry them.
 """
 
 import logging

@@ -115,11 +115,11 @@ def train(  # noqa: C901 (the loop reads straight down)
     steps_per_epoch = order.steps_per_epoch / accumulate
     steps = config.steps or max(1, (config.epochs or 1) * order.steps_per_epoch // accumulate)
 
-    kept: dict[str, Tensor] = dict(trained)
+    saved_tensors: dict[str, Tensor] = dict(trained)
     if average is not None:
-        kept |= {f"ema.{name}": value for name, value in average.average.items()}
+        saved_tensors |= {f"ema.{name}": value for name, value in average.average.items()}
     facts = {"processes": world, "images": len(images), "precision": accelerator.mixed_precision}
-    done = load_state(run, kept, optim, facts)
+    done = load_state(run, saved_tensors, optim, facts)
     if accelerator.is_main_process:
         truncate_log(run.log, done)
     accelerator.init_trackers("phreg", config={"method": config.method, "seed": config.seed})
@@ -181,7 +181,7 @@ def train(  # noqa: C901 (the loop reads straight down)
                 stopping = journal.enter(reading) or stopping
                 reading = None
                 if accelerator.is_main_process:
-                    save_state(run, step + 1, kept, optim, facts)
+                    save_state(run, step + 1, saved_tensors, optim, facts)
                 accelerator.wait_for_everyone()
             if stopping and step + 1 < steps:
                 raise Interrupted(
@@ -383,7 +383,7 @@ def compiled(wanted: bool, *backbones: Backbone) -> Iterator[None]:
     """Compiles the blocks of backbones for as long as it lasts.
 
     Block by block: they are alike, so compilation is short, and hooks around them (registers, taps) stay
-    outside. Blocks with hooks inside (relocation listens there) are left out: alike blocks share what was
+    outside. Blocks with hooks inside (relocation reads there) are left out: alike blocks share what was
     compiled for one of them, whose hooks the others would have, or lack.
     """
     blocks = [block for backbone in backbones for block in backbone.blocks if not _hooked_inside(block)]

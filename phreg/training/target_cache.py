@@ -1,4 +1,4 @@
-"""Targets that are made once and kept on disk, for runs that see each image many times.
+"""Targets that are made once and cached on disk, for runs that see each image many times.
 
 A target costs many teacher forwards, a student step costs one and its backward. Where an image comes back in
 a later epoch, cut the same, its target is read instead of made: eight epochs take little more than one.

@@ -1,4 +1,4 @@
-"""What is heard of attention has to be what libraries that spell attention out say it is."""
+"""What is captured of attention has to be what libraries that spell attention out say it is."""
 
 import copy
 

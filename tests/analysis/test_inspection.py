@@ -139,7 +139,7 @@ def test_where_nothing_is_found_there_are_no_sinks_and_nothing_else_is_missing()
     assert len(found.costs) == len(found.latency) == 6
 
 
-def test_a_model_whose_attention_cannot_be_heard_is_looked_at_without_it():
+def test_a_model_whose_attention_cannot_be_captured_is_looked_at_without_it():
     backbone, images = sinking_model()
     for block in backbone.blocks:
         block.attn.fused_attn = False

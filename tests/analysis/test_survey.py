@@ -147,7 +147,7 @@ def test_every_kind_of_model_is_surveyed_at_any_size(family: str, registers: int
     assert (found.neighbours.outliers is not None) == bool(found.outliers.any())
 
 
-def test_where_attention_cannot_be_heard_the_rest_is_measured_in_the_same_pass(caplog, monkeypatch):
+def test_where_attention_cannot_be_captured_the_rest_is_measured_in_the_same_pass(caplog, monkeypatch):
     backbone, runs = Planted({2: (CORNERS, 100.0)}), []
     monkeypatch.setattr(backbone, "run", lambda images: runs.append(len(images)) or backbone.model(images))
     with caplog.at_level(logging.WARNING):

@@ -89,9 +89,9 @@ def test_attention_of_a_model_without_outliers_falls_on_none(other):
     assert "attention-share" not in found
 
 
-def test_a_model_that_cannot_be_heard_leaves_the_others_attention(alone, other):
-    unheard = dataclasses.replace(other, survey=dataclasses.replace(other.survey, attention=None))
-    text = written(one("attention-focus", alone, unheard).figure)
+def test_a_model_that_cannot_be_captured_leaves_the_others_attention(alone, other):
+    uncaptured = dataclasses.replace(other, survey=dataclasses.replace(other.survey, attention=None))
+    text = written(one("attention-focus", alone, uncaptured).figure)
     assert "sinking" in text
     assert "other" not in text
 

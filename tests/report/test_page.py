@@ -111,8 +111,8 @@ def test_a_figure_that_no_model_has_is_left_out(alone, sides, without_charts):
 
 def test_layers_are_those_that_there_are_maps_of(alone, sides, without_charts):
     assert list(inspection_page(alone).layers) == ["norms", "features", "first component", "attention of CLS"]
-    unheard = dataclasses.replace(alone, survey=dataclasses.replace(alone.survey, attention=None))
-    found = inspection_page(unheard)
+    uncaptured = dataclasses.replace(alone, survey=dataclasses.replace(alone.survey, attention=None))
+    found = inspection_page(uncaptured)
     assert list(found.layers) == list(found.images[0].maps) == ["norms", "features", "first component"]
     assert list(inspection_page(sides[1]).layers)[3:] == [
         f"attention of {query}" for query in ("CLS", "register 1", "register 2")

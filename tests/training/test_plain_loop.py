@@ -298,11 +298,11 @@ def test_the_relocation_term_adds_its_weight_times_its_value(tiny, pictures, dis
         """A relocation loss of 3, whatever the model does."""
 
         __init__ = object.__init__
-        capture = staticmethod(lambda: nullcontext({"block": "heard"}))
+        capture = staticmethod(lambda: nullcontext({"block": "captured"}))
         silenced = staticmethod(lambda hidden: [])
 
         def loss(self, hidden, images):
-            assert hidden == {"block": "heard"}
+            assert hidden == {"block": "captured"}
             assert images.shape[1:] == (3, 32, 32)
             return torch.tensor(3.0)
 
