@@ -207,7 +207,7 @@ def test_a_failed_check_ends_in_status_3_and_keeps_the_adapter(saved, photos, tm
     assert phreg(*asked, "--optim.lr", 0.1, "--checks.drift", 1.0) == 3
     printed = " ".join(capsys.readouterr().out.split())
     assert "Check failed: the pooled output drifted" in printed
-    assert "The adapter is kept" in printed
+    assert "The adapter is written" in printed
     assert (tmp_path / "run" / "model" / "adapter.safetensors").is_file()
 
 

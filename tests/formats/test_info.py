@@ -110,7 +110,7 @@ def test_the_command_prints_lines_and_json(run, capsys):
     for part in (
         "phreg-adapter, version 1",
         "relocate, 2 steps",
-        "the base at hand is the one",
+        "this base is the one",
         "none failed",
         "outlier rate",
     ):
