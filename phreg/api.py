@@ -74,8 +74,8 @@ from phreg.training.trainable import check_trainable
 from phreg.views import context_margin
 
 Model = str | os.PathLike[str] | nn.Module
-Images = str | os.PathLike[str]
-Observer = Callable[[StepRecord, int], None]
+ImagesPath = str | os.PathLike[str]
+StepObserver = Callable[[StepRecord, int], None]
 
 logger = logging.getLogger(__name__)
 
@@ -115,12 +115,12 @@ class Distilled:
 
 def distill(
     model: Model | None = None,
-    images: Images | None = None,
+    images: ImagesPath | None = None,
     output: str | os.PathLike[str] | None = None,
     *,
     recipe: str | os.PathLike[str] | None = None,
     resume: bool = False,
-    observe: Observer | None = None,
+    observe: StepObserver | None = None,
     **settings: Any,
 ) -> Distilled:
     """Retrofits registers onto a model by self-distillation.
@@ -186,7 +186,7 @@ def distill(
 
 def _open_run(
     model: Model | None,
-    images: Images | None,
+    images: ImagesPath | None,
     output: str | os.PathLike[str] | None,
     recipe: str | os.PathLike[str] | None,
     settings: dict[str, Any],
@@ -327,7 +327,7 @@ def _nothing_to_repair(
 
 
 def quickstart(
-    output: str | os.PathLike[str] = "runs/quickstart", *, observe: Observer | None = None
+    output: str | os.PathLike[str] = "runs/quickstart", *, observe: StepObserver | None = None
 ) -> Distilled:
     """Distils the demonstration model on photographs that come with scikit-image; needs no network.
 
@@ -574,13 +574,13 @@ def _add_test_time_registers(backbone: Backbone, images: Tensor, num_registers: 
 @accept_old_arguments("inspect")
 def inspect(
     model: Model,
-    images: Images | Float[Tensor, "batch 3 height width"],
+    images: ImagesPath | Float[Tensor, "batch 3 height width"],
     *,
     baseline: Sequence[Model] = (),
     output: str | os.PathLike[str] | None = None,
     size: int | tuple[int, int] | None = None,
     count: int = 64,
-    labels: Images | None = None,
+    labels: ImagesPath | None = None,
     texts: Sequence[str] = (),
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
@@ -596,7 +596,7 @@ def inspect(
         output: Folder to write inspect.json, report.html and pictures to, new, empty or of an earlier look;
             None writes nothing.
         size: Height and width of the images in pixels, or one number for both; None means each model's own.
-        count: Images to look at, spread evenly over those there are.
+        count: Images to look at, evenly spaced over those there are.
         labels: Labelled images, in any layout of the task `classification` (a folder a class), to ask what
             single tokens know of an image's class; None leaves that out.
         texts: Texts whose similarity to each patch is mapped, for models with a text tower.
@@ -647,7 +647,7 @@ def inspect(
 def evaluate(
     *models: Model,
     task: str,
-    data: Images,
+    data: ImagesPath,
     output: str | os.PathLike[str] | None = None,
     baseline: Model | None = None,
     seeds: int = 1,
@@ -676,7 +676,7 @@ def evaluate(
             settings is refused. None writes nothing.
         baseline: Model that the others are set against, and measured at whose artifacts; None means the
             first of several, without figures at artifacts.
-        seeds: Runs of each model; with several, figures have a spread. A task that draws nothing runs once.
+        seeds: Runs of each model. Several runs give a standard deviation. A deterministic task runs once.
         seed: The first seed.
         protocol: A named set of the task's settings.
         max_drop: Largest drop behind the baseline, as a fraction, e.g. 0.01, of the headline and, in
@@ -829,10 +829,10 @@ def _short(named: dict[str, Any]) -> dict[str, Any]:
 def _look(
     name: str,
     model: Model,
-    images: Images | Tensor,
+    images: ImagesPath | Tensor,
     size: int | tuple[int, int] | None,
     count: int,
-    labels: Images | None,
+    labels: ImagesPath | None,
     texts: Sequence[str],
     mean: Sequence[float] | None,
     std: Sequence[float] | None,
@@ -850,10 +850,10 @@ def _look(
 def _look_at(
     backbone: Backbone,
     name: str,
-    images: Images | Tensor,
+    images: ImagesPath | Tensor,
     size: int | tuple[int, int] | None,
     count: int,
-    labels: Images | None,
+    labels: ImagesPath | None,
     texts: Sequence[str],
     observe: Progress,
 ) -> Inspection:

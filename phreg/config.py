@@ -32,7 +32,7 @@ from phreg.parsing import parse_toml
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 DecayRate = Annotated[float, Field(ge=0, lt=1)]
-Readout = Literal["plain", "naclip", "value-only"]
+TrainedReadout = Literal["plain", "naclip", "value-only"]
 Role = str
 
 
@@ -87,10 +87,10 @@ class TargetConfig(Config):
     """Block whose output is distilled: counted from 0, or negative from the end. Unset means the last."""
     norm: bool = True
     """Apply the final norm to the tokens before they are compared."""
-    teacher_readout: Readout = "plain"
+    teacher_readout: TrainedReadout = "plain"
     """Read-out of the teacher's last block. plain: the block as it is. naclip: key-key attention with a
     Gaussian (CLIP). value-only: values alone (MaskCLIP)."""
-    student_readout: Readout = "plain"
+    student_readout: TrainedReadout = "plain"
     """Read-out of the student's last block. With any other than plain, the pooled output is not usable."""
     cache: bool = True
     """Cut each image the same in every epoch, and cache its target on disk in the run folder until the run

@@ -18,7 +18,7 @@ from phreg.errors import PhregError
 from phreg.rollback import rollback_on_error
 
 Init = Literal["randn", "trunc-normal", "zeros"]
-Model = TypeVar("Model", bound=nn.Module)
+_Model = TypeVar("_Model", bound=nn.Module)
 
 
 def initial_registers(
@@ -43,7 +43,7 @@ def initial_registers(
             return torch.zeros(count, width)
 
 
-def add_registers(model: Model, count: int, init: Init = "randn", seed: int = 0) -> Model:
+def add_registers(model: _Model, count: int, init: Init = "randn", seed: int = 0) -> _Model:
     """Adds register tokens to a vision transformer of transformers, timm or open_clip, in place.
 
     Args:
@@ -73,7 +73,7 @@ def add_registers(model: Model, count: int, init: Init = "randn", seed: int = 0)
     return model
 
 
-def remove_registers(model: Model) -> Model:
+def remove_registers(model: _Model) -> _Model:
     """Removes phreg's registers from a model, in place. This is the exact inverse of `add_registers`.
 
     Hooks of test-time registers are removed too.

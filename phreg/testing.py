@@ -26,7 +26,7 @@ from phreg.backbones.resolve import adapt
 from phreg.registers import add_registers, remove_registers
 from phreg.tokens import TokenLayout
 
-Dense = Callable[[nn.Module, Tensor], Tensor]
+DenseReader = Callable[[nn.Module, Tensor], Tensor]
 
 TOLERANCE = 1e-4
 """Largest difference, relative to the largest value of a tensor, that counts as rounding.
@@ -53,7 +53,7 @@ class Subject:
     model: nn.Module
     images: Float[Tensor, "batch 3 height width"]
     num_registers: int
-    dense: Dense | None = None
+    dense: DenseReader | None = None
 
     def original(self) -> Backbone:
         """Copies the model as it is."""
@@ -69,7 +69,7 @@ def check_backbone(
     *,
     size: int | tuple[int, int] | None = None,
     num_registers: int = 4,
-    dense: Dense | None = None,
+    dense: DenseReader | None = None,
     compile: bool = False,
 ) -> None:
     """Checks that phreg handles a model as its laws say.

@@ -28,7 +28,7 @@ from phreg.backbones.readout import use_readout
 from phreg.backbones.text import TextEncoder, text_encoder
 from phreg.errors import PhregError
 
-Features = Float[Tensor, "images _rows _cols _dim"]
+FeatureBatch = Float[Tensor, "images _rows _cols _dim"]
 """Patch features of one model; models compared have the images in common, but neither grid nor width."""
 
 Maps = Float[Tensor, "images _rows _cols count"]
@@ -47,7 +47,7 @@ SPIKES = 0.025
 # -- principal components ------------------------------------------------------------------------------------
 
 
-def components(models: Sequence[Features], count: int = 3, *, shared: bool | None = None) -> list[Maps]:
+def components(models: Sequence[FeatureBatch], count: int = 3, *, shared: bool | None = None) -> list[Maps]:
     """Projects patch features on their principal components, strongest first, whitened.
 
     Args:

@@ -53,7 +53,7 @@ TIMED = 5
 """Times that a forward pass of one image is timed, for each number of registers."""
 
 
-class Labelled(NamedTuple):
+class LabelledImages(NamedTuple):
     """Images with their classes."""
 
     batches: Sequence[ImageBatch]
@@ -147,7 +147,7 @@ def look(
     batches: Sequence[ImageBatch],
     *,
     resampled: Sequence[ImageBatch] = (),
-    labelled: Labelled | None = None,
+    labelled: LabelledImages | None = None,
     queries: Sequence[str] = (),
     show: int = 8,
     observe: Progress = lambda *_: None,

@@ -45,7 +45,7 @@ FORMS = "owner/name of the hub, a timm name, open_clip:ARCH/TAG, or a folder of 
 
 
 @dataclass(frozen=True)
-class Layout:
+class LibraryLayout:
     """How a library lays a model out in a folder.
 
     Attributes:
@@ -59,8 +59,8 @@ class Layout:
     weights: tuple[str, ...]
 
 
-LAYOUTS: dict[Library, Layout] = {
-    "transformers": Layout(
+LAYOUTS: dict[Library, LibraryLayout] = {
+    "transformers": LibraryLayout(
         "config.json",
         "model_type",
         (
@@ -70,8 +70,8 @@ LAYOUTS: dict[Library, Layout] = {
             "pytorch_model.bin.index.json",
         ),
     ),
-    "timm": Layout("config.json", "architecture", ("model.safetensors", "pytorch_model.bin")),
-    "open_clip": Layout(
+    "timm": LibraryLayout("config.json", "architecture", ("model.safetensors", "pytorch_model.bin")),
+    "open_clip": LibraryLayout(
         "open_clip_config.json",
         "model_cfg",
         (

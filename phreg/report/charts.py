@@ -26,7 +26,7 @@ from phreg.report.canvas import (
     FONT_SIZE,
     INK,
     PANEL,
-    Chart,
+    ChartFigure,
     colour,
     label,
     legend,
@@ -55,7 +55,7 @@ Tokens = Mapping[str, Sequence[float]]
 
 
 @runtime_checkable
-class Histogram(Protocol):
+class HistogramLike(Protocol):
     """Counts of values."""
 
     @property
@@ -101,7 +101,7 @@ def norm_quantiles(
 
 
 def norm_histograms(
-    *models: Sequence[Histogram],
+    *models: Sequence[HistogramLike],
     names: Sequence[str] = (),
     tokens: Sequence[Tokens] = (),
     log: bool = True,
@@ -146,7 +146,7 @@ def norm_series(*reports: NormReport, names: Sequence[str] = ()) -> Figure:
         reports: One a model, in the order of the series.
         names: What the models are called.
     """
-    figure = Chart(max(PANEL[0], 1.5 + 1.1 * len(reports)), 4.6)
+    figure = ChartFigure(max(PANEL[0], 1.5 + 1.1 * len(reports)), 4.6)
     norms, rates = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1.4))
     labels = titles(len(reports), names)
     blocks = [report.blocks[report.focus] for report in reports]
@@ -246,7 +246,7 @@ def stripes(*histograms: Positions, names: Sequence[str] = ()) -> Figure:
         histograms: Share of images with an artifact at each position, for each model or way of resampling.
         names: What those are called.
     """
-    figure = Chart(PANEL[0] * len(histograms), 4.0)
+    figure = ChartFigure(PANEL[0] * len(histograms), 4.0)
     parts = figure.subfigures(1, len(histograms), squeeze=False)[0]
     top = _top(histograms)
     edge = max(float(histogram.mean(dim).max()) for histogram in histograms for dim in (0, 1))
@@ -296,7 +296,7 @@ def attention_focus(*models: Mapping[str, Positions], names: Sequence[str] = ())
     across = min(ACROSS, max(map(len, models)))
     rows = [-(-len(queries) // across) for queries in models]
     high = attention_limits(*(focus for queries in models for focus in queries.values())).high
-    figure = Chart(1.6 + 1.6 * across, 1.75 * sum(rows))
+    figure = ChartFigure(1.6 + 1.6 * across, 1.75 * sum(rows))
     grid = figure.subplots(sum(rows), across, squeeze=False)
     starts = np.cumsum([0, *rows])
     for queries, name, start, end in zip(

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 
-from phreg.report.canvas import COLOURS, FONT_SIZE, INK, Chart, label, legend, paint
+from phreg.report.canvas import COLOURS, FONT_SIZE, INK, ChartFigure, label, legend, paint
 from phreg.sinks.locate import Sinks, Unit
 
 CAUSE, UPSTREAM = COLOURS[:2]
@@ -39,7 +39,7 @@ def sink_chart(sinks: Sinks, name: str = "") -> Figure:
     height = 0.9 + 0.3 * max(len(causes), len(chain), 1)
     known = ["levels"] * bool(causes) + ["attention"] * bool(sinks.attention)
     rows: list[Any] = [["chain"] * len(known), known] if known else [["chain"]]
-    figure = Chart(8.5, height + 2.8 * bool(known))
+    figure = ChartFigure(8.5, height + 2.8 * bool(known))
     drawn = figure.subplot_mosaic(rows, height_ratios=[height, 2.8][: len(rows)])
     _chain(drawn["chain"], sinks, causes, chain)
     label(drawn["chain"], title=name)

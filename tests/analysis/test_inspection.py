@@ -10,7 +10,7 @@ from sinking import photographs
 
 from phreg import demo
 from phreg.analysis.complexity import complexity
-from phreg.analysis.inspection import PROBED, Labelled, look
+from phreg.analysis.inspection import PROBED, LabelledImages, look
 from phreg.analysis.interpolation import interpolation_effect, stripes
 from phreg.analysis.norms import outliers
 from phreg.analysis.probes import global_probe, position_probe, reconstruction_probe, sample_tokens
@@ -211,7 +211,7 @@ def test_a_look_leaves_the_model_as_it_is(family, registers):
         )
 
     before = state()
-    looked_at(backbone, images=images, labelled=Labelled([images], torch.arange(PROBED) % 2))
+    looked_at(backbone, images=images, labelled=LabelledImages([images], torch.arange(PROBED) % 2))
     for was, now in zip(before, state(), strict=True):
         if isinstance(was, dict):
             assert was.keys() == now.keys()
