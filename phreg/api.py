@@ -1,9 +1,9 @@
-"""The public verbs, each put together from the modules of the method.
+"""The public verbs, each composed of the modules of the method.
 
     distill   resolve ► load ► add registers ► train ► compare ► adapter, card, report
     load      adapter ► base ► patched model of its ordinary class
 
-How anything is done is told in the module that does it; here is only the order.
+Each module describes its own work. Here is only the order.
 """
 
 import logging
@@ -80,10 +80,10 @@ StepObserver = Callable[[StepRecord, int], None]
 logger = logging.getLogger(__name__)
 
 LOOKED_AT = 8
-"""Batches that a report shows of a model with nothing to repair."""
+"""Batches in the report on a model with nothing to repair."""
 
 RECORDED = ("size", "readout", "recipe", "outcome", "sinks", "gates", "figures")
-"""What an export's record tells of the run."""
+"""Keys of a run's record that an export's record repeats."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,7 +132,7 @@ def distill(
         images: A folder, a text file of paths, tar shards, or a Hugging Face dataset.
         output: Run folder to write: recipe.toml, log.jsonl, state/, model/, report/.
         recipe: Name of a shipped recipe, or path of a TOML file.
-        resume: Go on with the run in `output`; settings that are not given again stay as they were.
+        resume: Continue the run in `output`. Settings that are not given again stay the same.
         observe: Called with each step's record and the number of steps.
         settings: Any setting of `DistillConfig`, dotted keys as nested dictionaries:
             `method="paper", optim={"lr": 1e-3}`.
@@ -156,7 +156,7 @@ def distill(
             sinks = find_sinks(original, seen, norms) if method.needs_sinks else None
             if norms.emergence_block is None and not config.force:
                 return _nothing_to_repair(run, before, base, seen, norms)
-            apart = "kept apart to measure on" if run.held_out else "of them measured on too"
+            apart = "held out to measure on" if run.held_out else "of them also measured on"
             logger.info(
                 "retrofitting on %d images, %d %s", len(run.train_images), len(run.measured_images), apart
             )
@@ -202,8 +202,8 @@ def _open_run(
     given = {key: os.fspath(value) for key, value in asked.items() if value is not None} | settings
     resumed = resume and recipe is None and output is not None and RunFolder(Path(output)).recipe.is_file()
     if resumed:
-        recipe = RunFolder(Path(output or "")).recipe  # what is not said again stays as it was
-    # Now, so that a typo costs no download; and once more when it is known whether the model is CLIP-type.
+        recipe = RunFolder(Path(output or "")).recipe  # settings that are not given again stay the same
+    # First without the model, so that a typo costs no download; again when its type (CLIP or not) is known.
     early = methods.resolve(recipe, given, written_by_phreg=resumed)
     missing = [key for key in asked if getattr(early, key) is None]
     if missing:
@@ -248,7 +248,7 @@ class _Run:
         size: Height and width of its images.
         train_images: Those it trains on.
         measured_images: Those it is measured on.
-        held_out: Whether these are kept apart from training.
+        held_out: Whether none of these is trained on.
         margin: Rows and columns of context that training images and targets come with, in pixels.
     """
 
@@ -587,13 +587,13 @@ def inspect(
     device: str | None = None,
     observe: Progress | None = None,
 ) -> InspectionReport:
-    """Looks at a model from all sides: its artifacts, where they come from, what they hold.
+    """Inspects a model: its artifacts, where they come from, and what they hold.
 
     Args:
         model: A model in any form that `distill` takes, a run, or an adapter.
         images: Where images are, or a batch of normalised ones.
         baseline: Models to compare it with, on the same images.
-        output: Folder to write inspect.json, report.html and pictures to, new, empty or of an earlier look;
+        output: Folder for inspect.json, report.html and pictures: new, empty, or of an earlier inspection.
             None writes nothing.
         size: Height and width of the images in pixels, or one number for both; None means each model's own.
         count: Images to look at, evenly spaced over those there are.
@@ -664,7 +664,7 @@ def evaluate(
     observe: Progress | None = None,
     **settings: Any,
 ) -> Results:
-    """Measures models in a task, side by side: see `phreg.evaluation.tasks.table.TASKS`.
+    """Compares models in a task: see `phreg.evaluation.tasks.table.TASKS`.
 
     Args:
         models: One or more, in any form that `distill` takes, patched or not. Instances come back as they
@@ -674,8 +674,8 @@ def evaluate(
         output: Folder to write results.json, results.md and, of object discovery, maps.png to, and single
             runs, which a rerun takes up again; one that holds results of another task, other data or other
             settings is refused. None writes nothing.
-        baseline: Model that the others are set against, and measured at whose artifacts; None means the
-            first of several, without figures at artifacts.
+        baseline: Model that the others are compared with; figures at artifacts use its artifacts. None
+            compares with the first model, without figures at artifacts.
         seeds: Runs of each model. Several runs give a standard deviation. A deterministic task runs once.
         seed: The first seed.
         protocol: A named set of the task's settings.

@@ -67,8 +67,8 @@ class PositionFigures:
 
     Attributes:
         tokens: Tokens measured, all of held-out images.
-        top1: Share of them whose position is told exactly.
-        distance: Mean distance from the position told to the true one, in patches.
+        top1: Share of them whose position is predicted exactly.
+        distance: Mean distance from the predicted position to the true one, in patches.
         chance: Share of them at the position most common for their kind in training: what `top1` comes to by
             telling only the kind. High where artifacts keep to fixed patches.
     """
@@ -85,10 +85,10 @@ class ReconstructionFigures:
 
     Attributes:
         tokens: Tokens measured, all of held-out images.
-        error: Mean Euclidean distance of the pixels told to the true ones, over all values of a patch, in
-            units of the input normalisation.
-        chance: The same, where the mean patch of the training tokens is told every time. Low for patches that
-            show little, as those of artifacts often do.
+        error: Mean Euclidean distance of the predicted pixels to the true ones, over all values of a patch,
+            in units of the input normalisation.
+        chance: The same, where the mean patch of the training tokens is always predicted. It is low for
+            patches that show little, as those of artifacts often do.
     """
 
     tokens: int

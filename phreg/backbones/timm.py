@@ -46,7 +46,7 @@ from phreg.errors import LoadError, PhregError, UnsupportedModelError
 from phreg.parsing import parse_json
 
 REFUSED = {
-    "VisionTransformerDistilled": "its distillation token leaves no place for registers",
+    "VisionTransformerDistilled": "its distillation token leaves no room for registers",
     "Beit": "its blocks have relative position biases for a fixed sequence",
     "VisionTransformerRelPos": "its blocks have relative position biases for a fixed sequence",
     "FeatureGetterNet": "it is the features_only wrapper; pass the model inside, its attribute `model`",

@@ -162,7 +162,7 @@ def _probe_figures(models: Sequence[Inspection], names: Sequence[str]) -> Iterat
     if all(positions):
         yield DrawnChart(
             section, "probe-position",
-            charts.probe_bars(*positions, figure="distance of the position told, patches", names=names),
+            charts.probe_bars(*positions, figure="distance of the predicted position, patches", names=names),
             "Chart of how well tokens tell their position",
             "How far from the truth a linear probe tells a position, on images it was not trained on. "
             "Lower is better.",
@@ -177,9 +177,9 @@ def _probe_figures(models: Sequence[Inspection], names: Sequence[str]) -> Iterat
     if all(pixels):
         yield DrawnChart(
             section, "probe-pixels",
-            charts.probe_bars(*pixels, figure="error of pixels told, % of guessing", names=names),
+            charts.probe_bars(*pixels, figure="error of predicted pixels, % of guessing", names=names),
             "Chart of how well tokens tell their patch's pixels",
-            "Error of a linear probe that tells a patch's pixels from its token; 100 % is the mean patch told"
+            "Error of a linear probe that predicts a patch's pixels from its token; 100 % is the mean patch"
             " every time. Lower is better.",
         )  # fmt: skip
     classes = [
@@ -192,7 +192,7 @@ def _probe_figures(models: Sequence[Inspection], names: Sequence[str]) -> Iterat
         yield DrawnChart(
             section, "probe-class",
             charts.probe_bars(
-                *classes, figure="class told, top-1, %", names=names, chance=100 * models[0].classes.chance
+                *classes, figure="top-1 of the class, %", names=names, chance=100 * models[0].classes.chance
             ),
             "Chart of how well single tokens tell the class of their image",
             "Accuracy of a linear probe that is given one token of an image; bars show the standard "

@@ -153,9 +153,9 @@ BETTER = {
     OUTLIER_RATE: True,
     "bimodality of log norms, last block": True,
     "largest share of attention on outliers, over blocks": True,
-    "distance of the position told, ordinary tokens, patches": True,
-    "pixels told by ordinary tokens, error relative to guessing": True,
-    "class told by CLS, top-1": False,
+    "distance of the predicted position, ordinary tokens, patches": True,
+    "pixels predicted from ordinary tokens, error relative to guessing": True,
+    "class predicted from CLS, top-1": False,
 }
 """Figures of which lower is better (True) or higher (False); of the others neither is."""
 
@@ -182,13 +182,13 @@ def _figures(model: Inspection) -> dict[str, float | None]:
         "cosine of outliers' patch embeddings to their neighbours'": alike,
         "the same, other patches": neighbours.others.mean,
         "share of outliers on low-information patches": neighbours.outliers_low_information,
-        "distance of the position told, ordinary tokens, patches": distances.get("ordinary"),
-        "distance of the position told, outliers, patches": distances.get("outliers"),
-        "pixels told by ordinary tokens, error relative to guessing": errors.get("ordinary"),
-        "pixels told by outliers, error relative to guessing": errors.get("outliers"),
-        "class told by an ordinary token, top-1": classes.get("ordinary patch"),
-        "class told by an outlier, top-1": classes.get("outlier patch"),
-        "class told by CLS, top-1": classes.get("CLS"),
+        "distance of the predicted position, ordinary tokens, patches": distances.get("ordinary"),
+        "distance of the predicted position, outliers, patches": distances.get("outliers"),
+        "pixels predicted from ordinary tokens, error relative to guessing": errors.get("ordinary"),
+        "pixels predicted from outliers, error relative to guessing": errors.get("outliers"),
+        "class predicted from an ordinary token, top-1": classes.get("ordinary patch"),
+        "class predicted from an outlier, top-1": classes.get("outlier patch"),
+        "class predicted from CLS, top-1": classes.get("CLS"),
         "parameters without registers, millions": model.costs[0].parameters / 1e6 if model.costs else None,
         "GFLOPs per image without registers": model.costs[0].flops / 1e9 if model.costs else None,
     }

@@ -95,9 +95,9 @@ def test_the_table_holds_the_figures_of_the_inspection(alone, without_charts):
     assert told["block where outliers emerge, from 0"] == [BLOCK]
     assert told["share of outliers at fixed positions"] == [1.0]
     assert told["largest share of attention on outliers, over blocks"] == [max(alone.survey.attention.share)]
-    assert told["distance of the position told, outliers, patches"] == [probe.outliers.distance]
+    assert told["distance of the predicted position, outliers, patches"] == [probe.outliers.distance]
     assert cls.token == "CLS"
-    assert told["class told by CLS, top-1"] == [cls.mean]
+    assert told["class predicted from CLS, top-1"] == [cls.mean]
     assert told["parameters without registers, millions"] == [alone.costs[0].parameters / 1e6]
 
 
