@@ -303,9 +303,9 @@ def test_a_model_distilled_with_a_normalisation_keeps_it_wherever_it_goes(photos
 
 def test_every_verb_says_what_it_assumes_and_takes_the_normalisation(photos, tmp_path, caplog):
     for number, picture in enumerate(sorted(photos.iterdir())):
-        place = tmp_path / "classes" / "ab"[number % 2]
-        place.mkdir(parents=True, exist_ok=True)
-        (place / picture.name).write_bytes(picture.read_bytes())
+        folder = tmp_path / "classes" / "ab"[number % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / picture.name).write_bytes(picture.read_bytes())
     pixels, given = {}, {"timm-like": DINO, "assumed": {}}
     for name, settings in given.items():
         caplog.clear()
@@ -466,9 +466,9 @@ def test_what_cannot_be_done_leaves_the_output_as_it_was(wrong, saved, photos, t
     run = tmp_path / "run"
     for _ in range(2):
         length = {} if wrong == "no units" else {"steps": 1}
-        with pytest.raises(PhregError) as told:
+        with pytest.raises(PhregError) as error:
             api.distill(saved, photos, run, **QUICK | length | WRONG[wrong])
-        assert "holds a run already" not in str(told.value)
+        assert "holds a run already" not in str(error.value)
         assert not run.exists()
     run.mkdir()
     with pytest.raises(PhregError):

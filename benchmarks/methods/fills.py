@@ -62,14 +62,14 @@ class Bench:
         self.protocol = {"model": Path(options.model).name, "size": side, "images": len(paths)}
         twin = adapt(planted_models.build(kind, planted=False)).eval() if kind else None
         self.references: dict[str, Callable[[int], Tensor]] = (
-            {"clean twin": lambda place: twin(self.images[place]).patches}
+            {"clean twin": lambda index: twin(self.images[index]).patches}
             if twin is not None
             else {fill: self._average(fill) for fill in REFERENCES}
         )
 
-    def seen(self, fill: str, place: int) -> tuple[Tensor, tuple[int, int]]:
+    def seen(self, fill: str, index: int) -> tuple[Tensor, tuple[int, int]]:
         """Returns images of a batch as views of a fill need them, and the context margin that they have."""
-        return (self.whole[place], self.margin) if fill == CONTEXT else (self.images[place], (0, 0))
+        return (self.whole[index], self.margin) if fill == CONTEXT else (self.images[index], (0, 0))
 
     def views(self, fill: Any, count: int | None) -> ViewsConfig:
         """Says how to draw views: so many, or all different ones, if those are fewer or none is asked for."""
@@ -82,37 +82,37 @@ class Bench:
         config = self.views(fill, None)
         made: dict[int, Tensor] = {}
 
-        def average(place: int) -> Tensor:
-            if place not in made:
-                images, margin = self.seen(fill, place)
+        def average(index: int) -> Tensor:
+            if index not in made:
+                images, margin = self.seen(fill, index)
                 with torch.inference_mode():
-                    made[place] = measuring.average(self.raw, images, config, place, margin)
-            return made[place]
+                    made[index] = measuring.average(self.raw, images, config, index, margin)
+            return made[index]
 
         return average
 
     @torch.no_grad()
     def row(self, read: Callable[[int], Tensor]) -> dict[str, Any]:
         """Compares features, batch by batch, with every reference."""
-        places = range(len(self.images))
-        features = [read(place).float() for place in places]
+        indices = range(len(self.images))
+        features = [read(index).float() for index in indices]
         return {
-            name: measuring.agreement(features, [reference(place).float() for place in places], self.were)
+            name: measuring.agreement(features, [reference(index).float() for index in indices], self.were)
             for name, reference in self.references.items()
         }
 
     def student(self, run: Path) -> dict[str, Any]:
         """Compares a model that was trained."""
         student = open_model(str(run))[0].eval()
-        return self.row(lambda place: student(self.images[place]).patches)
+        return self.row(lambda index: student(self.images[index]).patches)
 
     def teacher(self, fill: Any, seed: int) -> dict[str, Any]:
         """Compares the teacher with the default views, filled in a way."""
         teacher = Teacher(self.raw, self.views(fill, ViewsConfig().count))
 
-        def read(place: int) -> Tensor:
-            images, margin = self.seen(fill, place)
-            return teacher(images, keyed_generator("views", seed, place), margin).patches
+        def read(index: int) -> Tensor:
+            images, margin = self.seen(fill, index)
+            return teacher(images, keyed_generator("views", seed, index), margin).patches
 
         return self.row(read)
 
@@ -187,7 +187,7 @@ def main(arguments: list[str] | None = None) -> None:
         return
     bench = Bench(options)
     rows: dict[str, Callable[[], dict[str, Any]]] = {
-        "the model itself": lambda: bench.row(lambda place: bench.raw(bench.images[place]).patches)
+        "the model itself": lambda: bench.row(lambda index: bench.raw(bench.images[index]).patches)
     }
     for name, reference in bench.references.items():
         if name in REFERENCES:

@@ -83,11 +83,11 @@ def test_figures_are_those_of_each_analysis_alone(sides, written):
 def test_the_first_images_are_kept_to_be_shown_as_they_look(sides):
     backbone, images, found = sides
     assert len(found.photos) == len(found.survey.shown) == 3
-    for place, photo in enumerate(found.photos):
-        assert torch.equal(found.survey.shown[place].image, images[place])
+    for index, photo in enumerate(found.photos):
+        assert torch.equal(found.survey.shown[index].image, images[index])
         std = torch.tensor(backbone.spec.std)[:, None, None]
         mean = torch.tensor(backbone.spec.mean)[:, None, None]
-        pixels = (255 * (images[place] * std + mean)).clamp(0, 255)
+        pixels = (255 * (images[index] * std + mean)).clamp(0, 255)
         # Half a step of 8 bits.
         assert (torch.from_numpy(photo).movedim(-1, 0) - pixels).abs().max() < 0.51
 
@@ -226,17 +226,17 @@ def test_a_look_leaves_the_model_as_it_is(family, registers):
 
 
 def test_every_stage_that_begins_is_told_to_end():
-    told = {}
+    progress = {}
 
     def observe(what, done, total):
-        told.setdefault(what, []).append((done, total))
+        progress.setdefault(what, []).append((done, total))
 
     looked_at("timm/vit", "vit", observe=observe)
-    assert list(told) == [
+    assert list(progress) == [
         f"vit: {stage}"
         for stage in ("norms, attention, neighbours", "sinks", "probes", "resampled positions", "cost")
     ]
-    assert all(done == total for done, total in (steps[-1] for steps in told.values()))
+    assert all(done == total for done, total in (steps[-1] for steps in progress.values()))
 
 
 @torch.no_grad()

@@ -33,10 +33,10 @@ class Gather(nn.Module):
     def forward(self, tokens):
         tokens = tokens.clone()
         mean = tokens[:, self.ahead :].mean(1)
-        told = 20 * mean
-        told[:, 0] += 100
-        for place in self.at:
-            tokens[:, place] = torch.where(mean[:, 1:2] >= self.floor, told, tokens[:, place])
+        marked = 20 * mean
+        marked[:, 0] += 100
+        for index in self.at:
+            tokens[:, index] = torch.where(mean[:, 1:2] >= self.floor, marked, tokens[:, index])
         return tokens
 
 

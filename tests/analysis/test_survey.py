@@ -106,12 +106,12 @@ def test_the_first_images_are_kept_whole(found, backbone, images):
         features = backbone(images[:3]).patches
     maps = attention_maps(backbone, images[:3])
     assert len(found.shown) == 3
-    for place, shown in enumerate(found.shown):
-        assert torch.equal(shown.image, images[place])
-        assert torch.equal(shown.norms, found.norms.maps[place])
+    for index, shown in enumerate(found.shown):
+        assert torch.equal(shown.image, images[index])
+        assert torch.equal(shown.norms, found.norms.maps[index])
         # fp32, in batches of four and of three.
-        torch.testing.assert_close(shown.features, features[place], atol=1e-4, rtol=1e-4)
-        torch.testing.assert_close(shown.attention, maps[place], atol=1e-5, rtol=0)
+        torch.testing.assert_close(shown.features, features[index], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(shown.attention, maps[index], atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("show", [0, 5, 50])

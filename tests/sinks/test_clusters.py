@@ -34,13 +34,13 @@ def test_units_are_alike_that_share_more_than_half_of_the_outliers_of_the_rarer_
     shared, expected, monkeypatch
 ):
     # The first answers to outliers 0 to 3, the second to four others, of which it shares some.
-    levels = [[float(place < 4), float(4 - shared <= place < 8 - shared)] for place in range(8)]
+    levels = [[float(outlier < 4), float(4 - shared <= outlier < 8 - shared)] for outlier in range(8)]
     assert sorted_by(levels, monkeypatch)[0] == expected
 
 
 def test_units_are_one_cluster_over_any_number_of_steps(monkeypatch):
     # Each of four units shares two of three outliers with the next; the first and the last share none.
-    levels = [[float(unit <= place < unit + 3) for unit in range(4)] for place in range(8)]
+    levels = [[float(unit <= outlier < unit + 3) for unit in range(4)] for outlier in range(8)]
     assert sorted_by(levels, monkeypatch)[0] == [0, 0, 0, 0]
 
 
@@ -49,7 +49,7 @@ def test_a_clusters_outliers_are_those_that_its_units_respond_to(monkeypatch):
     levels = [[0.6, 0.0], [0.5, 0.0], [0.9, 0.0], [0.0, 0.1], [0.0, 0.4], [0.0, 0.0], [0.0, 0.3], [0.0, 0.2]]
     found, members = sorted_by(levels, monkeypatch)
     assert found == [0, 1]
-    assert [[place for place, own in enumerate(mask) if own] for mask in members] == [[0, 2], [4]]
+    assert [[outlier for outlier, own in enumerate(mask) if own] for mask in members] == [[0, 2], [4]]
 
 
 @torch.no_grad()

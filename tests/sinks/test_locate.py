@@ -220,7 +220,7 @@ def test_where_no_mlp_can_be_read_no_unit_is_named():
 def test_sinks_that_no_unit_makes_are_blamed_on_none(tiny, cause):
     backbone = adapt(tiny())
     if cause == "attention":
-        pushed(backbone.model.blocks[1].attn, place=1)
+        pushed(backbone.model.blocks[1].attn, token=1)
     else:
         with torch.no_grad():
             backbone.model.pos_embed[0, 1] *= 1e5

@@ -484,11 +484,11 @@ class Libc:
     """A C library that notes what it is told."""
 
     def __init__(self, **functions):
-        self.told = []
+        self.options = []
         self.__dict__ |= functions
 
     def mallopt(self, option, value):
-        self.told.append((option, value))
+        self.options.append((option, value))
         return 1
 
 
@@ -498,7 +498,7 @@ def test_keeping_freed_memory_tells_glibc_so_and_no_other_library(monkeypatch):
     monkeypatch.setattr(trainer.ctypes, "CDLL", lambda _name: glibc)
     assert trainer.keep_freed_memory() is True
     # M_TRIM_THRESHOLD never; M_TOP_PAD half a gigabyte; M_MMAP_MAX none (malloc.h, mallopt(3)).
-    assert glibc.told == [(-1, -1), (-2, 2**29), (-4, 0)]
+    assert glibc.options == [(-1, -1), (-2, 2**29), (-4, 0)]
     glibc.mallopt = lambda option, _value: int(option != -2)
     assert trainer.keep_freed_memory() is False, "one of them was refused"
     monkeypatch.setattr(trainer.ctypes, "CDLL", lambda _name: musl)
@@ -506,7 +506,7 @@ def test_keeping_freed_memory_tells_glibc_so_and_no_other_library(monkeypatch):
     monkeypatch.setattr(trainer.sys, "platform", "darwin")
     monkeypatch.setattr(trainer.ctypes, "CDLL", lambda _name: glibc)
     assert trainer.keep_freed_memory() is False
-    assert musl.told == []
+    assert musl.options == []
 
 
 def test_blocks_are_compiled_while_it_lasts_but_for_those_with_hooks_inside(tiny, monkeypatch):

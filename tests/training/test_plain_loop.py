@@ -211,14 +211,14 @@ def test_every_step_runs_at_the_schedules_rate(tiny, pictures, distilled):
 
 
 def test_each_step_is_in_the_log_when_it_is_told_of_with_its_speed(distilled, tmp_path):
-    told = []
+    observed = []
 
     def observe(record, steps):
-        told.append((record.step, steps))
+        observed.append((record.step, steps))
         assert len((tmp_path / "run" / "log.jsonl").read_text().splitlines()) == record.step
 
     _, outcome, log = distilled(observe)
-    assert told == [(1, STEPS), (2, STEPS), (3, STEPS)]
+    assert observed == [(1, STEPS), (2, STEPS), (3, STEPS)]
     speeds = [line["images_per_second"] for line in log]
     assert speeds == [round(speed, 3) for speed in speeds]
     # The steps are all that the run's time is made of, but for what comes before them and after them.
