@@ -576,7 +576,7 @@ def inspect(
     model: Model,
     images: ImagesPath | Float[Tensor, "batch 3 height width"],
     *,
-    baseline: Sequence[Model] = (),
+    baseline: Model | Sequence[Model] = (),
     output: str | os.PathLike[str] | None = None,
     size: int | tuple[int, int] | None = None,
     count: int = 64,
@@ -592,7 +592,7 @@ def inspect(
     Args:
         model: A model in any form that `distill` takes, a run, or an adapter.
         images: Where images are, or a batch of normalised ones.
-        baseline: Models to compare it with, on the same images.
+        baseline: One or more models to compare it with, on the same images.
         output: Folder for inspect.json, report.html and pictures: new, empty, or of an earlier inspection.
             None writes nothing.
         size: Height and width of the images in pixels, or one number for both; None means each model's own.
@@ -618,7 +618,8 @@ def inspect(
         check_output(Path(output), images if isinstance(images, str | os.PathLike) else None)
     if device is not None:
         _usable(device)
-    for other in baseline:  # now, so that a typo costs no look at the first
+    others = [baseline] if isinstance(baseline, str | os.PathLike | nn.Module) else [*baseline]
+    for other in others:  # now, so that a typo costs no look at the first
         if not isinstance(other, nn.Module) and os.fspath(other) != "demo":
             resolve.locate(other)
 
@@ -626,7 +627,7 @@ def inspect(
         _look(
             name, given, images, size, count, labels, texts, mean, std, device, observe or (lambda *_: None)
         )
-        for name, given in _short(_named([model, *baseline])).items()
+        for name, given in _short(_named([model, *others])).items()
     ]
     inspection = InspectionReport.of(replace(looks[0], against=tuple(looks[1:])))
     if output is not None:

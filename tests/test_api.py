@@ -131,6 +131,12 @@ def test_inspect_sets_models_side_by_side_each_at_its_own_size(tiny, saved, phot
     assert len(found.to_json()["against"]) == 2
 
 
+def test_a_single_baseline_of_inspect_needs_no_list(tmp_path):
+    for one in (tmp_path / "other", str(tmp_path / "other")):
+        with pytest.raises(PhregError, match="other"):
+            phreg.inspect("demo", tmp_path, baseline=one)
+
+
 def test_local_folders_are_called_by_their_last_part_as_far_as_that_tells_them_apart(tmp_path, monkeypatch):
     for path in ("a/vit", "b/vit", "c"):
         (tmp_path / path).mkdir(parents=True)
