@@ -201,12 +201,12 @@ def test_a_run_that_stopped_and_resumed_has_the_weights_of_one_that_did_not(
 ):
     run(tiny(), photos, tmp_path / "whole", steps=6, **extra)
     stop_after = 3
-    original = trainer.StepLogger.enter
+    original = trainer.StepLogger.write
 
-    def enter(self, reading):
-        return original(self, reading) or reading.step == stop_after
+    def write(self, metrics):
+        return original(self, metrics) or metrics.step == stop_after
 
-    monkeypatch.setattr(trainer.StepLogger, "enter", enter)
+    monkeypatch.setattr(trainer.StepLogger, "write", write)
     with pytest.raises(Interrupted, match="--resume"):
         run(tiny(), photos, tmp_path / "parts", steps=6, **extra)
     monkeypatch.undo()
