@@ -10,6 +10,8 @@ No model library is imported before a model of it is used.
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from phreg.deprecated import current_attribute
+
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
     from phreg.api import push as push
     from phreg.api import quickstart as quickstart
     from phreg.errors import PhregError as PhregError
-    from phreg.formats.info import show as show
+    from phreg.formats.info import info as info
     from phreg.registers import add_registers as add_registers
     from phreg.registers import remove_registers as remove_registers
 
@@ -35,12 +37,12 @@ _LAZY_EXPORTS = {
     "distill": "phreg.api",
     "evaluate": "phreg.api",
     "export": "phreg.api",
+    "info": "phreg.formats.info",
     "inspect": "phreg.api",
     "load": "phreg.api",
     "push": "phreg.api",
     "quickstart": "phreg.api",
     "remove_registers": "phreg.registers",
-    "show": "phreg.formats.info",
 }
 __all__ = [
     "PhregError",
@@ -50,12 +52,12 @@ __all__ = [
     "distill",
     "evaluate",
     "export",
+    "info",
     "inspect",
     "load",
     "push",
     "quickstart",
     "remove_registers",
-    "show",
 ]
 
 
@@ -63,6 +65,8 @@ def __getattr__(name: str) -> Any:
     """Imports a public name when it is first used: accelerate, kornia and matplotlib take seconds."""
     if name in _LAZY_EXPORTS:
         return getattr(importlib.import_module(_LAZY_EXPORTS[name]), name)
+    if (new := current_attribute("phreg", name)) is not None:
+        return __getattr__(new)
     raise AttributeError(f"module 'phreg' has no attribute {name!r}")
 
 

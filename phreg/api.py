@@ -1,9 +1,9 @@
-"""The public verbs, each put together from the modules of the method.
+"""The public verbs, each composed of the modules of the method.
 
     distill   resolve ► load ► add registers ► train ► compare ► adapter, card, report
     load      adapter ► base ► patched model of its ordinary class
 
-How anything is done is told in the module that does it; here is only the order.
+Each module describes its own work. Here is only the order.
 """
 
 import logging
@@ -31,6 +31,7 @@ from phreg.backbones.resolve import Base, adapt, display_name
 from phreg.config import DistillConfig, ViewsConfig
 from phreg.data.crops import MEASURED_AT_ONCE, Crops, centre_crops, split, subsample, subsample_indices
 from phreg.data.sources import ImageSource, open_images
+from phreg.deprecated import accept_old_arguments
 from phreg.errors import ConfigError, DataError, PhregError, PushError
 from phreg.evaluation.before_after import Comparison, compare_with_original, failed_gates
 from phreg.evaluation.feature_cache import GIGABYTE, FeatureCache
@@ -55,7 +56,7 @@ from phreg.report.page import InspectionReport
 from phreg.rollback import ModelState, rollback_on_error, to_fp32, unchanged
 from phreg.seeding import keyed_generator
 from phreg.sinks import test_time
-from phreg.sinks.locate import Sinks, locate
+from phreg.sinks.locate import Sinks, find_sinks
 from phreg.storage import OWN_FORMATS, writing
 from phreg.teacher import Teacher
 from phreg.training.checkpoint import RunFolder, check_free, starting_run
@@ -73,16 +74,16 @@ from phreg.training.trainable import check_trainable
 from phreg.views import context_margin
 
 Model = str | os.PathLike[str] | nn.Module
-Images = str | os.PathLike[str]
-Observer = Callable[[StepRecord, int], None]
+ImagesPath = str | os.PathLike[str]
+StepObserver = Callable[[StepRecord, int], None]
 
 logger = logging.getLogger(__name__)
 
 LOOKED_AT = 8
-"""Batches that a report shows of a model with nothing to repair."""
+"""Batches in the report on a model with nothing to repair."""
 
 RECORDED = ("size", "readout", "recipe", "outcome", "sinks", "gates", "figures")
-"""What an export's record tells of the run."""
+"""Keys of a run's record that an export's record repeats."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,7 +98,7 @@ class Distilled:
         sinks: The sinks that were found; None where there were none, or the method does not look for them.
         outcome: Steps, images, seconds and skipped files; None where there was nothing to repair.
         comparison: The before/after figures; None where measuring was switched off, and on other processes.
-        failures: What the run made worse than `config.GateConfig` allows, in words; the adapter is marked so.
+        failures: What the run made worse than `config.ChecksConfig` allows, in words. The adapter is marked.
         main_process: Whether this is the process that writes, of the many there may be.
         norms: The norms that show nothing to repair, where that is so; None otherwise.
     """
@@ -114,12 +115,12 @@ class Distilled:
 
 def distill(
     model: Model | None = None,
-    images: Images | None = None,
+    images: ImagesPath | None = None,
     output: str | os.PathLike[str] | None = None,
     *,
     recipe: str | os.PathLike[str] | None = None,
     resume: bool = False,
-    observe: Observer | None = None,
+    observe: StepObserver | None = None,
     **settings: Any,
 ) -> Distilled:
     """Retrofits registers onto a model by self-distillation.
@@ -131,7 +132,7 @@ def distill(
         images: A folder, a text file of paths, tar shards, or a Hugging Face dataset.
         output: Run folder to write: recipe.toml, log.jsonl, state/, model/, report/.
         recipe: Name of a shipped recipe, or path of a TOML file.
-        resume: Go on with the run in `output`; settings that are not given again stay as they were.
+        resume: Continue the run in `output`. Settings that are not given again stay the same.
         observe: Called with each step's record and the number of steps.
         settings: Any setting of `DistillConfig`, dotted keys as nested dictionaries:
             `method="paper", optim={"lr": 1e-3}`.
@@ -152,10 +153,10 @@ def distill(
             logger.info("looking for sinks on up to %d images", config.sinks.images)
             seen = run.read(original, subsample(run.train_images, config.sinks.images))
             norms = outliers(original, seen)
-            sinks = locate(original, seen, norms) if method.needs_sinks else None
+            sinks = find_sinks(original, seen, norms) if method.needs_sinks else None
             if norms.emergence_block is None and not config.force:
                 return _nothing_to_repair(run, before, base, seen, norms)
-            apart = "kept apart to measure on" if run.held_out else "of them measured on too"
+            apart = "held out to measure on" if run.held_out else "of them also measured on"
             logger.info(
                 "retrofitting on %d images, %d %s", len(run.train_images), len(run.measured_images), apart
             )
@@ -178,14 +179,14 @@ def distill(
             sinks=sinks,
             outcome=outcome,
             comparison=comparison,
-            failures=failed_gates(comparison, config.gate) if comparison else [],
+            failures=failed_gates(comparison, config.checks) if comparison else [],
             main_process=run.accelerator.is_main_process,
         )
 
 
 def _open_run(
     model: Model | None,
-    images: Images | None,
+    images: ImagesPath | None,
     output: str | os.PathLike[str] | None,
     recipe: str | os.PathLike[str] | None,
     settings: dict[str, Any],
@@ -199,10 +200,11 @@ def _open_run(
         "output": output,
     }
     given = {key: os.fspath(value) for key, value in asked.items() if value is not None} | settings
-    if resume and recipe is None and output is not None and RunFolder(Path(output)).recipe.is_file():
-        recipe = RunFolder(Path(output)).recipe  # what is not said again stays as it was
-    # Now, so that a typo costs no download; and once more when it is known whether the model is CLIP-type.
-    early = methods.resolve(recipe, given)
+    resumed = resume and recipe is None and output is not None and RunFolder(Path(output)).recipe.is_file()
+    if resumed:
+        recipe = RunFolder(Path(output or "")).recipe  # settings that are not given again stay the same
+    # First without the model, so that a typo costs no download; again when its type (CLIP or not) is known.
+    early = methods.resolve(recipe, given, written_by_phreg=resumed)
     missing = [key for key in asked if getattr(early, key) is None]
     if missing:
         raise ConfigError(
@@ -231,7 +233,8 @@ def _open_run(
             f"asked to distil {student.describe()}, whose weights are quantised ({', '.join(packed)}) "
             "and cannot train; distil it in fp32, fp16 or bf16, and quantise the result"
         )
-    config = methods.resolve(recipe, given, clip=student.projection is not None)
+    is_clip = student.projection is not None
+    config = methods.resolve(recipe, given, clip=is_clip, written_by_phreg=resumed)
     height, width = student.image_size(config.size)
     config = config.model_copy(update={"size": height if height == width else (height, width)})
     return student, base, source, config
@@ -245,7 +248,7 @@ class _Run:
         size: Height and width of its images.
         train_images: Those it trains on.
         measured_images: Those it is measured on.
-        held_out: Whether these are kept apart from training.
+        held_out: Whether none of these is trained on.
         margin: Rows and columns of context that training images and targets come with, in pixels.
     """
 
@@ -261,7 +264,7 @@ class _Run:
     @property
     def crops(self) -> Crops:
         """The training images, cut."""
-        where = "fixed" if self.config.target.keep else "random"
+        where = "fixed" if self.config.target.cache else "random"
         return Crops(self.train_images, self.size, self.config.seed, where, self.margin)
 
     def read(self, backbone: Backbone, images: ImageSource, margin: tuple[int, int] = (0, 0)) -> list[Tensor]:
@@ -324,7 +327,7 @@ def _nothing_to_repair(
 
 
 def quickstart(
-    output: str | os.PathLike[str] = "runs/quickstart", *, observe: Observer | None = None
+    output: str | os.PathLike[str] = "runs/quickstart", *, observe: StepObserver | None = None
 ) -> Distilled:
     """Distils the demonstration model on photographs that come with scikit-image; needs no network.
 
@@ -364,7 +367,7 @@ def load(
         PhregError: There is no such device.
     """
     if device is not None:
-        device = _usable(device, holding=True)
+        device = _usable(device, for_weights=True)
     found = resolve.locate(path, revision)
     with rollback_on_error(into) if into is not None else nullcontext():
         if into is None:
@@ -412,8 +415,8 @@ def export(
     if record:  # an instance keeps the read-out that it has
         set_readout(backbone, backbone.trained_readout)
     # An adapter's own record tells of the run already.
-    told = {} if format == "adapter" else record.get("run") or record
-    run = {key: told[key] for key in RECORDED if key in told}
+    run_record = {} if format == "adapter" else record.get("run") or record
+    run = {key: run_record[key] for key in RECORDED if key in run_record}
     with unchanged(*([backbone] if isinstance(model, nn.Module) else [])):
         return exports.export(backbone, Path(path), format, base=base, run=run)
 
@@ -559,7 +562,7 @@ def _add_test_time_registers(backbone: Backbone, images: Tensor, num_registers: 
             f"asked for test-time registers on {backbone.describe()}, which has {backbone.num_registers} "
             "registers from phreg; call phreg.remove_registers(model) first"
         )
-    sinks = locate(backbone, list(images.split(MEASURED_AT_ONCE)))
+    sinks = find_sinks(backbone, list(images.split(MEASURED_AT_ONCE)))
     if sinks is None:
         raise PhregError(
             f"asked for test-time registers on {backbone.describe()}, whose norms on {len(images)} images "
@@ -568,39 +571,40 @@ def _add_test_time_registers(backbone: Backbone, images: Tensor, num_registers: 
     test_time.add_test_time_registers(backbone, sinks, num_registers)
 
 
+@accept_old_arguments("inspect")
 def inspect(
     model: Model,
-    images: Images | Float[Tensor, "batch 3 height width"],
+    images: ImagesPath | Float[Tensor, "batch 3 height width"],
     *,
-    against: Sequence[Model] = (),
+    baseline: Model | Sequence[Model] = (),
     output: str | os.PathLike[str] | None = None,
     size: int | tuple[int, int] | None = None,
     count: int = 64,
-    labels: Images | None = None,
-    queries: Sequence[str] = (),
+    labels: ImagesPath | None = None,
+    texts: Sequence[str] = (),
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     device: str | None = None,
     observe: Progress | None = None,
 ) -> InspectionReport:
-    """Looks at a model from all sides: its artifacts, where they come from, what they hold.
+    """Inspects a model: its artifacts, where they come from, and what they hold.
 
     Args:
         model: A model in any form that `distill` takes, a run, or an adapter.
         images: Where images are, or a batch of normalised ones.
-        against: Models to compare it with, on the same images.
-        output: Folder to write inspect.json, report.html and pictures to, new, empty or of an earlier look;
+        baseline: One or more models to compare it with, on the same images.
+        output: Folder for inspect.json, report.html and pictures: new, empty, or of an earlier inspection.
             None writes nothing.
         size: Height and width of the images in pixels, or one number for both; None means each model's own.
-        count: Images to look at, spread evenly over those there are.
+        count: Images to look at, evenly spaced over those there are.
         labels: Labelled images, in any layout of the task `classification` (a folder a class), to ask what
             single tokens know of an image's class; None leaves that out.
-        queries: Texts whose likeness to each patch is mapped, for models with a text tower.
+        texts: Texts whose similarity to each patch is mapped, for models with a text tower.
         mean: Mean to normalise images with, RGB on a scale of 0 to 1, for all models; None means as each or
             its image processor says.
         std: Standard deviation to normalise them with, likewise.
         device: Where to run; None means a GPU where there is one, and for an instance, where it is.
-        observe: Told of progress: what is done, how much of it, and how much there is.
+        observe: Called with the progress: the name of the work, how much is done, and how much there is.
 
     Returns:
         What was found; in a notebook it shows itself as the report.
@@ -614,15 +618,16 @@ def inspect(
         check_output(Path(output), images if isinstance(images, str | os.PathLike) else None)
     if device is not None:
         _usable(device)
-    for other in against:  # now, so that a typo costs no look at the first
+    others = [baseline] if isinstance(baseline, str | os.PathLike | nn.Module) else [*baseline]
+    for other in others:  # now, so that a typo costs no look at the first
         if not isinstance(other, nn.Module) and os.fspath(other) != "demo":
             resolve.locate(other)
 
     looks = [
         _look(
-            name, given, images, size, count, labels, queries, mean, std, device, observe or (lambda *_: None)
+            name, given, images, size, count, labels, texts, mean, std, device, observe or (lambda *_: None)
         )
-        for name, given in _short(_named([model, *against])).items()
+        for name, given in _short(_named([model, *others])).items()
     ]
     inspection = InspectionReport.of(replace(looks[0], against=tuple(looks[1:])))
     if output is not None:
@@ -633,22 +638,23 @@ def inspect(
             "std": std,
             "count": count,
             "labels": labels,
-            "queries": ", ".join(queries) or None,
+            "texts": ", ".join(texts) or None,
         }
         write_inspection(Path(output), inspection, Origin.of("inspect", shown))
     return inspection
 
 
+@accept_old_arguments("evaluate")
 def evaluate(
     *models: Model,
     task: str,
-    data: Images,
+    data: ImagesPath,
     output: str | os.PathLike[str] | None = None,
     baseline: Model | None = None,
     seeds: int = 1,
     seed: int = 0,
     protocol: str | None = None,
-    gate: float | None = None,
+    max_drop: float | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     device: str | None = None,
@@ -659,7 +665,7 @@ def evaluate(
     observe: Progress | None = None,
     **settings: Any,
 ) -> Results:
-    """Measures models in a task, side by side: see `phreg.evaluation.tasks.table.TASKS`.
+    """Compares models in a task: see `phreg.evaluation.tasks.table.TASKS`.
 
     Args:
         models: One or more, in any form that `distill` takes, patched or not. Instances come back as they
@@ -669,13 +675,13 @@ def evaluate(
         output: Folder to write results.json, results.md and, of object discovery, maps.png to, and single
             runs, which a rerun takes up again; one that holds results of another task, other data or other
             settings is refused. None writes nothing.
-        baseline: Model that the others are set against, and measured at whose artifacts; None means the
-            first of several, without figures at artifacts.
-        seeds: Runs of each model; with several, figures have a spread. A task that draws nothing runs once.
+        baseline: Model that the others are compared with; figures at artifacts use its artifacts. None
+            compares with the first model, without figures at artifacts.
+        seeds: Runs of each model. Several runs give a standard deviation. A deterministic task runs once.
         seed: The first seed.
         protocol: A named set of the task's settings.
-        gate: Largest drop behind the baseline's figures, as a fraction, e.g. 0.01: of the headline, and in
-            classification of every top-1.
+        max_drop: Largest drop behind the baseline, as a fraction, e.g. 0.01, of the headline and, in
+            classification, of every top-1.
         mean: Mean to normalise images with, RGB on a scale of 0 to 1, for all models; None means as each or
             its image processor says.
         std: Standard deviation to normalise them with, likewise.
@@ -684,23 +690,23 @@ def evaluate(
         batch_size: Pictures per forward.
         cache: Folder that keeps features; None means `output/features`.
         cache_limit: Gigabytes it may take.
-        observe: Told of progress: what is done, how much of it, and how much there is.
+        observe: Called with the progress: the name of the work, how much is done, and how much there is.
         settings: Any setting of the task: `neighbours=10, reading={"size": 448}`.
 
     Raises:
-        GateError: The gate failed; results are written, and come with the error.
+        MaxDropError: A figure dropped by more than `max_drop`. The results are written; the error holds them.
         PhregError: Anything asked for does not exist or does not fit.
     """
     checked = resolve_settings(task, settings, protocol)
-    asked = {"seeds": seeds, "batch_size": batch_size, "gate": gate, "cache_limit": cache_limit}
+    asked = {"seeds": seeds, "batch_size": batch_size, "max_drop": max_drop, "cache_limit": cache_limit}
     configuration.build(_Amounts, asked, source="evaluate")
     _check_names(models, baseline, data)
-    if gate is not None and baseline is None:
-        raise PhregError("a gate asked for without a model to compare with; give --baseline MODEL")
+    if max_drop is not None and baseline is None:
+        raise PhregError("--max-drop asked for without a model to compare with; give --baseline MODEL")
     for folder in (output, cache):
         if folder is not None:
             _check_folder(Path(folder))
-    place = _usable(device)
+    on_device = _usable(device)
     named = _named(models)
     against = None
     if baseline is not None:
@@ -719,15 +725,17 @@ def evaluate(
 
     with tempfile.TemporaryDirectory(prefix="phreg-") as temporary:
         folder = Path(output if output is not None else temporary)
-        kept = FeatureCache(Path(cache) if cache else folder / "features", int(cache_limit * GIGABYTE))
+        feature_cache = FeatureCache(
+            Path(cache) if cache else folder / "features", int(cache_limit * GIGABYTE)
+        )
         suite = Suite(
             task,
             os.fspath(data),
             checked,
             tuple(range(seed, seed + seeds)),
             folder,
-            kept,
-            place,
+            feature_cache,
+            on_device,
             batch_size,
             precision == "bf16",
             observe or (lambda *_: None),
@@ -743,8 +751,8 @@ def evaluate(
         if found:
             with writing(folder / MAPS, ADVICE):
                 save_png(folder / MAPS, discovery_figure(_short(found)))
-    if gate is not None:
-        results.check_gate(gate)
+    if max_drop is not None:
+        results.check_gate(max_drop)
     return results
 
 
@@ -753,7 +761,7 @@ class _Amounts(configuration.Config):
 
     seeds: PositiveInt
     batch_size: PositiveInt
-    gate: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None
+    max_drop: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None
     cache_limit: Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
@@ -786,21 +794,21 @@ def _check_folder(folder: Path) -> None:
         )
 
 
-def _usable(device: str | torch.device | None, *, holding: bool = False) -> torch.device:
+def _usable(device: str | torch.device | None, *, for_weights: bool = False) -> torch.device:
     """Finds the device to run on, or only to hold weights on; None means a GPU where there is one."""
     name = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        place = torch.device(name)
-        held = torch.zeros(1, device=place)
-        if not holding:
-            held.item()
+        usable = torch.device(name)
+        probe = torch.zeros(1, device=usable)
+        if not for_weights:
+            probe.item()
     except (RuntimeError, AssertionError) as error:  # the latter where torch is built without it
         reason = str(error).partition("\n")[0]
         raise PhregError(
             f"asked to run on device '{name}', which cannot be used here: {reason}; leave --device out, or "
             "give cpu, cuda, cuda:1 or mps, whichever there is"
         ) from error
-    return place
+    return usable
 
 
 def _named(models: Sequence[Model], instance: str = "instance") -> dict[str, Model]:
@@ -822,11 +830,11 @@ def _short(named: dict[str, Any]) -> dict[str, Any]:
 def _look(
     name: str,
     model: Model,
-    images: Images | Tensor,
+    images: ImagesPath | Tensor,
     size: int | tuple[int, int] | None,
     count: int,
-    labels: Images | None,
-    queries: Sequence[str],
+    labels: ImagesPath | None,
+    texts: Sequence[str],
     mean: Sequence[float] | None,
     std: Sequence[float] | None,
     device: str | None,
@@ -837,17 +845,17 @@ def _look(
     with unchanged(*([backbone] if isinstance(model, nn.Module) else [])):
         if device is not None or not isinstance(model, nn.Module):
             backbone.to(_usable(device))
-        return _look_at(backbone.eval(), name, images, size, count, labels, queries, observe)
+        return _look_at(backbone.eval(), name, images, size, count, labels, texts, observe)
 
 
 def _look_at(
     backbone: Backbone,
     name: str,
-    images: Images | Tensor,
+    images: ImagesPath | Tensor,
     size: int | tuple[int, int] | None,
     count: int,
-    labels: Images | None,
-    queries: Sequence[str],
+    labels: ImagesPath | None,
+    texts: Sequence[str],
     observe: Progress,
 ) -> Inspection:
     """Looks at an opened model, where it is."""
@@ -866,7 +874,7 @@ def _look_at(
         looked_at,
         resampled=resampled,
         labelled=labelled(backbone, os.fspath(labels), size) if labels is not None else None,
-        queries=queries,
+        queries=texts,
         observe=observe,
     )
 
@@ -888,7 +896,6 @@ def _checked(backbone: Backbone, images: Any) -> Tensor:
 
 
 def _views(settings: dict[str, Any]) -> ViewsConfig:
-    checked = configuration.validate(
-        {f"views.{key}": value for key, value in settings.items()}, source="views"
-    )
-    return checked.views
+    given = {f"views.{key}": value for key, value in settings.items()}
+    current = configuration.with_current_names(given, source="views")
+    return configuration.validate(current, source="views").views

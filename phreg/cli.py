@@ -1,9 +1,9 @@
-"""The command line: flags in, tables out. What is done is done in `phreg.api`.
+"""The command line: flags in, tables out. The work is done in `phreg.api`.
 
-The flags of `phreg distill` are the settings of `phreg.config`, one for one; only those given are passed on,
-so that a flag wins over a recipe, and a recipe over what its method implies.
+Each setting of `phreg.config` is a flag of `phreg distill`. Only given flags are passed on, so a flag wins
+over a recipe, and a recipe over what its method implies.
 
-Texts are printed as they are. Names of folders and models hold anything, so the consoles read no markup.
+Texts are printed without markup, since names of folders and models can hold any character.
 """
 
 import json
@@ -11,8 +11,9 @@ import logging
 import signal
 import sys
 import time
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from inspect import signature
 from itertools import chain
 from pathlib import Path
@@ -29,14 +30,15 @@ from tyro.conf import Positional, UseAppendAction, arg
 from tyro.extras import SubcommandApp
 
 from phreg import __version__, config
-from phreg.errors import ConfigError, GateError, Interrupted, PhregError
+from phreg.deprecated import OldNameWarning, current_command_line, current_name
+from phreg.errors import ConfigError, Interrupted, MaxDropError, PhregError
 from phreg.methods import METHODS
 from phreg.parsing import parse_toml
 from phreg.storage import ADAPTER_FORMAT, Format
 
 app = SubcommandApp()
 PLAIN: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False}
-"""How consoles print: `[…]` and `:…:` in a text are part of it."""
+"""How consoles print: `[…]` and `:…:` have no special meaning."""
 
 console = Console(**PLAIN)
 logger = logging.getLogger("phreg")
@@ -46,12 +48,12 @@ LINE_EVERY = 10.0
 
 
 def _unset(metavar: str) -> Any:
-    """Describes a flag that says in its own words what leaving it out means."""
+    """Describes a flag whose help says itself what leaving it out means."""
     return arg(metavar=metavar, help_behavior_hint="")
 
 
 def _flags(section: type[BaseModel] = config.DistillConfig, prefix: str = "") -> Any:
-    """Makes the type of distill's flags from the settings: a dictionary of those given, by section."""
+    """Builds the type of distill's flags from the settings: a dictionary of given flags, by section."""
     flags: dict[str, Any] = {}
     for name, field in section.model_fields.items():
         kind: Any = field.annotation
@@ -76,16 +78,16 @@ def _flags(section: type[BaseModel] = config.DistillConfig, prefix: str = "") ->
 
 
 def _defaults(key: str, default: Any) -> str:
-    """Says what a setting is where it is not given, and with which methods it is something else."""
+    """Lists the default of a setting, and the methods that imply another one."""
 
-    def said(value: Any) -> str:
+    def text(value: Any) -> str:
         return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
-    told = [] if default in (None, ()) else [f"default: {said(default)}"]
-    told += [
-        f"{name}: {said(method.settings[key])}" for name, method in METHODS.items() if key in method.settings
+    parts = [] if default in (None, ()) else [f"default: {text(default)}"]
+    parts += [
+        f"{name}: {text(method.settings[key])}" for name, method in METHODS.items() if key in method.settings
     ]
-    return f"({'; '.join(told)})" if told else ""
+    return f"({'; '.join(parts)})" if parts else ""
 
 
 if TYPE_CHECKING:
@@ -96,7 +98,7 @@ else:
 
 @app.command
 def quickstart(output: Path = Path("runs/quickstart")) -> None:
-    """Retrofit registers onto a demonstration model with planted artifacts: offline, minutes on a CPU.
+    """Repair a demonstration model with planted artifacts: offline, minutes on a CPU.
 
     Args:
         output: Run folder to write.
@@ -109,10 +111,10 @@ def quickstart(output: Path = Path("runs/quickstart")) -> None:
     _show(result)
     seconds = time.perf_counter() - started
     _say(f"\nDone in {seconds:.0f} s. Open {output / 'report' / 'report.html'} in a browser.")
-    _say("This model is a demonstration. The same with a real one:")
+    _say("This was a demonstration model. For a real model:")
     _say("  phreg distill facebook/dinov2-small --images photos/ --output runs/dinov2-small-reg")
     if result.failures:
-        sys.exit(GATE_FAILED)
+        sys.exit(CHECK_FAILED)
 
 
 @app.command
@@ -127,10 +129,10 @@ def distill(
     """Retrofit registers onto a model by self-distillation.
 
     Args:
-        model: Hub id, timm or open_clip name, or local folder; may come from the recipe.
+        model: Hub id, timm or open_clip name, or local folder. The recipe can name it instead.
         settings: The settings of phreg.config.
         recipe: Name of a shipped recipe (`phreg recipes` lists them), or path of a TOML file.
-        resume: Go on with the run in --output.
+        resume: Continue the run in --output.
     """
     from phreg import api
 
@@ -142,7 +144,7 @@ def distill(
         if result.outcome is not None:
             _say(f'In Python:  model = phreg.load("{_inside_quotes(result.run)}")')
     if result.failures:
-        sys.exit(GATE_FAILED)
+        sys.exit(CHECK_FAILED)
 
 
 @app.command
@@ -151,39 +153,40 @@ def inspect(
     /,
     images: str,
     output: Path,
-    against: Annotated[tuple[str, ...], _unset("MODEL…")] = (),
+    baseline: Annotated[tuple[str, ...], _unset("MODEL…")] = (),
     size: Annotated[int | tuple[int, int] | None, _unset("HEIGHT [WIDTH]")] = None,
     count: int = 64,
     labels: Annotated[str | None, _unset("PATH")] = None,
-    queries: Annotated[tuple[str, ...], _unset("TEXT…")] = (),
+    texts: Annotated[tuple[str, ...], _unset("TEXT…")] = (),
     mean: Annotated[tuple[float, float, float] | None, _unset("R G B")] = None,
     std: Annotated[tuple[float, float, float] | None, _unset("R G B")] = None,
     device: Annotated[str | None, _unset("DEVICE")] = None,
 ) -> None:
-    """Look for artifacts: how many, where, what causes them, what they hold; in one report.
+    """Look for artifacts, and report how many there are, where, what causes them and what they hold.
 
     Args:
         model: Hub id, timm or open_clip name, local folder, run or adapter.
         images: Folder, text file of paths, tar shards or Hugging Face dataset.
-        output: Folder to write inspect.json, pictures and report.html to: new, empty, or of an earlier look.
-        against: Models to set beside it, on the same images.
-        size: Size of the images in pixels: one number for a square, or height and width; unset means each
-            model's own.
+        output: Folder for inspect.json, report.html and pictures: new, empty, or of an earlier inspection.
+        baseline: Models to compare it with, on the same images.
+        size: Size of the images in pixels: one number for a square, or height and width. Unset means each
+            model's own size.
         count: Images to look at.
-        labels: Labelled images, such as a folder of class folders, to ask what single tokens know of a class.
-        queries: Texts to map over the images shown, for models with a text tower.
-        mean: Mean to normalise images with, on a scale of 0 to 1; unset means as each model or its image
-            processor says.
-        std: Standard deviation to normalise images with, likewise.
-        device: Where to run; unset means a GPU where there is one.
+        labels: Labelled images, such as a folder of class folders. They show what single tokens know of a
+            class.
+        texts: Texts whose similarity is mapped over the images, for models with a text tower.
+        mean: Mean that images are normalised with, on a scale of 0 to 1. Unset takes it from each model or
+            its image processor.
+        std: Standard deviation that images are normalised with. Unset works as for mean.
+        device: Device to run on. Unset means a GPU if there is one.
     """
     from phreg import api
     from phreg.report.verdict import causes, verdict
 
     with ProgressReporter() as doing:
         inspection = api.inspect(
-            model, images, against=against, output=output, size=size, count=count, labels=labels,
-            queries=queries, mean=mean, std=std, device=device, observe=doing,
+            model, images, baseline=baseline, output=output, size=size, count=count, labels=labels,
+            texts=texts, mean=mean, std=std, device=device, observe=doing,
         )  # fmt: skip
     for found in inspection.models:
         table = Table(
@@ -213,14 +216,14 @@ def export(
     format: Format,
     revision: Annotated[str | None, _unset("COMMIT")] = None,
 ) -> None:
-    """Write a patched model in another format, load it back, and check that it is the same model.
+    """Write a patched model in another format, load it back, and compare the two.
 
     Args:
         model: Run, adapter folder, or hub id of an adapter.
         output: Folder to write.
-        format: timm, transformers (DINOv2 becomes DINOv2 with registers) and open_clip load as they are;
-            remote-code in transformers with the code that comes along, onnx in onnxruntime; merged (all
-            weights) and adapter (those that changed) by phreg.load.
+        format: timm, transformers (DINOv2 becomes DINOv2 with registers) and open_clip load in their own
+            library without phreg. remote-code loads in transformers, with code in the folder. onnx loads in
+            onnxruntime. merged (all weights) and adapter (changed weights) load by phreg.load.
         revision: Hub commit, branch or tag to pin.
     """
     from phreg import api
@@ -246,7 +249,7 @@ def evaluate(
     seeds: int = 1,
     protocol: Annotated[str | None, _unset("NAME")] = None,
     set: UseAppendAction[Annotated[tuple[tuple[str, ...], ...], arg(metavar="KEY=VALUE…")]] = (),
-    gate: Annotated[float | None, _unset("DROP")] = None,
+    max_drop: Annotated[float | None, _unset("DROP")] = None,
     mean: Annotated[tuple[float, float, float] | None, _unset("R G B")] = None,
     std: Annotated[tuple[float, float, float] | None, _unset("R G B")] = None,
     device: Annotated[str | None, _unset("DEVICE")] = None,
@@ -256,31 +259,30 @@ def evaluate(
     cache: Annotated[Path | None, _unset("DIR")] = None,
     cache_limit: Annotated[float, arg(metavar="GB")] = 20.0,
 ) -> None:
-    """Measure models in a task, side by side: segmentation, classification and more.
+    """Compare models in a task: segmentation, classification and more.
 
     Args:
         models: Hub ids, timm or open_clip names, local folders, runs or adapters.
         task: Name of the task; `phreg tasks` lists them.
         data: Images and labels of the task.
-        output: Folder to write results.json and results.md to, and maps.png where objects are discovered; a
-            rerun takes up finished runs. One that holds results of another task, other data or other
-            settings is refused.
-        baseline: Model that the others are set against, and measured at whose artifacts; unset means the
-            first of several, without figures at artifacts.
-        seeds: Runs of each model; with several, figures have a spread. A task that draws nothing runs once.
+        output: Folder for results.json, results.md and, in object discovery, maps.png. A rerun continues
+            after finished runs. Results of another task, other data or other settings are refused.
+        baseline: Model that the others are compared with; figures at artifacts use its artifacts. Unset
+            compares with the first model, without figures at artifacts.
+        seeds: Runs of each model. Several runs give a standard deviation. A deterministic task runs once.
         protocol: Named set of the task's settings.
-        set: Settings of the task, such as `neighbours=10 reading.size=448`; `phreg tasks TASK` lists them.
-        gate: Exit with status 3 where a figure drops by more than this behind the baseline's, e.g. 0.01: the
-            first figure, and in classification every top-1.
-        mean: Mean to normalise images with, on a scale of 0 to 1; unset means as each model or its image
-            processor says.
-        std: Standard deviation to normalise images with, likewise.
-        device: Where to run; unset means a GPU where there is one.
-        precision: Of the models' forwards.
-        batch_size: Pictures per forward.
+        set: Settings of the task, such as `neighbours=10 reading.size=448`. `phreg tasks TASK` lists them.
+        max_drop: Largest drop behind the baseline, e.g. 0.01, of the first figure and, in classification, of
+            every top-1. A larger drop exits with status 3.
+        mean: Mean that images are normalised with, on a scale of 0 to 1. Unset takes it from each model or
+            its image processor.
+        std: Standard deviation that images are normalised with. Unset works as for mean.
+        device: Device to run on. Unset means a GPU if there is one.
+        precision: Precision of the models' forward passes.
+        batch_size: Images per forward pass.
         seed: The first seed.
-        cache: Folder that keeps features; unset means features/ in the output.
-        cache_limit: Gigabytes that it may take.
+        cache: Folder for cached features. Unset means features/ in the output.
+        cache_limit: Largest size of the cache, in gigabytes.
     """
     try:
         from phreg import api
@@ -288,21 +290,21 @@ def evaluate(
         with ProgressReporter() as doing:
             results = api.evaluate(
                 *models, task=task, data=data, output=output, baseline=baseline, seeds=seeds, seed=seed,
-                protocol=protocol, gate=gate, mean=mean, std=std, device=device, precision=precision,
+                protocol=protocol, max_drop=max_drop, mean=mean, std=std, device=device, precision=precision,
                 batch_size=batch_size, cache=cache, cache_limit=cache_limit, observe=doing,
                 **_assignments([*chain(*set)]),
             )  # fmt: skip
-    except GateError as failed:
+    except MaxDropError as failed:
         _show_results(failed.results, output)
         raise
     except KeyboardInterrupt as stopped:
         raise Interrupted(
-            f"stopped; runs and features that were finished are kept in {output}: give the same command "
-            "again, and it goes on after them"
+            f"stopped; finished runs and features are in {output}: give the same command again to continue "
+            "after them"
         ) from stopped
     _show_results(results, output)
-    if gate is not None:
-        console.print(f"Gate passed: no drop beyond {gate:g}.")
+    if max_drop is not None:
+        console.print(f"Check passed: no drop of more than {max_drop:g}.")
 
 
 @app.command
@@ -338,8 +340,8 @@ def _assignments(given: Sequence[str]) -> dict[str, Any]:
     problems = [f"{text}: expected KEY=VALUE" for text in given if not text.partition("=")[2]]
     keys = [text.partition("=")[0] for text in given]
     for key in dict.fromkeys(keys):
-        if key in flags:
-            problems.append(f"{key}: no setting of a task; give it by --{key.replace('_', '-')}")
+        if (flag := current_name("evaluate", key)) in flags:
+            problems.append(f"{key}: no setting of a task; give it by --{flag.replace('_', '-')}")
         elif key == "observe":
             problems.append(f"{key}: unknown key")  # of phreg.evaluate alone
         if keys.count(key) > 1:
@@ -369,15 +371,15 @@ def push(
     revision: Annotated[str | None, _unset("BRANCH")] = None,
     dry_run: Annotated[Path | None, _unset("DIR")] = None,
 ) -> None:
-    """Put a run's adapter, or an export, on the Hugging Face hub, with a model card that fills itself.
+    """Upload a run's adapter, or an export, to the Hugging Face hub, with a generated model card.
 
     Args:
         model: Run, adapter, or exported folder.
-        repository: Repository to push to; created where there is none.
-        format: A format of `phreg export` to write a run in first; unset means what RUN is.
-        private: Let nobody else see the repository.
-        revision: Branch to commit to; unset means the main branch.
-        dry_run: Write the folder that would be pushed, and push nothing.
+        repository: Repository to push to. It is created if it does not exist.
+        format: Format of `phreg export` to convert to first. Unset means no conversion.
+        private: Push to a private repository. A public one is refused.
+        revision: Branch to commit to. Unset means the main branch.
+        dry_run: Folder to write instead of pushing.
     """
     from phreg import api
 
@@ -391,24 +393,24 @@ def push(
 
 
 @app.command
-def show(
+def info(
     path: Annotated[Positional[str], arg(metavar="PATH")],
     /,
     base: Annotated[str | None, _unset("MODEL")] = None,
     revision: Annotated[str | None, _unset("COMMIT")] = None,
     json: bool = False,
 ) -> None:
-    """Say what an adapter, a run, an export or a hub id is, and whether it fits the base at hand.
+    """Describe an adapter, a run, an export or a hub id, and check whether its base fits.
 
     Args:
         path: Folder, or hub id.
-        base: Model to check as its base; unset means the one it names, if that is on this disk already.
+        base: Model to check as its base. Unset means the base that it names, if that is on this disk.
         revision: Hub commit, branch or tag to pin.
         json: Print JSON.
     """
-    from phreg.formats.info import show
+    from phreg.formats.info import info as describe
 
-    shown = show(path, revision=revision, base=base)
+    shown = describe(path, revision=revision, base=base)
     if json:
         console.print_json(data=shown.to_json())
         return
@@ -432,7 +434,7 @@ def recipes() -> None:
 
 
 class ProgressReporter(AbstractContextManager["ProgressReporter"]):
-    """Shows what is being done and how far it is: bars on a terminal, a line now and then elsewhere."""
+    """Shows progress by the name of the work: bars on a terminal, a line every few seconds elsewhere."""
 
     def __init__(self) -> None:
         what = TextColumn("{task.description}", markup=False)
@@ -452,13 +454,13 @@ class ProgressReporter(AbstractContextManager["ProgressReporter"]):
                 self._tasks[what] = self._progress.add_task(what, total=total)
             self._progress.update(self._tasks[what], completed=done, visible=done < total)
         elif what not in self._tasks or done == total or time.perf_counter() - self._last > LINE_EVERY:
-            self._tasks[what] = None  # said once when it begins
+            self._tasks[what] = None  # one line when it begins
             self._last = time.perf_counter()
             _say(f"{what} {done}/{total}")
 
 
 class TrainingProgress(AbstractContextManager["TrainingProgress"]):
-    """Shows training steps as they come: a bar on a terminal, a line now and then elsewhere."""
+    """Shows training steps: a bar on a terminal, a line every few seconds elsewhere."""
 
     def __init__(self) -> None:
         loss, speed = "loss {task.fields[loss]:.4f}", "{task.fields[speed]:.1f} images/s"
@@ -492,12 +494,12 @@ class TrainingProgress(AbstractContextManager["TrainingProgress"]):
 
 
 def _say(text: str, *, alarm: str = "", to: Console = console) -> None:
-    """Prints a line that may hold a path or a command: as it is and unbroken, so that it can be copied."""
+    """Prints a path or a command, unchanged and without line breaks, so that it can be copied."""
     to.print(Text.assemble((alarm, "bold red"), text), soft_wrap=True)
 
 
 def _inside_quotes(path: Any) -> str:
-    """Writes a path so that Python reads it back between double quotes."""
+    """Escapes a path for a Python string in double quotes."""
     return json.dumps(str(path), ensure_ascii=False)[1:-1]
 
 
@@ -529,11 +531,11 @@ def _show(result: Any) -> None:
         )
         console.print(done)
     elif outcome.steps:
-        console.print("The run was finished already.")
+        console.print("The run had finished before.")
     if outcome.skipped:
         _say(f"{len(outcome.skipped)} unreadable images were skipped: {', '.join(outcome.skipped[:5])}")
     if result.comparison is None:
-        console.print("Not measured (--measure.images 0), so no gate was asked.")
+        console.print("Not measured (--measure.images 0), so nothing was checked.")
         return
     apart = "not trained on" if result.comparison.held_out else "that were trained on too"
     _table(result.comparison.rows(), title=f"on {result.comparison.images} images {apart}")
@@ -543,9 +545,9 @@ def _show(result: Any) -> None:
             f"{after / before:.0%} of the artifacts remain. Train on more images, or for more epochs."
         )
     for failure in result.failures:
-        _say(f"{failure}.", alarm="Gate failed: ")
+        _say(f"{failure}.", alarm="Check failed: ")
     if result.failures:
-        console.print("The adapter is kept, and marked in phreg.json and in its model card.")
+        console.print("The adapter is written, and marked in phreg.json and in its model card.")
 
 
 LOADED: dict[Format, str] = {
@@ -560,16 +562,16 @@ LOADED: dict[Format, str] = {
 """What loads an export."""
 
 REMAINING = 0.05
-"""Share of the artifacts that a run may leave without a word."""
+"""Largest share of remaining artifacts that is not reported."""
 
-GATE_FAILED = 3
-"""Exit status of a run, or of an evaluation, that found something worse than its gates allow."""
+CHECK_FAILED = 3
+"""Exit status of a run or an evaluation with a failed check."""
 
 INTERRUPTED = 130
-"""Exit status of what the user stopped, as shells have it of Ctrl-C."""
+"""Exit status after Ctrl-C, as shells set it."""
 
 TERMINATED = 143
-"""Exit status of what was told to stop, as shells have it of SIGTERM."""
+"""Exit status after SIGTERM, as shells set it."""
 
 
 def _table(rows: Sequence[Any], title: str | None = None) -> None:
@@ -582,17 +584,17 @@ def _table(rows: Sequence[Any], title: str | None = None) -> None:
 
 
 def _described(shown: Any) -> list[tuple[str, str]]:
-    """Puts what `phreg show` found into words, line by line."""
+    """Describes what `phreg info` found, line by line."""
     base = shown.base
     fits = {
-        "whole": "yes, the base at hand is the one it was made from",
-        "tower": "yes, the vision tower at hand is that of its base",
-        "no": "no, the base at hand has other weights",
+        "whole": "yes, this base is the one it was made from",
+        "tower": "yes, this vision tower is that of its base",
+        "no": "no, this base has other weights",
         "unknown": "not checked; give the base by --base",
     }
-    gates = "none failed" if shown.figures else "not asked"
+    checks = "none failed" if shown.figures else "not made"
     if shown.failures:
-        gates = f"failed: {'; '.join(shown.failures)}"
+        checks = f"failed: {'; '.join(shown.failures)}"
     sizes = (f"{high}x{wide} {'yes' if claimed else 'no'}" for (high, wide), claimed in shown.sizes)
     lines = [
         ("format", f"{shown.format}, version {shown.format_version}"),
@@ -602,7 +604,7 @@ def _described(shown: Any) -> list[tuple[str, str]]:
         ("base sha256", base.sha256 if base else "-"),
         ("registers", str(shown.registers)),
         ("method", "-" if shown.method is None else f"{shown.method}, {shown.steps} steps"),
-        ("gates", gates),
+        ("checks", checks),
         ("tensors", f"{shown.tensors}, {shown.num_bytes / 1e6:.2f} MB"),
         ("equal at", ", ".join(sizes) or "-"),
         ("versions", ", ".join(f"{name} {number}" for name, number in shown.versions.items())),
@@ -610,6 +612,24 @@ def _described(shown: Any) -> list[tuple[str, str]]:
     if shown.format == ADAPTER_FORMAT:
         lines.append(("fits", fits[shown.fits]))
     return lines
+
+
+@contextmanager
+def _old_names_logged() -> Iterator[None]:
+    """Logs each old name that is used, once, in place of Python's warning."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", OldNameWarning)
+        show, logged = warnings.showwarning, set[str]()
+
+        def log(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+            if not issubclass(category, OldNameWarning):
+                show(message, category, *where, **more)
+            elif str(message) not in logged:
+                logged.add(str(message))
+                logger.warning("%s", message)
+
+        warnings.showwarning = log
+        yield
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -620,17 +640,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )  # fmt: skip
     logger.setLevel(logging.INFO)
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # which warns of fonts that no chart needs
-    if list(sys.argv[1:] if arguments is None else arguments) == ["--version"]:
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if words == ["--version"]:
         console.print(f"phreg {__version__}")
         return
     # Ends as an exception does, so that what was begun is tidied up.
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
     try:
-        app.cli(prog="phreg", args=arguments)
+        with _old_names_logged():
+            app.cli(prog="phreg", args=current_command_line(words))
     except PhregError as error:
         _say(str(error), alarm="phreg: ", to=Console(stderr=True, **PLAIN))
-        if isinstance(error, GateError):
-            sys.exit(GATE_FAILED)
+        if isinstance(error, MaxDropError):
+            sys.exit(CHECK_FAILED)
         sys.exit(INTERRUPTED if isinstance(error, Interrupted) else 1)
     finally:
         signal.signal(signal.SIGTERM, before)

@@ -1,8 +1,8 @@
 """Every setting of a run, in one frozen tree.
 
-A setting comes from, weakest first: the defaults below, what its `method` implies, a recipe file, and flags
-or keyword arguments. All four meet in `phreg.methods.resolve`, which gathers every problem before it
-complains. A field's docstring is its command-line help, its documentation and part of its error.
+A setting comes from four sources, weakest first: the defaults below, what its `method` implies, a recipe
+file, and flags or keyword arguments. `phreg.methods.resolve` joins them and reports all problems at once. A
+field's docstring is its command-line help, its documentation and part of its error.
 
     defaults ◄── METHODS[method].settings ◄── recipe.toml ◄── flags / keyword arguments  ──►  DistillConfig
 """
@@ -26,17 +26,18 @@ from pydantic import (
     model_validator,
 )
 
+from phreg.deprecated import current_attribute, current_names
 from phreg.errors import ConfigError
 from phreg.parsing import parse_toml
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 DecayRate = Annotated[float, Field(ge=0, lt=1)]
-Readout = Literal["plain", "naclip", "value-only"]
+TrainedReadout = Literal["plain", "naclip", "value-only"]
 Role = str
 
 
 def _check_pixels(size: Any) -> Any:
-    """Checks a size for all its forms together, which pydantic would complain of one by one."""
+    """Checks all forms of a size together; pydantic would report one problem for each form."""
     sides = size if isinstance(size, tuple | list) else (size, size)
     try:
         whole = len(sides) == 2 and all(int(side) == float(side) > 0 for side in sides)
@@ -52,54 +53,52 @@ Size = Annotated[int | tuple[int, int], BeforeValidator(_check_pixels)]
 
 
 class Config(BaseModel):
-    """Base of all sections: frozen, unknown keys refused, docstrings kept as descriptions."""
+    """Base of all sections: frozen, unknown keys refused, docstrings used as descriptions."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
 class ViewsConfig(Config):
-    """The moved copies of an image whose aligned features are averaged into the target."""
+    """The moved copies of an image. Their aligned features are averaged into the target."""
 
     count: PositiveInt = 10
-    """Views per image; the first is always the image as it is."""
+    """Views per image. The first is always the unmoved image."""
     max_shift: Fraction = 0.15
-    """Largest shift along each axis, as a fraction of the grid side, rounded to whole patches."""
+    """Largest shift along each axis, as a fraction of the grid side. It is rounded to whole patches."""
     sampler: Literal["farthest-point", "uniform"] = "farthest-point"
-    """How shifts are drawn: spread out over the range (the paper's code) or independently (the paper's
-    text)."""
+    """How shifts are drawn. farthest-point: far from each other (the paper's code). uniform: independently
+    (the paper's text)."""
     flip: Fraction = 0.5
     """Probability that a view is mirrored left to right."""
-    fill: Literal["white", "black", "mean", "reflect", "replicate", "surroundings", "valid-crop"] = "white"
-    """What a shifted view shows outside the image; surroundings: what lies there, the image being the middle
-    of a larger crop; valid-crop: nothing, views being smaller crops."""
+    fill: Literal["white", "black", "mean", "reflect", "replicate", "context", "valid-crop"] = "white"
+    """What a shifted view shows outside the image. context: the pixels that lie there, taken from a larger
+    crop. valid-crop: nothing; views are smaller crops."""
     subpatch: bool = False
-    """Shift by fractions of a patch too; features are then resampled (kornia), which blurs the target
+    """Also shift by fractions of a patch. Features are then resampled (kornia), which blurs the target
     slightly."""
     scale: Fraction = 0.0
-    """Largest relative change of scale of a view, e.g. 0.1; 0 keeps views exact. Needs resampling
-    (kornia)."""
+    """Largest relative change of scale of a view, e.g. 0.1. Other values than 0 need resampling (kornia)."""
 
 
 class TargetConfig(Config):
     """Which features are distilled."""
 
     layer: int | None = None
-    """Block whose output is distilled, 0-based or negative from the end; unset means the last."""
+    """Block whose output is distilled: counted from 0, or negative from the end. Unset means the last."""
     norm: bool = True
-    """Apply the final norm to the tokens first."""
-    teacher_readout: Readout = "plain"
-    """How the teacher's last block is read: plain, naclip (CLIP: key-key attention with a Gaussian),
-    value-only (MaskCLIP)."""
-    student_readout: Readout = "plain"
-    """How the student's last block is read; anything but plain makes its pooled output meaningless in that
-    reading."""
-    keep: bool = True
-    """Cut each image the same in every epoch, and keep its target on disk in the run folder until the run
-    ends; off, every step has new crops and new views."""
+    """Apply the final norm to the tokens before they are compared."""
+    teacher_readout: TrainedReadout = "plain"
+    """Read-out of the teacher's last block. plain: the block as it is. naclip: key-key attention with a
+    Gaussian (CLIP). value-only: values alone (MaskCLIP)."""
+    student_readout: TrainedReadout = "plain"
+    """Read-out of the student's last block. With any other than plain, the pooled output is not usable."""
+    cache: bool = True
+    """Cut each image the same in every epoch, and cache its target on disk in the run folder until the run
+    ends. If off, every step has new crops and new views."""
     native_size: bool = False
-    """Resample the student's position embedding to the training size once, and store it so."""
+    """Resample the student's position embedding to the training size once, and save it at that size."""
     micro_batch: PositiveInt | None = None
-    """Views per teacher forward; unset means 16 on a CPU and 256 on a GPU, halved when memory runs out."""
+    """Views per teacher forward. Unset means 16 on a CPU and 256 on a GPU. Halved when memory runs out."""
 
 
 class LossConfig(Config):
@@ -110,17 +109,17 @@ class LossConfig(Config):
     mse: NonNegativeFloat = 1.0
     """Weight of the mean squared error between student and target patch tokens."""
     pooled: NonNegativeFloat = 1.0
-    """Weight of the same two terms on the pooled output (CLS), against the unmoved teacher view."""
+    """Weight of the same two terms on the pooled output (CLS). Its target is the teacher's unmoved view."""
     relocation: NonNegativeFloat = 0.3
-    """Weight of the relocation term, where sinks with known causes are moved into the registers."""
+    """Weight of the relocation term, which moves sinks with known causes into the registers."""
 
 
 class LoraConfig(Config):
-    """Low-rank adapters (PEFT); they are merged into the weights at the end."""
+    """Low-rank adapters (PEFT). They are merged into the weights at the end."""
 
     rank: PositiveInt | None = None
-    """Rank of the adapters; unset means no LoRA. Set, and unlock.roles not: adapters train instead of the
-    blocks that would."""
+    """Rank of the adapters. Unset means no LoRA. If set without unlock.roles, adapters train instead of the
+    blocks."""
     alpha: PositiveFloat = 16.0
     """Scale: the update is alpha / rank times the low-rank product."""
     blocks: PositiveInt = 2
@@ -132,9 +131,9 @@ class UnlockConfig(Config):
 
     roles: tuple[Role, ...] = ("pos_embed", "patch_embed", "blocks")
     """Roles that train besides the registers: pos_embed, patch_embed, cls, norm, block.N, block.-N, blocks,
-    head. Given by flag or recipe, they train beside LoRA as well; left out, LoRA takes the blocks' place."""
+    head. With LoRA, blocks train only if a flag or recipe names them here."""
     lora: LoraConfig = LoraConfig()
-    """Low-rank adapters instead of whole blocks or, where roles name blocks, besides them."""
+    """Low-rank adapters. They replace whole blocks, or train besides the blocks that roles name."""
 
 
 class OptimConfig(Config):
@@ -147,9 +146,9 @@ class OptimConfig(Config):
     final_lr: NonNegativeFloat = 2e-6
     """Learning rate at the last step."""
     schedule: Literal["exponential", "cosine", "constant"] = "cosine"
-    """How the learning rate goes from lr to final_lr."""
+    """Shape of the learning rate between lr and final_lr."""
     schedule_unit: Literal["step", "epoch"] = "step"
-    """Whether the learning rate changes at every step, or at every epoch (the paper)."""
+    """When the learning rate changes: at every step, or at every epoch (the paper)."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     """Steps of linear warm-up before the schedule."""
     weight_decay: NonNegativeFloat = 1e-2
@@ -159,126 +158,127 @@ class OptimConfig(Config):
     momentum: Fraction = 0.9
     """SGD's momentum."""
     clip_norm: PositiveFloat | None = None
-    """Largest gradient norm; unset means no clipping."""
+    """Largest gradient norm. Unset means no clipping."""
     accumulate: PositiveInt = 1
-    """Batches accumulated into one optimizer step; epochs count passes over the images all the same."""
+    """Batches accumulated into one optimizer step. Epochs still count passes over the images."""
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Decay of an exponential moving average of the weights, kept instead of the last ones; unset means
-    none."""
+    """Decay of an exponential moving average of the weights. The average is saved instead of the last
+    weights. Unset means no average."""
 
 
 class SinksConfig(Config):
-    """How the causes of artifacts are found."""
+    """The search for the causes of artifacts."""
 
     images: PositiveInt = 256
-    """Images to find them on, of those that are trained on (fewer when there are few)."""
+    """Training images used for the search, or all of them if there are fewer."""
 
 
-class GateConfig(Config):
-    """What a run may not make worse, measured on images it was not trained on; beyond, it fails."""
+class ChecksConfig(Config):
+    """What a run must not make worse, on images it was not trained on. A run beyond a limit fails."""
 
     outlier_rate: Fraction = 0.001
-    """Largest rise of the outlier rate, a share of all patch tokens: in the last block, and in the block with
-    most."""
+    """Largest rise of the outlier rate (share of patch tokens), in the last block and in the block with the
+    most outliers."""
     agreement: NonNegativeFloat = 0.01
-    """Largest fall of the mean cosine to the reference."""
+    """Largest drop of the mean cosine to the reference."""
     drift: Fraction = 0.95
-    """Lowest mean cosine of the pooled output to the original's."""
+    """Lowest mean cosine between the pooled output and the original's."""
 
 
 class DataConfig(Config):
     """How images are read."""
 
     limit: PositiveInt | Literal["all"] = 500
-    """Most images to train on, spread evenly over those there are; or all."""
-
+    """Most images to train on, evenly spaced over those there are; or all."""
     split: str = "train"
     """Split of a Hugging Face dataset."""
     image_column: str | None = None
-    """Column of a Hugging Face dataset that holds the images; unset means the first image column."""
+    """Image column of a Hugging Face dataset. Unset means the first one."""
     workers: Annotated[int, Field(ge=0)] | None = None
-    """Reader processes; unset means up to 8, one less than there are cores."""
+    """Reader processes. Unset means one less than there are cores, at most 8."""
     max_megapixels: PositiveFloat = 89.0
-    """Megapixels that one image may have in memory, which bounds that of a reader process: decoding takes up
-    to 12 bytes a pixel. A larger JPEG or JPEG 2000 is decoded at a half, a quarter or an eighth of its size;
-    one that is larger even so, or of another format, counts as unreadable."""
+    """Largest decoded image, in megapixels. Decoding takes up to 12 bytes a pixel in a reader process. A
+    larger JPEG or JPEG 2000 is decoded at a half, a quarter or an eighth of its size. An image that is still
+    larger, or of another format, counts as unreadable."""
     max_broken: Fraction = 0.05
-    """Share of unreadable images that are skipped and reported; more stop the run."""
+    """Largest share of unreadable images. They are skipped and reported; a larger share stops the run."""
 
 
 class MeasureConfig(Config):
     """The before/after table at the end of a run."""
 
     source: str | None = None
-    """Other images to measure on, in any form of images; unset sets some of the images aside."""
+    """Other images to measure on, in any form that images takes. Unset sets some of the images aside."""
     images: Annotated[int, Field(ge=0)] = 32
-    """Images to measure on, not trained on (fewer when there are few; fewer than 5 are both trained and
-    measured on); 0 skips the table."""
+    """Images to measure on, not trained on, or fewer if there are few. Fewer than 5 images serve for both. 0
+    skips the table."""
     views: PositiveInt = 40
-    """Views in the reference target that agreement is measured against, or all there are, if fewer."""
+    """Views in the reference target of the agreement, or all different ones if there are fewer."""
 
 
 class DistillConfig(Config):
-    """Everything that decides the outcome of `phreg distill`, and where it runs."""
+    """All settings of `phreg distill`."""
 
     model: str | None = None
     """Model to patch: a hub id, timm or open_clip name, or local folder."""
     revision: str | None = None
     """Hub commit, branch or tag to pin."""
     images: str | None = None
-    """Images to distil on: a folder, a text file of paths, tar shards, or a Hugging Face dataset; needed,
+    """Images to distil on: a folder, a text file of paths, tar shards, or a Hugging Face dataset. Required,
     here or in a recipe."""
     output: str | None = None
-    """Run folder to write; needed, here or in a recipe."""
+    """Run folder to write. Required, here or in a recipe."""
     method: str = "relocate"
     """How registers are retrofitted (phreg.methods)."""
     force: bool = False
-    """Go on where there is nothing to repair."""
+    """Train even if there is nothing to repair."""
     registers: Annotated[int, Field(ge=0)] = 4
-    """Register tokens to add; 0 distils without (an ablation)."""
+    """Register tokens to add. 0 distils without registers (an ablation)."""
     register_init: Literal["triggers", "randn", "trunc-normal", "zeros"] = "triggers"
-    """How registers start: as what sets the sinks off (randn where none were found), randn / sqrt(width),
-    truncated normal of std 0.02, or zeros."""
+    """Initial values of the registers. triggers: the tokens that trigger the sinks, or randn if no sinks are
+    found. randn: a normal distribution of std 1 / sqrt(width). trunc-normal: a truncated one of std
+    0.02. zeros: zeros."""
     steps: PositiveInt | None = None
-    """Optimizer steps; unset means as epochs says."""
+    """Optimizer steps. Unset means that epochs decides."""
     epochs: PositiveInt | None = None
-    """Passes over the images; unset means as steps says, or as the method implies."""
+    """Passes over the images. Unset means that steps decides, or the method."""
     batch_size: PositiveInt = 16
     """Images per process and batch."""
     size: Size | None = None
-    """Size of the images in pixels: one number for a square, or height and width; unset means the model's
-    own."""
+    """Size of the images in pixels: one number for a square, or height and width. Unset means the model's
+    own size."""
     mean: tuple[float, float, float] | None = None
-    """Mean that images are normalised with, RGB on a scale of 0 to 1; unset means as the model or its image
-    processor says, or else as is usual for its kind, with a warning."""
+    """Mean that images are normalised with, RGB on a scale of 0 to 1. Unset takes it from the model or its
+    image processor, or else the usual one of the model's library, with a warning."""
     std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] | None = None
-    """Standard deviation that images are normalised with, RGB on a scale of 0 to 1; unset likewise."""
+    """Standard deviation that images are normalised with, RGB on a scale of 0 to 1. Unset works as for
+    mean."""
     seed: int = 0
-    """Seed of registers, order, crops and views."""
+    """Seed of registers, image order, crops and views."""
     checkpoint_every: PositiveInt = 500
-    """Steps between checkpoints; the last two are kept."""
+    """Steps between checkpoints. The last two checkpoints stay on disk."""
     device: str | None = None
-    """Device: cpu, cuda, cuda:1, mps; unset means the best there is."""
+    """Device: cpu, cuda, cuda:1 or mps. Unset means the best one available."""
     precision: Literal["fp32", "bf16"] | None = None
-    """Autocast precision; unset means bf16 where the hardware computes in it, else fp32. Weights that train
-    and losses stay fp32; a half-precision instance is rounded to its own precision at the end."""
+    """Autocast precision. Unset means bf16 where the hardware computes in it, else fp32. Trained weights and
+    losses stay in fp32. A half-precision instance is rounded to its own precision at the end."""
     compile: bool = False
     """Compile the blocks with torch.compile."""
     keep_freed_memory: bool = True
-    """On a CPU, let the process keep freed memory instead of returning it to the kernel (glibc); faster
-    the larger the images, since fewer pages are faulted in anew."""
+    """On a CPU, let the process keep freed memory instead of returning it to the kernel (glibc). This saves
+    page faults, most with large images."""
     deterministic: bool = False
-    """On a GPU, use deterministic kernels alone during the run, so that a resumed run is bit-identical there
-    too; slower, and an error where there is no such kernel. On a CPU runs are bit-identical anyway."""
+    """On a GPU, use only deterministic kernels during the run, so that a resumed run is bit-identical. This
+    is slower, and an error where there is no such kernel. On a CPU, runs are always bit-identical."""
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
-    """Experiment trackers to write to besides log.jsonl."""
+    """Experiment trackers to write to, besides log.jsonl."""
     views: ViewsConfig = ViewsConfig()
     target: TargetConfig = TargetConfig()
     loss: LossConfig = LossConfig()
     unlock: UnlockConfig = UnlockConfig()
     optim: OptimConfig = OptimConfig()
     sinks: SinksConfig = SinksConfig()
-    gate: GateConfig = GateConfig()
+    checks: ChecksConfig = ChecksConfig()
     data: DataConfig = DataConfig()
     measure: MeasureConfig = MeasureConfig()
 
@@ -305,25 +305,42 @@ AnyConfig = TypeVar("AnyConfig", bound=Config)
 
 
 def read_settings(
-    recipe: str | os.PathLike[str] | None = None, overrides: Mapping[str, Any] | None = None
+    recipe: str | os.PathLike[str] | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    *,
+    written_by_phreg: bool = False,
 ) -> tuple[str, dict[str, Any]]:
-    """Lays overrides over a recipe.
+    """Lays overrides over a recipe. Old names are replaced, with a warning.
 
     Args:
         recipe: Name of a shipped recipe, or path of a TOML file.
         overrides: Settings that win over the recipe, by dotted key (`{"optim.lr": 1e-3}`) or nested.
+        written_by_phreg: Whether the recipe is that of a run; old names in it are then no reason to warn.
 
     Returns:
         What to call the source of the settings in messages, and the settings by dotted key, unchecked.
 
     Raises:
-        ConfigError: The recipe is not there, or not TOML.
+        ConfigError: The recipe is not there, or not TOML, or gives a setting by its old and its new name.
     """
-    given = flatten(overrides or {})
+    given = with_current_names(overrides or {}, source="settings")
     if recipe is None:
         return "settings", given
     path = find_recipe(recipe)
-    return os.fspath(path), flatten(read_toml(path)) | given
+    settings = with_current_names(read_toml(path), source=os.fspath(path), quiet=written_by_phreg)
+    return os.fspath(path), settings | given
+
+
+def with_current_names(settings: Mapping[str, Any], *, source: str, quiet: bool = False) -> dict[str, Any]:
+    """Lists settings by dotted key, old names replaced.
+
+    Raises:
+        ConfigError: A setting is given by its old and its new name.
+    """
+    current, problems = current_names("distill", flatten(settings), quiet=quiet)
+    if problems:
+        raise ConfigError(source, problems)
+    return current
 
 
 def validate(settings: Mapping[str, Any], *, source: str) -> DistillConfig:
@@ -453,3 +470,10 @@ def _problem(details: Any) -> str:
         return message
     message = message.replace("Input should be", "should be").partition(", unable")[0]
     return f"{key}: {message}, found {details['input']!r}"
+
+
+def __getattr__(name: str) -> Any:
+    """Finds a class by its old name, with a warning."""
+    if (new := current_attribute(__name__, name)) is not None:
+        return globals()[new]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -171,8 +171,8 @@ def _directions() -> _Directions:
 
 def _cosines(length: int) -> Float[Tensor, "length length"]:
     """The orthonormal basis of the discrete cosine transform, one frequency a row."""
-    place = torch.arange(length, dtype=torch.float64)
-    basis = torch.cos(torch.pi / length * place[:, None] * (place + 0.5)) * math.sqrt(2 / length)
+    index = torch.arange(length, dtype=torch.float64)
+    basis = torch.cos(torch.pi / length * index[:, None] * (index + 0.5)) * math.sqrt(2 / length)
     basis[0] /= math.sqrt(2)
     return basis
 

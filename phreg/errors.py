@@ -8,6 +8,8 @@ phreg.
 from collections.abc import Sequence
 from typing import Any
 
+from phreg.deprecated import current_attribute
+
 
 class PhregError(Exception):
     """Base class of every deliberate failure."""
@@ -46,8 +48,8 @@ class CheckpointError(PhregError):
     """A run cannot be resumed, or its state cannot be written."""
 
 
-class GateError(PhregError):
-    """A model fell further behind the baseline than it may.
+class MaxDropError(PhregError):
+    """A model fell further behind the baseline than `max_drop` allows.
 
     Attributes:
         results: What was measured, a `phreg.evaluation.results.Results`.
@@ -64,3 +66,10 @@ class Interrupted(PhregError):
 
 class TrainingError(PhregError):
     """The training loop met a value it must not go on with, such as a NaN loss."""
+
+
+def __getattr__(name: str) -> Any:
+    """Finds a class by its old name, with a warning."""
+    if (new := current_attribute(__name__, name)) is not None:
+        return globals()[new]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,7 +1,7 @@
-"""Adding register tokens to a model, and taking them away again.
+"""Adds register tokens to a model, and removes them again.
 
-Registers are extra tokens that take part in attention inside the block stack and are seen nowhere else: a
-place for the global information that a large vision transformer otherwise writes over patches (Darcet et al.
+Registers are extra tokens. They take part in attention inside the block stack and do not exist outside of it.
+They hold the global information that a large vision transformer otherwise writes over patches (Darcet et al.
 2024, arXiv 2309.16588).
 """
 
@@ -18,7 +18,7 @@ from phreg.errors import PhregError
 from phreg.rollback import rollback_on_error
 
 Init = Literal["randn", "trunc-normal", "zeros"]
-Model = TypeVar("Model", bound=nn.Module)
+_Model = TypeVar("_Model", bound=nn.Module)
 
 
 def initial_registers(
@@ -43,13 +43,13 @@ def initial_registers(
             return torch.zeros(count, width)
 
 
-def add_registers(model: Model, count: int, init: Init = "randn", seed: int = 0) -> Model:
+def add_registers(model: _Model, count: int, init: Init = "randn", seed: int = 0) -> _Model:
     """Adds register tokens to a vision transformer of transformers, timm or open_clip, in place.
 
     Args:
-        model: The model, of its ordinary class; a `phreg` backbone is taken too.
+        model: The model, of its library's class, or a `phreg` backbone.
         count: Number of registers; 0 changes nothing.
-        init: How they start: `randn`, `trunc-normal` or `zeros`.
+        init: Initial values: `randn`, `trunc-normal` or `zeros`.
         seed: Seed of the draw.
 
     Returns:
@@ -73,13 +73,13 @@ def add_registers(model: Model, count: int, init: Init = "randn", seed: int = 0)
     return model
 
 
-def remove_registers(model: Model) -> Model:
-    """Takes phreg's registers out of a model again, in place; the exact inverse of `add_registers`.
+def remove_registers(model: _Model) -> _Model:
+    """Removes phreg's registers from a model, in place. This is the exact inverse of `add_registers`.
 
-    Test-time registers go with their hooks.
+    Hooks of test-time registers are removed too.
 
     Returns:
-        The same model. Without phreg registers it is left as it is.
+        The same model. A model without phreg registers stays unchanged.
     """
     backbone = model if isinstance(model, Backbone) else adapt(model)
     for layer, key in unit_movers(backbone.model):

@@ -24,20 +24,20 @@ from torch import Tensor, nn
 
 from phreg.errors import TrainingError
 
-Model = TypeVar("Model", bound=nn.Module)
+_Model = TypeVar("_Model", bound=nn.Module)
 
 HALF = (torch.float16, torch.bfloat16)
 """Precisions that are too coarse to train in: a small step leaves a weight as it is."""
 
 
-class ModelState(Generic[Model]):
+class ModelState(Generic[_Model]):
     """What a model was when this was made.
 
     Args:
         model: The model. Its tensors are held, not copied.
     """
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: _Model) -> None:
         self.model = model
         self._classes = [(module, type(module)) for module in model.modules()]
         self._containers = [(found, copy.copy(found)) for found in _containers(model)]
@@ -68,7 +68,7 @@ class ModelState(Generic[Model]):
         for tensor, data, _, _ in self._tensors:
             tensor.data = data.clone()
 
-    def frozen_twin(self) -> Model:
+    def frozen_twin(self) -> _Model:
         """Copies the model, frozen, without using more memory than any copy does.
 
         The twin gets the model's own tensors, and the model goes on with the copies, without gradients.
@@ -118,7 +118,7 @@ class ModelState(Generic[Model]):
 
 
 @contextmanager
-def rollback_on_error(model: Model) -> Iterator[ModelState[Model]]:
+def rollback_on_error(model: _Model) -> Iterator[ModelState[_Model]]:
     """Puts a model back exactly as it was if anything is raised inside, `KeyboardInterrupt` included.
 
     Whoever writes into the model's tensors inside works on copies of them: see `ModelState.frozen_twin` and
@@ -150,7 +150,7 @@ def unchanged(*models: nn.Module) -> Iterator[None]:
             state.restore()
 
 
-def to_fp32(model: Model) -> Model:
+def to_fp32(model: _Model) -> _Model:
     """Turns half-precision tensors of a model into fp32 in place, which is exact; others stay as they are.
 
     Returns:

@@ -1,10 +1,10 @@
-"""The frozen teacher: moved views of an image, read by the unpatched model, aligned and averaged.
+"""The frozen teacher: the unpatched model reads moved views; their features are aligned and averaged.
 
     images ──views──► moved copies ──backbone──► token grids ──undo──► masked mean (batch, rows, cols, dim)
                                  in micro-batches
 
-The forward passes run under inference mode and autocast; sums and means are fp32. Nothing on this path waits
-for the device.
+The forward passes run under inference mode and autocast. Sums and means are fp32. Nothing here waits for the
+device.
 """
 
 import logging
@@ -21,8 +21,7 @@ from phreg.views import context_margin, sample_views
 logger = logging.getLogger(__name__)
 
 MICRO_BATCH = {"cpu": 16, "cuda": 256}
-"""Views per forward where nothing else is asked for: small ones stay in a CPU's cache, large ones fill a
-GPU."""
+"""Default number of views per forward: few stay in a CPU's cache, many fill a GPU."""
 
 
 class Teacher:
@@ -31,7 +30,7 @@ class Teacher:
     Args:
         backbone: The model to read; its weights are not touched.
         views: How views are drawn.
-        target: Which block is read, and how many views at a time.
+        target: Which block is read, and how many views per forward.
         bf16: Whether to run the forward passes under bf16 autocast.
     """
 
@@ -61,23 +60,23 @@ class Teacher:
         """Makes the target of a batch.
 
         Args:
-            images: Normalised images on the backbone's device, with their surroundings.
+            images: Normalised images on the backbone's device, with their context margin.
             generator: CPU generator that decides the views.
-            margin: Rows and columns of surroundings, in pixels, on each side of the images proper.
+            margin: Context margin, rows and columns, in pixels on each side.
 
         Returns:
-            The mean over views of the aligned patch features, fp32, each position averaged over the views
-            that saw it; and the pooled output of the unmoved view.
+            The mean over views of the aligned patch features, in fp32; each position is averaged over the
+            views that saw it. And the pooled output of the unmoved view.
 
         Raises:
-            PhregError: Views are to show the images' surroundings, which are not there.
+            PhregError: The views show context that the images do not have.
         """
         size = (images.shape[-2] - 2 * margin[0], images.shape[-1] - 2 * margin[1])
         needed = context_margin(self.views, self.backbone.spec, size)
         if margin != needed:
             raise PhregError(
                 f"views.fill = {self.views.fill} needs images of {size[0]}x{size[1]} with {needed} pixels of "
-                f"surroundings on each side, above and at the sides; found {margin}; give them, or choose "
+                f"context on each side (rows, columns); found {margin}; add the context, or choose "
                 "another views.fill, such as white"
             )
         while True:
@@ -94,7 +93,7 @@ class Teacher:
                 generator.set_state(state)
                 torch.cuda.empty_cache()
                 continue
-            # Outside inference mode: the quotients are ordinary tensors that autograd may keep.
+            # Outside inference mode: the quotients are normal tensors that autograd can save.
             return Features(total / count.unsqueeze(-1), pooled.clone())
 
     @torch.inference_mode()
@@ -104,7 +103,7 @@ class Teacher:
         """Sums aligned features over views, micro-batch by micro-batch, in a fixed order."""
         groups = sample_views(self.views, self.backbone.spec, size, len(images), generator)
         totals, counts, pooled = [], [], []
-        # All views of a few images, rather than a few views of all: each image is padded only once.
+        # All views of a few images, not a few views of all images: each image is padded only once.
         at_once = max(1, self.micro_batch // self.views.count)
         for first in range(0, len(images), at_once):
             part = slice(first, first + at_once)

@@ -26,7 +26,7 @@ from phreg.backbones.resolve import adapt
 from phreg.registers import add_registers, remove_registers
 from phreg.tokens import TokenLayout
 
-Dense = Callable[[nn.Module, Tensor], Tensor]
+DenseReader = Callable[[nn.Module, Tensor], Tensor]
 
 TOLERANCE = 1e-4
 """Largest difference, relative to the largest value of a tensor, that counts as rounding.
@@ -53,7 +53,7 @@ class Subject:
     model: nn.Module
     images: Float[Tensor, "batch 3 height width"]
     num_registers: int
-    dense: Dense | None = None
+    dense: DenseReader | None = None
 
     def original(self) -> Backbone:
         """Copies the model as it is."""
@@ -69,7 +69,7 @@ def check_backbone(
     *,
     size: int | tuple[int, int] | None = None,
     num_registers: int = 4,
-    dense: Dense | None = None,
+    dense: DenseReader | None = None,
     compile: bool = False,
 ) -> None:
     """Checks that phreg handles a model as its laws say.
@@ -144,7 +144,7 @@ def check_removal(subject: Subject) -> None:
 def check_order(subject: Subject) -> None:
     """Law 2: tokens lie as [prefix | registers | patches], and a patched model is known as one.
 
-    Moving the registers must move exactly their own places in what the first block receives.
+    Moving the registers must move exactly their own positions in what the first block receives.
     """
     backbone = subject.patched()
     found = adapt(backbone.model).num_registers
@@ -162,13 +162,13 @@ def check_order(subject: Subject) -> None:
         "law 2 (order)",
         f"the first block receives {len(moved)} tokens, the layout says {layout.num_tokens}",
     )
-    places = moved.nonzero().flatten().tolist()
+    positions = moved.nonzero().flatten().tolist()
     # Where a class has native registers of its own, the parameter holds those too, in front of ours.
     last = layout.num_prefix + layout.num_registers
     _expect(
-        places == list(range(last - _rows(backbone), last)),
+        positions == list(range(last - _rows(backbone), last)),
         "law 2 (order)",
-        f"registers sit at places {places}, expected the last of the {last} before the patches",
+        f"registers sit at positions {positions}, expected the last of the {last} before the patches",
     )
 
 
@@ -339,13 +339,13 @@ def _check_units(backbone: Backbone, images: Tensor, index: int, mlp: Mlp) -> No
     rest = torch.ones(mlp.num_units, dtype=torch.bool, device=unit.device).index_fill(0, unit, False)
     rows = mlp.rows(unit)
 
-    with _overwritten(rows, [torch.zeros_like(parameter[places]) for parameter, places in rows]):
+    with _overwritten(rows, [torch.zeros_like(parameter[positions]) for parameter, positions in rows]):
         zeroed = run()[0]
     constant = bool((zeroed[..., unit] == zeroed[0, 0, unit]).all())
     _expect(constant, law, f"unit {unit.item()} still follows its input, with all its rows zero")
     _expect_close(zeroed[..., rest], before[..., rest], law, "what other units do, one unit's rows zero,")
 
-    with _overwritten(rows, [parameter[places] for parameter, places in mlp.rows(other)]):
+    with _overwritten(rows, [parameter[positions] for parameter, positions in mlp.rows(other)]):
         copied = run()[0]
     _expect_close(copied[..., unit], before[..., other], law, "a unit with another's rows")
 
@@ -536,14 +536,14 @@ def _hidden_units(
 def _overwritten(rows: Sequence[tuple[Tensor, Tensor]], values: Sequence[Tensor]) -> Iterator[None]:
     """Puts values into rows of parameters, and afterwards the old ones back."""
     # Indexing by tensors copies.
-    before = [parameter[places] for parameter, places in rows]
-    for (parameter, places), value in zip(rows, values, strict=True):
-        parameter[places] = value
+    before = [parameter[positions] for parameter, positions in rows]
+    for (parameter, positions), value in zip(rows, values, strict=True):
+        parameter[positions] = value
     try:
         yield
     finally:
-        for (parameter, places), value in zip(rows, before, strict=True):
-            parameter[places] = value
+        for (parameter, positions), value in zip(rows, before, strict=True):
+            parameter[positions] = value
 
 
 def _rows(backbone: Backbone) -> int:

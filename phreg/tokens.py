@@ -12,6 +12,9 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor
 
+ImageBatch = Float[Tensor, "_ 3 _ _"]
+"""Normalised images. The shape binds no size, since the last batch can be smaller than the others."""
+
 
 @dataclass(frozen=True)
 class TokenLayout:

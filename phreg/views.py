@@ -1,14 +1,14 @@
 """Test-time-augmentation views: how an image is moved, and how its tokens are moved back.
 
-Artifacts keep to the input frame, while content moves with the image; averaging over moved views, each one
-undone, keeps the content and washes artifacts out. Shifts are whole patches, so both ways are a gather of
-whole cells: nothing is resampled.
+Artifacts stay at their position in the frame, while content moves with the image. The average over moved
+views, each one undone, preserves the content and removes the artifacts. Shifts are whole patches, so both
+ways are a gather of whole cells: nothing is resampled.
 
     images ──apply──► moved images ──teacher──► token grids ──undo──► aligned grids, and what they saw
 
-All fills are one operation: the image is padded, or comes with its surroundings, and a view is a window of
-the whole, mirrored or not. Views that shift by fractions of a patch or change scale have to resample; they
-are `AffineViews`, and kornia does the warping.
+All fills are one operation. The image is padded, or comes with a context margin; a view is a window of the
+whole, mirrored or not. Views that shift by fractions of a patch or change scale are resampled: `AffineViews`,
+by kornia.
 """
 
 from dataclasses import dataclass, replace
@@ -25,11 +25,11 @@ from phreg.config import ViewsConfig
 from phreg.errors import PhregError
 
 POOL_FACTOR = 10
-"""Offsets drawn for each one that farthest-point sampling keeps (PH-Reg code)."""
+"""Offsets drawn for each one that farthest-point sampling selects (PH-Reg code)."""
 
 Fill = tuple[float, float, float] | str | None
-"""What lies outside the image: a value per channel, or a padding mode of `torch.nn.functional.pad`; None
-where images come with their surroundings, as far out as the margin."""
+"""What lies outside the image: a value per channel, or a padding mode of `torch.nn.functional.pad`. None
+means that images come with a context margin."""
 
 
 @runtime_checkable
@@ -46,7 +46,7 @@ class ViewGroup(Protocol):
         ...
 
     def apply(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch views 3 h w"]:
-        """Makes the views of normalised images, given with the surroundings they need, on their device."""
+        """Makes the views of normalised images, given with the context margin they need, on their device."""
         ...
 
     def undo(
@@ -90,7 +90,7 @@ class Views:
         return replace(self, offsets=self.offsets[images, views], flips=self.flips[images, views])
 
     def apply(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch views 3 h w"]:
-        """Makes the views of normalised images, given with the surroundings they need, on their device.
+        """Makes the views of normalised images, given with the context margin they need, on their device.
 
         There is no host synchronisation.
         """
@@ -167,8 +167,8 @@ class AffineViews:
         return replace(self, offsets=offsets, scales=scales, flips=flips)
 
     def apply(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch views 3 h w"]:
-        """Makes the views of normalised images, given with the surroundings they need, on their device."""
-        # Scale after padding, so that what a zoomed-out view shows beyond the image is fill too.
+        """Makes the views of normalised images, given with the context margin they need, on their device."""
+        # Scale after padding, so that a zoomed-out view shows fill beyond the image too.
         whole, patch = padded(images, self.grid, self.margin, self.fill)
         height, width = self.grid[0] * patch[0], self.grid[1] * patch[1]
         margin = (self.margin[0] * patch[0], self.margin[1] * patch[1])
@@ -192,8 +192,7 @@ class AffineViews:
     ]:
         """Warps the views' token grids back onto the image's grid.
 
-        Unseen are cells that reach past the view, and those that blend in cells of the view that show any
-        fill.
+        Cells count as unseen if they reach beyond the view, or blend in cells of the view that show fill.
         """
         batch, count = grids.shape[:2]
         matrices = self._matrices(self.grid, (1, 1), grids.device)
@@ -237,7 +236,7 @@ class AffineViews:
 def padded(
     images: Float[Tensor, "batch 3 _ _"], grid: tuple[int, int], margin: tuple[int, int], fill: Fill
 ) -> tuple[Float[Tensor, "batch 3 _ _"], tuple[int, int]]:
-    """Puts a margin of patches around images, unless it came with them.
+    """Adds a margin of patches to images, unless they have one already.
 
     Args:
         images: Normalised images.
@@ -274,7 +273,7 @@ def _pad(images: Tensor, rows: int, cols: int, fill: tuple[float, float, float] 
 def sample_views(
     config: ViewsConfig, spec: Spec, size: tuple[int, int], batch: int, generator: torch.Generator
 ) -> list[ViewGroup]:
-    """Draws the views of a batch: each image its own, the first one always the image as it is.
+    """Draws the views of a batch. Each image has its own; the first one is always the unmoved image.
 
     Args:
         config: Count, range, sampler, flips and fill.
@@ -284,7 +283,7 @@ def sample_views(
         generator: A CPU generator; nothing else decides the draw.
 
     Returns:
-        Groups of views of equal shape, most often one.
+        Groups of views of equal shape, usually one group.
 
     Raises:
         PhregError: More views are asked for than there are different ones.
@@ -321,7 +320,7 @@ def sample_views(
 
 
 def context_margin(config: ViewsConfig, spec: Spec, size: tuple[int, int]) -> tuple[int, int]:
-    """Tells how much of an image's surroundings its views show, above and below it and at its sides.
+    """Computes the context margin: how far beyond an image its views show.
 
     Args:
         config: Range and fill.
@@ -329,9 +328,9 @@ def context_margin(config: ViewsConfig, spec: Spec, size: tuple[int, int]) -> tu
         size: Height and width of the images, in pixels.
 
     Returns:
-        Pixels on each side; none where views are filled in another way.
+        Rows and columns on each side, in pixels; 0 where the fill is not `context`.
     """
-    if config.fill != "surroundings":
+    if config.fill != "context":
         return 0, 0
     rows, cols = _margin(config, (size[0] // spec.patch_size[0], size[1] // spec.patch_size[1]))
     return rows * spec.patch_size[0], cols * spec.patch_size[1]
@@ -342,9 +341,9 @@ def sample_offsets(
 ) -> Int[Tensor, "batch views 2"]:
     """Draws whole-patch shifts between `low` and `high`, both inclusive.
 
-    `farthest-point` draws a pool ten times as large and keeps the points farthest from those kept before,
-    from a random start. The paper says "uniformly"; its code does this, which puts most shifts on the border
-    of the range.
+    `farthest-point` draws a pool ten times as large. From a random start, it selects the point farthest from
+    those selected before. The paper says "uniformly"; its code does this. Most shifts lie on the border of
+    the range.
     """
     pool_size = config.count * (POOL_FACTOR if config.sampler == "farthest-point" else 1)
     pool = torch.stack(
@@ -369,7 +368,7 @@ def sample_offsets(
 
 
 def count_different(config: ViewsConfig, grid: tuple[int, int]) -> int | None:
-    """Counts the different views there are on a grid; None where fractions make them countless."""
+    """Counts the different views on a grid; None if there is no limit (fractional shifts, scales)."""
     if config.subpatch or config.scale > 0:
         return None
     shifts = [side + 1 if config.fill == "valid-crop" else 2 * side + 1 for side in _reach(config, grid)]
@@ -393,7 +392,7 @@ def _margin(config: ViewsConfig, grid: tuple[int, int]) -> tuple[int, int]:
 
 def _fill_value(config: ViewsConfig, spec: Spec) -> Fill:
     match config.fill:
-        case "surroundings":
+        case "context":
             return None
         case "reflect" | "replicate":
             return config.fill

@@ -6,7 +6,7 @@ from sinking import faint, plant
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from phreg.analysis.inspection import Inspection, Labelled, look
+from phreg.analysis.inspection import Inspection, LabelledImages, look
 from phreg.backbones.base import Backbone
 from phreg.backbones.resolve import adapt
 
@@ -50,7 +50,7 @@ def from_all_sides() -> tuple[Backbone, Tensor, Inspection]:
         "sinking",
         images,
         resampled=[larger(images)],
-        labelled=Labelled(images.split(5), CLASSES),
+        labelled=LabelledImages(images.split(5), CLASSES),
         show=3,
     )
     return backbone, images, inspection

@@ -102,9 +102,9 @@ def changes(node: ast.AST) -> Iterator[tuple[ast.AST, str]]:
     match node:
         case ast.Compare(left=left, ops=ops, comparators=others):
             signs = [text(ast.Compare(ast.Name("a"), [op], [ast.Name("b")]))[2:-2] for op in ops]
-            for place, op in enumerate(ops):
+            for index, op in enumerate(ops):
                 for swap in SWAPS[type(op)]:
-                    swapped = [*signs[:place], swap, *signs[place + 1 :]]
+                    swapped = [*signs[:index], swap, *signs[index + 1 :]]
                     rest = (f"{sign} {text(other)}" for sign, other in zip(swapped, others, strict=True))
                     yield node, " ".join([text(left), *rest])
         case ast.BoolOp():

@@ -51,12 +51,12 @@ def plant(
     mlp.down.weight[:, unit] = write
 
 
-def pushed(attention: nn.Module, place: int, strength: float = 1000.0) -> None:
+def pushed(attention: nn.Module, token: int, strength: float = 1000.0) -> None:
     """Lets an attention write a huge value into one token."""
 
     def push(_module: nn.Module, _args: object, output: Tensor) -> Tensor:
         output = output.clone()
-        output[:, place, 0] += strength
+        output[:, token, 0] += strength
         return output
 
     attention.register_forward_hook(push)

@@ -124,11 +124,17 @@ def test_inspect_sets_models_side_by_side_each_at_its_own_size(tiny, saved, phot
     from families import FAMILIES
 
     other = FAMILIES["transformers/dinov2"]()
-    found = phreg.inspect(saved, photos, against=[tiny(img_size=48, embed_dim=64), other], count=2)
+    found = phreg.inspect(saved, photos, baseline=[tiny(img_size=48, embed_dim=64), other], count=2)
     assert [model.name for model in found.models] == ["vit", "instance 2", "instance 3"]
     assert [model.size for model in found.models] == [(32, 32), (48, 48), (32, 32)]
     assert {model.norms.images for model in found.models} == {2}
     assert len(found.to_json()["against"]) == 2
+
+
+def test_a_single_baseline_of_inspect_needs_no_list(tmp_path):
+    for one in (tmp_path / "other", str(tmp_path / "other")):
+        with pytest.raises(PhregError, match="other"):
+            phreg.inspect("demo", tmp_path, baseline=one)
 
 
 def test_local_folders_are_called_by_their_last_part_as_far_as_that_tells_them_apart(tmp_path, monkeypatch):
@@ -196,13 +202,13 @@ def test_a_hub_model_is_distilled_and_its_adapter_comes_back_from_the_hub(hub, s
 
 
 @pytest.mark.parametrize("resampled", [{}, {"scale": 0.1}], ids=str)
-def test_views_that_show_surroundings_are_trained_on_and_measured_with(tiny, photos, tmp_path, resampled):
-    views = {"count": 3, "max_shift": 0.25, "fill": "surroundings"} | resampled
+def test_views_that_show_context_are_trained_on_and_measured_with(tiny, photos, tmp_path, resampled):
+    views = {"count": 3, "max_shift": 0.25, "fill": "context"} | resampled
     result = phreg.distill(tiny(), photos, tmp_path / "run", steps=1, **QUICK | {"views": views})
     assert result.outcome.steps == 1
     assert 0 < result.comparison.agreement[1].mean <= 1
-    with pytest.raises(PhregError, match="surroundings"):
-        phreg.denoise(result.model, images(), count=3, max_shift=0.25, fill="surroundings")
+    with pytest.raises(PhregError, match="context"):
+        phreg.denoise(result.model, images(), count=3, max_shift=0.25, fill="context")
 
 
 def test_the_public_door_opens_onto_everything_it_names():
@@ -303,9 +309,9 @@ def test_a_model_distilled_with_a_normalisation_keeps_it_wherever_it_goes(photos
 
 def test_every_verb_says_what_it_assumes_and_takes_the_normalisation(photos, tmp_path, caplog):
     for number, picture in enumerate(sorted(photos.iterdir())):
-        place = tmp_path / "classes" / "ab"[number % 2]
-        place.mkdir(parents=True, exist_ok=True)
-        (place / picture.name).write_bytes(picture.read_bytes())
+        folder = tmp_path / "classes" / "ab"[number % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / picture.name).write_bytes(picture.read_bytes())
     pixels, given = {}, {"timm-like": DINO, "assumed": {}}
     for name, settings in given.items():
         caplog.clear()
@@ -466,9 +472,9 @@ def test_what_cannot_be_done_leaves_the_output_as_it_was(wrong, saved, photos, t
     run = tmp_path / "run"
     for _ in range(2):
         length = {} if wrong == "no units" else {"steps": 1}
-        with pytest.raises(PhregError) as told:
+        with pytest.raises(PhregError) as error:
             api.distill(saved, photos, run, **QUICK | length | WRONG[wrong])
-        assert "holds a run already" not in str(told.value)
+        assert "holds a run already" not in str(error.value)
         assert not run.exists()
     run.mkdir()
     with pytest.raises(PhregError):
@@ -545,27 +551,27 @@ def test_the_demonstrations_sinks_are_named_in_the_run_and_their_relocation_is_l
     assert json.loads((tmp_path / "run" / "log.jsonl").read_text())["terms"]["relocation"] > 0
 
 
-def test_a_run_that_fails_a_gate_says_so_in_words_in_its_record_and_on_its_card(tiny, photos, tmp_path):
+def test_a_run_that_fails_a_check_says_so_in_words_in_its_record_and_on_its_card(tiny, photos, tmp_path):
     tight = {"drift": 1.0, "agreement": 0.0, "outlier_rate": 0.0}
-    training = {"optim": {"lr": 0.1, "schedule": "constant"}, "gate": tight}
+    training = {"optim": {"lr": 0.1, "schedule": "constant"}, "checks": tight}
     result = api.distill(tiny(), photos, tmp_path / "run", steps=3, **QUICK, **training)
-    assert any("gate.drift = 1" in failure for failure in result.failures)
+    assert any("checks.drift = 1" in failure for failure in result.failures)
     written = json.loads((tmp_path / "run" / "model" / "phreg.json").read_text())
     assert written["gates"] == {"passed": False, "failures": result.failures}
     card = (tmp_path / "run" / "model" / "README.md").read_text()
-    assert "**Failed its gates:** " in card
+    assert "**Failed its checks:** " in card
     assert all(failure in card for failure in result.failures)
-    assert phreg.show(result.run).failures == tuple(result.failures)
+    assert phreg.info(result.run).failures == tuple(result.failures)
     headline = (result.run / "report" / "report.html").read_text().partition("</header>")[0]
-    assert headline.count("Gate failed: ") == len(result.failures)
+    assert headline.count("Check failed: ") == len(result.failures)
 
 
-def test_a_failed_gate_is_logged_by_the_run_and_by_whatever_loads_its_model(saved, photos, tmp_path, caplog):
-    training = {"optim": {"lr": 0.1, "schedule": "constant"}, "gate": {"drift": 1.0}}
+def test_a_failed_check_is_logged_by_the_run_and_by_whatever_loads_its_model(saved, photos, tmp_path, caplog):
+    training = {"optim": {"lr": 0.1, "schedule": "constant"}, "checks": {"drift": 1.0}}
     run = tmp_path / "run"
     result = api.distill(saved, photos, run, steps=3, **QUICK, **training)
     failures = "; ".join(result.failures)
-    assert f"gates failed, and the adapter is marked so: {failures}" in caplog.text
+    assert f"checks failed, and the adapter is marked so: {failures}" in caplog.text
     base = timm.create_model(f"local-dir:{saved}", pretrained=True).eval()
     for load in (
         lambda: phreg.load(run),
@@ -576,30 +582,30 @@ def test_a_failed_gate_is_logged_by_the_run_and_by_whatever_loads_its_model(save
     ):
         caplog.clear()
         load()
-        (warned,) = [record.getMessage() for record in caplog.records if "gates" in record.getMessage()]
+        (warned,) = [record.getMessage() for record in caplog.records if "checks" in record.getMessage()]
         assert failures in warned
 
 
 def test_a_model_within_its_gates_loads_without_a_word(saved, photos, tmp_path, caplog):
-    loose = {"gate": {"drift": 0.0, "agreement": 1.0, "outlier_rate": 1.0}}
+    loose = {"checks": {"drift": 0.0, "agreement": 1.0, "outlier_rate": 1.0}}
     api.distill(saved, photos, tmp_path / "run", steps=1, **QUICK, **loose)
     phreg.load(tmp_path / "run")
-    assert "gate" not in caplog.text
+    assert "checks" not in caplog.text
 
 
 def test_a_finished_run_is_judged_anew_by_other_gates(saved, photos, tmp_path):
     run = tmp_path / "run"
-    trained = QUICK | {"steps": 2, "gate": {"drift": 0.0, "agreement": 1.0, "outlier_rate": 1.0}}
+    trained = QUICK | {"steps": 2, "checks": {"drift": 0.0, "agreement": 1.0, "outlier_rate": 1.0}}
     assert api.distill(saved, photos, run, **trained).failures == []
     weights = (run / "model" / "adapter.safetensors").read_bytes()
-    judged = api.distill(output=run, resume=True, gate={"drift": 1.0})
-    assert any("gate.drift = 1" in failure for failure in judged.failures)
+    judged = api.distill(output=run, resume=True, checks={"drift": 1.0})
+    assert any("checks.drift = 1" in failure for failure in judged.failures)
     assert not json.loads((run / "model" / "phreg.json").read_text())["gates"]["passed"]
     assert (run / "model" / "adapter.safetensors").read_bytes() == weights
 
 
 def test_a_run_within_its_gates_is_marked_so_and_one_not_measured_neither_way(tiny, photos, tmp_path, caplog):
-    loose = QUICK | {"gate": {"drift": 0.0, "agreement": 1.0, "outlier_rate": 1.0}}
+    loose = QUICK | {"checks": {"drift": 0.0, "agreement": 1.0, "outlier_rate": 1.0}}
     for name, images, passed in (("measured", 2, True), ("not", 0, None)):
         settings = loose | {"measure": {"images": images, "views": 3}}
         result = api.distill(tiny(), photos, tmp_path / name, steps=1, **settings)
@@ -607,4 +613,4 @@ def test_a_run_within_its_gates_is_marked_so_and_one_not_measured_neither_way(ti
         written = json.loads((tmp_path / name / "model" / "phreg.json").read_text())
         assert written["gates"] == {"passed": passed, "failures": []}
         assert ("not measured" in caplog.text) == (passed is None)
-        assert "Failed its gates" not in (tmp_path / name / "model" / "README.md").read_text()
+        assert "Failed its checks" not in (tmp_path / name / "model" / "README.md").read_text()

@@ -135,7 +135,7 @@ def test_inspect_sets_models_side_by_side_in_one_report(saved, photos, tmp_path,
     for number, name in enumerate("xxyy"):
         (classes / name).mkdir(parents=True, exist_ok=True)
         shutil.copy(photos / f"{number:02}.png", classes / name / f"{number}.png")
-    asked = ["inspect", saved, "--against", other, "--images", photos, "--labels", classes, "--count", 3]
+    asked = ["inspect", saved, "--baseline", other, "--images", photos, "--labels", classes, "--count", 3]
     assert phreg(*asked, "--output", tmp_path / "out") == 0
     assert capsys.readouterr().out.count("No artifacts found") == 2
     written = json.loads((tmp_path / "out" / "inspect.json").read_text())
@@ -147,7 +147,7 @@ def test_inspect_sets_models_side_by_side_in_one_report(saved, photos, tmp_path,
 
 
 def test_texts_asked_of_a_model_without_a_text_tower_end_in_one_error(saved, photos, tmp_path, capsys):
-    asked = ["inspect", saved, "--images", photos, "--count", 2, "--queries", "a cat", "a dog"]
+    asked = ["inspect", saved, "--images", photos, "--count", 2, "--texts", "a cat", "a dog"]
     assert phreg(*asked, "--output", tmp_path / "out") == 1
     assert capsys.readouterr().err.splitlines()[-1].startswith("phreg:")
     assert not (tmp_path / "out").exists()
@@ -189,7 +189,7 @@ def test_the_version_is_told(capsys):
 
 def test_a_run_told_to_stop_before_its_first_step_leaves_nothing(saved, photos, tmp_path, monkeypatch):
     before = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr(api, "locate", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(api, "find_sinks", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     asked = ["distill", saved, "--images", photos, "--output", tmp_path / "run", "--steps", 1, *QUICK]
     assert phreg(*asked) == 143
     assert not (tmp_path / "run").exists()
@@ -202,12 +202,12 @@ def test_help_is_there(arguments, capsys):
     assert "usage: phreg" in capsys.readouterr().out
 
 
-def test_a_failed_gate_ends_in_status_3_and_keeps_the_adapter(saved, photos, tmp_path, capsys):
+def test_a_failed_check_ends_in_status_3_and_keeps_the_adapter(saved, photos, tmp_path, capsys):
     asked = ["distill", saved, "--images", photos, "--output", tmp_path / "run", "--steps", 3, *QUICK]
-    assert phreg(*asked, "--optim.lr", 0.1, "--gate.drift", 1.0) == 3
+    assert phreg(*asked, "--optim.lr", 0.1, "--checks.drift", 1.0) == 3
     printed = " ".join(capsys.readouterr().out.split())
-    assert "Gate failed: the pooled output drifted" in printed
-    assert "The adapter is kept" in printed
+    assert "Check failed: the pooled output drifted" in printed
+    assert "The adapter is written" in printed
     assert (tmp_path / "run" / "model" / "adapter.safetensors").is_file()
 
 
@@ -222,7 +222,7 @@ def test_nothing_to_repair_is_a_verdict_and_no_failure(saved, photos, tmp_path, 
         load(tmp_path / "run")
 
 
-def test_a_quickstart_that_fails_a_gate_exits_with_status_3(tmp_path, monkeypatch):
+def test_a_quickstart_that_fails_a_check_exits_with_status_3(tmp_path, monkeypatch):
     result = SimpleNamespace(failures=["the pooled output drifted"])
     monkeypatch.setattr("phreg.api.quickstart", lambda *_, **__: result)
     monkeypatch.setattr(cli, "_show", lambda _: None)
@@ -235,7 +235,7 @@ def test_a_run_that_is_not_measured_or_on_what_it_trained_on_says_so(saved, phot
     for path in sorted(photos.iterdir())[3:]:
         path.unlink()
     asked = ["distill", saved, "--images", photos, "--steps", 1, *QUICK]
-    assert phreg(*asked, "--output", tmp_path / "seen", "--gate.drift", 0) == 0
+    assert phreg(*asked, "--output", tmp_path / "seen", "--checks.drift", 0) == 0
     assert "images that were trained on too" in " ".join(capsys.readouterr().out.split())
     assert phreg(*asked, "--output", tmp_path / "not", "--measure.images", 0) == 0
     assert "Not measured" in capsys.readouterr().out
@@ -271,7 +271,7 @@ def returning(value):
 
 
 def outcome(path):
-    """What a run says that skipped a picture and failed a gate."""
+    """What a run says that skipped a picture and failed a check."""
     done = SimpleNamespace(images=3, steps=1, seconds=1.0, skipped=[f"{path}/1.png"])
     norms = SimpleNamespace(outlier_rate=0.0)
     comparison = SimpleNamespace(rows=list, held_out=True, images=2, norms=(norms, norms))
@@ -307,7 +307,7 @@ def test_a_path_is_printed_whole_by_every_command_that_names_it(name):
     assert code == 3
     assert f"{path / 'report' / 'report.html'}" in printed
     assert f"unreadable images were skipped: {path}/1.png" in printed
-    assert f"Gate failed: {path} drifted." in printed
+    assert f"Check failed: {path} drifted." in printed
 
     code, printed = output_of(
         ["distill", "demo", "--output", path], {"phreg.api.distill": returning(outcome(path))}
@@ -351,9 +351,9 @@ def test_a_path_is_printed_whole_by_every_command_that_names_it(name):
     assert f"Written: {path / 'report.html'}" in printed
 
     code, printed = output_of(
-        ["show", path],
+        ["info", path],
         {
-            "phreg.formats.info.show": returning(SimpleNamespace(figures=())),
+            "phreg.formats.info.info": returning(SimpleNamespace(figures=())),
             "phreg.cli._described": returning([("base", str(path))]),
         },
         wide=True,

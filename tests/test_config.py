@@ -38,7 +38,7 @@ def test_the_default_method_relocates_and_runs_for_eight_epochs_unless_told_othe
     resolved = methods.resolve()
     assert resolved.method == "relocate"
     assert (resolved.epochs, resolved.steps) == (8, None)
-    assert (resolved.register_init, resolved.views.fill) == ("triggers", "surroundings")
+    assert (resolved.register_init, resolved.views.fill) == ("triggers", "context")
     assert methods.resolve(None, {"steps": 5}).epochs is None
     assert methods.resolve(None, {"method": "test-time"}).registers == 1
 
@@ -48,7 +48,7 @@ def test_a_method_that_does_not_train_takes_no_length_of_training(length):
     with pytest.raises(ConfigError, match=f"{length}: method test-time trains nothing, found 5"):
         methods.resolve(None, {"method": "test-time", length: 5})
     paper = methods.resolve(None, {"method": "paper"})
-    assert (paper.epochs, paper.register_init, paper.target.keep) == (1, "randn", False)
+    assert (paper.epochs, paper.register_init, paper.target.cache) == (1, "randn", False)
     assert (paper.data.limit, paper.views.fill) == ("all", "white")
 
 

@@ -69,6 +69,6 @@ def test_a_golden_test_time_run_loads(version, golden):
 @each_version
 @pytest.mark.parametrize(("model", "kind"), [*SAVED, ("dinov2", "onnx")])
 def test_a_golden_record_is_shown(version, model, kind, golden):
-    shown = phreg.show(golden(version) / model / kind)
+    shown = phreg.info(golden(version) / model / kind)
     assert shown.registers == 2
     assert json.dumps(shown.to_json())

@@ -90,7 +90,7 @@ def loaded_record(folder):
 
 
 def shown_record(folder):
-    return folder / "phreg_export.json", lambda: phreg.show(folder)
+    return folder / "phreg_export.json", lambda: phreg.info(folder)
 
 
 def results(folder):
@@ -112,9 +112,9 @@ OF_MODELS = [model_config, index, open_clip_config, loaded_record, shown_record,
 
 
 @pytest.mark.parametrize("depth", DEPTHS)
-@pytest.mark.parametrize("place", [*OF_MODELS, image_processor, boxes, labels])
-def test_every_reader_of_json_words_endless_nesting_as_an_error_of_phreg(place, depth, saved):
-    file, read = place(saved)
+@pytest.mark.parametrize("make", [*OF_MODELS, image_processor, boxes, labels])
+def test_every_reader_of_json_words_endless_nesting_as_an_error_of_phreg(make, depth, saved):
+    file, read = make(saved)
     known = '{"format": "timm", "architecture": "vit_base", "model_cfg": 1, "models": [{"task": %s}]}'
     for text in (nested(depth), known % nested(depth)):
         file.write_text(text)
@@ -125,9 +125,9 @@ def test_every_reader_of_json_words_endless_nesting_as_an_error_of_phreg(place, 
 @pytest.mark.parametrize(
     "content", [b"", b"[]", b"3", b"null", b"{", b"\xff\xfe", b'{"format": []}', b'{"format": {}}']
 )
-@pytest.mark.parametrize("place", OF_MODELS)
-def test_a_file_of_something_else_is_worded_as_an_error_of_phreg(place, content, saved):
-    file, read = place(saved)
+@pytest.mark.parametrize("make", OF_MODELS)
+def test_a_file_of_something_else_is_worded_as_an_error_of_phreg(make, content, saved):
+    file, read = make(saved)
     file.write_bytes(content)
     with pytest.raises(PhregError):
         read()

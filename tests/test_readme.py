@@ -36,14 +36,14 @@ def test_every_command_is_one_that_the_program_takes(command, monkeypatch):
 
     monkeypatch.setattr(api, "distill", record)
     monkeypatch.setattr(api, "quickstart", record)
-    for place in (
+    for verb in (
         "phreg.api.inspect",
         "phreg.api.export",
         "phreg.api.push",
         "phreg.api.evaluate",
-        "phreg.formats.info.show",
+        "phreg.formats.info.info",
     ):
-        monkeypatch.setattr(place, lambda *arguments, **settings: record(*arguments))
+        monkeypatch.setattr(verb, lambda *arguments, **settings: record(*arguments))
     lists = command in ("phreg recipes", "phreg tasks")
     with pytest.raises(SystemExit) if not lists else pytest.MonkeyPatch.context():
         cli.main(shlex.split(command)[1:])

@@ -14,9 +14,9 @@ IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.mark.parametrize(("init", "std"), [("randn", 1 / 16), ("trunc-normal", 0.02)])
-def test_registers_are_drawn_around_zero_with_the_spread_of_their_kind(init, std):
+def test_registers_are_drawn_around_zero_with_the_standard_deviation_of_their_kind(init, std):
     tokens = initial_registers(100, 256, init)
-    # The mean of 25 600 draws has a spread of std / 160, and their spread one of std / 226; five times that.
+    # Of 25 600 draws, the mean varies by std / 160 and their own std by std / 226; the bound is 5 times that.
     assert tokens.mean().item() == pytest.approx(0, abs=5 * std / 160)
     assert tokens.std().item() == pytest.approx(std, abs=5 * std / 226)
 

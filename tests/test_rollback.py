@@ -135,7 +135,7 @@ def test_a_distillation_that_fails_at_any_stage_leaves_the_instance_as_it_was(
     assert_same(portrait(model), before)
 
 
-@pytest.mark.parametrize(("owner", "name"), [(api, "locate"), (test_time, "add_test_time_registers")])
+@pytest.mark.parametrize(("owner", "name"), [(api, "find_sinks"), (test_time, "add_test_time_registers")])
 def test_test_time_registers_that_fail_leave_the_instance_as_it_was(
     owner, name, photos, tmp_path, monkeypatch
 ):

@@ -67,13 +67,13 @@ def test_on_a_full_disk_every_command_advises_only_what_it_can_do(
     command, run, photos, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(PhregError, match="No space left on device") as told:
+    with pytest.raises(PhregError, match="No space left on device") as error:
         COMMANDS[command](run, photos, tmp_path / "out")
     known = {f"--{name.replace('_', '-')}" for name in inspect.signature(getattr(cli, command)).parameters}
     known |= {"--output"} if command == "distill" else set()  # one of its settings
-    advised = set(re.findall(r"--[a-z][a-z.-]*", str(told.value)))
+    advised = set(re.findall(r"--[a-z][a-z.-]*", str(error.value)))
     assert advised <= known
-    assert "free space" in str(told.value)
+    assert "free space" in str(error.value)
 
 
 def test_a_report_and_a_patched_model_that_cannot_be_saved_are_one_clear_error(tmp_path, monkeypatch):
@@ -94,6 +94,6 @@ def test_unreadable_images_are_counted_by_the_runs_own_limit_and_advice_names_fl
     assert api.distill(tiny(), photos, tmp_path / "run", **settings).outcome.steps == 1
     with pytest.raises(PhregError, match=r"raise --data\.max-broken"):
         api.distill(tiny(), photos, tmp_path / "strict", **QUICK)
-    with pytest.raises(PhregError, match="replace or remove them") as told:
+    with pytest.raises(PhregError, match="replace or remove them") as error:
         phreg.inspect(tiny(), photos, device="cpu")
-    assert "--" not in str(told.value).partition("broken-0.png")[2].rpartition("\n")[2]
+    assert "--" not in str(error.value).partition("broken-0.png")[2].rpartition("\n")[2]

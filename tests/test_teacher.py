@@ -100,9 +100,9 @@ def test_subpatch_views_and_scales_make_a_finite_target(tiny):
 
 
 @pytest.mark.parametrize("resampled", [{}, {"subpatch": True}, {"scale": 0.1}], ids=str)
-def test_surroundings_are_seen_by_moved_views_alone(tiny, resampled):
+def test_context_is_seen_by_moved_views_alone(tiny, resampled):
     backbone = adapt(tiny())
-    views = ViewsConfig(count=4, max_shift=0.25, fill="surroundings", **resampled)
+    views = ViewsConfig(count=4, max_shift=0.25, fill="context", **resampled)
     margin = context_margin(views, backbone.spec, (32, 32))
     whole = torch.randn(3, 3, 32 + 2 * margin[0], 32 + 2 * margin[1], generator=generator("whole"))
     teacher = Teacher(backbone, views)
@@ -117,9 +117,9 @@ def test_surroundings_are_seen_by_moved_views_alone(tiny, resampled):
     assert not torch.allclose(moved.patches, target.patches, atol=1e-2)
 
 
-def test_the_target_with_surroundings_is_the_mean_over_windows_of_the_whole(tiny):
+def test_the_target_with_context_is_the_mean_over_windows_of_the_whole(tiny):
     backbone = adapt(tiny())
-    config = ViewsConfig(count=4, max_shift=0.25, flip=0.0, fill="surroundings")
+    config = ViewsConfig(count=4, max_shift=0.25, flip=0.0, fill="context")
     whole = torch.randn(1, 3, 48, 48, generator=generator("whole"))
     target = Teacher(backbone, config)(whole, generator(7), (8, 8)).patches[0]
     (views,) = sample_views(config, backbone.spec, (32, 32), 1, generator(7))
@@ -133,9 +133,9 @@ def test_the_target_with_surroundings_is_the_mean_over_windows_of_the_whole(tiny
     torch.testing.assert_close(target, (total / count)[1:5, 1:5], atol=1e-5, rtol=1e-5)
 
 
-def test_images_without_the_surroundings_that_views_show_are_refused(tiny):
-    moved = VIEWS.model_copy(update={"fill": "surroundings"})
-    with pytest.raises(PhregError, match=r"views.fill = surroundings needs .* \(8, 8\) .* found \(0, 0\)"):
+def test_images_without_the_context_that_views_show_are_refused(tiny):
+    moved = VIEWS.model_copy(update={"fill": "context"})
+    with pytest.raises(PhregError, match=r"views.fill = context needs .* \(8, 8\) .* found \(0, 0\)"):
         Teacher(adapt(tiny()), moved)(images(), generator(0))
     with pytest.raises(PhregError, match=r"views.fill = white needs .* \(0, 0\) .* found \(8, 8\)"):
         Teacher(adapt(tiny()), VIEWS)(torch.zeros(1, 3, 48, 48), generator(0), (8, 8))
@@ -203,9 +203,9 @@ def test_under_autocast_the_target_is_fp32_and_near_that_of_fp32(tiny):
         torch.testing.assert_close(one, other, atol=0.1, rtol=0.02)
 
 
-def test_images_and_surroundings_that_are_not_square_make_a_target_of_the_images_grid(tiny):
+def test_images_and_context_that_are_not_square_make_a_target_of_the_images_grid(tiny):
     backbone = adapt(tiny(img_size=(32, 48)))
-    views = ViewsConfig(count=3, max_shift=0.34, flip=0.0, fill="surroundings")
+    views = ViewsConfig(count=3, max_shift=0.34, flip=0.0, fill="context")
     whole = torch.randn(2, 3, 32 + 2 * 8, 48 + 2 * 16, generator=generator("whole"))
     target = Teacher(backbone, views)(whole, generator(0), (8, 16))
     assert target.patches.shape[1:3] == (4, 6)

@@ -201,7 +201,7 @@ def test_registers_in_the_wrong_place_are_caught(monkeypatch, broken):
     change_embeds(
         monkeypatch, lambda _, prefix, registers, patches: torch.cat([registers, prefix, patches], 1)
     )
-    assert "law 2 (order) is broken: registers sit at places [0, 1, 2, 3]" in broken()
+    assert "law 2 (order) is broken: registers sit at positions [0, 1, 2, 3]" in broken()
 
 
 def test_a_sequence_of_another_length_is_caught(monkeypatch, broken):

@@ -19,13 +19,13 @@ configs = st.builds(
     max_shift=st.floats(0.2, 0.5),
     sampler=st.sampled_from(["farthest-point", "uniform"]),
     flip=st.sampled_from([0.0, 0.5, 1.0]),
-    fill=st.sampled_from(["surroundings", "white", "black", "mean", "reflect", "replicate", "valid-crop"]),
+    fill=st.sampled_from(["context", "white", "black", "mean", "reflect", "replicate", "valid-crop"]),
 )
 sizes = st.tuples(st.integers(5, 8), st.integers(5, 8)).map(lambda grid: (grid[0] * 4, grid[1] * 4))
 
 
 def numbered(size, margin=(0, 0)):
-    """An image, with surroundings, whose cells all differ, and the numbers of its own cells as a grid."""
+    """An image, with its context, whose cells all differ, and the numbers of its own cells as a grid."""
     rows, cols = ((side + 2 * far) // 4 for side, far in zip(size, margin, strict=True))
     grid = torch.arange(float(rows * cols)).view(1, rows, cols)
     image = grid.repeat_interleave(4, 1).repeat_interleave(4, 2).unsqueeze(1).repeat(2, 3, 1, 1)
@@ -103,7 +103,7 @@ def test_farthest_points_lie_further_out_than_uniform_ones():
         offsets = sample_offsets(config, (-4, -4), (4, 4), 2000, generator(0))
         return (offsets.abs().amax(-1) == 4).float().mean().item()
 
-    # The spread of a mean over 20 000 offsets is well below 0.01.
+    # The standard deviation of a mean over 20 000 offsets is well below 0.01.
     assert on_border("farthest-point") == pytest.approx(0.66, abs=0.03)
     assert on_border("uniform") == pytest.approx(1 - 49 / 81, abs=0.02)
 
@@ -180,7 +180,7 @@ def test_the_number_of_different_views_is_that_of_those_there_are(fill):
 # -- images, patches and ranges that are not square ----------------------------------------------------------
 
 WIDE = Spec("timm", "test", (4, 6), 8, 1, 1, (20, 48), True, SPEC.mean, SPEC.std)  # 5 x 8 patches
-FILLS = ["surroundings", "white", "black", "mean", "reflect", "replicate", "valid-crop"]
+FILLS = ["context", "white", "black", "mean", "reflect", "replicate", "valid-crop"]
 
 
 def wide_image(margin=(0, 0)):
@@ -236,8 +236,8 @@ def test_as_many_views_as_there_are_different_ones_can_be_had_and_no_more():
         sample_views(config.model_copy(update={"count": 16}), WIDE, (20, 48), 1, generator(0))
 
 
-def test_surroundings_reach_as_far_as_the_views_do_on_each_axis():
-    config = ViewsConfig(max_shift=0.25, fill="surroundings")
+def test_context_reaches_as_far_as_the_views_do_on_each_axis():
+    config = ViewsConfig(max_shift=0.25, fill="context")
     assert context_margin(config, WIDE, (20, 48)) == (1 * 4, 2 * 6)
     assert context_margin(config.model_copy(update={"fill": "white"}), WIDE, (20, 48)) == (0, 0)
     subpatch = config.model_copy(update={"subpatch": True})

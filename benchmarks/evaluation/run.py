@@ -394,11 +394,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     bench = Bench(options)
     rows = store(options.output, bench.protocol, {})
     for method in options.methods:
-        for place, seed in enumerate(options.seed or range(options.seeds)):
+        for index, seed in enumerate(options.seed or range(options.seeds)):
             for name in options.tasks:
                 key = f"{name}/{method}/{seed}"
                 once = method == "raw" and not TASKS[name].drawn
-                if key in rows or (once and (place or any(k.startswith(f"{name}/raw/") for k in rows))):
+                if key in rows or (once and (index or any(k.startswith(f"{name}/raw/") for k in rows))):
                     continue
                 print(f"{key} …", file=sys.stderr, flush=True)
                 rows = store(options.output, bench.protocol, {key: bench.row(name, method, seed)})

@@ -4,7 +4,7 @@
     python benchmarks/methods/fills.py planted:dinov2|planted:clip|planted:siglip --output FILE.json
     python benchmarks/methods/fills.py --table FILE.json
 
-Images are the middle of larger crops, so that views can show what really surrounds them. A teacher of 10
+Images are the center of larger crops, so that views can show the context that surrounds them. A teacher of 10
 views is compared with averages over all different views, filled in each of several ways; of a planted model,
 with its clean twin. So are students, models that phreg trained by teachers of a fill.
 """
@@ -36,8 +36,11 @@ from phreg.seeding import keyed_generator
 from phreg.teacher import Teacher
 from phreg.views import context_margin, count_different
 
-FILLS = ("white", "black", "mean", "reflect", "replicate", "valid-crop", "surroundings")
-REFERENCES = ("surroundings", "white", "reflect")
+CONTEXT = "surroundings"
+"""What result files call the fill `context`."""
+
+FILLS = ("white", "black", "mean", "reflect", "replicate", "valid-crop", CONTEXT)
+REFERENCES = (CONTEXT, "white", "reflect")
 SHOWN = ("all", "former outliers", "ring", "worst 1 %")
 
 
@@ -51,7 +54,7 @@ class Bench:
         paths = paths[:: max(1, len(paths) // options.count)][: options.count]
         self.raw = (adapt(planted_models.build(kind)) if kind else open_model(options.model)[0]).eval()
         side = self.raw.spec.input_size[0]
-        self.margin = context_margin(ViewsConfig(fill="surroundings"), self.raw.spec, (side, side))
+        self.margin = context_margin(ViewsConfig(fill="context"), self.raw.spec, (side, side))
         source = open_images([str(path) for path in paths])
         self.whole = list(centre_crops(self.raw, source, side, self.margin))
         self.images = [center_crop(images, self.margin) for images in self.whole]
@@ -59,18 +62,18 @@ class Bench:
         self.protocol = {"model": Path(options.model).name, "size": side, "images": len(paths)}
         twin = adapt(planted_models.build(kind, planted=False)).eval() if kind else None
         self.references: dict[str, Callable[[int], Tensor]] = (
-            {"clean twin": lambda place: twin(self.images[place]).patches}
+            {"clean twin": lambda index: twin(self.images[index]).patches}
             if twin is not None
             else {fill: self._average(fill) for fill in REFERENCES}
         )
 
-    def seen(self, fill: str, place: int) -> tuple[Tensor, tuple[int, int]]:
-        """Returns images of a batch as views of a fill need them, and the surroundings that they have."""
-        return (self.whole[place], self.margin) if fill == "surroundings" else (self.images[place], (0, 0))
+    def seen(self, fill: str, index: int) -> tuple[Tensor, tuple[int, int]]:
+        """Returns images of a batch as views of a fill need them, and the context margin that they have."""
+        return (self.whole[index], self.margin) if fill == CONTEXT else (self.images[index], (0, 0))
 
     def views(self, fill: Any, count: int | None) -> ViewsConfig:
         """Says how to draw views: so many, or all different ones, if those are fewer or none is asked for."""
-        config = ViewsConfig(fill=fill)
+        config = ViewsConfig(fill="context" if fill == CONTEXT else fill)
         different = count_different(config, self.raw.layout(self.images[0]).grid)
         assert different is not None  # nothing is resampled
         return config.model_copy(update={"count": min(count or different, different)})
@@ -79,37 +82,37 @@ class Bench:
         config = self.views(fill, None)
         made: dict[int, Tensor] = {}
 
-        def average(place: int) -> Tensor:
-            if place not in made:
-                images, margin = self.seen(fill, place)
+        def average(index: int) -> Tensor:
+            if index not in made:
+                images, margin = self.seen(fill, index)
                 with torch.inference_mode():
-                    made[place] = measuring.average(self.raw, images, config, place, margin)
-            return made[place]
+                    made[index] = measuring.average(self.raw, images, config, index, margin)
+            return made[index]
 
         return average
 
     @torch.no_grad()
     def row(self, read: Callable[[int], Tensor]) -> dict[str, Any]:
         """Compares features, batch by batch, with every reference."""
-        places = range(len(self.images))
-        features = [read(place).float() for place in places]
+        indices = range(len(self.images))
+        features = [read(index).float() for index in indices]
         return {
-            name: measuring.agreement(features, [reference(place).float() for place in places], self.were)
+            name: measuring.agreement(features, [reference(index).float() for index in indices], self.were)
             for name, reference in self.references.items()
         }
 
     def student(self, run: Path) -> dict[str, Any]:
         """Compares a model that was trained."""
         student = open_model(str(run))[0].eval()
-        return self.row(lambda place: student(self.images[place]).patches)
+        return self.row(lambda index: student(self.images[index]).patches)
 
     def teacher(self, fill: Any, seed: int) -> dict[str, Any]:
         """Compares the teacher with the default views, filled in a way."""
         teacher = Teacher(self.raw, self.views(fill, ViewsConfig().count))
 
-        def read(place: int) -> Tensor:
-            images, margin = self.seen(fill, place)
-            return teacher(images, keyed_generator("views", seed, place), margin).patches
+        def read(index: int) -> Tensor:
+            images, margin = self.seen(fill, index)
+            return teacher(images, keyed_generator("views", seed, index), margin).patches
 
         return self.row(read)
 
@@ -184,7 +187,7 @@ def main(arguments: list[str] | None = None) -> None:
         return
     bench = Bench(options)
     rows: dict[str, Callable[[], dict[str, Any]]] = {
-        "the model itself": lambda: bench.row(lambda place: bench.raw(bench.images[place]).patches)
+        "the model itself": lambda: bench.row(lambda index: bench.raw(bench.images[index]).patches)
     }
     for name, reference in bench.references.items():
         if name in REFERENCES:

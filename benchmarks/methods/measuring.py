@@ -88,8 +88,8 @@ def average(
 ) -> Tensor:
     """Averages patch features over `config.count` different views, drawn without repetition for each image.
 
-    A position counts in the views that saw it. The first view is the image as it is. Images come with the
-    surroundings that views show, where they show any: `margin`, in pixels.
+    A position counts in the views that saw it. The first view is the image as it is. Images come with
+    the context margin that views show, in pixels, where they show any.
     """
     size = (images.shape[-2] - 2 * margin[0], images.shape[-1] - 2 * margin[1])
     random = keyed_generator("reference", key)
@@ -168,7 +168,7 @@ class Yardstick:
         source = self.twin or self.raw
         set_readout(source, readout)
         made: dict[str, list[Tensor]] = {}
-        for place, images in enumerate(self.images):
+        for number, images in enumerate(self.images):
             if self.twin is not None:
                 with torch.inference_mode():
                     made.setdefault("clean twin", []).append(source(images).patches.float())
@@ -176,7 +176,7 @@ class Yardstick:
             for name, config in REFERENCES.items():
                 count = min(config.count, len(shifts(config, source.layout(images).grid)))
                 views = config.model_copy(update={"count": count})
-                made.setdefault(name, []).append(average(source, images, views, place))
+                made.setdefault(name, []).append(average(source, images, views, number))
         set_readout(source, "plain")
         return {name: torch.cat(parts).contiguous() for name, parts in made.items()}
 
@@ -254,7 +254,7 @@ def figures(stick: Yardstick, model: Backbone, target: TargetConfig) -> dict[str
 def against(stick: Yardstick, read: Callable[[Tensor, int], Tensor], readout: str) -> dict[str, Any]:
     """Mean cosine of patch features to each reference: over all, former outliers, and the ring about them."""
     sizes = [len(part) for part in stick.images]
-    patches = [read(images, place) for place, images in enumerate(stick.images)]
+    patches = [read(images, number) for number, images in enumerate(stick.images)]
     return {
         name: agreement(patches, whole.split(sizes), stick.were)
         for name, whole in stick.references(readout).items()

@@ -147,8 +147,8 @@ def _directions() -> _Directions:
 
 def _filters() -> Tensor:
     """48 filters of luminance and 12 of colour, (60, 3, patch, patch), all even from left to right."""
-    place = torch.arange(PATCH, dtype=torch.float64)
-    waves = torch.cos(torch.pi / PATCH * place[:, None] * (place + 0.5)) * math.sqrt(2 / PATCH)
+    index = torch.arange(PATCH, dtype=torch.float64)
+    waves = torch.cos(torch.pi / PATCH * index[:, None] * (index + 0.5)) * math.sqrt(2 / PATCH)
     waves[0] /= math.sqrt(2)
     white, red_blue, green = torch.tensor([[1, 1, 1], [1, 0, -1], [1, -2, 1]], dtype=torch.float64)
     frequencies = sorted(itertools.product(range(12), range(0, 12, 2)), key=lambda pair: (sum(pair), pair))
@@ -237,9 +237,9 @@ def photographs(folder: Path, count: int = 600) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     squares = {held_out: demo_images(held_out=held_out) for held_out in (True, False)}
     draw = random.Random(0)
-    for place in range(count):
-        whole = draw.choice(squares[place % 5 == 0])
+    for number in range(count):
+        whole = draw.choice(squares[number % 5 == 0])
         side = draw.randint(whole.width * 2 // 3, whole.width)
         left, top = (draw.randint(0, whole.width - side) for _ in range(2))
-        whole.resize((SIZE, SIZE), box=(left, top, left + side, top + side)).save(folder / f"{place:03}.png")
+        whole.resize((SIZE, SIZE), box=(left, top, left + side, top + side)).save(folder / f"{number:03}.png")
     return folder

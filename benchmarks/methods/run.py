@@ -111,7 +111,7 @@ class Bench:
         with measuring.metering() as cost:
             cosine = measuring.against(
                 self.stick,
-                lambda images, place: phreg.denoise(self.raw.model, images, seed=1000 * seed + place),
+                lambda images, number: phreg.denoise(self.raw.model, images, seed=1000 * seed + number),
                 "plain",
             )
         return {"figures": {"cosine": cosine}, "cost": cost}  # it is no model, and has no other figures

@@ -3,7 +3,7 @@
 Written anew from the paper (Chen et al. 2025, arXiv 2505.21501) and from what its public code does where: the
 same algorithm as `method = "paper"`, with the work placed as it is there. None of that code is used.
 
-    reader, CPU   JPEG ─► crop, normalise ─► for each view: shift, flip, fill; the same for a map of places
+    reader, CPU   JPEG ─► crop, normalise ─► for each view: shift, flip, fill; the same for a map of positions
     device        all views of a batch at once, eager attention ─► token grids
                   nonzero() of the maps ─► index_put into zeros, and a count ─► target
                   student [registers | CLS | patches] ─► 1 - cosine + MSE, NaN and Inf checks ─► AdamW
@@ -85,12 +85,12 @@ def moved_copies(
     patch: int,
     white: Float[Tensor, "3"],
 ) -> tuple[Float[Tensor, "views 3 height width"], Int[Tensor, "views rows cols 2"]]:
-    """Moves an image, and a map of its patches' places, once for each view; -1 marks places outside."""
+    """Moves an image, and a map of its patches' positions, once for each view; -1 marks positions outside."""
     rows, cols = image.shape[-2] // patch, image.shape[-1] // patch
-    places = torch.stack(torch.meshgrid(torch.arange(rows), torch.arange(cols), indexing="ij"))
+    positions = torch.stack(torch.meshgrid(torch.arange(rows), torch.arange(cols), indexing="ij"))
     views, maps = [], []
     for (dy, dx), flip in zip(offsets.tolist(), flips, strict=True):
-        view, seen = shifted(image, dy * patch, dx * patch, OUTSIDE), shifted(places, dy, dx, -1)
+        view, seen = shifted(image, dy * patch, dx * patch, OUTSIDE), shifted(positions, dy, dx, -1)
         if flip:
             view, seen = view.flip(-1), seen.flip(-1)
         views.append(torch.where(view == OUTSIDE, white.view(3, 1, 1), view))

@@ -54,7 +54,7 @@ PARTS: dict[str, str | Callable[[], str]] = {
     "accelerate.Accelerator.backward": "backward",
     "torch.optim.AdamW.step": "optimizer",
     "phreg.training.loop.StepMetrics.__init__": "logging",
-    "phreg.training.loop.StepLogger.enter": "logging",
+    "phreg.training.loop.StepLogger.write": "logging",
 }
 """Functions of the loop, and the part of a step that each belongs to."""
 

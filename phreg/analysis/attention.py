@@ -77,7 +77,7 @@ def attention_weights(
     tokens = backbone.layout(images).num_tokens
     with _capture(queries, tokens, reduce) as found:
         backbone.run(images)
-    return heard(backbone, found)
+    return complete_capture(backbone, found)
 
 
 @torch.no_grad()
@@ -98,7 +98,7 @@ def attention_maps(
     """
     with capture_maps(backbone, images) as found:
         backbone.run(images)
-    return heard(backbone, found)[-1]
+    return complete_capture(backbone, found)[-1]
 
 
 def query_names(backbone: Backbone) -> tuple[str, ...]:
@@ -124,8 +124,8 @@ def capture_maps(backbone: Backbone, images: Float[Tensor, "batch 3 height width
         yield found
 
 
-def heard(backbone: Backbone, found: list[Tensor]) -> list[Tensor]:
-    """Takes what each block let be heard.
+def complete_capture(backbone: Backbone, found: list[Tensor]) -> list[Tensor]:
+    """Takes the attention of each block, once it is checked that all blocks were captured.
 
     Args:
         backbone: The model that ran.
@@ -152,7 +152,7 @@ def attention_report(
     outliers: Bool[Tensor, "images rows cols"],
     num_tokens: int,
 ) -> AttentionReport:
-    """Sums up what was heard, once it is known which patches are outliers.
+    """Sums up what was captured, once it is known which patches are outliers.
 
     Args:
         queries: Who looks.

@@ -1,7 +1,7 @@
 """Counts what registers cost: parameters, operations and time per image (Darcet et al. 2024, figure 12).
 
 Parameters and operations are counted, not measured: the model's structure is copied without its weights,
-registers are put in, and torch's counter listens while one image without values passes through. Time is
+registers are put in, and torch's counter runs while one image without values passes through. Time is
 measured on copies that share the model's weights, in turn, so that a busy machine slows all of them alike.
 
     model ──structure, tensors on the meta device──► n registers ──FlopCounterMode──► Cost
@@ -195,17 +195,17 @@ def _seconds(model: Backbone, images: Tensor) -> float:
     return time.perf_counter() - start
 
 
-def _structure(backbone: Backbone, place: Callable[[Tensor], Tensor]) -> Backbone:
+def _structure(backbone: Backbone, stand_in: Callable[[Tensor], Tensor]) -> Backbone:
     """Copies a model's modules and hooks, but none of its tensors, and takes phreg's registers out.
 
     Args:
         backbone: The model.
-        place: What stands for a tensor in the copy.
+        stand_in: What stands for a tensor in the copy.
     """
     stand_ins: dict[int, Any] = {}
     for parameter in backbone.parameters():
         # Frozen: a raw parameter that needs a gradient, handed to a module, trips torch's counter.
-        stand_ins[id(parameter)] = nn.Parameter(place(parameter), requires_grad=False)
+        stand_ins[id(parameter)] = nn.Parameter(stand_in(parameter), requires_grad=False)
     for buffer in backbone.buffers():
-        stand_ins[id(buffer)] = place(buffer)
+        stand_ins[id(buffer)] = stand_in(buffer)
     return remove_registers(copy.deepcopy(backbone, stand_ins))

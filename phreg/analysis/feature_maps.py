@@ -28,7 +28,7 @@ from phreg.backbones.readout import use_readout
 from phreg.backbones.text import TextEncoder, text_encoder
 from phreg.errors import PhregError
 
-Features = Float[Tensor, "images _rows _cols _dim"]
+FeatureBatch = Float[Tensor, "images _rows _cols _dim"]
 """Patch features of one model; models compared have the images in common, but neither grid nor width."""
 
 Maps = Float[Tensor, "images _rows _cols count"]
@@ -47,7 +47,7 @@ SPIKES = 0.025
 # -- principal components ------------------------------------------------------------------------------------
 
 
-def components(models: Sequence[Features], count: int = 3, *, shared: bool | None = None) -> list[Maps]:
+def components(models: Sequence[FeatureBatch], count: int = 3, *, shared: bool | None = None) -> list[Maps]:
     """Projects patch features on their principal components, strongest first, whitened.
 
     Args:
@@ -95,9 +95,9 @@ def _whitened(tokens: Float[Tensor, "tokens dim"], count: int) -> Float[Tensor, 
     basis = torch.linalg.eigh(centred.T @ centred).eigenvectors[:, -count:].flip(1)
     basis = basis * basis.gather(0, basis.abs().argmax(dim=0, keepdim=True)).sign()
     projected = centred @ basis
-    spread = projected.square().mean(dim=0).sqrt()
+    std = projected.square().mean(dim=0).sqrt()
     floor = ROUNDING * tokens.square().sum(dim=1).mean().sqrt()
-    return torch.where(spread > floor, projected / spread.clamp_min(1e-300), 0.0)
+    return torch.where(std > floor, projected / std.clamp_min(1e-300), 0.0)
 
 
 def _aligned(maps: Maps, first: Maps) -> Maps:
@@ -106,10 +106,10 @@ def _aligned(maps: Maps, first: Maps) -> Maps:
     resampled = interpolate(first.movedim(-1, 1), size=grid, mode="bilinear", align_corners=False)
     ours, theirs = maps.flatten(0, 2), resampled.movedim(1, -1).flatten(0, 2)
     correlation = normalize(ours, dim=0).T @ normalize(theirs - theirs.mean(dim=0), dim=0)
-    order, place = linear_sum_assignment(correlation.abs().numpy(), maximize=True)
-    signs = correlation[order, place].sign()
+    source, slot = linear_sum_assignment(correlation.abs().numpy(), maximize=True)
+    signs = correlation[source, slot].sign()
     aligned = torch.empty_like(maps)
-    aligned[..., place] = maps[..., order] * torch.where(signs == 0, 1.0, signs)
+    aligned[..., slot] = maps[..., source] * torch.where(signs == 0, 1.0, signs)
     return aligned
 
 

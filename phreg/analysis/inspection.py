@@ -38,12 +38,11 @@ from phreg.backbones.base import Backbone
 from phreg.backbones.readout import dense_readout, use_readout
 from phreg.data.crops import denormalise
 from phreg.errors import UnsupportedModelError
-from phreg.sinks.locate import Sinks, locate
+from phreg.sinks.locate import Sinks, find_sinks
+from phreg.tokens import ImageBatch
 
 logger = logging.getLogger(__name__)
 
-# Nothing is bound by this shape: the last batch may be smaller than the others.
-Images = Float[Tensor, "_ 3 _ _"]
 Progress = Callable[[str, int, int], None]
 """Told what is being looked at, how much of it is done, and how much there is."""
 
@@ -54,10 +53,10 @@ TIMED = 5
 """Times that a forward pass of one image is timed, for each number of registers."""
 
 
-class Labelled(NamedTuple):
+class LabelledImages(NamedTuple):
     """Images with their classes."""
 
-    batches: Sequence[Images]
+    batches: Sequence[ImageBatch]
     classes: Int64[Tensor, " images"]
 
 
@@ -145,10 +144,10 @@ class Inspection:
 def look(
     backbone: Backbone,
     name: str,
-    batches: Sequence[Images],
+    batches: Sequence[ImageBatch],
     *,
-    resampled: Sequence[Images] = (),
-    labelled: Labelled | None = None,
+    resampled: Sequence[ImageBatch] = (),
+    labelled: LabelledImages | None = None,
     queries: Sequence[str] = (),
     show: int = 8,
     observe: Progress = lambda *_: None,
@@ -177,14 +176,14 @@ def look(
         yield
         observe(f"{name}: {what}", 1, 1)
 
-    def passing() -> Iterator[Images]:
+    def passing() -> Iterator[ImageBatch]:
         for number, images in enumerate(batches, start=1):
             yield images
             observe(f"{name}: norms, attention, neighbours", number, len(batches))
 
     surveyed = survey(backbone, passing(), show=show)
     with stage("sinks"):
-        sinks = locate(backbone, batches, surveyed.norms)
+        sinks = find_sinks(backbone, batches, surveyed.norms)
     with stage("probes"):
         position = reconstruction = None
         if surveyed.norms.images >= PROBED:
@@ -242,7 +241,7 @@ def of_survey(
     )
 
 
-def _interpolation(backbone: Backbone, resampled: Sequence[Images]) -> InterpolationEffect | None:
+def _interpolation(backbone: Backbone, resampled: Sequence[ImageBatch]) -> InterpolationEffect | None:
     if not resampled:
         return None
     try:

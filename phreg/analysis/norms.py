@@ -43,10 +43,11 @@ STRAGGLERS = 0.1
 """Tokens that may lie inside the gap, as a share of the tokens beyond it."""
 
 MIN_WIDTH = 2.5
-"""Narrowest credible gap, in spreads of the ordinary tokens; see `outlier_threshold`."""
+"""Narrowest credible gap, in standard deviations of the ordinary tokens; see `outlier_threshold`."""
 
-MIN_SPREAD = 0.01
-"""Smallest spread of the ordinary tokens, in log norm: norms within a per cent of each other are the same."""
+MIN_STD = 0.01
+"""Smallest standard deviation of the ordinary tokens, in log norm. Norms that differ by less than a per cent
+are the same."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class Gap:
         side: Whether outliers are longer (`high`) or shorter (`low`) than ordinary tokens.
         low: Norm where the stretch begins.
         high: Norm where it ends.
-        width: Its width in spreads of the ordinary tokens, in log norm.
+        width: Its width in standard deviations of the ordinary tokens, in log norm.
     """
 
     side: Literal["high", "low"]
@@ -191,13 +192,13 @@ class NormReport:
     @property
     def emergence_block(self) -> int | None:
         """Index of the block where the gap opens, followed back from `focus`; None where there is no gap."""
-        place = self.focus
-        gap = self.blocks[place].gap
+        index = self.focus
+        gap = self.blocks[index].gap
         if gap is None:
             return None
-        while place and (before := self.blocks[place - 1].gap) and before.side == gap.side:
-            place -= 1
-        return self.blocks[place].block
+        while index and (before := self.blocks[index - 1].gap) and before.side == gap.side:
+            index -= 1
+        return self.blocks[index].block
 
     @property
     def position_histogram(self) -> Float[Tensor, "rows cols"]:
@@ -337,12 +338,12 @@ def outlier_threshold(norms: Float[Tensor, "*tokens"]) -> Gap | None:
       by token yet.
     * Any tail has gaps far out, where tokens are few. In an exponential tail of log norm (a Pareto tail of
       the norm) spacings are independent and memoryless (Rényi 1953): b tokens lie g scales beyond the next
-      with probability exp(-b g). So a gap must be `MIN_WIDTH` * (1 + 5 / b) spreads wide. Pareto norms then
-      show a false gap about once in 10 000 samples, and normal, log-normal and gamma ones practically never.
+      with probability exp(-b g). So a gap must be `MIN_WIDTH` * (1 + 5 / b) standard deviations wide. Pareto
+      norms then show a false gap about once in 10 000 samples; normal, log-normal, gamma ones almost never.
       A single token has to stand out six times as far as many do.
 
-    The spread is 1.4826 times the median absolute deviation of log norms (a normal distribution's standard
-    deviation), which a fifth of outliers hardly moves.
+    The standard deviation is 1.4826 times the median absolute deviation of log norms (exact for a normal
+    distribution). A fifth of outliers hardly changes it.
 
     Args:
         norms: Norms of one block's patch tokens, at least a few dozen, in any shape.
@@ -360,12 +361,12 @@ def outlier_threshold(norms: Float[Tensor, "*tokens"]) -> Gap | None:
             f"gap asked for in the norms of {logs.size} tokens, {count} of which are not finite; "
             "check the model's weights and precision"
         )
-    spread = max(1.4826 * float(np.median(np.abs(logs - np.median(logs)))), MIN_SPREAD)
-    upper, lower = _widest_stretch(np.sort(logs) / spread), _widest_stretch(np.sort(-logs) / spread)
+    std = max(1.4826 * float(np.median(np.abs(logs - np.median(logs)))), MIN_STD)
+    upper, lower = _widest_stretch(np.sort(logs) / std), _widest_stretch(np.sort(-logs) / std)
     (credit, start, end), sign = (upper, 1) if upper >= lower else (lower, -1)
     if credit < MIN_WIDTH:
         return None
-    low, high = sorted(np.exp(np.array([start, end]) * sign * spread).tolist())
+    low, high = sorted(np.exp(np.array([start, end]) * sign * std).tolist())
     return Gap("high" if sign == 1 else "low", low, high, end - start)
 
 
@@ -387,10 +388,10 @@ def bimodality(norms: Float[Tensor, "*tokens"]) -> float:
         norms: Norms of one block's patch tokens, in any shape.
 
     Returns:
-        The coefficient; 0 for fewer than four tokens, and where all log norms lie within `MIN_SPREAD`.
+        The coefficient; 0 for fewer than four tokens, and where all log norms lie within `MIN_STD`.
     """
     logs, count = _logs(norms), norms.numel()
-    if count < 4 or np.ptp(logs) <= MIN_SPREAD:
+    if count < 4 or np.ptp(logs) <= MIN_STD:
         return 0.0
     centred = (logs - logs.mean()) / logs.std()
     squares = centred * centred  # many times faster than powers

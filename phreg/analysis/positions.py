@@ -25,7 +25,7 @@ def fixed_share(histogram: Float[Tensor, "rows cols"]) -> float:
     return float(histogram[histogram >= USUAL].sum()) / total if total else 0.0
 
 
-def place(histogram: Float[Tensor, "rows cols"]) -> str:
+def describe_positions(histogram: Float[Tensor, "rows cols"]) -> str:
     """Names the part of the image that holds most of the artifacts.
 
     Args:

@@ -25,6 +25,7 @@ from torch import Tensor
 from phreg.analysis.linear import fit_linear, fit_softmax
 from phreg.analysis.norms import NormReport, outlier_mask
 from phreg.backbones.base import Backbone
+from phreg.deprecated import current_attribute
 from phreg.errors import DataError
 from phreg.seeding import keyed_generator
 from phreg.tokens import TokenLayout
@@ -66,8 +67,8 @@ class PositionFigures:
 
     Attributes:
         tokens: Tokens measured, all of held-out images.
-        top1: Share of them whose position is told exactly.
-        distance: Mean distance from the position told to the true one, in patches.
+        top1: Share of them whose position is predicted exactly.
+        distance: Mean distance from the predicted position to the true one, in patches.
         chance: Share of them at the position most common for their kind in training: what `top1` comes to by
             telling only the kind. High where artifacts keep to fixed patches.
     """
@@ -84,10 +85,10 @@ class ReconstructionFigures:
 
     Attributes:
         tokens: Tokens measured, all of held-out images.
-        error: Mean Euclidean distance of the pixels told to the true ones, over all values of a patch, in
-            units of the input normalisation.
-        chance: The same, where the mean patch of the training tokens is told every time. Low for patches that
-            show little, as those of artifacts often do.
+        error: Mean Euclidean distance of the predicted pixels to the true ones, over all values of a patch,
+            in units of the input normalisation.
+        chance: The same, where the mean patch of the training tokens is always predicted. It is low for
+            patches that show little, as those of artifacts often do.
     """
 
     tokens: int
@@ -163,11 +164,11 @@ def sample_tokens(
         for image in range(len(images)):
             rest = (~outliers[image]).nonzero().flatten()
             order = torch.randperm(len(rest), generator=keyed_generator("probe", seed, seen))
-            kept = torch.cat([outliers[image].nonzero().flatten(), rest[order[:per_image]]])
-            at = kept.to(patches.device)
-            number = torch.full_like(kept, seen)
+            chosen = torch.cat([outliers[image].nonzero().flatten(), rest[order[:per_image]]])
+            at = chosen.to(patches.device)
+            number = torch.full_like(chosen, seen)
             parts.append(
-                (patches[image, at].cpu(), number, kept, pixels[image, at].cpu(), outliers[image, kept])
+                (patches[image, at].cpu(), number, chosen, pixels[image, at].cpu(), outliers[image, chosen])
             )
             seen += 1
     if not parts:
@@ -200,11 +201,13 @@ def position_probe(
         found, true = probe(tokens[tested]).argmax(1), positions[tested]
         trained = positions[~held & kind]
         common = trained.bincount(minlength=math.prod(sample.grid)).argmax()
-        places = [torch.stack([at // sample.grid[1], at % sample.grid[1]]).float() for at in (found, true)]
+        coordinates = [
+            torch.stack([at // sample.grid[1], at % sample.grid[1]]).float() for at in (found, true)
+        ]
         return PositionFigures(
             tokens=len(true),
             top1=float((found == true).float().mean()),
-            distance=float((places[0] - places[1]).norm(dim=0).mean()),
+            distance=float((coordinates[0] - coordinates[1]).norm(dim=0).mean()),
             chance=float((true == common).float().mean()) if len(trained) else 0.0,
         )
 
@@ -252,15 +255,21 @@ class TokenAccuracy:
         token: Which one: `ordinary patch`, `outlier patch`, or as `Backbone.special_tokens` names it.
         images: Images that have one, trained and tested on.
         mean: Top-1 accuracy on held-out images, mean over seeds.
-        spread: Standard deviation over seeds (n - 1); None of a single one.
+        std: Standard deviation over seeds (n - 1); None of a single one.
         values: The accuracy of each seed.
     """
 
     token: str
     images: int
     mean: float
-    spread: float | None
+    std: float | None
     values: tuple[float, ...]
+
+    def __getattr__(self, name: str) -> Any:
+        """Finds an attribute by its old name, with a warning."""
+        if (new := current_attribute("phreg.analysis.probes.TokenAccuracy", name)) is not None:
+            return getattr(self, new)
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
 
 @dataclass(frozen=True)
@@ -287,8 +296,12 @@ class GlobalProbe:
     tokens: tuple[TokenAccuracy, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """Returns all of it as JSON can hold it."""
-        return asdict(self)
+        """Returns all of it as JSON can hold it. Files keep the keys of version 0.1."""
+        tokens = [
+            {"spread" if key == "std" else key: value for key, value in asdict(token).items()}
+            for token in self.tokens
+        ]
+        return asdict(self) | {"tokens": tokens}
 
 
 def global_probe(
@@ -346,9 +359,9 @@ def global_probe(
                 right = probe(inputs[tested]).argmax(1) == classes[tested]
                 values.append(float(right.float().mean()))
         if values:
-            spread = statistics.stdev(values) if len(values) > 1 else None
+            std = statistics.stdev(values) if len(values) > 1 else None
             count = int(present[name].sum())
-            found.append(TokenAccuracy(name, count, statistics.fmean(values), spread, tuple(values)))
+            found.append(TokenAccuracy(name, count, statistics.fmean(values), std, tuple(values)))
     return GlobalProbe(
         layer=index,
         images=images,
@@ -379,14 +392,17 @@ def _one_each(
         layout, tokens, outliers = _read(backbone, batch.to(backbone.device), report, layer)
         patches, tokens = layout.patches(tokens).cpu(), tokens.cpu()
         for image in range(len(batch)):
-            draws = [keyed_generator("probe", seed, seen) for seed in seeds]
+            generators = [keyed_generator("probe", seed, seen) for seed in seeds]
             for kind, mask in ((ORDINARY, ~outliers[image]), (OUTLIER, outliers[image])):
-                places = mask.nonzero().flatten() if mask.any() else torch.zeros(1, dtype=torch.long)
-                at = [int(places[torch.randint(len(places), (1,), generator=draw)]) for draw in draws]
+                candidates = mask.nonzero().flatten() if mask.any() else torch.zeros(1, dtype=torch.long)
+                at = [
+                    int(candidates[torch.randint(len(candidates), (1,), generator=generator)])
+                    for generator in generators
+                ]
                 picked[kind].append(patches[image, at])
                 present[kind].append(bool(mask.any()))
-            for place, name in enumerate(backbone.special_tokens):
-                picked.setdefault(name, []).append(tokens[image, place].expand(len(seeds), -1))
+            for index, name in enumerate(backbone.special_tokens):
+                picked.setdefault(name, []).append(tokens[image, index].expand(len(seeds), -1))
                 present.setdefault(name, []).append(True)
             seen += 1
     empty = torch.empty(len(seeds), 0, backbone.spec.width)

@@ -1,13 +1,13 @@
 """Looks at a model from all sides in one pass over the images.
 
-Norms, attention and patch embeddings are read off the same forward pass, by listening to it. Which tokens are
-outliers shows only when all norms are known; what is asked about outliers is therefore kept for every patch,
-as one float each, and summed up at the end.
+Norms, attention and patch embeddings are captured in the same forward pass. Which tokens are outliers is
+known only when all norms are. What is asked about outliers is therefore stored for every patch, as one float
+each, and summed up at the end.
 
     batches ──run, once──┬─ taps on the blocks ──► norms        ─┬─► NormReport ──► outliers
                          ├─ attention          ──► first query's ─┼─────────────────────┼──► AttentionReport
                          ├─ patch embedding    ──► cosines       ─┼─────────────────────┴──► NeighbourReport
-                         └─ first images       ──► kept whole    ─┴─► Shown
+                         └─ first images       ──► kept whole    ─┴─► ShownImage
 
 Tokens of one batch, all blocks, are in memory at a time. What stays, on the CPU, is three floats a patch and
 block (norms before and after the final norm, attention), two a patch, and the images shown with their
@@ -28,7 +28,7 @@ from phreg.analysis.attention import (
     AttentionReport,
     attention_report,
     capture_maps,
-    heard,
+    complete_capture,
     query_names,
 )
 from phreg.analysis.neighbours import (
@@ -107,45 +107,45 @@ def survey(backbone: Backbone, batches: Iterable[Float[Tensor, "_ 3 _ _"]], *, s
         DataError: There are no images, or their sizes differ.
         PhregError: A norm is not finite, or the model's adapter does not know its patch embedding.
     """
-    readings: list[_Reading] = []
+    batch_results: list[_BatchResult] = []
     shown: list[ShownImage] = []
     for images in of_one_size(backbone, batches):
-        reading, examples = _read(backbone, images, show - len(shown))
-        readings.append(reading)
+        result, examples = _read(backbone, images, show - len(shown))
+        batch_results.append(result)
         shown += examples
-    norms = join([reading.norms for reading in readings])
+    norms = join([result.norms for result in batch_results])
     report = norm_report(backbone, norms, range(len(backbone.blocks)), show)
     outliers = outlier_mask(norms.patches[0, report.focus], report.blocks[report.focus].gap)
     return Survey(
         norms=report,
         outliers=outliers,
-        attention=_attention_report(backbone, readings, outliers),
+        attention=_attention_report(backbone, batch_results, outliers),
         neighbours=neighbour_report(
-            torch.cat([reading.cosines for reading in readings]),
-            torch.cat([reading.contrasts for reading in readings]),
+            torch.cat([result.cosines for result in batch_results]),
+            torch.cat([result.contrasts for result in batch_results]),
             outliers,
         ),
-        pooled=torch.cat([reading.pooled for reading in readings]),
+        pooled=torch.cat([result.pooled for result in batch_results]),
         shown=tuple(shown),
     )
 
 
-class _Reading(NamedTuple):
+class _BatchResult(NamedTuple):
     """What is kept of a batch, on the CPU."""
 
     norms: Norms
     cosines: Float[Tensor, "batch rows cols"]
     contrasts: Float[Tensor, "batch rows cols"]
     attention: list[Float[Tensor, "batch rows cols"]]
-    """The first query's, mean over heads, for as many blocks as could be heard."""
+    """The first query's, mean over heads, for as many blocks as could be captured."""
     pooled: Float[Tensor, "batch dim"]
     focus: Float[Tensor, "queries rows cols"] | None
-    """All queries' in the last block, mean over heads, sum over images; None where it was not heard."""
+    """All queries' in the last block, mean over heads, sum over images; None where it was not captured."""
 
 
 def _read(
     backbone: Backbone, images: Float[Tensor, "batch 3 height width"], show: int
-) -> tuple[_Reading, list[ShownImage]]:
+) -> tuple[_BatchResult, list[ShownImage]]:
     """Runs the model on a batch; the first `show` images are kept whole."""
     layout, depth = backbone.layout(images), len(backbone.blocks)
     with (
@@ -156,7 +156,7 @@ def _read(
         pooled = backbone.run(images)
     norms = token_norms(backbone, images, tokens)
     last = maps[depth - 1] if len(maps) >= depth else None
-    reading = _Reading(
+    result = _BatchResult(
         norms=norms,
         cosines=neighbour_cosines(embedded[-1]).cpu(),
         contrasts=contrast(backbone, images).cpu(),
@@ -167,25 +167,25 @@ def _read(
     features = backbone.final_norm(layout.to_grid(tokens[depth - 1])[:show])
     examples = [  # copies, since a view would keep its batch in memory
         ShownImage(
-            image=images[place].cpu().clone(),
-            norms=norms.patches[0, :, place].clone(),
-            features=features[place].float().cpu().clone(),
-            attention=None if last is None else last[place].cpu().clone(),
+            image=images[index].cpu().clone(),
+            norms=norms.patches[0, :, index].clone(),
+            features=features[index].float().cpu().clone(),
+            attention=None if last is None else last[index].cpu().clone(),
         )
-        for place in range(len(features))
+        for index in range(len(features))
     ]
-    return reading, examples
+    return result, examples
 
 
 def _attention_report(
-    backbone: Backbone, readings: Sequence[_Reading], outliers: Bool[Tensor, "images rows cols"]
+    backbone: Backbone, batch_results: Sequence[_BatchResult], outliers: Bool[Tensor, "images rows cols"]
 ) -> AttentionReport | None:
     try:
-        blocks = zip(*(heard(backbone, reading.attention) for reading in readings), strict=True)
+        blocks = zip(*(complete_capture(backbone, result.attention) for result in batch_results), strict=True)
     except UnsupportedModelError as error:
         logger.warning("where the model looks is left out: %s", error)
         return None
-    focus = torch.stack([reading.focus for reading in readings if reading.focus is not None]).sum(dim=0)
+    focus = torch.stack([result.focus for result in batch_results if result.focus is not None]).sum(dim=0)
     ahead = len(backbone.special_tokens)
     return attention_report(
         queries=query_names(backbone),

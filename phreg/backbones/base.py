@@ -35,7 +35,7 @@ Triple = tuple[float, float, float]
 """A number for each of red, green and blue."""
 
 NORMALISATION = "_phreg_normalisation"
-"""Attribute of a model that holds mean and standard deviation of its input, where phreg was told them."""
+"""Attribute of a model that holds mean and standard deviation of its input, if they were given."""
 
 READOUT, TRAINED_READOUT = "phreg_readout", "phreg_trained_readout"
 """Attributes of a model that say how its last block is read, and how it was when phreg trained it."""

@@ -41,7 +41,7 @@ class Identity(NamedTuple):
 def identify(backbone: Backbone) -> Identity:
     """Tells a model, in eval mode, from all that compute anything else; where it lies makes no difference."""
     weights = weights_sha256(backbone.disk_state())
-    told = {
+    settings = {
         "weights": weights,
         "spec": asdict(backbone.spec),
         "readout": backbone.readout,
@@ -49,7 +49,7 @@ def identify(backbone: Backbone) -> Identity:
         "built_of": backbone.built_of(),
         "modules": {name: _describe(module) for name, module in backbone.model.named_modules()},
     }
-    text = json.dumps(told, sort_keys=True, default=str)
+    text = json.dumps(settings, sort_keys=True, default=str)
     return Identity(weights, hashlib.sha256(text.encode()).hexdigest())
 
 

@@ -1,13 +1,13 @@
 """Dense read-outs of CLIP-type models: other ways through the last block, after which patches match text.
 
-A CLIP's last block was trained to fill CLS, and its patches match text poorly. What these read-outs change is
-whom a patch listens to: those whose keys or queries are like its own, or itself alone. All but SCLIP's also
-leave out the block's residual and its MLP. The model itself is changed, so whatever runs it, its own library
-or phreg, gets the read-out; meanwhile its pooled output means nothing. Final norm and projection come after,
-in `Backbone.forward`.
+A CLIP's last block was trained to fill CLS, and its patches match text poorly. These read-outs change which
+patches a patch attends to: those whose keys or queries are like its own, or itself alone. All but SCLIP's
+also leave out the block's residual and its MLP. A read-out changes the model itself: its own library gets it
+as well as phreg. Meanwhile the pooled output means nothing. Final norm and projection follow in
+`Backbone.forward`.
 
-So a model is handed out plain, and only those who read its dense features read it otherwise, and meanwhile
-(`use_readout`): as phreg trained it, unless they are told how.
+Models keep their stock forward. `use_readout(backbone)` switches the last block for a time, by default to the
+read-out used in training.
 
     plain        x + attention(norm(x)), + MLP
     naclip       out(softmax(keys·keys * scale + omega) · values)     omega: a Gaussian of patches' distances
@@ -39,7 +39,7 @@ GAUSSIAN_STD = 5.0
 """Standard deviation of NACLIP's Gaussian, in patches."""
 
 RUNNING = "phreg_running_module"
-"""Keyword by which the `forward` of a read-out is told which module runs."""
+"""Keyword by which the `forward` of a read-out is given the module that runs."""
 
 
 def set_readout(backbone: Backbone, readout: Readout) -> None:
@@ -147,9 +147,9 @@ class GridForward:
     convolution: nn.Conv2d
     shape: tuple[int, int] = (0, 0)
 
-    def __call__(self, images: Tensor, **told: Any) -> Tensor:
+    def __call__(self, images: Tensor, **running: Any) -> Tensor:
         """Makes patches as the convolution does."""
-        convolution = told.get(RUNNING, self.convolution)
+        convolution = running.get(RUNNING, self.convolution)
         patches = type(convolution).forward(convolution, images)
         self.shape = (patches.shape[-2], patches.shape[-1])
         return patches
@@ -166,10 +166,10 @@ class DenseForward:
     """Where there is one, patches near each other attend more."""
 
     def __call__(
-        self, tokens: Float[Tensor, "batch tokens width"], *_: Any, **told: Any
+        self, tokens: Float[Tensor, "batch tokens width"], *_: Any, **running: Any
     ) -> Float[Tensor, "batch tokens width"]:
         """Reads tokens that enter the block."""
-        attention, bias = _attention_of(told.get(RUNNING, self.block), self.block, self.attention), None
+        attention, bias = _attention_of(running.get(RUNNING, self.block), self.block, self.attention), None
         if self.grid is not None:
             bias = _omega(self.grid.shape, tokens.shape[1], tokens.device, tokens.dtype)
         return _mix(attention, attention.norm(tokens), self.readout, bias)
@@ -236,9 +236,9 @@ def gaussian_bias(
     of the patches.
     """
     rows, cols = torch.arange(grid[0], device=device), torch.arange(grid[1], device=device)
-    places = torch.cartesian_prod(rows, cols).float()
-    squares = (places[:, None] - places[None]).square().sum(-1)
-    ahead = num_tokens - len(places)
+    positions = torch.cartesian_prod(rows, cols).float()
+    squares = (positions[:, None] - positions[None]).square().sum(-1)
+    ahead = num_tokens - len(positions)
     return nn.functional.pad(torch.exp(-squares / (2 * GAUSSIAN_STD**2)), (ahead, 0, ahead, 0)).to(dtype)
 
 

@@ -45,7 +45,7 @@ FORMS = "owner/name of the hub, a timm name, open_clip:ARCH/TAG, or a folder of 
 
 
 @dataclass(frozen=True)
-class Layout:
+class LibraryLayout:
     """How a library lays a model out in a folder.
 
     Attributes:
@@ -59,8 +59,8 @@ class Layout:
     weights: tuple[str, ...]
 
 
-LAYOUTS: dict[Library, Layout] = {
-    "transformers": Layout(
+LAYOUTS: dict[Library, LibraryLayout] = {
+    "transformers": LibraryLayout(
         "config.json",
         "model_type",
         (
@@ -70,8 +70,8 @@ LAYOUTS: dict[Library, Layout] = {
             "pytorch_model.bin.index.json",
         ),
     ),
-    "timm": Layout("config.json", "architecture", ("model.safetensors", "pytorch_model.bin")),
-    "open_clip": Layout(
+    "timm": LibraryLayout("config.json", "architecture", ("model.safetensors", "pytorch_model.bin")),
+    "open_clip": LibraryLayout(
         "open_clip_config.json",
         "model_cfg",
         (
@@ -466,12 +466,12 @@ def _library(folder: Path, order: Sequence[Library], source: str) -> Library | N
         The library; None for an export that none of them builds.
     """
     exported = folder / EXPORT_FILE
-    told = _read_json(exported).get("format") if exported.is_file() else None
-    for library in sorted(order, key=lambda library: library != told):  # stable: the order stays otherwise
+    written_by = _read_json(exported).get("format") if exported.is_file() else None
+    for library in sorted(order, key=lambda library: library != written_by):  # stable: the order stays
         config = folder / LAYOUTS[library].config
         if config.is_file() and LAYOUTS[library].key in _read_json(config):
             return library
-    if told:
+    if written_by:
         return None
     wanted = ", ".join(
         f"{layout.config} with {layout.key} ({library})" for library, layout in LAYOUTS.items()

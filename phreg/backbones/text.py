@@ -129,8 +129,8 @@ def _transformers_tokenizer(backbone: Backbone) -> Tokenizer:
             max_length=config.text_config.max_position_embeddings,
             return_tensors="pt",
         )
-        kept = ("input_ids",) if siglip else ("input_ids", "attention_mask")
-        return {name: tokens[name] for name in kept}
+        names = ("input_ids",) if siglip else ("input_ids", "attention_mask")
+        return {name: tokens[name] for name in names}
 
     return tokenize
 

@@ -46,7 +46,7 @@ from phreg.errors import LoadError, PhregError, UnsupportedModelError
 from phreg.parsing import parse_json
 
 REFUSED = {
-    "VisionTransformerDistilled": "its distillation token leaves no place for registers",
+    "VisionTransformerDistilled": "its distillation token leaves no room for registers",
     "Beit": "its blocks have relative position biases for a fixed sequence",
     "VisionTransformerRelPos": "its blocks have relative position biases for a fixed sequence",
     "FeatureGetterNet": "it is the features_only wrapper; pass the model inside, its attribute `model`",
@@ -258,8 +258,8 @@ class TimmBackbone(Backbone):
 
     def __init__(self, model: nn.Module, *, projects: bool = False) -> None:
         weights = getattr(model, "pretrained_cfg", None) or {}
-        told = {"mean", "std"} <= weights.keys()
-        super().__init__(model, _spec(model), None if told else "which are ImageNet's")
+        has_normalisation = {"mean", "std"} <= weights.keys()
+        super().__init__(model, _spec(model), None if has_normalisation else "which are ImageNet's")
         self.is_clip = _could_project(model) if projects else is_clip(model, weights)
         """Whether its head is a projection to a space shared with text."""
 

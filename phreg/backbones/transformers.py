@@ -193,8 +193,8 @@ class TransformersBackbone(Backbone):
     def collector(self) -> nn.Module:
         """The module that returns hidden states: the innermost model around the blocks."""
         parts = self.family.blocks.split(".")
-        around = [self.tower.get_submodule(".".join(parts[:end])) for end in range(len(parts))]
-        return [module for module in around if isinstance(module, PreTrainedModel)][-1]
+        parents = [self.tower.get_submodule(".".join(parts[:end])) for end in range(len(parts))]
+        return [module for module in parents if isinstance(module, PreTrainedModel)][-1]
 
     def _models_that_save(self) -> Iterator[PreTrainedModel]:
         """Finds the models around the registers and inside their tower; a text tower is neither."""
@@ -256,7 +256,7 @@ class TransformersBackbone(Backbone):
     def attention(self, index: int) -> "SelfAttention":
         """Takes apart the self-attention of one block.
 
-        DINOv3 rotates queries and keys by their place in the image. Those of the image size last run are
+        DINOv3 rotates queries and keys by their position in the image. Those of the image size last run are
         used, without the random stretching that the model does in training.
         """
         block = self.blocks[index]
@@ -288,8 +288,8 @@ class TransformersBackbone(Backbone):
         names = [name for name, _ in self.tower.named_parameters()]
 
         def at(*paths: str | None) -> list[str]:
-            places = tuple(f"{path}." for path in paths if path)
-            return [prefix + name for name in names if f"{name}.".startswith(places)]
+            prefixes = tuple(f"{path}." for path in paths if path)
+            return [prefix + name for name in names if f"{name}.".startswith(prefixes)]
 
         heads = [name for name, _ in self.model.named_parameters() if name.partition(".")[0] in HEADS]
         return {
@@ -409,7 +409,7 @@ class SelfAttention:
 
 @dataclass(frozen=True, repr=False)
 class Rotary:
-    """Rotates queries or keys of patches by their place in the grid, as DINOv3 does."""
+    """Rotates queries or keys of patches by their position in the grid, as DINOv3 does."""
 
     rope: nn.Module
     patch_size: tuple[int, int]
@@ -425,7 +425,7 @@ class Rotary:
         """
         if self.grid is None:
             raise PhregError(
-                "queries or keys asked of a model that rotates them by their place in the image, and it has "
+                "queries or keys asked of a model that rotates them by position in the image, and it has "
                 "seen no image; run the backbone first, then take its attention"
             )
         height, width = (count * side for count, side in zip(self.grid, self.patch_size, strict=True))
@@ -688,8 +688,8 @@ def load_remote_code(folder: Path) -> TransformersBackbone:
 
 def _model_class(config: Mapping[str, Any]) -> Any:
     """Picks the class to load a model as."""
-    kept = ("ForImageClassification", "ForImageClassificationWithTeacher", "WithProjection", "Backbone")
-    named = [name for name in config.get("architectures") or () if name.endswith(kept) or name in TOWERS]
+    suffixes = ("ForImageClassification", "ForImageClassificationWithTeacher", "WithProjection", "Backbone")
+    named = [name for name in config.get("architectures") or () if name.endswith(suffixes) or name in TOWERS]
     return getattr(transformers, named[0], AutoModel) if named else AutoModel
 
 

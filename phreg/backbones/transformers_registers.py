@@ -68,7 +68,7 @@ class Registers(nn.Module):
 
 
 @dataclass(frozen=True)
-class Place:
+class RegisterSpan:
     """Where registers are in a sequence: after `start` tokens, `count` of them."""
 
     start: int
@@ -114,11 +114,11 @@ class InsertRegisters:
 class Strip:
     """A forward hook that takes registers out of the last block's output."""
 
-    place: Place
+    span: RegisterSpan
 
     def __call__(self, _module: nn.Module, _args: Any, output: Tensor) -> Tensor:
         """Replaces the output."""
-        return self.place.take_out(output)
+        return self.span.take_out(output)
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ class StripStates:
     The last of them was collected behind `Strip`, and has none.
     """
 
-    place: Place
+    span: RegisterSpan
 
     def __call__(self, _module: nn.Module, _args: Any, output: Any) -> Any:
         """Replaces hidden states in the output."""
@@ -141,7 +141,7 @@ class StripStates:
     def _strip(self, states: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
         *inner, last = states
         # None stands for a state that the caller did not ask for.
-        return (*(None if state is None else self.place.take_out(state) for state in inner), last)
+        return (*(None if state is None else self.span.take_out(state) for state in inner), last)
 
 
 def _are_states(item: Any) -> bool:
@@ -156,7 +156,7 @@ class PadMask:
     Every token may attend to registers, and registers to whatever some token may attend to.
     """
 
-    place: Place
+    span: RegisterSpan
 
     def __call__(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Replaces the mask, the second argument or `attention_mask`."""
@@ -172,11 +172,11 @@ class PadMask:
                 f"a model with registers was run with a {type(mask).__name__} as attention mask, which "
                 'cannot be made longer; call model.set_attn_implementation("sdpa") first'
             )
-        count = self.place.count
+        count = self.span.count
         if mask.dim() == 4 and mask.shape[-2] > 1:  # (batch, heads, queries, keys)
-            mask = self.place.open_up(mask, -2, mask.amax(-2, keepdim=True).expand(-1, -1, count, -1))
+            mask = self.span.open_up(mask, -2, mask.amax(-2, keepdim=True).expand(-1, -1, count, -1))
         seen = 0 if mask.is_floating_point() else 1  # added to scores, or a flag
-        return self.place.open_up(mask, -1, mask.new_full((*mask.shape[:-1], count), seen))
+        return self.span.open_up(mask, -1, mask.new_full((*mask.shape[:-1], count), seen))
 
 
 def attach(
@@ -198,14 +198,14 @@ def attach(
     tower.add_module(REGISTERS, registers)
     setattr(first_block_input, RUNNING, (registers,))
     path = next(name for name, module in tower.named_modules() if module is first_block_input)
-    place = Place(registers.num_prefix, registers.tokens.shape[1])
+    span = RegisterSpan(registers.num_prefix, registers.tokens.shape[1])
     vars(tower)[HANDLES] = [
         tower.register_forward_pre_hook(LinkRegisters(path)),
         first_block_input.register_forward_pre_hook(InsertRegisters()),
         # Ahead of the hooks that collect hidden states, which come with the first call that wants some.
-        blocks[-1].register_forward_hook(Strip(place), prepend=True),
-        collector.register_forward_hook(StripStates(place)),
-        *(block.register_forward_pre_hook(PadMask(place), with_kwargs=True) for block in blocks),
+        blocks[-1].register_forward_hook(Strip(span), prepend=True),
+        collector.register_forward_hook(StripStates(span)),
+        *(block.register_forward_pre_hook(PadMask(span), with_kwargs=True) for block in blocks),
     ]
 
 

@@ -1,6 +1,6 @@
 """Turns images into batches that depend on the seed and the step alone.
 
-Nothing here keeps state: `Order` says which numbers make which batch, and the place of a crop is a hash of
+Nothing here keeps state: `Order` says which numbers make which batch, and the position of a crop is a hash of
 seed, epoch and number. So a run resumed at any step, with any number of reader processes, sees the very
 pixels it would have seen. What cannot be decoded is replaced by the next image, reported, and counted.
 
@@ -58,7 +58,7 @@ class Batch(NamedTuple):
     """Images of one size, and where they came from."""
 
     images: UInt8[Tensor, "batch 3 rows cols"]
-    """RGB, 0 to 255, with the surroundings that were asked for."""
+    """RGB, 0 to 255, with the context margin."""
     indices: Int64[Tensor, " batch"]
     """Number of each image in its source: the one asked for, or the one that replaced it."""
     names: Sequence[str]
@@ -71,11 +71,11 @@ class Batch(NamedTuple):
 class Crops:
     """Rectangles cut from images: one side resampled to just fit, then a crop along the other.
 
-    For a square it is the shorter side that just fits. With surroundings, it is those that are resampled and
-    cut, and the rectangle is their middle. Resampling is PIL's antialiased bicubic; nothing is flipped or
-    recoloured. Where a random crop lies is a function of (seed, epoch, index), or of (seed, index). An
+    For a square, the shorter side just fits. With a context margin, the rectangle and its margin are cut
+    together, and the rectangle is the center. Resampling is PIL's antialiased bicubic; nothing is flipped or
+    recoloured. The position of a random crop is a function of (seed, epoch, index), or of (seed, index). An
     unreadable image is replaced by the next readable one.
-    Source: PH-Reg's training transform (its flickr30k_dataset.py), which has no surroundings.
+    Source: PH-Reg's training transform (its flickr30k_dataset.py), which has no margin.
 
     Attributes:
         source: Where the images are.
@@ -83,7 +83,7 @@ class Crops:
         seed: Seed of random crops.
         crop: `random` to train, `fixed` to train with the crop of the first epoch in all, `centre` to
             measure.
-        margin: Rows and columns of surroundings to cut with it, in pixels on each side.
+        margin: Context margin, rows and columns, in pixels on each side.
     """
 
     source: ImageSource
@@ -97,7 +97,7 @@ class Crops:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Height and width of an image, in pixels, without surroundings."""
+        """Height and width of an image, in pixels, without the context margin."""
         return (self.size, self.size) if isinstance(self.size, int) else self.size
 
     def batch(self, keys: Sequence[Key]) -> Batch:
@@ -116,9 +116,9 @@ class Crops:
         for offset in range(min(len(self), LONGEST_GAP)):
             index = (key[1] + offset) % len(self)
             name = self.source.name(index)
-            place = (0, index) if self.crop == "fixed" else key
+            crop_key = (0, index) if self.crop == "fixed" else key
             try:
-                cut = self._cut(self.source.read(index), name, keyed_generator("crop", self.seed, *place))
+                cut = self._cut(self.source.read(index), name, keyed_generator("crop", self.seed, *crop_key))
             except DataError as error:
                 skipped.append(Skipped(name, str(error)))
             else:
@@ -145,11 +145,11 @@ class Crops:
 def center_crop(
     images: Shaped[Tensor, "batch 3 _ _"], margin: tuple[int, int]
 ) -> Shaped[Tensor, "batch 3 _ _"]:
-    """Takes images out of their surroundings.
+    """Cuts the context margin off images.
 
     Args:
-        images: Images with surroundings.
-        margin: Rows and columns of those, in pixels on each side.
+        images: Images with a context margin.
+        margin: Its rows and columns, in pixels on each side.
     """
     rows, cols = margin
     return images[..., rows : images.shape[-2] - rows, cols : images.shape[-1] - cols]
@@ -165,12 +165,12 @@ def normalise(
         mean: Of each channel, on a scale of 0 to 1.
         std: Of each channel, on the same scale.
     """
-    centre, spread = (
+    mean_rgb, std_rgb = (
         # Copied without waiting for the device, as torch.tensor(…, device=…) would.
         torch.tensor(values, dtype=torch.float32).view(3, 1, 1).to(images.device, non_blocking=True)
         for values in (mean, std)
     )
-    return (images.float() / 255 - centre) / spread
+    return (images.float() / 255 - mean_rgb) / std_rgb
 
 
 def denormalise(
@@ -249,7 +249,7 @@ def _permutation(length: int, seed: int, epoch: int) -> Int64[Tensor, " length"]
 
 
 def holdout(num_images: int, count: int) -> tuple[list[int], list[int]]:
-    """Sets images aside for measuring: the middle ones of `count` equal stretches.
+    """Sets images aside for measuring: the central ones of `count` equal stretches.
 
     At most a fifth is set aside, so none of fewer than 5 images.
 
@@ -265,7 +265,7 @@ def split(source: ImageSource, config: DistillConfig) -> tuple[ImageSource, Imag
     """Splits a run's images into those to train on and those to measure on.
 
     Returns:
-        Both, and whether they are kept apart: fewer than 5 images serve as both.
+        Both, and whether they are disjoint: fewer than 5 images serve as both.
     """
     count = config.measure.images
     limit = len(source) if config.data.limit == "all" else config.data.limit
@@ -279,12 +279,12 @@ def split(source: ImageSource, config: DistillConfig) -> tuple[ImageSource, Imag
 
 
 def subsample(source: ImageSource, count: int) -> ImageSource:
-    """Takes up to so many images, spread evenly over those there are."""
+    """Takes at most `count` images, evenly spaced over those there are."""
     return Subset(source, subsample_indices(len(source), count))
 
 
 def subsample_indices(total: int, count: int) -> list[int]:
-    """Cuts `total` numbers into `count` equal stretches, and lists the first of each; all, if they are fewer.
+    """Lists the first of each of `count` equal stretches of `total` numbers, or all if there are fewer.
 
     The first index is 0, the last lies in the last stretch, and gaps differ by at most 1.
     """
@@ -415,15 +415,14 @@ def centre_crops(
 ) -> Iterator[Float[Tensor, "batch 3 rows cols"]]:
     """Reads images for measuring: centre crops, normalised for a model, on its device.
 
-    Unreadable images are left out and warned of; too many stop it, as in training.
+    Unreadable images are left out, with a warning. Too many of them are an error, as in training.
 
     Args:
         backbone: The model.
         source: The images.
         size: Side of a crop in pixels.
-        margin: Rows and columns of surroundings to cut with it, in pixels on each side.
-        max_broken: Share of unreadable images that is too many; None means that of `DataConfig`, where there
-            is no such setting.
+        margin: Context margin, rows and columns, in pixels on each side.
+        max_broken: Largest share of unreadable images; None means the default of `DataConfig`.
     """
     crops = Crops(source, size, crop="centre", margin=margin)
     broken = BrokenImages(len(source), max_broken)

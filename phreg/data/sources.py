@@ -321,7 +321,7 @@ def natural_order(name: str) -> tuple[tuple[str | int, ...], str]:
     alone are in the order of their text.
     """
     parts = re.split(r"(\d+)", name)
-    return tuple(int(part) if place % 2 else part for place, part in enumerate(parts)), name
+    return tuple(int(part) if index % 2 else part for index, part in enumerate(parts)), name
 
 
 def list_images(folder: str | os.PathLike[str]) -> list[str]:

@@ -22,7 +22,7 @@ from phreg.analysis.survey import Survey, survey
 from phreg.backbones.base import Backbone
 from phreg.backbones.readout import set_readout
 from phreg.backbones.resolve import Base
-from phreg.config import DistillConfig, GateConfig, TargetConfig
+from phreg.config import ChecksConfig, DistillConfig, TargetConfig
 from phreg.data.crops import center_crop
 from phreg.evaluation.metrics.agreement import Agreement, AgreementMeter, Drift, drift
 from phreg.seeding import keyed_generator
@@ -203,32 +203,32 @@ def compare_with_original(
     )
 
 
-def failed_gates(comparison: Comparison, gate: GateConfig) -> list[str]:
-    """Says in words what became worse than the gates allow; a figure that is NaN is worse than any.
+def failed_gates(comparison: Comparison, checks: ChecksConfig) -> list[str]:
+    """Says in words what became worse than the checks allow; a figure that is NaN is worse than any.
 
     Outliers are judged in the last block, and in the block with most: they can rise inside the model alone.
     """
     rates = [report.outlier_rate for report in comparison.norms]
     most = [max(report.blocks, key=lambda block: block.outlier_rate) for report in comparison.norms]
     before, after = comparison.agreement
-    risen = f"by more than gate.outlier_rate = {gate.outlier_rate:g}"
-    last_holds = rates[1] <= rates[0] + gate.outlier_rate
-    checks = [
+    risen = f"by more than checks.outlier_rate = {checks.outlier_rate:g}"
+    last_holds = rates[1] <= rates[0] + checks.outlier_rate
+    judged = [
         (not last_holds, f"the outlier rate rose from {rates[0]:.4f} to {rates[1]:.4f}, {risen}"),
         (
-            last_holds and not most[1].outlier_rate <= most[0].outlier_rate + gate.outlier_rate,
+            last_holds and not most[1].outlier_rate <= most[0].outlier_rate + checks.outlier_rate,
             f"the outlier rate inside the model rose from {most[0].outlier_rate:.4f} at most (block "
             f"{most[0].block}) to {most[1].outlier_rate:.4f} (block {most[1].block}), {risen}",
         ),
         (
-            not after.mean >= before.mean - gate.agreement,
+            not after.mean >= before.mean - checks.agreement,
             f"agreement with {comparison.reference} fell from {before.mean:.4f} to {after.mean:.4f}, by more "
-            f"than gate.agreement = {gate.agreement:g}",
+            f"than checks.agreement = {checks.agreement:g}",
         ),
         (
-            not comparison.drift.mean >= gate.drift,
+            not comparison.drift.mean >= checks.drift,
             f"the pooled output drifted to a cosine of {comparison.drift.mean:.4f} to the original's, below "
-            f"gate.drift = {gate.drift:g}: what reads it (a classifier, zero-shot text) will suffer",
+            f"checks.drift = {checks.drift:g}: what reads it (a classifier, zero-shot text) will suffer",
         ),
     ]
-    return [message for failed, message in checks if failed]
+    return [message for failed, message in judged if failed]

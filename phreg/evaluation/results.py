@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from phreg import __version__
-from phreg.errors import GateError, PhregError
+from phreg.errors import MaxDropError, PhregError
 from phreg.storage import write_text, writing
 from phreg.training.checkpoint import LIBRARIES
 
@@ -225,11 +225,11 @@ class Results:
             limit: Largest drop allowed, in each figure's own unit (0.01 is one point of a share).
 
         Raises:
-            GateError: A model fell behind.
+            MaxDropError: A model fell behind.
             PhregError: There is no baseline.
         """
         if self.baseline is None:
-            raise PhregError("--gate asked for without a model to compare with; give --baseline MODEL")
+            raise PhregError("--max-drop asked for without a model to compare with; give --baseline MODEL")
         problems = []
         for record in self.records:
             differences = self.differences(record)
@@ -242,10 +242,10 @@ class Results:
                         f"{self.baseline.figures[name].mean:.4f}"
                     )
         if problems:
-            raise GateError(
-                f"gate: asked for a drop of at most {limit:g}, found {len(problems)} larger: "
+            raise MaxDropError(
+                f"max_drop: asked for a drop of at most {limit:g}, found {len(problems)} larger: "
                 f"{'; '.join(problems)}. Train less, guard the global output more if the figure is one of it "
-                "(--loss.pooled of phreg distill), or raise --gate",
+                "(--loss.pooled of phreg distill), or raise --max-drop",
                 self,
             )
 

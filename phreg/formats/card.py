@@ -253,7 +253,7 @@ def _results(run: Mapping[str, Any], pictures: Sequence[Illustration]) -> Iterat
     else:
         yield "Not measured."
     if (run.get("gates") or {}).get("failures"):
-        yield f"**Failed its gates:** {'; '.join(run['gates']['failures'])}."
+        yield f"**Failed its checks:** {'; '.join(run['gates']['failures'])}."
     if run.get("readout", "plain") != "plain":
         yield (
             f"Its dense features are meant to be read through the last block's {run['readout']} read-out; "

@@ -70,7 +70,7 @@ class Shown:
         return asdict(self) | {"figures": [row._asdict() for row in self.figures]}
 
 
-def show(source: str | os.PathLike[str], *, revision: str | None = None, base: Model | None = None) -> Shown:
+def info(source: str | os.PathLike[str], *, revision: str | None = None, base: Model | None = None) -> Shown:
     """Says what a run, an adapter, an export, or a hub id of one is.
 
     Args:
@@ -84,14 +84,14 @@ def show(source: str | os.PathLike[str], *, revision: str | None = None, base: M
     """
     if not Path(source).expanduser().exists() and "/" not in os.fspath(source):
         raise LoadError(
-            f"asked to show {source}: there is no such folder; give a run, an adapter or an export, or the "
+            f"asked what {source} is: there is no such folder; give a run, an adapter or an export, or the "
             "owner/name of one on the hub"
         )
     found = resolve.locate(source, revision)
     record = record_of(found)
     if record is None:
         raise LoadError(
-            f"asked to show {source}, which is a {found.library} model that phreg did not write; "
+            f"asked what {source} is: it is a {found.library} model that phreg did not write; "
             "`phreg inspect` looks into such a model"
         )
     with reading_record(source):

@@ -182,7 +182,7 @@ def warn_failed_checks(found: Located) -> None:
     record = record_of(found) or {}
     gates = (record.get("run") or record).get("gates") or {}
     if gates.get("failures"):
-        logger.warning("%s failed its gates: %s", found.source, "; ".join(gates["failures"]))
+        logger.warning("%s failed its checks: %s", found.source, "; ".join(gates["failures"]))
 
 
 @dataclass(frozen=True, repr=False)

@@ -28,11 +28,11 @@ def save_run(
     comparison: Comparison | None,
 ) -> None:
     """Writes the adapter with its record and card: last, for what has an adapter is a finished run."""
-    failures = failed_gates(comparison, config.gate) if comparison else []
+    failures = failed_gates(comparison, config.checks) if comparison else []
     if comparison is None:
-        logger.warning("not measured, so no gate was asked: measure.images is 0")
+        logger.warning("not measured, so nothing was checked: measure.images is 0")
     elif failures:
-        logger.warning("gates failed, and the adapter is marked so: %s", "; ".join(failures))
+        logger.warning("checks failed, and the adapter is marked so: %s", "; ".join(failures))
     record = {
         "size": config.size,
         "readout": config.target.student_readout,

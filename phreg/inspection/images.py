@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from phreg.analysis.inspection import Labelled
+from phreg.analysis.inspection import LabelledImages
 from phreg.backbones.base import Backbone
 from phreg.data.crops import MEASURED_AT_ONCE, Crops, as_input, centre_crops, subsample, subsample_indices
 from phreg.data.sources import ImageSource
@@ -27,7 +27,7 @@ def larger(backbone: Backbone, source: ImageSource) -> list[Float[Tensor, "_ 3 _
     return list(centre_crops(backbone, subsample(source, MEASURED_AT_ONCE), size))
 
 
-def labelled(backbone: Backbone, data: str, size: int | tuple[int, int]) -> Labelled:
+def labelled(backbone: Backbone, data: str, size: int | tuple[int, int]) -> LabelledImages:
     """Reads images with classes: see `phreg.evaluation.datasets.labelled.open_labelled`.
 
     An unreadable image is replaced by the next one, with that one's class.
@@ -45,4 +45,4 @@ def labelled(backbone: Backbone, data: str, size: int | tuple[int, int]) -> Labe
         batch = crops.batch([(0, number) for number in numbers[start : start + MEASURED_AT_ONCE]])
         batches.append(as_input(backbone, batch.images))
         classes.append(found.labels[batch.indices])
-    return Labelled(batches, torch.cat(classes))
+    return LabelledImages(batches, torch.cat(classes))

@@ -19,18 +19,20 @@ def resolve(
     overrides: Mapping[str, Any] | None = None,
     *,
     clip: bool = False,
+    written_by_phreg: bool = False,
 ) -> DistillConfig:
     """Builds the configuration of a run.
 
     Args:
         recipe: Name of a shipped recipe, or path of a TOML file.
         overrides: Settings that win over the recipe, by dotted key (`{"optim.lr": 1e-3}`) or nested.
-        clip: Whether the model is CLIP-type: what a method implies may differ for those.
+        clip: Whether the model is CLIP-type. A method can imply other settings for those.
+        written_by_phreg: Whether the recipe is that of a run; old names in it are then no reason to warn.
 
     Raises:
         ConfigError: Any setting is wrong; all problems are listed.
     """
-    source, given = read_settings(recipe, overrides)
+    source, given = read_settings(recipe, overrides, written_by_phreg=written_by_phreg)
     name = given.get("method", DistillConfig.model_fields["method"].default)
     method = METHODS.get(name)
     problems = []
@@ -44,7 +46,7 @@ def resolve(
             if given.get(key) is not None
         ]
     implied = dict(method.implied(clip=clip)) if method is not None else {}
-    if "steps" in given:  # which says the same in another way
+    if "steps" in given:  # which set the length too
         implied.pop("epochs", None)
     try:
         config = validate(_lora_for_blocks(implied, given), source=source)
@@ -56,10 +58,9 @@ def resolve(
 
 
 def _lora_for_blocks(implied: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Joins settings; LoRA asked for takes the place of the blocks that nobody asked to train.
+    """Joins settings. LoRA replaces the blocks, unless the user named roles.
 
-    The roles are spelled out in what is resolved, so that a run which is resumed, or rerun from its recipe,
-    trains the same.
+    The result names all roles, so that a run which is resumed, or repeated from its recipe, trains the same.
     """
     settings = {**implied, **given}
     if settings.get("unlock.lora.rank") is not None and "unlock.roles" not in given:

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from phreg.config import DistillConfig
 
-# Settings are read by `phreg distill --help`, which needs no torch: a method imports what it trains with as
-# it builds its task.
+# `phreg distill --help` reads the settings and needs no torch. So a method imports its training code only
+# when it builds its task.
 if TYPE_CHECKING:
     from phreg.backbones.base import Backbone
     from phreg.sinks.locate import Sinks
@@ -19,14 +19,14 @@ class Method:
     """A way to retrofit registers.
 
     Attributes:
-        name: What `--method` calls it.
-        summary: What it does, for help.
-        add: Adds registers to the student as configured, given its sinks. Returns the terms of the loss that
-            the method adds to those between student and target.
-        settings: What it implies, where that differs from the defaults of `DistillConfig`, by dotted key.
+        name: Its name for `--method`.
+        summary: What it does, for the help.
+        add: Adds registers to the student as configured, given its sinks. Returns the loss terms that the
+            method adds to those between student and target.
+        settings: Settings that it implies, by dotted key, where they differ from `DistillConfig`'s defaults.
         clip_settings: The same for CLIP-type models; None means no difference.
         needs_sinks: Whether it looks for the hidden units that cause sinks.
-        trains: Whether it trains; otherwise `add` is all it does.
+        trains: Whether it trains. If not, `add` is all it does.
     """
 
     name: str

@@ -16,7 +16,7 @@ DINOV2: dict[str, Any] = {
     "batch_size": 8,
     "data.limit": "all",
     "epochs": 1,
-    "target.keep": False,
+    "target.cache": False,
     "loss.pooled": 0.0,
     "unlock.roles": ("pos_embed", "patch_embed", "block.-1"),
     "optim.final_lr": 5e-6,
@@ -38,7 +38,7 @@ CLIP: dict[str, Any] = DINOV2 | {
 
 
 def add(student: "Backbone", sinks: "Sinks | None", config: DistillConfig) -> "list[LossTerm]":
-    """Adds registers; nothing but distillation moves the artifacts into them."""
+    """Adds registers. Distillation alone moves the artifacts into them."""
     from phreg.sinks.relocation import add_starting_registers
 
     add_starting_registers(student, sinks, config.registers, config.register_init, config.seed)

@@ -1,4 +1,4 @@
-"""The default: moves the model's sinks into registers, and distils the model from its own views meanwhile."""
+"""The default: moves the sinks into registers and, at the same time, distils the model from its views."""
 
 import logging
 from typing import TYPE_CHECKING
@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 
 def add(student: "Backbone", sinks: "Sinks | None", config: DistillConfig) -> "list[LossTerm]":
-    """Adds registers that start from what sets the sinks off, and a term that moves the sinks there."""
+    """Adds registers that start from the triggers of the sinks, and a term that moves the sinks there."""
     from phreg.sinks.relocation import Relocation, add_starting_registers
     from phreg.training.losses import RelocationTerm
 
@@ -33,7 +33,7 @@ def add(student: "Backbone", sinks: "Sinks | None", config: DistillConfig) -> "l
 
 METHOD = Method(
     name="relocate",
-    summary="find the sinks, move them into the registers, and distil meanwhile",
+    summary="find the sinks, move them into the registers, and distil at the same time",
     add=add,
-    settings={"epochs": 8, "views.fill": "surroundings"},
+    settings={"epochs": 8, "views.fill": "context"},
 )

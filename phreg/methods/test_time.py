@@ -1,4 +1,4 @@
-"""Test-time registers: the sinks are moved by hooks, and nothing trains."""
+"""Test-time registers: hooks move the sinks, and nothing trains."""
 
 from typing import TYPE_CHECKING
 

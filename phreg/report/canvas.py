@@ -33,7 +33,7 @@ LINE_LENGTH = 44
 """Letters of a title to a line, so that the long names of checkpoints fit over a panel."""
 
 
-class Chart(Figure):
+class ChartFigure(Figure):
     """A figure that shows itself inline in a notebook, whether or not matplotlib was set up there.
 
     Args:
@@ -51,7 +51,7 @@ class Chart(Figure):
 
 def panels(
     count: int, *, columns: int | None = None, size: tuple[float, float] = PANEL, **sharing: Any
-) -> tuple[Chart, list[Axes]]:
+) -> tuple[ChartFigure, list[Axes]]:
     """Lays out panels of one size, row by row; what is left of the last row stays empty.
 
     Args:
@@ -62,7 +62,7 @@ def panels(
     """
     columns = min(columns or count, count)
     rows = -(-count // columns)
-    figure = Chart(size[0] * columns, size[1] * rows)
+    figure = ChartFigure(size[0] * columns, size[1] * rows)
     every = figure.subplots(rows, columns, squeeze=False, **sharing).ravel()
     for axes in every[count:]:
         axes.remove()
@@ -99,13 +99,13 @@ def wrapped(name: str, letters: int) -> str:
     return "\n".join(line.strip() for line in lines)
 
 
-def legend(axes: Axes, **place: Any) -> None:
+def legend(axes: Axes, **position: Any) -> None:
     """Explains lines and bars that have a label; nothing where none has."""
     if _labelled(axes):
-        axes.legend(frameon=False, labelcolor=INK, fontsize=FONT_SIZE - 1, **place)
+        axes.legend(frameon=False, labelcolor=INK, fontsize=FONT_SIZE - 1, **position)
 
 
-def legend_above(figure: Chart, *every: Axes) -> None:
+def legend_above(figure: ChartFigure, *every: Axes) -> None:
     """Explains above all panels the lines and bars that have a label, each label once."""
     named = {text: handle for axes in every for text, handle in _labelled(axes).items()}
     if named:
@@ -129,7 +129,7 @@ def titles(count: int, names: Sequence[str]) -> Sequence[str]:
 
 
 def colour(index: int) -> str:
-    """The colour of a model, by its place."""
+    """The colour of a model, by its number."""
     return COLOURS[index % len(COLOURS)]
 
 

@@ -26,7 +26,7 @@ from phreg.report.canvas import (
     FONT_SIZE,
     INK,
     PANEL,
-    Chart,
+    ChartFigure,
     colour,
     label,
     legend,
@@ -38,7 +38,7 @@ from phreg.report.canvas import (
 )
 
 BANDS = ((1, 7, 0.18), (2, 6, 0.3), (3, 5, 0.45))
-"""Bands of 98, 90 and 50 % of the values: their bounds' places in `QUANTILES`, and how opaque they are."""
+"""Bands of 98, 90 and 50 % of the values: their bounds' indices in `QUANTILES`, and how opaque they are."""
 
 MEDIAN = QUANTILES.index(0.5)
 
@@ -55,7 +55,7 @@ Tokens = Mapping[str, Sequence[float]]
 
 
 @runtime_checkable
-class Histogram(Protocol):
+class HistogramLike(Protocol):
     """Counts of values."""
 
     @property
@@ -101,7 +101,7 @@ def norm_quantiles(
 
 
 def norm_histograms(
-    *models: Sequence[Histogram],
+    *models: Sequence[HistogramLike],
     names: Sequence[str] = (),
     tokens: Sequence[Tokens] = (),
     log: bool = True,
@@ -116,13 +116,13 @@ def norm_histograms(
             outliers among so many tokens could not be seen.
     """
     figure, drawn = panels(max(map(len, models)), columns=4, size=(2.1, 1.6), sharex=True, sharey=True)
-    called = titles(len(models), names)
+    labels = titles(len(models), names)
     for index, blocks in enumerate(models):
         for block, (axes, histogram) in enumerate(zip(drawn, blocks, strict=False)):
             edges = np.log10(histogram.edges) if log else np.asarray(histogram.edges)
             density = np.asarray(histogram.counts) / np.diff(edges) / max(sum(histogram.counts), 1)
             axes.stairs(
-                density, histogram.edges, fill=True, color=colour(index), alpha=0.6, label=called[index]
+                density, histogram.edges, fill=True, color=colour(index), alpha=0.6, label=labels[index]
             )
             for name, norms in tokens[index].items() if tokens else ():
                 shade, dashes = _token_style(name)
@@ -146,25 +146,25 @@ def norm_series(*reports: NormReport, names: Sequence[str] = ()) -> Figure:
         reports: One a model, in the order of the series.
         names: What the models are called.
     """
-    figure = Chart(max(PANEL[0], 1.5 + 1.1 * len(reports)), 4.6)
+    figure = ChartFigure(max(PANEL[0], 1.5 + 1.1 * len(reports)), 4.6)
     norms, rates = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1.4))
-    called = titles(len(reports), names)
+    labels = titles(len(reports), names)
     blocks = [report.blocks[report.focus] for report in reports]
-    for place, block in enumerate(blocks):
-        _nested(norms, place, block.quantiles, colour(0), vertical=True)
+    for index, block in enumerate(blocks):
+        _nested(norms, index, block.quantiles, colour(0), vertical=True)
         if block.gap:
-            norms.plot(place, block.gap.threshold, "x", color=INK, markersize=5)
+            norms.plot(index, block.gap.threshold, "x", color=INK, markersize=5)
     shares = [100 * block.outlier_rate for block in blocks]
     rates.plot(shares, "o-", color=colour(0), markersize=4, clip_on=False)
-    for place, share in enumerate(shares):
+    for index, share in enumerate(shares):
         note = {"textcoords": "offset points", "xytext": (0, 5), "ha": "center"}
-        rates.annotate(f"{share:.3g}", (place, share), color=INK, fontsize=FONT_SIZE - 1, **note)
+        rates.annotate(f"{share:.3g}", (index, share), color=INK, fontsize=FONT_SIZE - 1, **note)
     for axes in (norms, rates):
         paint(axes)
         axes.set_xlim(-0.6, len(reports) - 0.4)
     norms.set_yscale("log")
     rates.set_ylim(0, max(1.4 * max(shares), 0.1))
-    ticks = [f"{wrapped(name, 16)}\nblock {block.block}" for name, block in zip(called, blocks, strict=True)]
+    ticks = [f"{wrapped(name, 16)}\nblock {block.block}" for name, block in zip(labels, blocks, strict=True)]
     rates.set_xticks(range(len(reports)), [tick.strip() for tick in ticks])
     label(norms, y="norm of patch tokens,\nbefore the final norm")
     label(rates, y="outliers, %")
@@ -172,26 +172,26 @@ def norm_series(*reports: NormReport, names: Sequence[str] = ()) -> Figure:
 
 
 def _fan(axes: Axes, blocks: Sequence[BlockNorms], shade: str) -> None:
-    places = [block.block for block in blocks]
+    numbers = [block.block for block in blocks]
     quantiles = np.array([block.quantiles for block in blocks]).clip(min=1e-12)
     for lower, upper, strength in BANDS:
         axes.fill_between(
-            places, quantiles[:, lower], quantiles[:, upper], color=shade, alpha=strength, linewidth=0
+            numbers, quantiles[:, lower], quantiles[:, upper], color=shade, alpha=strength, linewidth=0
         )
-    axes.plot(places, quantiles[:, MEDIAN], color=shade)
+    axes.plot(numbers, quantiles[:, MEDIAN], color=shade)
     for end in (0, -1):
-        axes.plot(places, quantiles[:, end], ".", color=shade, markersize=3)
+        axes.plot(numbers, quantiles[:, end], ".", color=shade, markersize=3)
     gaps = [(block.block, block.gap.threshold) for block in blocks if block.gap]
     if gaps:
         axes.plot(*zip(*gaps, strict=True), "x", color=INK, markersize=5)
 
 
-def _token_lines(axes: Axes, places: Sequence[int], tokens: Tokens) -> None:
+def _token_lines(axes: Axes, numbers: Sequence[int], tokens: Tokens) -> None:
     explained = {_kind(name): name for name in reversed(list(tokens))}  # the first of each kind
     for name, norms in tokens.items():
         shade, dashes = _token_style(name)
         text = _kind(name) if explained[_kind(name)] == name else None
-        axes.plot(places, norms, color=shade, linestyle=dashes, linewidth=1.3, label=text)
+        axes.plot(numbers, norms, color=shade, linestyle=dashes, linewidth=1.3, label=text)
 
 
 def _kind(name: str) -> str:
@@ -203,19 +203,24 @@ def _token_style(name: str) -> tuple[str, str]:
     return TOKEN_STYLES.get(_kind(name), TOKEN_STYLES["register"])
 
 
-def _nested(axes: Axes, place: int, quantiles: Sequence[float], shade: str, *, vertical: bool) -> None:
+def _nested(axes: Axes, position: int, quantiles: Sequence[float], shade: str, *, vertical: bool) -> None:
     """Draws quantiles as bands within each other, with median and extremes."""
     for lower, upper, strength in BANDS:
         low, high = quantiles[lower], quantiles[upper]
         look = {"color": shade, "alpha": strength, "linewidth": 0}
         if vertical:
-            axes.bar(place, high - low, 0.6, bottom=low, **look)
+            axes.bar(position, high - low, 0.6, bottom=low, **look)
         else:
-            axes.barh(place, high - low, 0.6, left=low, **look)
+            axes.barh(position, high - low, 0.6, left=low, **look)
     lines = axes.hlines if vertical else axes.vlines
-    lines(quantiles[MEDIAN], place - 0.3, place + 0.3, color=shade)
+    lines(quantiles[MEDIAN], position - 0.3, position + 0.3, color=shade)
     ends = (quantiles[0], quantiles[-1])
-    axes.plot(*((place, place), ends) if vertical else (ends, (place, place)), ".", color=shade, markersize=3)
+    axes.plot(
+        *((position, position), ends) if vertical else (ends, (position, position)),
+        ".",
+        color=shade,
+        markersize=3,
+    )
 
 
 # -- positions -----------------------------------------------------------------------------------------------
@@ -241,7 +246,7 @@ def stripes(*histograms: Positions, names: Sequence[str] = ()) -> Figure:
         histograms: Share of images with an artifact at each position, for each model or way of resampling.
         names: What those are called.
     """
-    figure = Chart(PANEL[0] * len(histograms), 4.0)
+    figure = ChartFigure(PANEL[0] * len(histograms), 4.0)
     parts = figure.subfigures(1, len(histograms), squeeze=False)[0]
     top = _top(histograms)
     edge = max(float(histogram.mean(dim).max()) for histogram in histograms for dim in (0, 1))
@@ -291,18 +296,18 @@ def attention_focus(*models: Mapping[str, Positions], names: Sequence[str] = ())
     across = min(ACROSS, max(map(len, models)))
     rows = [-(-len(queries) // across) for queries in models]
     high = attention_limits(*(focus for queries in models for focus in queries.values())).high
-    figure = Chart(1.6 + 1.6 * across, 1.75 * sum(rows))
+    figure = ChartFigure(1.6 + 1.6 * across, 1.75 * sum(rows))
     grid = figure.subplots(sum(rows), across, squeeze=False)
     starts = np.cumsum([0, *rows])
     for queries, name, start, end in zip(
         models, titles(len(models), names), starts[:-1], starts[1:], strict=True
     ):
-        places = list(grid[start:end].flat)
-        for axes, (query, focus) in zip(places, queries.items(), strict=False):
+        panel = list(grid[start:end].flat)
+        for axes, (query, focus) in zip(panel, queries.items(), strict=False):
             _heat(axes, focus, high, query)
-        for axes in places[len(queries) :]:
+        for axes in panel[len(queries) :]:
             axes.set_axis_off()
-        label(places[0], y=wrapped(name, 22))
+        label(panel[0], y=wrapped(name, 22))
     bar = figure.colorbar(grid[0, 0].images[0], ax=grid, format="%.2g %%", extend="max", aspect=30)
     paint(bar.ax)
     return figure
@@ -362,10 +367,10 @@ def probe_bars(
     names: Sequence[str] = (),
     chance: float | None = None,
 ) -> Figure:
-    """Charts what linear probes read out of each kind of token, with the spread over seeds.
+    """Charts what linear probes read out of each kind of token, with the standard deviation over seeds.
 
     Args:
-        models: For each model, mean and spread by kind of token: `ordinary`, `outliers`, `CLS`, …
+        models: For each model, mean and standard deviation by kind of token: `ordinary`, `outliers`, `CLS`, …
         figure: What is charted, such as `top-1, %`.
         names: What the models are called.
         chance: What guessing would give, a dotted line.
@@ -375,11 +380,11 @@ def probe_bars(
     width = 0.8 / len(models)
     for index, (results, name) in enumerate(zip(models, titles(len(models), names), strict=True)):
         shift = (index - (len(models) - 1) / 2) * width
-        places = [kinds.index(kind) + shift for kind in results]
-        means, spreads = zip(*results.values(), strict=True)
+        positions = [kinds.index(kind) + shift for kind in results]
+        means, stds = zip(*results.values(), strict=True)
         error = {"ecolor": INK, "elinewidth": 1, "capsize": 3}
         bars = axes.bar(
-            places, means, 0.9 * width, yerr=spreads, color=colour(index), label=name, error_kw=error
+            positions, means, 0.9 * width, yerr=stds, color=colour(index), label=name, error_kw=error
         )
         axes.bar_label(bars, fmt="%.3g", padding=2, color=INK, fontsize=FONT_SIZE - 1)
     if chance is not None:

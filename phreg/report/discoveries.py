@@ -60,8 +60,8 @@ def _draw_boxes(axes: Axes, example: Example, title: str) -> None:
 
 def _draw_box(axes: Axes, box: Tensor, colour: str, text: str) -> None:
     left, top, right, bottom = box.tolist()
-    place = (left - 0.5, top - 0.5)  # the middle of a pixel is at a whole number
-    axes.add_patch(Rectangle(place, right - left, bottom - top, fill=False, color=colour, lw=2, label=text))
+    corner = (left - 0.5, top - 0.5)  # the center of a pixel is at a whole number
+    axes.add_patch(Rectangle(corner, right - left, bottom - top, fill=False, color=colour, lw=2, label=text))
 
 
 def _draw_map(axes: Axes, example: Example, step: str, title: str) -> None:

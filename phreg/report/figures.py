@@ -16,10 +16,10 @@ from phreg.report import charts
 from phreg.report.sink_chart import sink_chart
 from phreg.report.verdict import causes
 
-Told = TypeVar("Told")
+ProbeFigures = TypeVar("ProbeFigures")
 
 
-class Figures(NamedTuple):
+class DrawnChart(NamedTuple):
     """A chart before it is encoded."""
 
     section: str
@@ -31,7 +31,7 @@ class Figures(NamedTuple):
     caption: str
 
 
-def figures(models: Sequence[Inspection]) -> Iterator[Figures]:
+def figures(models: Sequence[Inspection]) -> Iterator[DrawnChart]:
     """Draws the charts of some models, side by side."""
     names = [model.name for model in models] if len(models) > 1 else [""]
     yield from _norm_figures(models, names)
@@ -40,7 +40,7 @@ def figures(models: Sequence[Inspection]) -> Iterator[Figures]:
     yield from _neighbour_figures(models, names)
     for number, model in enumerate((model for model in models if model.sinks), start=1):
         assert model.sinks is not None
-        yield Figures(
+        yield DrawnChart(
             "Sinks",
             f"sinks-{number}" if len(models) > 1 else "sinks",
             sink_chart(model.sinks, model.name if len(models) > 1 else ""),
@@ -52,32 +52,32 @@ def figures(models: Sequence[Inspection]) -> Iterator[Figures]:
     yield from _cost_figures(models, names)
 
 
-def _norm_figures(models: Sequence[Inspection], names: Sequence[str]) -> Iterator[Figures]:
+def _norm_figures(models: Sequence[Inspection], names: Sequence[str]) -> Iterator[DrawnChart]:
     reports = [model.norms for model in models]
     fans = "bands hold 50, 90 and 98 % of the patch tokens, the line is the median, dots are the extremes"
     tokens = [{token.name: _medians(token.quantiles) for token in report.tokens} for report in reports]
     normed = [{token.name: _medians(token.normed) for token in report.tokens} for report in reports]
-    yield Figures(
+    yield DrawnChart(
         "Norms", "norms", charts.norm_quantiles(*reports, names=names, tokens=tokens),
         "Chart of norms from block to block",
         f"Norms from block to block, before the final norm: {fans}, crosses separate outliers from the rest; "
         "CLS and registers are lines of their own (medians over images).",
     )  # fmt: skip
-    yield Figures(
+    yield DrawnChart(
         "Norms", "norms-after-norm", charts.norm_quantiles(*reports, names=names, tokens=normed, normed=True),
         "Chart of norms from block to block, after the final norm",
         "The same, every block's tokens passed through the final norm.",
     )  # fmt: skip
     for scale in ("log", "linear"):
         histograms = [[getattr(block, scale) for block in report.blocks] for report in reports]
-        yield Figures(
+        yield DrawnChart(
             "Norms", f"norm-histograms-{scale}",
             charts.norm_histograms(*histograms, names=names, tokens=tokens, log=scale == "log"),
             f"Histograms of norms in each block, {scale} scale",
             f"How many patch tokens have which norm ({scale} scale), block by block.",
         )  # fmt: skip
     if len(models) > 1:
-        yield Figures(
+        yield DrawnChart(
             "Norms", "norm-series", charts.norm_series(*reports, names=names),
             "Chart of norms and outlier rates, model by model",
             f"The models side by side, each in the block where its outliers are clearest: {fans}.",
@@ -88,9 +88,9 @@ def _medians(quantiles: Sequence[Sequence[float]]) -> list[float]:
     return [block[QUANTILES.index(0.5)] for block in quantiles]
 
 
-def _position_figures(models: Sequence[Inspection], names: Sequence[str]) -> Iterator[Figures]:
+def _position_figures(models: Sequence[Inspection], names: Sequence[str]) -> Iterator[DrawnChart]:
     histograms = [model.norms.position_histogram for model in models]
-    yield Figures(
+    yield DrawnChart(
         "Where", "positions", charts.position_map(*histograms, names=names),
         "Map of the positions of outliers",
         f"Share of images with an outlier at each patch, after {focus_blocks(models)}.",
@@ -98,7 +98,7 @@ def _position_figures(models: Sequence[Inspection], names: Sequence[str]) -> Ite
     for number, model in enumerate((model for model in models if model.interpolation), start=1):
         effect = model.interpolation
         assert effect is not None
-        yield Figures(
+        yield DrawnChart(
             "Where",
             f"resampled-positions-{number}",
             charts.stripes(
@@ -112,15 +112,15 @@ def _position_figures(models: Sequence[Inspection], names: Sequence[str]) -> Ite
         )
 
 
-def _attention_figures(models: Sequence[Inspection], names: Sequence[str]) -> Iterator[Figures]:
+def _attention_figures(models: Sequence[Inspection], names: Sequence[str]) -> Iterator[DrawnChart]:
     """Models whose attention cannot be listened to are left out."""
-    heard = [(model.survey.attention, name) for model, name in zip(models, names, strict=True)]
-    reports = [report for report, _ in heard if report]
-    names = [name for report, name in heard if report]
+    measured = [(model.survey.attention, name) for model, name in zip(models, names, strict=True)]
+    reports = [report for report, _ in measured if report]
+    names = [name for report, name in measured if report]
     if not reports:
         return
     focus = [dict(zip(report.queries, report.focus, strict=True)) for report in reports]
-    yield Figures(
+    yield DrawnChart(
         "Attention", "attention-focus", charts.attention_focus(*focus, names=names),
         "Maps of where CLS and registers look in the last block, mean over images",
         "Where CLS and each register look in the last block, mean over heads and images.",
@@ -128,7 +128,7 @@ def _attention_figures(models: Sequence[Inspection], names: Sequence[str]) -> It
     if any(model.survey.outliers.any() for model in models):
         shares, fair = [report.share for report in reports], [report.fair for report in reports]
         query = " or ".join(dict.fromkeys(report.queries[0] for report in reports))
-        yield Figures(
+        yield DrawnChart(
             "Attention", "attention-share",
             charts.attention_share(*shares, fair=fair, query=query, names=names),
             "Chart of the share of attention that falls on outliers, block by block",
@@ -136,7 +136,7 @@ def _attention_figures(models: Sequence[Inspection], names: Sequence[str]) -> It
         )  # fmt: skip
 
 
-def _neighbour_figures(models: Sequence[Inspection], names: Sequence[str]) -> Iterator[Figures]:
+def _neighbour_figures(models: Sequence[Inspection], names: Sequence[str]) -> Iterator[DrawnChart]:
     reports = [model.survey.neighbours for model in models]
     kinds = [
         {
@@ -146,61 +146,62 @@ def _neighbour_figures(models: Sequence[Inspection], names: Sequence[str]) -> It
         }
         for report in reports
     ]
-    yield Figures(
+    yield DrawnChart(
         "Neighbours", "neighbours", charts.neighbour_cosines(*kinds, names=names),
         "Chart of the cosine of patch embeddings to their neighbours'",
         "How alike a patch is to its four neighbours, by the patch embedding alone: outliers against others.",
     )  # fmt: skip
 
 
-def _probe_figures(models: Sequence[Inspection], names: Sequence[str]) -> Iterator[Figures]:
+def _probe_figures(models: Sequence[Inspection], names: Sequence[str]) -> Iterator[DrawnChart]:
     section = "What tokens hold"
-    told = [
+    positions = [
         {kind: (figures.distance, 0.0) for kind, figures in by_kind(model.position).items()}
         for model in models
     ]
-    if all(told):
-        yield Figures(
+    if all(positions):
+        yield DrawnChart(
             section, "probe-position",
-            charts.probe_bars(*told, figure="distance of the position told, patches", names=names),
+            charts.probe_bars(*positions, figure="distance of the predicted position, patches", names=names),
             "Chart of how well tokens tell their position",
             "How far from the truth a linear probe tells a position, on images it was not trained on. "
             "Lower is better.",
         )  # fmt: skip
-    drawn = [
+    pixels = [
         {
             kind: (100 * relative_error(figures), 0.0)
             for kind, figures in by_kind(model.reconstruction).items()
         }
         for model in models
     ]
-    if all(drawn):
-        yield Figures(
+    if all(pixels):
+        yield DrawnChart(
             section, "probe-pixels",
-            charts.probe_bars(*drawn, figure="error of pixels told, % of guessing", names=names),
+            charts.probe_bars(*pixels, figure="error of predicted pixels, % of guessing", names=names),
             "Chart of how well tokens tell their patch's pixels",
-            "Error of a linear probe that tells a patch's pixels from its token; 100 % is the mean patch told"
+            "Error of a linear probe that predicts a patch's pixels from its token; 100 % is the mean patch"
             " every time. Lower is better.",
         )  # fmt: skip
     classes = [
-        {entry.token: (100 * entry.mean, 100 * (entry.spread or 0.0)) for entry in model.classes.tokens}
+        {entry.token: (100 * entry.mean, 100 * (entry.std or 0.0)) for entry in model.classes.tokens}
         for model in models
         if model.classes
     ]
     if classes and len(classes) == len(models):
         assert models[0].classes is not None
-        yield Figures(
+        yield DrawnChart(
             section, "probe-class",
             charts.probe_bars(
-                *classes, figure="class told, top-1, %", names=names, chance=100 * models[0].classes.chance
+                *classes, figure="top-1 of the class, %", names=names, chance=100 * models[0].classes.chance
             ),
             "Chart of how well single tokens tell the class of their image",
-            "Accuracy of a linear probe that is given one token of an image; bars show the spread over "
+            "Accuracy of a linear probe that is given one token of an image; bars show the standard "
+            "deviation over "
             "seeds.",
         )  # fmt: skip
 
 
-def _cost_figures(models: Sequence[Inspection], names: Sequence[str]) -> Iterator[Figures]:
+def _cost_figures(models: Sequence[Inspection], names: Sequence[str]) -> Iterator[DrawnChart]:
     if not all(model.costs for model in models):
         return
     counts = [cost.registers for cost in models[0].costs]
@@ -214,7 +215,7 @@ def _cost_figures(models: Sequence[Inspection], names: Sequence[str]) -> Iterato
         if timed:
             kinds["latency"] = [time.ratio - 1 for time in model.latency]
         added.append(kinds)
-    yield Figures(
+    yield DrawnChart(
         "Cost", "cost", charts.cost_lines(counts, *added, names=names), "Chart of what registers cost",
         "What registers add to the model without any: parameters and FLOPs are counted"
         f"{', latency is measured here on single images' if timed else ''}.",
@@ -229,7 +230,7 @@ def focus_blocks(models: Sequence[Inspection]) -> str:
     return ", ".join(f"block {block} ({model.name})" for block, model in zip(blocks, models, strict=True))
 
 
-def by_kind(probe: TokenProbe[Told] | None) -> dict[str, Told]:
+def by_kind(probe: TokenProbe[ProbeFigures] | None) -> dict[str, ProbeFigures]:
     """Takes a probe's figures of ordinary tokens and of outliers, as far as there are any."""
     kinds = {"ordinary": probe.ordinary, "outliers": probe.outliers} if probe else {}
     return {kind: figures for kind, figures in kinds.items() if figures}

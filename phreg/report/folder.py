@@ -78,9 +78,9 @@ def write_inspection(folder: Path, inspection: Inspection, origin: Origin = UNKN
         for section in page.sections:
             for chart in section.charts:
                 (folder / f"{chart.name}.png").write_bytes(chart.png)
-        for place, model in enumerate(inspection.models, start=1):
+        for number, model in enumerate(inspection.models, start=1):
             seen = [image.attention for image in model.survey.shown if image.attention is not None]
-            which = f"{place}-" if inspection.against else ""
+            which = f"{number}-" if inspection.against else ""
             for number, attention in enumerate(seen, start=1):
                 tiles = attention_maps(attention, attention_limits(*seen).high, side=HEAD_SIDE)
                 save_png(folder / f"heads-{which}{number:02}.png", sheet(tiles))
@@ -102,7 +102,7 @@ def write_comparison(
     title = f"{display_name(base.source)}, before and after {config.registers} registers"
     origin = Origin.of("distill", configuration.flatten(config.model_dump(mode="json", exclude_none=True)))
     page = comparison_page(
-        title, comparison, before, after, origin, failures=failed_gates(comparison, config.gate)
+        title, comparison, before, after, origin, failures=failed_gates(comparison, config.checks)
     )
     with writing_run(run):
         if (run.report / "inspect.json").exists():  # of a verdict that --force overrode

@@ -15,14 +15,14 @@ from torch import Tensor
 
 from phreg.analysis.feature_maps import REACH, colours, components
 
-Picture = UInt8[np.ndarray, "height width 3"]
+Pixels = UInt8[np.ndarray, "height width 3"]
 
 
 GREY = 122
 """Brightness of what lies between maps: readable on white and on black."""
 
 
-def norm_map(norms: Float[Tensor, "rows cols"], low: float, high: float, side: int = 224) -> Picture:
+def norm_map(norms: Float[Tensor, "rows cols"], low: float, high: float, side: int = 224) -> Pixels:
     """Draws the norms of an image's patch tokens, dark to bright in log norm.
 
     Args:
@@ -103,7 +103,7 @@ def component_maps(
     ]
 
 
-def cosine_map(cosines: Float[Tensor, "rows cols"], row: int, col: int, side: int = 224) -> Picture:
+def cosine_map(cosines: Float[Tensor, "rows cols"], row: int, col: int, side: int = 224) -> Pixels:
     """Draws cosines to a chosen patch, which is framed: dark at 0 and below to bright at 1."""
     drawn = _paint(cosines, 0.0, 1.0, "viridis", side)
     step = drawn.shape[0] // cosines.shape[0]
@@ -118,7 +118,7 @@ def cosine_map(cosines: Float[Tensor, "rows cols"], row: int, col: int, side: in
 
 
 def text_map(
-    pixels: Picture, cosines: Float[Tensor, "rows cols"], low: float, high: float
+    pixels: Pixels, cosines: Float[Tensor, "rows cols"], low: float, high: float
 ) -> UInt8[np.ndarray, "height width 3"]:
     """Draws the cosine of each patch to a text over the photo: grey where it is low, bright where it is high.
 

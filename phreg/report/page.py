@@ -89,7 +89,7 @@ def comparison_page(
         before: What was found about the original.
         after: What was found about the patched model.
         origin: How to make the report again.
-        failures: What became worse than its gates allow, in words.
+        failures: What became worse than its checks allow, in words.
     """
     models = (before, after)
     apart = "not trained on" if comparison.held_out else "that were trained on too"
@@ -97,7 +97,7 @@ def comparison_page(
     return _page(
         models,
         title=title,
-        verdict=" ".join([outcome(comparison), *(f"Gate failed: {failure}." for failure in failures)]),
+        verdict=" ".join([outcome(comparison), *(f"Check failed: {failure}." for failure in failures)]),
         measured=f"Measured on {comparison.images} images {apart}.",
         lines=[*figures, *_lines(models)[1:]],  # the first is the outlier rate again
         origin=origin,
@@ -153,9 +153,9 @@ BETTER = {
     OUTLIER_RATE: True,
     "bimodality of log norms, last block": True,
     "largest share of attention on outliers, over blocks": True,
-    "distance of the position told, ordinary tokens, patches": True,
-    "pixels told by ordinary tokens, error relative to guessing": True,
-    "class told by CLS, top-1": False,
+    "distance of the predicted position, ordinary tokens, patches": True,
+    "pixels predicted from ordinary tokens, error relative to guessing": True,
+    "class predicted from CLS, top-1": False,
 }
 """Figures of which lower is better (True) or higher (False); of the others neither is."""
 
@@ -164,9 +164,9 @@ def _figures(model: Inspection) -> dict[str, float | None]:
     """The figures of one model, None where one does not exist."""
     norms, attention, neighbours = model.norms, model.survey.attention, model.survey.neighbours
     block = norms.blocks[norms.focus]
-    told, drawn = by_kind(model.position), by_kind(model.reconstruction)
-    distances = {kind: figures.distance for kind, figures in told.items()}
-    errors = {kind: relative_error(figures) for kind, figures in drawn.items()}
+    positions, pixels = by_kind(model.position), by_kind(model.reconstruction)
+    distances = {kind: figures.distance for kind, figures in positions.items()}
+    errors = {kind: relative_error(figures) for kind, figures in pixels.items()}
     classes = {entry.token: entry.mean for entry in model.classes.tokens} if model.classes else {}
     some = bool(model.survey.outliers.any())
     drawn_to = max(attention.share) if attention and some else None
@@ -182,13 +182,13 @@ def _figures(model: Inspection) -> dict[str, float | None]:
         "cosine of outliers' patch embeddings to their neighbours'": alike,
         "the same, other patches": neighbours.others.mean,
         "share of outliers on low-information patches": neighbours.outliers_low_information,
-        "distance of the position told, ordinary tokens, patches": distances.get("ordinary"),
-        "distance of the position told, outliers, patches": distances.get("outliers"),
-        "pixels told by ordinary tokens, error relative to guessing": errors.get("ordinary"),
-        "pixels told by outliers, error relative to guessing": errors.get("outliers"),
-        "class told by an ordinary token, top-1": classes.get("ordinary patch"),
-        "class told by an outlier, top-1": classes.get("outlier patch"),
-        "class told by CLS, top-1": classes.get("CLS"),
+        "distance of the predicted position, ordinary tokens, patches": distances.get("ordinary"),
+        "distance of the predicted position, outliers, patches": distances.get("outliers"),
+        "pixels predicted from ordinary tokens, error relative to guessing": errors.get("ordinary"),
+        "pixels predicted from outliers, error relative to guessing": errors.get("outliers"),
+        "class predicted from an ordinary token, top-1": classes.get("ordinary patch"),
+        "class predicted from an outlier, top-1": classes.get("outlier patch"),
+        "class predicted from CLS, top-1": classes.get("CLS"),
         "parameters without registers, millions": model.costs[0].parameters / 1e6 if model.costs else None,
         "GFLOPs per image without registers": model.costs[0].flops / 1e9 if model.costs else None,
     }
@@ -282,9 +282,9 @@ def _looks(model: Inspection, query: str, count: int) -> list[Tensor] | None:
     attention = model.survey.attention
     if attention is None or query not in attention.queries:
         return None
-    place = attention.queries.index(query)
-    drawn = [shown.attention for shown in model.survey.shown[:count]]
-    return [grid[place].mean(dim=0) for grid in drawn if grid is not None]
+    index = attention.queries.index(query)
+    maps = [shown.attention for shown in model.survey.shown[:count]]
+    return [grid[index].mean(dim=0) for grid in maps if grid is not None]
 
 
 def _text_maps(models: Sequence[Inspection], text: str, count: int) -> list[list[Picture] | None]:
@@ -320,5 +320,5 @@ def _sections(models: Sequence[Inspection]) -> list[Section]:
         found.setdefault(drawn.section, []).append(
             Chart(png(drawn.figure), drawn.alt, drawn.caption, drawn.name)
         )
-    told = {"Sinks": " ".join(_of(models, model, causes(model.sinks)) for model in models if model.sinks)}
-    return [Section(title, pictures, told.get(title, "")) for title, pictures in found.items()]
+    texts = {"Sinks": " ".join(_of(models, model, causes(model.sinks)) for model in models if model.sinks)}
+    return [Section(title, pictures, texts.get(title, "")) for title, pictures in found.items()]

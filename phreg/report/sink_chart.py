@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 
-from phreg.report.canvas import COLOURS, FONT_SIZE, INK, Chart, label, legend, paint
+from phreg.report.canvas import COLOURS, FONT_SIZE, INK, ChartFigure, label, legend, paint
 from phreg.sinks.locate import Sinks, Unit
 
 CAUSE, UPSTREAM = COLOURS[:2]
@@ -39,7 +39,7 @@ def sink_chart(sinks: Sinks, name: str = "") -> Figure:
     height = 0.9 + 0.3 * max(len(causes), len(chain), 1)
     known = ["levels"] * bool(causes) + ["attention"] * bool(sinks.attention)
     rows: list[Any] = [["chain"] * len(known), known] if known else [["chain"]]
-    figure = Chart(8.5, height + 2.8 * bool(known))
+    figure = ChartFigure(8.5, height + 2.8 * bool(known))
     drawn = figure.subplot_mosaic(rows, height_ratios=[height, 2.8][: len(rows)])
     _chain(drawn["chain"], sinks, causes, chain)
     label(drawn["chain"], title=name)
@@ -71,7 +71,7 @@ def _chain(axes: Axes, sinks: Sinks, causes: Sequence[Unit], chain: Sequence[Uni
         heights[unit.block] += 1
         boxes.append(_unit(axes, columns[unit.block], heights[unit.block], unit, CAUSE))
     if causes:
-        first = min(range(len(causes)), key=lambda place: causes[place].block)
+        first = min(range(len(causes)), key=lambda index: causes[index].block)
         for box, unit in zip(upstream, chain, strict=True):
             _arrow(axes, box, boxes[first], unit.share)
     else:
@@ -89,18 +89,18 @@ def _unit(axes: Axes, column: int, row: int, unit: Unit, shade: str) -> Text:
 def _arrow(axes: Axes, start: Text, end: Text, share: float) -> None:
     """Draws an arrow between the boxes of two units, behind all boxes; the wider, the more it stands for."""
     look = {"arrowstyle": "-|>", "color": UPSTREAM, "linewidth": 0.8 + 6 * min(share, 1.0), "alpha": 0.7}
-    places = {"xy": (0, 0.5), "xycoords": end, "xytext": (1, 0.5), "textcoords": start}
-    axes.annotate("", **places, arrowprops=look | {"shrinkA": 3, "shrinkB": 4}, zorder=2)
+    connections = {"xy": (0, 0.5), "xycoords": end, "xytext": (1, 0.5), "textcoords": start}
+    axes.annotate("", **connections, arrowprops=look | {"shrinkA": 3, "shrinkB": 4}, zorder=2)
 
 
 def _levels(axes: Axes, causes: Sequence[Unit], chain: Sequence[Unit]) -> None:
     units = [(unit, CAUSE) for unit in causes] + [(unit, UPSTREAM) for unit in reversed(chain)]
-    for place, (unit, shade) in enumerate(units):
-        first = place == 0
-        axes.plot((unit.ordinary, unit.level), (place, place), color=shade, linewidth=1.5)
-        axes.plot(unit.level, place, "o", color=shade, label="on outliers" if first else None)
+    for row, (unit, shade) in enumerate(units):
+        first = row == 0
+        axes.plot((unit.baseline, unit.sink_level), (row, row), color=shade, linewidth=1.5)
+        axes.plot(unit.sink_level, row, "o", color=shade, label="on outliers" if first else None)
         axes.plot(
-            unit.ordinary, place, "o", color=INK, markersize=4, label="on other patches" if first else None
+            unit.baseline, row, "o", color=INK, markersize=4, label="on other patches" if first else None
         )
     axes.set_yticks(range(len(units)), [_name(unit) for unit, _ in units])
     axes.set_ylim(len(units) - 0.5, -0.5)

@@ -1,7 +1,7 @@
 """Puts a report into one sentence."""
 
 from phreg.analysis.norms import BlockNorms, NormReport
-from phreg.analysis.positions import place
+from phreg.analysis.positions import describe_positions
 from phreg.evaluation.before_after import Comparison
 from phreg.sinks.locate import Sinks
 
@@ -13,7 +13,7 @@ def verdict(report: NormReport) -> str:
         return _after_norm_only(report.normed[-1])
     traits = (
         f"{_strength(found)}, from block {report.emergence_block} on (of 0 to {last.block}), "
-        f"mostly {place(report.position_histogram)}"
+        f"mostly {describe_positions(report.position_histogram)}"
     )
     if found is last:
         return f"{percent(found.outlier_rate)} of patch tokens are artifacts: {traits}."
@@ -32,10 +32,12 @@ def headline(report: NormReport, sinks: Sinks | None) -> str:
 
 
 def nothing_to_repair(report: NormReport) -> str:
-    """Says why a model was left as it is, and what can be done all the same."""
+    """Says why a model was returned unchanged, and how to train it anyway."""
     hidden = report.normed[-1].gap is not None
     asked, forced = ("relocate", " without relocation") if hidden else ("repair", "")
-    return f"Nothing to {asked}. {verdict(report)} The model is left as it is; --force distils it{forced}."
+    return (
+        f"Nothing to {asked}. {verdict(report)} The model is returned unchanged; --force distils it{forced}."
+    )
 
 
 def outcome(comparison: Comparison) -> str:
@@ -51,21 +53,21 @@ def outcome(comparison: Comparison) -> str:
 
 def causes(sinks: Sinks) -> str:
     """Says in a sentence or two where a model's sinks emerge, and what causes them."""
-    where = f"Sinks emerge in block {sinks.block}, set off by {'position' if sinks.fixed else 'content'}"
+    where = f"Sinks emerge in block {sinks.block}, triggered by {'position' if sinks.fixed else 'content'}"
     if not sinks.units:
         return f"{where}; no hidden unit explains them."
     named = ", ".join(f"{unit.block}:{unit.index}" for unit in sinks.units[:4])
     more = f" and {len(sinks.units) - 4} more" if len(sinks.units) > 4 else ""
     noun = "hidden unit causes" if len(sinks.units) == 1 else "hidden units cause"
-    kinds = f", {len(sinks.triggers)} kinds of sink" if len(sinks.triggers) > 1 else ""
+    clusters = f", {len(sinks.triggers)} clusters of sinks" if len(sinks.triggers) > 1 else ""
     text = (
         f"{where}; {len(sinks.units)} {noun} {percent(sinks.explained)} of them "
-        f"(block:unit {named}{more}{kinds})."
+        f"(block:unit {named}{more}{clusters})."
     )
     if sinks.attention is None:
         return text
     who = "CLS" if any(token.name == "CLS" for token in sinks.norms.tokens) else "the patches"
-    return f"{text} They draw up to {percent(max(sinks.attention))} of the attention of {who}."
+    return f"{text} They attract up to {percent(max(sinks.attention))} of the attention of {who}."
 
 
 def percent(share: float) -> str:

@@ -1,20 +1,20 @@
-"""Finds out why a model has artifacts: where they emerge, which hidden units make them, what sets them off.
+"""Finds out why a model has artifacts: where they emerge, which hidden units make them, what triggers them.
 
-Artifacts are sinks. At some block, a few MLP hidden units answer to a few tokens with activations far beyond
-any other and write one huge vector into them (register neurons: Jiang et al. 2025, arXiv 2506.08010); from
-there on these tokens draw attention and hold no local content. Which units they are is asked in three steps,
-each of which can come out empty:
+Artifacts are sinks. At some block, a few MLP hidden units respond to a few tokens with activations far beyond
+any other and write one huge vector into them (register neurons: Jiang et al. 2025, arXiv 2506.08010). From
+there on these tokens attract attention and hold no local content. The search for these units has three steps.
+Each of them can find nothing:
 
     norms of every block ──gap──► outlier tokens, the block where they emerge
-    MLP of that block    ──► what it writes into outliers and not into others, shared out among its units
-    the same images, those units held at their ordinary level ──► are the outliers gone?
+    MLP of that block    ──► what it writes into outliers and not into others, divided among its units
+    the same images, those units fixed at their baseline ──► are the outliers gone?
 
-The third step is the proof, and no threshold is needed before it. While outliers remain, the search goes on
-where the remaining ones emerge, so that several kinds of sink are found, at several blocks. Where holding
-units does not help, attention or the input makes the sinks; then no unit is named.
+The third step is the proof. No threshold is needed before it. While outliers remain, the search continues at
+the block where they emerge, so it finds several clusters of sinks, at several blocks. Where fixing the units
+does not help, attention or the input makes the sinks; then no unit is named.
 
-Units that answer to the same outliers are one kind, and each kind has triggers of its own: what sets off one
-leaves the units of another silent.
+Units that respond to the same outliers form one cluster. Each cluster has its own triggers: a token that
+triggers one cluster leaves the units of another silent.
 """
 
 import logging
@@ -30,26 +30,25 @@ from phreg.analysis.attention import attention_weights
 from phreg.analysis.norms import NormReport, outlier_mask, outliers
 from phreg.analysis.positions import fixed_share
 from phreg.backbones.base import Backbone
+from phreg.deprecated import current_attribute
 from phreg.errors import UnsupportedModelError
-from phreg.sinks.kinds import sort_into_kinds
-from phreg.sinks.units import Unit, UnitReader, ahead_of, by_block, holding, reading_units
+from phreg.sinks.clusters import sink_clusters
+from phreg.sinks.units import Unit, UnitReader, ahead_of, at_baseline, by_block, reading_units
+from phreg.tokens import ImageBatch
 
 logger = logging.getLogger(__name__)
 
-# Nothing is bound by this shape: the last batch may be smaller than the others.
-Images = Float[Tensor, "_ 3 _ _"]
-
 COVERED = 0.9
-"""Share of what candidates write into outliers alone that a round of the search names units for."""
+"""Share of the vector written into outliers that the units named in one round have to explain."""
 
 OWN = 0.5
-"""Most that a cause does on ordinary patches, as a share of its level on outliers."""
+"""Largest activation of a cause on other patches, as a share of its sink level."""
 
 ROUNDS = 8
-"""Most rounds of the search; each is two passes over the images, to name units and to try them."""
+"""Most rounds of the search. A round takes two passes over the images: one names units, one tests them."""
 
 GONE = 0.99
-"""Share of the outliers whose end ends the search."""
+"""The search ends when this share of the outliers is gone."""
 
 WORTH_IT = 0.05
 """Smallest share of the outliers that a round has to remove for its units to count as a cause."""
@@ -69,14 +68,14 @@ class Sinks:
         norms: The norms that show them.
         block: Index of the block where they emerge.
         units: Hidden units that cause them; none where no unit does.
-        explained: Share of the outliers that vanish when those units are held at their ordinary level.
-        chain: Units of earlier blocks that set the causes off, by share.
+        explained: Share of the outliers that vanish when those units are fixed at their baseline.
+        chain: Units of earlier blocks that activate the causes, by share.
         attention: Share of CLS attention (where there is no CLS, of the patches') that falls on outliers,
             block by block.
-        triggers: For each kind of sink, what enters the blocks at its outliers, before any norm: the mean at
-            each of the positions that have most, as many as an image has on average. Where units of several
-            kinds are known, a kind's outliers are those that its units answer to; otherwise there is one
-            kind, and all are its.
+        triggers: For each cluster, the tokens that enter the blocks at its outliers, before any norm. There
+            are as many as an image has outliers on average: the means at the positions that have most of
+            them. With several clusters, a cluster's outliers are those that its units respond to; with one,
+            they are all outliers.
     """
 
     norms: NormReport
@@ -89,7 +88,7 @@ class Sinks:
 
     @property
     def fixed(self) -> bool:
-        """Whether position sets them off rather than content: most lie where most images have one."""
+        """Whether position triggers them rather than content: most lie where most images have one."""
         return fixed_share(self.norms.position_histogram) > 0.5
 
     def by_block(self) -> dict[int, list[Unit]]:
@@ -109,15 +108,17 @@ class Sinks:
 
 
 @torch.no_grad()
-def locate(backbone: Backbone, batches: Sequence[Images], norms: NormReport | None = None) -> Sinks | None:
+def find_sinks(
+    backbone: Backbone, batches: Sequence[ImageBatch], norms: NormReport | None = None
+) -> Sinks | None:
     """Finds a model's sinks and what causes them.
 
     The same images give the same answer. The model runs in the mode it is in; put it in eval mode first.
 
     Args:
         backbone: The model, without registers of phreg.
-        batches: Normalised images of one size, a few dozen at least; they are passed over several times.
-        norms: Its norms on these images in every block, where they are known already.
+        batches: Normalised images of one size, a few dozen at least. They are read several times.
+        norms: Its norms on these images in every block, if known already.
 
     Returns:
         The sinks; None where the norms of no block show any: there is nothing to repair.
@@ -129,26 +130,26 @@ def locate(backbone: Backbone, batches: Sequence[Images], norms: NormReport | No
     emergence = norms.emergence_block
     if emergence is None:
         return None
-    found = plain = _remaining(backbone, batches, norms, ())
+    found = every = _remaining(backbone, batches, norms, ())
     for _ in range(ROUNDS):
         named = _name_units(backbone, batches, found)
         logger.info("sinks in block %d: trying whether %d hidden units cause them", found.block, len(named))
         tried = _remaining(backbone, batches, norms, (*found.units, *named)) if named else found
-        if found.count - tried.count < WORTH_IT * plain.count:
+        if found.count - tried.count < WORTH_IT * every.count:
             break
         found = tried
-        if found.count <= (1 - GONE) * plain.count:
+        if found.count <= (1 - GONE) * every.count:
             break
-    units, members = sort_into_kinds(
-        backbone, batches, plain.masks, _fed(backbone, batches, plain, found.units)
+    units, members = sink_clusters(
+        backbone, batches, every.masks, _with_pre_activation(backbone, batches, every, found.units)
     )
     return Sinks(
         norms=norms,
         block=emergence,
         units=units,
-        explained=1 - found.count / plain.count,
-        chain=_chain(backbone, batches, plain, units),
-        attention=_attention_share(backbone, batches, plain),
+        explained=1 - found.count / every.count,
+        chain=_chain(backbone, batches, every, units),
+        attention=_attention_share(backbone, batches, every),
         triggers=tuple(_triggers(backbone, batches, masks) for masks in members),
     )
 
@@ -158,12 +159,12 @@ def locate(backbone: Backbone, batches: Sequence[Images], norms: NormReport | No
 
 @dataclass(frozen=True)
 class _Outliers:
-    """The outliers that remain while some units are held at their ordinary level.
+    """The outliers that remain while some units are fixed at their baseline.
 
     Attributes:
         units: Those units.
         masks: The outliers among the patches, batch by batch.
-        block: The first block in which most of them are beyond the gap already.
+        block: The first block in which most of them are beyond the gap.
     """
 
     units: tuple[Unit, ...]
@@ -176,16 +177,16 @@ class _Outliers:
 
 
 def _remaining(
-    backbone: Backbone, batches: Sequence[Images], norms: NormReport, units: tuple[Unit, ...]
+    backbone: Backbone, batches: Sequence[ImageBatch], norms: NormReport, units: tuple[Unit, ...]
 ) -> _Outliers:
-    """Finds the outliers that remain while units are held, and the block where they emerge."""
+    """Finds the outliers that remain while units are fixed, and the block where they emerge."""
     focus = norms.blocks[norms.focus].block
-    blocks = [place for place in range(focus + 1) if norms.blocks[place].gap is not None]
+    blocks = [block for block in range(focus + 1) if norms.blocks[block].gap is not None]
     beyond = dict.fromkeys(blocks, 0)
     masks = []
     for images in batches:
         layout = backbone.layout(images)
-        with holding(backbone, units):
+        with at_baseline(backbone, units):
             tokens = backbone.block_tokens(images, blocks)
         found = {
             block: outlier_mask(layout.patches(value).float().norm(dim=-1), norms.blocks[block].gap)
@@ -198,54 +199,54 @@ def _remaining(
     return _Outliers(units, masks, next((block for block in blocks if beyond[block] > total / 2), focus))
 
 
-def _name_units(backbone: Backbone, batches: Sequence[Images], found: _Outliers) -> tuple[Unit, ...]:
-    """Shares out what the MLP where outliers emerge writes into them, and not into others, among its units.
+def _name_units(backbone: Backbone, batches: Sequence[ImageBatch], found: _Outliers) -> tuple[Unit, ...]:
+    """Names the units that make outliers emerge: those that write most into outliers and not into others.
 
-    That is W (h - h'), h and h' being the mean hidden units of outliers and of other patches. A unit's share
-    is its part of that vector's length; shares add up to 1. A unit that answers to ordinary patches as well,
-    or to those alone, is no candidate: to move it would take from them what they need.
+    The MLP writes W (h - h'); h and h' are the mean hidden units of outliers and of other patches. A unit's
+    share is its part of that vector's length. Shares add up to 1. A unit that also responds to other patches
+    is no candidate: they need it.
     """
     block, mlp = found.block, backbone.mlp(found.block)
     if mlp is None:
         return ()
-    levels = _levels(backbone, batches, found, [block]).get(block)
-    if levels is None:
+    means = _mean_activations(backbone, batches, found, [block]).get(block)
+    if means is None:
         return ()
-    excess = levels.outlier - levels.ordinary
+    excess = means.outlier - means.baseline
     down = mlp.down.weight.cpu().double()
     write = down @ excess
     shares = excess * (down.T @ write) / write.square().sum().clamp_min(1e-30)
-    shares = torch.where(levels.ordinary.abs() < OWN * levels.peak.abs(), shares, 0).clamp_min(0)
+    shares = torch.where(means.baseline.abs() < OWN * means.peak.abs(), shares, 0).clamp_min(0)
     if not shares.any():
         return ()
     order = shares.argsort(descending=True)
     needed = 1 + int((shares[order].cumsum(0) < COVERED * shares.sum()).sum())
     return tuple(
-        Unit(block, index, float(levels.peak[index]), float(levels.ordinary[index]), float(shares[index]))
+        Unit(block, index, float(means.peak[index]), float(means.baseline[index]), float(shares[index]))
         for index in order[:needed].tolist()
     )
 
 
-class _Levels(NamedTuple):
+class _MeanActivations(NamedTuple):
     """Hidden units of one block, in fp64, on the CPU."""
 
     outlier: Float[Tensor, " hidden"]
     """Mean over outliers."""
-    ordinary: Float[Tensor, " hidden"]
+    baseline: Float[Tensor, " hidden"]
     """Mean over other patches."""
     peak: Float[Tensor, " hidden"]
-    """E[h²] / E[h] over outliers: the level where a unit answers to some of them, as if it were to all."""
+    """E[h²] / E[h] over outliers: the sink level, also of a unit that responds to only some of them."""
 
 
-def _levels(
-    backbone: Backbone, batches: Sequence[Images], found: _Outliers, blocks: Sequence[int]
-) -> dict[int, _Levels]:
-    """Measures hidden units on the remaining outliers and elsewhere; nothing where there are no outliers."""
+def _mean_activations(
+    backbone: Backbone, batches: Sequence[ImageBatch], found: _Outliers, blocks: Sequence[int]
+) -> dict[int, _MeanActivations]:
+    """Measures hidden units on the remaining outliers and elsewhere; empty where there are no outliers."""
     sums: dict[int, Tensor] = {}
     counts = torch.zeros(2, dtype=torch.float64)
     for images, mask in zip(batches, found.masks, strict=True):
-        # Read first: a held unit is measured as it would be.
-        with reading_units(backbone, blocks) as hidden, holding(backbone, found.units):
+        # Read first: a fixed unit is measured as it would be.
+        with reading_units(backbone, blocks) as hidden, at_baseline(backbone, found.units):
             backbone.run(images)
         counts += torch.tensor([int(mask.sum()), int((~mask).sum())])
         for block, value in hidden.items():
@@ -255,42 +256,46 @@ def _levels(
             sums[block] = sums.get(block, 0) + part.cpu().double()
     if not counts.all():
         return {}
-    levels = {}
+    means = {}
     for block, (inside, outside, squares) in sums.items():
         safe = torch.where(inside == 0, torch.ones_like(inside), inside)
-        levels[block] = _Levels(inside / counts[0].item(), outside / counts[1].item(), squares / safe)
-    return levels
+        means[block] = _MeanActivations(inside / counts[0].item(), outside / counts[1].item(), squares / safe)
+    return means
 
 
-# -- what sets them off, and what they hold ------------------------------------------------------------------
+# -- what triggers them, and what they hold ------------------------------------------------------------------
 
 
-def _fed(
-    backbone: Backbone, batches: Sequence[Images], plain: _Outliers, units: tuple[Unit, ...]
+def _with_pre_activation(
+    backbone: Backbone, batches: Sequence[ImageBatch], every: _Outliers, units: tuple[Unit, ...]
 ) -> tuple[Unit, ...]:
-    """Notes what feeds units at their level: a mean over outliers, each counting by how the unit answers."""
+    """Adds the pre-activation at the sink level: a mean over outliers, weighted by the unit's activation."""
     if not units:
         return ()
     reader = UnitReader(
         backbone, {block: [unit.index for unit in own] for block, own in by_block(units).items()}
     )
     sums: dict[int, Tensor] = {}
-    for images, mask in zip(batches, plain.masks, strict=True):
+    for images, mask in zip(batches, every.masks, strict=True):
         with reader.capture() as found:
             backbone.run(images)
         patches = backbone.layout(images).patches
-        for block, (hidden, fed) in found.items():
-            answer = patches(hidden)[mask].unsqueeze(-1).float()
-            part = torch.cat([answer * patches(fed)[mask].float(), answer], dim=-1).sum(0)
+        for block, (hidden, pre_activation) in found.items():
+            weight = patches(hidden)[mask].unsqueeze(-1).float()
+            part = torch.cat([weight * patches(pre_activation)[mask].float(), weight], dim=-1).sum(0)
             sums[block] = sums.get(block, 0) + part.cpu().double()
-    feeds = {block: (total[:, :-1] / total[:, -1:]).tolist() for block, total in sums.items()}
-    return tuple(replace(unit, fed=tuple(feeds[unit.block].pop(0))) for unit in units)
+    means = {block: (total[:, :-1] / total[:, -1:]).tolist() for block, total in sums.items()}
+    return tuple(replace(unit, pre_activation=tuple(means[unit.block].pop(0))) for unit in units)
 
 
 def _triggers(
-    backbone: Backbone, batches: Sequence[Images], masks: Sequence[Bool[Tensor, "_ patches"]]
+    backbone: Backbone, batches: Sequence[ImageBatch], masks: Sequence[Bool[Tensor, "_ patches"]]
 ) -> Float[Tensor, "positions width"]:
-    """Averages what enters the blocks at outliers, at as many positions as an image has outliers, rounded."""
+    """Averages the tokens that enter the blocks at outliers, position by position.
+
+    Returns:
+        As many means as an image has outliers on average, rounded; of the positions that have most.
+    """
     entered: list[Tensor] = []
     totals, counts = [], []
     with ahead_of(backbone.first_block_input, lambda _module, args: entered.append(args[0])):
@@ -306,40 +311,40 @@ def _triggers(
 
 
 def _attention_share(
-    backbone: Backbone, batches: Sequence[Images], plain: _Outliers
+    backbone: Backbone, batches: Sequence[ImageBatch], every: _Outliers
 ) -> tuple[float, ...] | None:
     """Measures the share of attention that falls on outliers, block by block."""
     queries = slice(0, 1) if backbone.class_tokens else slice(None)
     shares = []
-    for images, mask in zip(batches, plain.masks, strict=True):
+    for images, mask in zip(batches, every.masks, strict=True):
         try:
-            drawn = attention_weights(backbone, images, queries, lambda weights: weights.mean((1, 2)))
+            weights = attention_weights(backbone, images, queries, lambda block: block.mean((1, 2)))
         except UnsupportedModelError as error:
             logger.info("the sinks' share of attention is not known: %s", error)
             return None
         start = backbone.layout(images).num_tokens - mask.shape[1]
-        shares.append(torch.stack([(block[:, start:] * mask).sum(1) for block in drawn]))
+        shares.append(torch.stack([(block[:, start:] * mask).sum(1) for block in weights]))
     return tuple(torch.cat(shares, dim=1).mean(1).tolist())
 
 
 def _chain(
-    backbone: Backbone, batches: Sequence[Images], plain: _Outliers, causes: Sequence[Unit]
+    backbone: Backbone, batches: Sequence[ImageBatch], every: _Outliers, causes: Sequence[Unit]
 ) -> tuple[Unit, ...]:
-    """Traces what sets off the causes in the first block that has any, to first order.
+    """Finds the units that activate the causes in the first block that has any, to first order.
 
-    An upstream unit's share is its excess on an outlier times the gradient of the causes' activation there,
-    over the causes' own excess.
+    An upstream unit's share is its excess on an outlier, times the gradient of the causes' activation there,
+    divided by the causes' own excess.
     """
     if not causes or not min(unit.block for unit in causes):
         return ()
     block = min(unit.block for unit in causes)
     causes = [unit for unit in causes if unit.block == block]
     upstream = list(range(block))
-    levels = _levels(backbone, batches, plain, upstream)
-    weights = {unit.index: 1 / unit.level for unit in causes if unit.level}
+    means = _mean_activations(backbone, batches, every, upstream)
+    weights = {unit.index: 1 / unit.sink_level for unit in causes if unit.sink_level}
     shares: dict[int, Tensor] = {}
     count = 0
-    for images, mask in _first(zip(batches, plain.masks, strict=True), TRACED):
+    for images, mask in _first(zip(batches, every.masks, strict=True), TRACED):
         layout = backbone.layout(images)
         with (
             torch.enable_grad(),
@@ -352,33 +357,40 @@ def _chain(
             at_causes = layout.patches(hidden.pop(block))[mask]
             scale = at_causes.new_tensor(list(weights.values()))
             objective = (at_causes[:, list(weights)] * scale).sum()
-            gradients = torch.autograd.grad(objective, [hidden[place] for place in hidden])
-        for place, gradient in zip(hidden, gradients, strict=True):
-            excess = layout.patches(hidden[place]).float()[mask].cpu().double() - levels[place].ordinary
+            gradients = torch.autograd.grad(objective, list(hidden.values()))
+        for index, gradient in zip(hidden, gradients, strict=True):
+            excess = layout.patches(hidden[index]).float()[mask].cpu().double() - means[index].baseline
             share = (excess * layout.patches(gradient).float()[mask].cpu().double()).sum(0)
-            shares[place] = shares.get(place, 0) + share
+            shares[index] = shares.get(index, 0) + share
         count += int(mask.sum())
-    whole = sum(weights[unit.index] * (unit.level - unit.ordinary) for unit in causes if unit.level)
+    whole = sum(weights[unit.index] * (unit.sink_level - unit.baseline) for unit in causes if unit.sink_level)
     chain = [
         Unit(
-            block=place,
+            block=upstream_block,
             index=index,
-            level=float(levels[place].peak[index]),
-            ordinary=float(levels[place].ordinary[index]),
+            sink_level=float(means[upstream_block].peak[index]),
+            baseline=float(means[upstream_block].baseline[index]),
             share=part,
-            kind=None,
+            cluster=None,
         )
-        for place, share in shares.items()
+        for upstream_block, share in shares.items()
         for index, part in enumerate((share / (count * whole)).tolist())
         if part >= CHAIN_SHARE
     ]
     return tuple(sorted(chain, key=lambda unit: -unit.share))
 
 
-def _first(batches: Iterable[tuple[Images, Tensor]], count: int) -> Iterator[tuple[Tensor, Tensor]]:
+def _first(batches: Iterable[tuple[ImageBatch, Tensor]], count: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Takes images, and their masks, up to a count."""
     for images, mask in batches:
         if count <= 0:
             return
         yield images[:count], mask[:count]
         count -= len(images[:count])
+
+
+def __getattr__(name: str) -> Any:
+    """Finds a function by its old name, with a warning."""
+    if (new := current_attribute(__name__, name)) is not None:
+        return globals()[new]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,25 +1,25 @@
-"""Moves a model's sinks into its registers, by way of the hidden units that cause them.
+"""Moves a model's sinks into its registers, through the hidden units that cause them.
 
-Distillation does not do it: its loss reads tokens behind the final norm, whose gradient into a token of huge
-norm is scaled down by that norm, and the artifacts stay (benchmarks/methods). A sink's cause has no such
-trouble. Its activation is asked to be high on the registers and absent from the patches, ahead of all that
-explodes:
+Distillation alone leaves the artifacts where they are (benchmarks/methods). Its loss reads tokens after the
+final norm, which divides the gradient into a token by the token's norm, and that of a sink is huge. The cause
+of a sink has no such problem. This loss asks its activation to be high on the registers and absent from the
+patches, before any norm grows:
 
     loss = mean over registers of (h - A)² / A²  +  sum over patches of max(h, 0) / A
 
-h is the activation of a hidden unit, A its level on the original outliers (h has the sign of A), and both are
-means over units and images. On patches it counts as it is, for squared, a sink of a tenth of the height would
-be nearly for nothing. Nothing but register tokens is left of it all at inference.
+h is the activation of a hidden unit. A is its sink level, the activation on the original outliers; h is taken
+with the sign of A. Both terms are means over units and images. The penalty on patches is linear. Squared, a
+sink at 10 % activation would cost only 1 %. At inference only the register tokens remain.
 
-A unit that is off passes no gradient: a register that lost it, as the same weights silence it on patches,
-would never find it again. So the gradient of a register's h is taken as if h stood in proportion to what its
-activation is computed from, as it does at A (straight-through; Bengio et al. 2013, arXiv 1308.3432).
+A unit that is off passes no gradient. The same weights silence a unit on patches and on registers, so a
+register that lost it would never find it again. So the gradient of a register's h is taken as if h were
+proportional to its pre-activation, as it is at A (straight-through; Bengio et al. 2013, arXiv 1308.3432).
 
-What sets off one kind of sink leaves the units of another off. So kinds are dealt out to the registers in
-turn: a register starts from a trigger of its kind, and is asked for the units of its kind alone. A kind gets
-no more registers than an image has sinks of it. What remains starts at random and is free: tokens that are
-alike take from each other what sets the units off, and with too many none holds the sink in the end
-(benchmarks/methods). Of fewer registers than kinds, some hold several.
+What triggers one cluster of sinks leaves the units of another off. So the clusters are assigned to the
+registers in turn. A register starts from a trigger of its cluster and is asked for the units of that cluster
+alone. A cluster gets no more registers than an image has sinks of it. Other registers start at random and are
+free: similar tokens take the trigger from each other, and with too many of them none holds the sink in the
+end (benchmarks/methods). With fewer registers than clusters, some registers hold several.
 
     sinks an image        registers
     4                     4:  0 0 0 0           16:  0 0 0 0, 12 free
@@ -41,29 +41,34 @@ from phreg.sinks.units import UnitActivations, UnitReader
 
 
 def assign_registers(num_registers: int, sinks_an_image: Sequence[int]) -> list[list[int]]:
-    """Deals kinds of sink out to registers, each once before any twice, given how many an image has of each.
+    """Assigns clusters of sinks to registers, each once before any twice.
+
+    Args:
+        num_registers: Registers.
+        sinks_an_image: Sinks that an image has of each cluster.
 
     Returns:
-        Each register's kinds: none where registers are the more, several where kinds are.
+        Each register's clusters: none where there are more registers, several where there are more clusters.
     """
     turns = range(max(sinks_an_image))
-    order = [kind for turn in turns for kind, count in enumerate(sinks_an_image) if turn < count]
-    dealt: list[list[int]] = [[] for _ in range(num_registers)]
-    for place, kind in enumerate(order[: max(num_registers, len(sinks_an_image))]):
-        dealt[place % num_registers].append(kind)
-    return dealt
+    order = [cluster for turn in turns for cluster, count in enumerate(sinks_an_image) if turn < count]
+    assigned: list[list[int]] = [[] for _ in range(num_registers)]
+    for number, cluster in enumerate(order[: max(num_registers, len(sinks_an_image))]):
+        assigned[number % num_registers].append(cluster)
+    return assigned
 
 
 def starting_tokens(sinks: Sinks, num_registers: int, seed: int) -> Float[Tensor, "registers width"]:
-    """Starts registers from triggers of their kinds, the most frequent first, and at random without a kind.
+    """Starts registers from triggers of their clusters, the most frequent first; at random without a cluster.
 
-    A register of several kinds starts halfway between their triggers.
+    A register of several clusters starts at the mean of their triggers.
     """
     tokens = initial_registers(num_registers, sinks.triggers[0].shape[1], seed=seed)
     unused = [iter(own) for own in sinks.triggers]
-    for register, kinds in enumerate(assign_registers(num_registers, [len(own) for own in sinks.triggers])):
-        if kinds:
-            tokens[register] = torch.stack([next(unused[kind]) for kind in kinds]).mean(0)
+    assigned = assign_registers(num_registers, [len(own) for own in sinks.triggers])
+    for register, clusters in enumerate(assigned):
+        if clusters:
+            tokens[register] = torch.stack([next(unused[cluster]) for cluster in clusters]).mean(0)
     return tokens
 
 
@@ -74,7 +79,7 @@ def add_starting_registers(
     init: Literal["triggers", "randn", "trunc-normal", "zeros"],
     seed: int,
 ) -> None:
-    """Adds registers to a model that start as asked; from triggers, at random where no sinks are known."""
+    """Adds registers that start as `init` says; where it says triggers and no sinks are known, at random."""
     if init != "triggers":
         add_registers(student, count, init, seed)
     elif sinks is None:
@@ -98,14 +103,18 @@ class Relocation:
             backbone, {block: [unit.index for unit in units] for block, units in causes.items()}
         )
 
-        def there(values: list[Any]) -> Tensor:
+        def as_tensor(values: list[Any]) -> Tensor:
             return torch.tensor(values, dtype=torch.float32, device=backbone.device)
 
-        self._level = {block: there([unit.level for unit in units]) for block, units in causes.items()}
-        self._fed = {block: there([unit.fed for unit in units]) for block, units in causes.items()}
-        dealt = assign_registers(backbone.num_registers, [len(own) for own in sinks.triggers])
+        self._sink_level = {
+            block: as_tensor([unit.sink_level for unit in units]) for block, units in causes.items()
+        }
+        self._pre_activation = {
+            block: as_tensor([unit.pre_activation for unit in units]) for block, units in causes.items()
+        }
+        assigned = assign_registers(backbone.num_registers, [len(own) for own in sinks.triggers])
         self._asked = {
-            block: there([[unit.kind in kinds for unit in units] for kinds in dealt])
+            block: as_tensor([[unit.cluster in clusters for unit in units] for clusters in assigned])
             for block, units in causes.items()
         }
 
@@ -114,15 +123,15 @@ class Relocation:
         return self._reader.capture()
 
     def loss(
-        self, readings: dict[int, UnitActivations], images: Float[Tensor, "batch 3 height width"]
+        self, captured: dict[int, UnitActivations], images: Float[Tensor, "batch 3 height width"]
     ) -> Float[Tensor, ""]:
-        """Computes the loss, in fp32, from what was collected on some images."""
+        """Computes the loss, in fp32, from what `capture` collected on some images."""
         layout = self.backbone.layout(images)
         terms = []
-        for block, reading in readings.items():
-            asked, relative = self._asked[block], self._relative(block, reading)
+        for block, activations in captured.items():
+            asked, relative = self._asked[block], self._relative(block, activations)
             # Zero, with a gradient.
-            proportional = layout.registers(reading.fed).float() / self._fed[block]
+            proportional = layout.registers(activations.pre_activation).float() / self._pre_activation[block]
             held = layout.registers(relative).detach() + (proportional - proportional.detach()).sum(-1)
             on_registers = ((held - 1).square() * asked).sum(1).mean(0) / asked.sum(0)
             on_patches = layout.patches(relative).clamp_min(0).sum(1).mean(0)
@@ -130,16 +139,16 @@ class Relocation:
         return torch.cat(terms).mean()
 
     @torch.no_grad()
-    def silenced(self, readings: dict[int, UnitActivations]) -> list[str]:
-        """Names the units, as block:unit, that no register asked for them holds at half their level."""
+    def silenced(self, captured: dict[int, UnitActivations]) -> list[str]:
+        """Names the units, as block:unit, that no register of their cluster holds at half the sink level."""
         start = self.backbone.spec.num_prefix
         names = []
-        for block, reading in readings.items():
-            asked, relative = self._asked[block], self._relative(block, reading)
+        for block, activations in captured.items():
+            asked, relative = self._asked[block], self._relative(block, activations)
             held = (relative[:, start : start + len(asked)].mean(0) * asked).amax(0)
             names += [f"{block}:{unit}" for unit in self._reader.units[block][held < 0.5].tolist()]
         return names
 
-    def _relative(self, block: int, reading: UnitActivations) -> Float[Tensor, "batch tokens units"]:
-        """Reads the units of a block; 1 is their level on the original outliers."""
-        return reading.hidden.float() / self._level[block]
+    def _relative(self, block: int, activations: UnitActivations) -> Float[Tensor, "batch tokens units"]:
+        """Divides the units of a block by their sink level."""
+        return activations.hidden.float() / self._sink_level[block]

@@ -1,14 +1,14 @@
 """Test-time registers: a model's sinks moved into registers by a hook, without any training.
 
-Hidden units that cause sinks (`phreg.sinks.locate`) are edited as they pass: each unit's largest activation
-over the patches of an image goes to the register, and everywhere else the unit is silent (Jiang et al. 2025,
-arXiv 2506.08010; their appendix on which value a register starts with: zero does).
+Hooks edit the hidden units that cause sinks (`phreg.sinks.locate`). Each unit's largest activation over the
+patches of an image goes to the register; everywhere else the unit is set to zero (Jiang et al. 2025, arXiv
+2506.08010; by their appendix, a register may start from zero).
 
     hidden units [cls | register | patches]  ──►  [0 | largest of the patches | 0]  ──► down projection
 
-It is the cheapest repair and not the best: the patches lose what the units told of them too. It holds for the
-size it was calibrated at; at another the model warns, once: calibrate again. What it needs at inference are
-these hooks, which no stock checkpoint can carry.
+This is the cheapest repair and not the best: the patches also lose what these units said about them. It holds
+for the image size of the calibration; at another size the model warns once. Inference needs the hooks, and no
+stock checkpoint can carry them.
 """
 
 import logging
@@ -33,7 +33,7 @@ Units = dict[int, list[tuple[int, int]]]
 def moved_units(sinks: Sinks) -> Units:
     """Lists the units that cause sinks, as `install` takes them."""
     return {
-        block: [(unit.index, 1 if unit.level >= 0 else -1) for unit in units]
+        block: [(unit.index, 1 if unit.sink_level >= 0 else -1) for unit in units]
         for block, units in sinks.by_block().items()
     }
 

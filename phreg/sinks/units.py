@@ -1,8 +1,8 @@
-"""Hidden units of MLPs: what is known of one, and reading or holding some while a model runs."""
+"""Hidden units of MLPs: what is known of a unit, and how to read or fix units while a model runs."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from phreg.backbones.base import Backbone
+from phreg.deprecated import current_attribute
 
 
 @dataclass(frozen=True)
@@ -19,57 +20,71 @@ class Unit:
     Attributes:
         block: Index of its block.
         index: Its index among the block's hidden units.
-        level: Its activation on the outliers it answers to.
-        ordinary: Its mean activation on all other patches.
-        share: For a cause, its share of what the MLP writes into outliers and not into others; for an
-            upstream unit, its share of what sets the causes off, to first order. Shares add up to 1 over all
-            units, those that work against it being negative, so that one alone can exceed 1.
-        kind: For a cause, the number of its kind, from 0; None for an upstream unit.
-        fed: For a cause, what its activation is computed from at its level: one pre-activation in a plain
-            MLP, two in a gated one; none for an upstream unit.
+        sink_level: Its activation on the outliers that it responds to.
+        baseline: Its mean activation on all other patches.
+        share: For a cause, its share of what the MLP writes into outliers and not into others. For an
+            upstream unit, its share of what activates the causes, to first order. Shares add up to 1 over
+            all units. Units that counteract have a negative share, so a single share can exceed 1.
+        cluster: For a cause, the number of its cluster, from 0; None for an upstream unit.
+        pre_activation: For a cause, its input before the activation function, at its sink level: one value
+            in a plain MLP, two in a gated one; none for an upstream unit.
     """
 
     block: int
     index: int
-    level: float
-    ordinary: float
+    sink_level: float
+    baseline: float
     share: float
-    kind: int | None = 0
-    fed: tuple[float, ...] = ()
+    cluster: int | None = 0
+    pre_activation: tuple[float, ...] = ()
+
+    def __getattr__(self, name: str) -> Any:
+        """Finds an attribute by its old name, with a warning."""
+        if (new := current_attribute("phreg.sinks.units.Unit", name)) is not None:
+            return getattr(self, new)
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def to_json(self) -> dict[str, Any]:
-        """Returns what JSON can hold."""
-        return asdict(self) | {"fed": list(self.fed)}
+        """Returns what JSON can hold. Files keep the keys of version 0.1."""
+        return {
+            "block": self.block,
+            "index": self.index,
+            "level": self.sink_level,
+            "ordinary": self.baseline,
+            "share": self.share,
+            "kind": self.cluster,
+            "fed": list(self.pre_activation),
+        }
 
 
 def by_block(units: Sequence[Unit]) -> dict[int, list[Unit]]:
-    """Sorts units by block, first to last; those of a block stay in their order."""
+    """Groups units by block, first to last. Units of one block keep their order."""
     blocks = sorted({unit.block for unit in units})
     return {block: [unit for unit in units if unit.block == block] for block in blocks}
 
 
 @contextmanager
-def holding(backbone: Backbone, units: Sequence[Unit]) -> Iterator[None]:
-    """Holds units of patches at their ordinary level while the model runs."""
+def at_baseline(backbone: Backbone, units: Sequence[Unit]) -> Iterator[None]:
+    """Fixes units at their baseline on patches while the model runs."""
     with ExitStack() as stack:
-        for block, held in by_block(units).items():
+        for block, fixed in by_block(units).items():
             mlp = backbone.mlp(block)
             assert mlp is not None  # units were found there
-            stack.enter_context(ahead_of(mlp.down, _Hold(held, backbone.spec.num_prefix)))
+            stack.enter_context(ahead_of(mlp.down, _FixAtBaseline(fixed, backbone.spec.num_prefix)))
         yield
 
 
-class _Hold:
-    """A pre-hook that holds units of patches at their ordinary level."""
+class _FixAtBaseline:
+    """A pre-hook that fixes units at their baseline on patches."""
 
     def __init__(self, units: Sequence[Unit], start: int) -> None:
         self.index = [unit.index for unit in units]
-        self.ordinary = [unit.ordinary for unit in units]
+        self.baseline = [unit.baseline for unit in units]
         self.start = start
 
     def __call__(self, _module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
         hidden = args[0].clone()
-        hidden[:, self.start :, self.index] = hidden.new_tensor(self.ordinary)
+        hidden[:, self.start :, self.index] = hidden.new_tensor(self.baseline)
         return (hidden,)
 
 
@@ -78,7 +93,7 @@ def reading_units(backbone: Backbone, blocks: Sequence[int]) -> Iterator[dict[in
     """Collects all hidden units of some blocks' MLPs, (batch, tokens, hidden), while the model runs."""
     found: dict[int, Tensor] = {}
 
-    def keep(block: int) -> Any:
+    def collect(block: int) -> Any:
         def hook(_module: nn.Module, args: tuple[Tensor]) -> None:
             found[block] = args[0]
 
@@ -87,13 +102,13 @@ def reading_units(backbone: Backbone, blocks: Sequence[int]) -> Iterator[dict[in
     with ExitStack() as stack:
         for block in blocks:
             if (mlp := backbone.mlp(block)) is not None:
-                stack.enter_context(ahead_of(mlp.down, keep(block)))
+                stack.enter_context(ahead_of(mlp.down, collect(block)))
         yield found
 
 
 @contextmanager
 def ahead_of(module: nn.Module, hook: Any) -> Iterator[None]:
-    """Runs a pre-hook for as long as it lasts."""
+    """Runs a pre-hook inside the context."""
     handle = module.register_forward_pre_hook(hook)
     try:
         yield
@@ -102,21 +117,21 @@ def ahead_of(module: nn.Module, hook: Any) -> Iterator[None]:
 
 
 class UnitActivations(NamedTuple):
-    """Some hidden units of one MLP, and what feeds them."""
+    """Some hidden units of one MLP, before and after the activation function."""
 
     hidden: Float[Tensor, "batch tokens units"]
-    """The units: what the down projection receives of them."""
-    fed: Float[Tensor, "batch tokens units inputs"]
-    """What their activation is computed from: one input each in a plain MLP, two in a gated one."""
+    """The units, as the down projection receives them."""
+    pre_activation: Float[Tensor, "batch tokens units inputs"]
+    """Inputs of their activation function: one for each unit in a plain MLP, two in a gated one."""
 
 
 class UnitReader:
-    """Reads some hidden units with what feeds them.
+    """Reads some hidden units, before and after the activation function.
 
-    It finds layers by their names, so that layers wrapped since (LoRA) are read in their wrapping.
+    Layers are found by name, so a layer that was wrapped since (LoRA) is read with its wrapper.
 
     Args:
-        backbone: The model, its layers plain.
+        backbone: The model, its layers not wrapped yet.
         units: Hidden units, by block.
     """
 
@@ -139,20 +154,20 @@ class UnitReader:
 
     @contextmanager
     def capture(self) -> Iterator[dict[int, UnitActivations]]:
-        """Collects readings by block while the model runs."""
+        """Collects activations by block while the model runs."""
         found: dict[int, UnitActivations] = {}
-        fed: dict[int, list[Tensor]] = {}
+        pre_activation: dict[int, list[Tensor]] = {}
 
-        def note(block: int, rows: list[Tensor]) -> Any:
+        def collect_input(block: int, rows: list[Tensor]) -> Any:
             def hook(_module: nn.Module, _args: tuple[Tensor], output: Tensor) -> None:
-                fed.setdefault(block, []).extend(output[..., part] for part in rows)
+                pre_activation.setdefault(block, []).extend(output[..., part] for part in rows)
 
             return hook
 
-        def keep(block: int) -> Any:
+        def collect_unit(block: int) -> Any:
             def hook(_module: nn.Module, args: tuple[Tensor]) -> None:
                 found[block] = UnitActivations(
-                    args[0][..., self.units[block]], torch.stack(fed.pop(block), dim=-1)
+                    args[0][..., self.units[block]], torch.stack(pre_activation.pop(block), dim=-1)
                 )
 
             return hook
@@ -160,7 +175,7 @@ class UnitReader:
         with ExitStack() as stack:
             for name, (block, rows) in self._up.items():
                 layer = self.backbone.get_submodule(name)
-                stack.callback(layer.register_forward_hook(note(block, rows)).remove)
+                stack.callback(layer.register_forward_hook(collect_input(block, rows)).remove)
             for name, block in self._down.items():
-                stack.enter_context(ahead_of(self.backbone.get_submodule(name), keep(block)))
+                stack.enter_context(ahead_of(self.backbone.get_submodule(name), collect_unit(block)))
             yield found

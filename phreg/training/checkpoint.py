@@ -32,8 +32,7 @@ from torch import Tensor
 from phreg import __version__
 from phreg.backbones.base import Backbone, Readout
 from phreg.backbones.resolve import Base, record_sums, settings_sha256, weights_sha256
-from phreg.config import DistillConfig, GateConfig, flatten, to_toml, validate
-from phreg.config import read_toml as read_settings
+from phreg.config import ChecksConfig, DistillConfig, flatten, read_settings, to_toml, validate
 from phreg.errors import CheckpointError, LoadError
 from phreg.parsing import parse_json
 from phreg.storage import (
@@ -66,7 +65,7 @@ FREE_ON_RESUME = frozenset(
         "trackers",
         "data.workers",
         "measure.views",
-        *(f"gate.{name}" for name in GateConfig.model_fields),
+        *(f"checks.{name}" for name in ChecksConfig.model_fields),
     }
 )
 """Settings that may differ between a run and its resumption: they do not decide the weights."""
@@ -461,9 +460,8 @@ def truncate_log(log: Path, steps: int) -> None:
 
 
 def _check_same(run: RunFolder, config: DistillConfig) -> None:
-    before = flatten(
-        validate(flatten(read_settings(run.recipe)), source=str(run.recipe)).model_dump(mode="json")
-    )
+    source, settings = read_settings(run.recipe, written_by_phreg=True)
+    before = flatten(validate(settings, source=source).model_dump(mode="json"))
     now = flatten(config.model_dump(mode="json"))
     changed = [key for key in now if key not in FREE_ON_RESUME and before.get(key) != now[key]]
     if changed:

@@ -3,10 +3,10 @@
     batch (uint8) ──device──► normalise ──► task.target ─┐
                                        └──► task.loss ───┴► backward ──► step ──► log ──► checkpoint
 
-Everything random is a pure function of (seed, step, rank): order, crops and views. A run that was killed and
-resumed therefore goes on to the same weights as one that never was. The loop never waits for the device: a
-step's numbers are read while the next one runs, which is also when a NaN is noticed; nothing is saved before
-its step was found finite.
+Everything random (order, crops, views) is a pure function of (seed, step, rank). So a run that was killed and
+resumed reaches the same weights as an uninterrupted one. The loop never waits for the device: the numbers of
+a step are read while the next one runs. A NaN is noticed then, and nothing is saved before its step is known
+to be finite.
 """
 
 import ctypes
@@ -65,7 +65,7 @@ class StepRecord:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a finished run has to say of itself."""
+    """Facts about a finished run."""
 
     steps: int
     images: int
@@ -75,7 +75,7 @@ class Outcome:
 
 
 UNTRAINED = Outcome(steps=0, images=0, seconds=0.0, trained=0, skipped=[])
-"""Of a method that trains nothing."""
+"""The outcome of a method that trains nothing."""
 
 
 def train(  # noqa: C901 (the loop reads straight down)
@@ -89,11 +89,11 @@ def train(  # noqa: C901 (the loop reads straight down)
     """Trains a patched model's registers and unlocked weights towards the teacher's targets.
 
     Args:
-        task: The patched model on the accelerator's device, in fp32 and eval mode, trained in place; its
-            teacher, and the loss. Parameters that did not train are left frozen.
+        task: The patched model, its teacher and the loss. The model is on the accelerator's device, in fp32
+            and eval mode, and is trained in place. Parameters that do not train stay frozen.
         images: Training images.
         config: The run's settings.
-        run: Where to log and checkpoint; a checkpoint found there is gone on from.
+        run: Where to log and checkpoint. Training continues from a checkpoint found there.
         accelerator: From `start_accelerator`.
         observe: Called on the main process with each step's record, and the number of steps.
 
@@ -105,7 +105,7 @@ def train(  # noqa: C901 (the loop reads straight down)
     rank, world, accumulate = accelerator.process_index, accelerator.num_processes, config.optim.accumulate
     order = Order(len(images), config.batch_size, seed=config.seed, rank=rank, world_size=world)
     with torch.random.fork_rng():
-        torch.manual_seed(config.seed)  # of LoRA's start, which PEFT draws from the global state
+        torch.manual_seed(config.seed)  # for LoRA's initial weights, which PEFT draws from the global state
         trained = unlock(student, config.unlock)
     with task.running():
         trained = freeze_unused(task, trained, size)
@@ -115,11 +115,11 @@ def train(  # noqa: C901 (the loop reads straight down)
     steps_per_epoch = order.steps_per_epoch / accumulate
     steps = config.steps or max(1, (config.epochs or 1) * order.steps_per_epoch // accumulate)
 
-    kept: dict[str, Tensor] = dict(trained)
+    saved_tensors: dict[str, Tensor] = dict(trained)
     if average is not None:
-        kept |= {f"ema.{name}": value for name, value in average.average.items()}
+        saved_tensors |= {f"ema.{name}": value for name, value in average.average.items()}
     facts = {"processes": world, "images": len(images), "precision": accelerator.mixed_precision}
-    done = load_state(run, kept, optim, facts)
+    done = load_state(run, saved_tensors, optim, facts)
     if accelerator.is_main_process:
         truncate_log(run.log, done)
     accelerator.init_trackers("phreg", config={"method": config.method, "seed": config.seed})
@@ -133,7 +133,7 @@ def train(  # noqa: C901 (the loop reads straight down)
         )
     )  # fmt: skip
     started = time.perf_counter()
-    target_cache = TargetCache(run.path / "targets", accelerator.device) if config.target.keep else None
+    target_cache = TargetCache(run.path / "targets", accelerator.device) if config.target.cache else None
     with (
         stop_signals() as stop,
         task.running(),
@@ -142,8 +142,8 @@ def train(  # noqa: C901 (the loop reads straight down)
     ):
         model = accelerator.prepare_model(student)
         images_per_step = config.batch_size * accumulate * world
-        journal = StepLogger(log, accelerator, images_per_step, steps, run, observe or (lambda *_: None))
-        reading: StepMetrics | None = None
+        step_logger = StepLogger(log, accelerator, images_per_step, steps, run, observe or (lambda *_: None))
+        metrics: StepMetrics | None = None
         for step in range(done, steps):
             lr = learning_rate(config.optim, step, steps, steps_per_epoch)
             for group in optim.param_groups:
@@ -157,8 +157,10 @@ def train(  # noqa: C901 (the loop reads straight down)
                 names += batch.names
                 pixels = as_input(student, batch.images)
                 views = keyed_generator("views", config.seed, step, micro, rank)
-                taught = partial(task.target, pixels, views)
-                target = target_cache.read(batch.indices.tolist(), taught) if target_cache else taught()
+                make_target = partial(task.target, pixels, views)
+                target = (
+                    target_cache.read(batch.indices.tolist(), make_target) if target_cache else make_target()
+                )
                 # Processes exchange gradients once a step, with the last accumulated batch.
                 with accelerator.no_sync(model) if micro + 1 < accumulate else nullcontext():
                     loss, terms = task.loss(model, pixels, target)
@@ -173,15 +175,15 @@ def train(  # noqa: C901 (the loop reads straight down)
             if average is not None:
                 average.update()
 
-            # The previous step's numbers are on the host by now. All processes read the same ones, so they
+            # The previous step's numbers are on the host by now. All processes read the same numbers, so they
             # stop together.
-            previous, reading = reading, StepMetrics(step + 1, lr, names, sums, stop.is_set(), accelerator)
-            stopping = previous is not None and journal.enter(previous)
+            previous, metrics = metrics, StepMetrics(step + 1, lr, names, sums, stop.is_set(), accelerator)
+            stopping = previous is not None and step_logger.write(previous)
             if stopping or step + 1 == steps or (step + 1) % config.checkpoint_every == 0:
-                stopping = journal.enter(reading) or stopping
-                reading = None
+                stopping = step_logger.write(metrics) or stopping
+                metrics = None
                 if accelerator.is_main_process:
-                    save_state(run, step + 1, kept, optim, facts)
+                    save_state(run, step + 1, saved_tensors, optim, facts)
                 accelerator.wait_for_everyone()
             if stopping and step + 1 < steps:
                 raise Interrupted(
@@ -200,7 +202,7 @@ def train(  # noqa: C901 (the loop reads straight down)
     merge_lora(student)
     return Outcome(
         steps=steps,
-        images=(steps - done) * journal.images_per_step,
+        images=(steps - done) * step_logger.images_per_step,
         seconds=round(time.perf_counter() - started, 3),
         trained=sum(parameter.numel() for parameter in trained.values()),
         skipped=sorted(broken.reasons),
@@ -239,14 +241,14 @@ class StepMetrics:
             self._arrived.record()
 
     def read(self) -> dict[str, float]:
-        """Waits for the numbers, and for nothing queued after them."""
+        """Waits for the numbers, but not for work queued after them."""
         if self._arrived is not None:
             self._arrived.synchronize()
         return dict(zip(self.keys, self._host.tolist(), strict=True))
 
 
 class StepLogger:
-    """Enters each step into log.jsonl, the trackers and the observer, and refuses one that is not finite."""
+    """Writes each step to log.jsonl, the trackers and the observer; a loss that is not finite is an error."""
 
     def __init__(
         self,
@@ -261,7 +263,7 @@ class StepLogger:
         self.steps, self.run, self.observe = steps, run, observe
         self.clock = time.perf_counter()
 
-    def enter(self, reading: StepMetrics) -> bool:
+    def write(self, metrics: StepMetrics) -> bool:
         """Records a step.
 
         Returns:
@@ -270,23 +272,23 @@ class StepLogger:
         Raises:
             TrainingError: The loss is NaN or infinite.
         """
-        values = reading.read()
+        values = metrics.read()
         loss, asked = values.pop("loss"), values.pop("stop")
         if not math.isfinite(loss):
             last = self.run.states[-1] if self.run.states else "none yet"
             raise TrainingError(
-                f"the loss is {loss} at step {reading.step}, on {', '.join(reading.names)}; "
+                f"the loss is {loss} at step {metrics.step}, on {', '.join(metrics.names)}; "
                 f"last good checkpoint: {last}. "
                 "Lower --optim.lr, set --optim.clip-norm"
                 f"{', or use --precision fp32' if self.accelerator.mixed_precision == 'bf16' else ''}"
             )
-        speed, self.clock = self.images_per_step / (reading.made - self.clock), reading.made
+        speed, self.clock = self.images_per_step / (metrics.made - self.clock), metrics.made
         if self.accelerator.is_main_process:
-            record = StepRecord(reading.step, loss, values, reading.lr, round(speed, 3))
+            record = StepRecord(metrics.step, loss, values, metrics.lr, round(speed, 3))
             with writing_run(self.run):
                 self.log.write(json.dumps(asdict(record)) + "\n")
                 self.log.flush()
-            self.accelerator.log({"loss": loss, "lr": reading.lr, **values}, step=reading.step)
+            self.accelerator.log({"loss": loss, "lr": metrics.lr, **values}, step=metrics.step)
             self.observe(record, self.steps)
         return asked > 0
 
@@ -321,7 +323,7 @@ def start_accelerator(config: DistillConfig, run: RunFolder) -> Accelerator:
 
 @contextmanager
 def deterministic_kernels(*, wanted: bool) -> Iterator[None]:
-    """Has torch use deterministic kernels alone for as long as it lasts, where that is wanted."""
+    """Makes torch use only deterministic kernels inside the context, if wanted."""
     before = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     if wanted:
@@ -334,18 +336,18 @@ def deterministic_kernels(*, wanted: bool) -> Iterator[None]:
 
 
 def computes_bf16(device_type: str) -> bool:
-    """Says whether a device multiplies matrices in bf16, rather than emulating it at a loss."""
+    """Says whether a device multiplies matrices in bf16 natively. Emulation is slower than fp32."""
     if device_type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def keep_freed_memory() -> bool:
-    """Has glibc keep freed memory in the process, where it is the allocator.
+    """Makes glibc keep freed memory in the process, if glibc is the allocator.
 
-    By default glibc returns large freed tensors to the kernel and faults their pages in again, which costs
-    the more the larger the tensors (benchmarks/throughput). The process then holds on to its peak memory
-    until it ends.
+    By default glibc returns large freed tensors to the kernel, and their pages are faulted in again. The cost
+    grows with the size of the tensors (benchmarks/throughput). With this setting, the process holds its peak
+    memory until it ends.
 
     Returns:
         Whether the setting was made.
@@ -363,7 +365,7 @@ def keep_freed_memory() -> bool:
 
 @contextmanager
 def stop_signals() -> Iterator[threading.Event]:
-    """Turns SIGTERM and SIGINT into an event while the loop runs; only the main thread gets signals."""
+    """Turns SIGTERM and SIGINT into an event while the loop runs. Only the main thread gets signals."""
     event = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield event
@@ -380,11 +382,11 @@ def stop_signals() -> Iterator[threading.Event]:
 
 @contextmanager
 def compiled(wanted: bool, *backbones: Backbone) -> Iterator[None]:
-    """Compiles the blocks of backbones for as long as it lasts.
+    """Compiles the blocks of backbones inside the context.
 
-    Block by block: they are alike, so compilation is short, and hooks around them (registers, taps) stay
-    outside. Blocks with hooks inside (relocation listens there) are left out: alike blocks share what was
-    compiled for one of them, whose hooks the others would have, or lack.
+    Blocks are compiled one by one. They are alike, so compilation is short, and hooks around them (registers,
+    taps) stay outside. Blocks with hooks inside (relocation reads there) are left out: alike blocks share
+    compiled code, so a block would get the hooks of another.
     """
     blocks = [block for backbone in backbones for block in backbone.blocks if not _hooked_inside(block)]
     if not wanted:

@@ -1,11 +1,11 @@
-"""The loss terms, a class each: scalars over everything they are given, computed in fp32.
+"""The loss terms, one class each: scalars over a batch, computed in fp32.
 
     cosine       1 - mean cosine of patches to the target                     (PH-Reg)
     mse          mean squared error of patches                                (PH-Reg)
-    pooled       both on the global output, which the paper leaves unguarded
-    relocation   sinks fire on registers and not on patches (`phreg.sinks.relocation`)
+    pooled       both on the global output, which the paper does not guard
+    relocation   sinks are active on registers and not on patches (`phreg.sinks.relocation`)
 
-A new term is a class here, with a weight in `LossConfig`, and the methods that use it list it.
+To add a term, write a class here, add its weight to `LossConfig`, and list it in the methods that use it.
 """
 
 from abc import ABC, abstractmethod
@@ -25,7 +25,7 @@ from phreg.sinks.units import UnitActivations
 
 
 class Outputs(NamedTuple):
-    """What the loss of a batch is computed from."""
+    """The inputs of the loss of a batch."""
 
     images: Float[Tensor, "batch 3 height width"]
     """What the student saw."""
@@ -37,8 +37,8 @@ class LossTerm(ABC):
     """One term of the loss.
 
     Attributes:
-        name: What it is called in log.jsonl.
-        weight: What it is multiplied by in the total; positive.
+        name: Its name in log.jsonl.
+        weight: Its factor in the total; positive.
     """
 
     name: ClassVar[str]
@@ -51,11 +51,11 @@ class LossTerm(ABC):
         """Computes the term, in fp32 and without its weight."""
 
     def capture(self) -> AbstractContextManager[Any]:
-        """Hooks the student for as long as it trains, where the term needs more than its features."""
+        """Hooks the student while it trains, if the term needs more than its features."""
         return nullcontext()
 
     def warnings(self) -> list[str]:
-        """Says what the last batch shows to have gone wrong."""
+        """Lists problems that the last batch shows."""
         return []
 
 
@@ -80,7 +80,7 @@ class SquaredError(LossTerm):
 
 
 class Pooled(LossTerm):
-    """Cosine distance plus squared error of the global output, over the target's mean square."""
+    """Cosine distance of the global output, plus its squared error divided by the target's mean square."""
 
     name = "pooled"
 
@@ -90,11 +90,11 @@ class Pooled(LossTerm):
 
 
 class RelocationTerm(LossTerm):
-    """Asks the hidden units that cause sinks to fire on registers, and not on patches.
+    """Makes the hidden units that cause sinks active on registers and silent on patches.
 
     Args:
         weight: Its weight.
-        relocation: The units, and what is asked of them.
+        relocation: The loss of these units.
     """
 
     name = "relocation"
@@ -110,12 +110,12 @@ class RelocationTerm(LossTerm):
 
     @contextmanager
     def capture(self) -> Iterator[None]:
-        """Reads the units as the student runs."""
+        """Reads the units while the student runs."""
         with self.relocation.capture() as self._captured:
             yield
 
     def warnings(self) -> list[str]:
-        """Names units that fire nowhere any more."""
+        """Names units that are active nowhere any more."""
         silenced = self.relocation.silenced(self._captured)
         if not silenced:
             return []
@@ -126,7 +126,7 @@ class RelocationTerm(LossTerm):
 
 
 def distillation_terms(config: LossConfig) -> list[LossTerm]:
-    """Lists the terms between student and target; those of weight 0 are left out."""
+    """Lists the terms between student and target, without those of weight 0."""
     terms = [Cosine(config.cosine), SquaredError(config.mse), Pooled(config.pooled)]
     return [term for term in terms if term.weight]
 
@@ -134,7 +134,7 @@ def distillation_terms(config: LossConfig) -> list[LossTerm]:
 def total_loss(
     terms: Sequence[LossTerm], outputs: Outputs
 ) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
-    """Adds up terms by their weights; returns the total, and each term without its weight by name."""
+    """Adds up weighted terms. Returns the total, and each term without its weight, by name."""
     values = {term.name: term(outputs) for term in terms}
     weighted = (term.weight * values[term.name] for term in terms)
     return sum(weighted, start=torch.zeros((), device=outputs.student.patches.device)), values
@@ -150,7 +150,7 @@ def cosine_distance(
 
 
 def pooled_loss(student: Float[Tensor, "batch dim"], target: Float[Tensor, "batch dim"]) -> Float[Tensor, ""]:
-    """Cosine distance plus squared error over the target's mean square: the same for models of any scale."""
+    """Cosine distance plus squared error over the target's mean square. It ignores a model's scale."""
     student, target = student.float(), target.float()
     return cosine_distance(student, target) + F.mse_loss(student, target) / target.square().mean().clamp_min(
         1e-8

@@ -1,12 +1,12 @@
-"""Targets that are made once and kept on disk, for runs that see each image many times.
+"""Targets that are made once and cached on disk, for runs that see each image many times.
 
-A target costs many teacher forwards, a student step costs one and its backward. Where an image comes back in
-a later epoch, cut the same, its target is read instead of made: eight epochs take little more than one.
+A target costs many teacher forwards; a student step costs one forward and its backward. In later epochs each
+image is cut the same and its target is read from the disk: eight epochs take little more than one.
 
     epoch 1    images ──teacher──► targets ──bf16──► one file an image
     later      indices ───────────────────────────► files ──► targets
 
-The files belong to the run, so that a resumed run reads what the killed one made.
+The files belong to the run. A resumed run reads what the killed one made.
 """
 
 import os
@@ -25,13 +25,13 @@ from phreg.training.checkpoint import RunFolder, writing_run
 
 
 class TargetCache:
-    """A folder of targets, filled as they are made; processes may share it.
+    """A folder of targets, filled as they are made. Processes can share it.
 
-    Each is rounded to bf16 as it is made, whether it is read again or not, so that it is the same every time.
+    A target is rounded to bf16 when it is made, so it is the same the first time as when it is read again.
 
     Args:
-        folder: Where the files are, or will be.
-        device: Where to put targets.
+        folder: Folder of the files.
+        device: Device of the returned targets.
     """
 
     def __init__(self, folder: Path, device: torch.device) -> None:
@@ -43,8 +43,8 @@ class TargetCache:
 
         Args:
             indices: Numbers of the images.
-            make: Makes the targets of the whole batch. It is called where any file is missing or damaged; the
-                others stay. So a run that was killed between two files ends up with the same targets.
+            make: Makes the targets of the whole batch. It is called if any file is missing or damaged. Other
+                files stay, so a run that was killed between two files gets the same targets.
 
         Raises:
             CheckpointError: The disk does not take them.
@@ -54,22 +54,22 @@ class TargetCache:
             made = make()
             with writing_run(RunFolder(self.folder.parent)):
                 self.folder.mkdir(parents=True, exist_ok=True)
-                for index, there, *target in zip(indices, found, *made, strict=True):
-                    if not there:
+                for index, exists, *target in zip(indices, found, *made, strict=True):
+                    if not exists:
                         self._write(index, *target)
             found = [self._load(index) for index in indices]
         patches, pooled = (torch.stack([file[name] for file in found]) for name in ("patches", "pooled"))
-        return Features(self._there(patches), self._there(pooled))
+        return Features(self._to_device(patches), self._to_device(pooled))
 
     def remove(self) -> None:
         """Removes all of them."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _there(self, tensor: Tensor) -> Tensor:
+    def _to_device(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.device, non_blocking=True).float()
 
     def _load(self, index: int) -> dict[str, Tensor]:
-        """Reads a target; empty where there is none, or a power cut left half of it."""
+        """Reads a target; empty if there is none, or if a power cut damaged it."""
         try:
             return load_file(self._path(index))
         except (OSError, SafetensorError):
@@ -81,7 +81,7 @@ class TargetCache:
     def _write(
         self, index: int, patches: Float[Tensor, "rows cols dim"], pooled: Float[Tensor, " pooled"]
     ) -> None:
-        """Writes a file that is there whole or not at all; it can be made again, so nothing is flushed."""
+        """Writes a file whole or not at all. It can be made again, so nothing is flushed."""
         path = self._path(index)
         unfinished = path.with_suffix(f".{os.getpid()}.tmp")
         tensors = {"patches": patches, "pooled": pooled}

@@ -28,7 +28,7 @@ class RetrofitTask:
         student: The patched model, on its device.
         teacher: The frozen original, averaged over views.
         terms: The terms of the loss.
-        config: What of both models is compared, and how their last block is read.
+        config: Which features of both models are compared, and their read-outs.
         margin: Rows and columns of context that images come with, in pixels on each side.
     """
 
@@ -48,7 +48,7 @@ class RetrofitTask:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Sets read-outs and captures what terms need; both models are read as before when it ends."""
+        """Sets the read-outs and captures what the terms need. Afterwards both read-outs are as before."""
         with ExitStack() as stack:
             stack.enter_context(use_readout(self.teacher.backbone, self.config.teacher_readout))
             stack.enter_context(use_readout(self.student, self.config.student_readout))
@@ -57,7 +57,7 @@ class RetrofitTask:
             yield
 
     def target(self, images: Float[Tensor, "batch 3 height width"], generator: torch.Generator) -> Features:
-        """Makes the target of images that come with their context; the generator decides the views."""
+        """Makes the target of images with their context margin. The generator decides the views."""
         return self.teacher(images, generator, self.margin)
 
     def loss(
@@ -67,8 +67,8 @@ class RetrofitTask:
 
         Args:
             model: The student, as it was prepared for training (autocast, several processes).
-            images: Normalised images with their context.
-            target: Of the same images.
+            images: Normalised images with their context margin.
+            target: The target of these images.
 
         Returns:
             The total, and each term without its weight by name, all fp32.
@@ -78,17 +78,17 @@ class RetrofitTask:
         return total_loss(self.terms, Outputs(seen, features, target))
 
     def probe(self, size: tuple[int, int]) -> Float[Tensor, ""]:
-        """Computes a loss that reaches all weights a run can reach: of a blank image, against ones.
+        """Computes the loss of a blank image against ones. It reaches every weight that a run can reach.
 
         Args:
             size: Height and width of the run's images.
         """
         blank = torch.zeros(1, 3, *size, device=self.student.device, dtype=self.student.dtype)
         features = self.student(blank, self.config.layer, self.config.norm)
-        # Unlike any features, so that no gradient is zero by coincidence.
+        # Different from any features, so that no gradient is zero by chance.
         unlike = Features(torch.ones_like(features.patches), torch.ones_like(features.pooled))
         return total_loss(self.terms, Outputs(blank, features, unlike))[0]
 
     def warnings(self) -> list[str]:
-        """Says what the last batch shows to have gone wrong."""
+        """Lists problems that the last batch shows."""
         return [warning for term in self.terms for warning in term.warnings()]

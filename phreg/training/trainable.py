@@ -1,8 +1,8 @@
 """Which weights train, by role, and how they move: unlocking, LoRA, the optimizer and its schedule.
 
-An adapter says which parameters are the position embedding or block 3 (`Backbone.roles`); nobody here matches
-parameter names. LoRA goes through PEFT's injection, which leaves the model in place; it is merged into plain
-weights before anything is saved.
+An adapter says which parameters are the position embedding or block 3 (`Backbone.roles`). Nothing here
+matches parameter names. PEFT injects LoRA into the model in place. LoRA is merged into the weights before
+anything is saved.
 """
 
 import logging
@@ -23,10 +23,10 @@ logger = logging.getLogger(__name__)
 
 
 def unlock(backbone: Backbone, config: UnlockConfig) -> dict[str, nn.Parameter]:
-    """Freezes a model but for its registers and the configured roles, and injects LoRA where asked.
+    """Freezes a model except its registers and the configured roles, and injects LoRA if configured.
 
     Returns:
-        The parameters that train, by their name in `backbone`.
+        The parameters that train, by name in `backbone`.
 
     Raises:
         ConfigError: A role does not exist for this model, or nothing is left to train.
@@ -48,7 +48,7 @@ def unlock(backbone: Backbone, config: UnlockConfig) -> dict[str, nn.Parameter]:
 
 
 def check_trainable(student: Backbone, num_images: int, config: DistillConfig, processes: int) -> None:
-    """Checks what training will ask for, before anything is written and before the search for sinks.
+    """Checks what training needs, before anything is written and before the search for sinks.
 
     Raises:
         PhregError: The images do not fill a batch, or a role does not exist for the model.
@@ -90,10 +90,11 @@ def expand_roles(backbone: Backbone, roles: tuple[str, ...]) -> list[str]:
 def freeze_unused(
     task: RetrofitTask, trained: dict[str, nn.Parameter], size: tuple[int, int]
 ) -> dict[str, nn.Parameter]:
-    """Freezes again what the loss does not reach, found by one backward pass on a blank image.
+    """Freezes weights that the loss does not reach, as one backward pass on a blank image shows.
 
-    A value-only read-out leaves out the last block's queries, keys and MLP, and a loss on an inner block all
-    later ones. Weight decay would shrink them, and distributed training would wait for their gradients.
+    A value-only read-out does not use the last block's queries, keys and MLP. A loss on an inner block does
+    not use later blocks. Weight decay would shrink them, and distributed training would wait for their
+    gradients.
 
     Args:
         task: What is trained, running.
@@ -127,7 +128,7 @@ def freeze_unused(
 
 
 def merge_lora(backbone: Backbone) -> None:
-    """Folds LoRA into the weights it was injected into, and removes it; other models stay as they are."""
+    """Merges LoRA into the weights and removes it. Models without LoRA stay unchanged."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     def outermost() -> tuple[str, BaseTunerLayer] | None:
@@ -147,7 +148,7 @@ def merge_lora(backbone: Backbone) -> None:
 
 
 def optimizer(parameters: Mapping[str, nn.Parameter], config: OptimConfig) -> torch.optim.Optimizer:
-    """Makes the optimizer over one group: weight decay applies to everything that trains, as in the paper."""
+    """Makes the optimizer with one group: weight decay applies to everything that trains, as in the paper."""
     values = list(parameters.values())
     match config.name:
         case "adamw":
@@ -167,14 +168,15 @@ def optimizer(parameters: Mapping[str, nn.Parameter], config: OptimConfig) -> to
 def learning_rate(config: OptimConfig, step: int, steps: int, steps_per_epoch: float | int) -> float:
     """The learning rate of a step.
 
-    By epoch, the paper's code sets the rate after each step to that of the epoch's end, so the very first
-    step still runs at `lr` and each later one at its predecessor's epoch's; this function does the same.
+    With a schedule by epoch, the paper's code sets the rate after each step to that of the epoch's end. So
+    the first step runs at `lr`, and each later step at the rate of its predecessor's epoch. This function
+    does the same.
 
     Args:
         config: Rates, shape and unit of the schedule.
         step: Step, from 0.
         steps: Steps in the whole run.
-        steps_per_epoch: Steps in one pass over the images; a fraction where batches are accumulated over the
+        steps_per_epoch: Steps in one pass over the images; a fraction if batches are accumulated across the
             end of a pass.
     """
     if step < config.warmup_steps:
@@ -198,7 +200,7 @@ class MovingAverage:
 
     Args:
         parameters: The weights, by name.
-        decay: Share of the old average kept at each step.
+        decay: Weight of the old average at each step.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], decay: float) -> None:
@@ -208,13 +210,13 @@ class MovingAverage:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Takes the current weights in."""
+        """Adds the current weights to the average."""
         for name, parameter in self.parameters.items():
             self.average[name].lerp_(parameter, 1 - self.decay)
 
     @torch.no_grad()
     def apply(self) -> None:
-        """Puts the average in place of the weights."""
+        """Replaces the weights by the average."""
         for name, parameter in self.parameters.items():
             parameter.copy_(self.average[name])
 

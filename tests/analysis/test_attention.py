@@ -1,4 +1,4 @@
-"""What is heard of attention has to be what libraries that spell attention out say it is."""
+"""What is captured of attention has to be what libraries that spell attention out say it is."""
 
 import copy
 
@@ -153,7 +153,7 @@ def test_where_there_is_no_cls_the_patches_look_all_together(registers):
     assert query_names(backbone) == ("patches", "register 1", "register 2")[: 1 + registers]
     torch.testing.assert_close(first, weights[:, :, registers:].mean(2))  # the same sum
     assert len(others) == registers
-    assert all(torch.equal(ours, weights[:, :, place]) for place, ours in enumerate(others))
+    assert all(torch.equal(ours, weights[:, :, index]) for index, ours in enumerate(others))
 
 
 def test_registers_that_came_without_cls_are_not_called_cls(tiny):

@@ -148,12 +148,12 @@ def test_times_are_per_image_and_set_against_no_registers(tiny):
 
 def test_copies_share_the_models_weights(tiny):
     model = tiny()
-    places = []
+    pointers = []
     model.blocks[0].register_forward_hook(
-        lambda module, args, output: places.append(module.attn.qkv.weight.data_ptr())
+        lambda module, args, output: pointers.append(module.attn.qkv.weight.data_ptr())
     )
     latency(adapt(model), torch.zeros(1, 3, 32, 32), (0, 2), repeats=2)
-    assert set(places) == {model.blocks[0].attn.qkv.weight.data_ptr()}
+    assert set(pointers) == {model.blocks[0].attn.qkv.weight.data_ptr()}
 
 
 def test_one_repeat_is_refused(tiny):

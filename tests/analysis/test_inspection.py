@@ -10,7 +10,7 @@ from sinking import photographs
 
 from phreg import demo
 from phreg.analysis.complexity import complexity
-from phreg.analysis.inspection import PROBED, Labelled, look
+from phreg.analysis.inspection import PROBED, LabelledImages, look
 from phreg.analysis.interpolation import interpolation_effect, stripes
 from phreg.analysis.norms import outliers
 from phreg.analysis.probes import global_probe, position_probe, reconstruction_probe, sample_tokens
@@ -20,7 +20,7 @@ from phreg.backbones.resolve import adapt
 from phreg.errors import PhregError
 from phreg.registers import add_registers
 from phreg.sinks import test_time
-from phreg.sinks.locate import locate
+from phreg.sinks.locate import find_sinks
 
 KINDS = [
     "timm/vit-gap",  # no CLS
@@ -65,7 +65,7 @@ def test_figures_are_those_of_each_analysis_alone(sides, written):
     sample = sample_tokens(backbone, batches, norms)
     alone = {
         **survey(backbone, batches).to_json(),
-        "sinks": locate(backbone, batches).to_json(),
+        "sinks": find_sinks(backbone, batches).to_json(),
         "stripes": stripes(norms.position_histogram).to_json(),
         "position_probe": position_probe(sample).to_json(),
         "reconstruction_probe": reconstruction_probe(sample).to_json(),
@@ -83,11 +83,11 @@ def test_figures_are_those_of_each_analysis_alone(sides, written):
 def test_the_first_images_are_kept_to_be_shown_as_they_look(sides):
     backbone, images, found = sides
     assert len(found.photos) == len(found.survey.shown) == 3
-    for place, photo in enumerate(found.photos):
-        assert torch.equal(found.survey.shown[place].image, images[place])
+    for index, photo in enumerate(found.photos):
+        assert torch.equal(found.survey.shown[index].image, images[index])
         std = torch.tensor(backbone.spec.std)[:, None, None]
         mean = torch.tensor(backbone.spec.mean)[:, None, None]
-        pixels = (255 * (images[place] * std + mean)).clamp(0, 255)
+        pixels = (255 * (images[index] * std + mean)).clamp(0, 255)
         # Half a step of 8 bits.
         assert (torch.from_numpy(photo).movedim(-1, 0) - pixels).abs().max() < 0.51
 
@@ -139,7 +139,7 @@ def test_where_nothing_is_found_there_are_no_sinks_and_nothing_else_is_missing()
     assert len(found.costs) == len(found.latency) == 6
 
 
-def test_a_model_whose_attention_cannot_be_heard_is_looked_at_without_it():
+def test_a_model_whose_attention_cannot_be_captured_is_looked_at_without_it():
     backbone, images = sinking_model()
     for block in backbone.blocks:
         block.attn.fused_attn = False
@@ -166,7 +166,7 @@ def test_texts_asked_of_a_model_without_a_text_tower_are_refused():
 
 def test_registers_do_not_hide_a_sink_from_the_search():
     backbone, images = sinking_model()
-    bare = locate(backbone, images.split(5))
+    bare = find_sinks(backbone, images.split(5))
     add_registers(backbone, 2, "zeros")
     found = looked_at(backbone, images=images)
     assert units(found.sinks) == units(bare) == {(BLOCK, UNIT)}
@@ -211,7 +211,7 @@ def test_a_look_leaves_the_model_as_it_is(family, registers):
         )
 
     before = state()
-    looked_at(backbone, images=images, labelled=Labelled([images], torch.arange(PROBED) % 2))
+    looked_at(backbone, images=images, labelled=LabelledImages([images], torch.arange(PROBED) % 2))
     for was, now in zip(before, state(), strict=True):
         if isinstance(was, dict):
             assert was.keys() == now.keys()
@@ -226,17 +226,17 @@ def test_a_look_leaves_the_model_as_it_is(family, registers):
 
 
 def test_every_stage_that_begins_is_told_to_end():
-    told = {}
+    progress = {}
 
     def observe(what, done, total):
-        told.setdefault(what, []).append((done, total))
+        progress.setdefault(what, []).append((done, total))
 
     looked_at("timm/vit", "vit", observe=observe)
-    assert list(told) == [
+    assert list(progress) == [
         f"vit: {stage}"
         for stage in ("norms, attention, neighbours", "sinks", "probes", "resampled positions", "cost")
     ]
-    assert all(done == total for done, total in (steps[-1] for steps in told.values()))
+    assert all(done == total for done, total in (steps[-1] for steps in progress.values()))
 
 
 @torch.no_grad()

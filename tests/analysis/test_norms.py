@@ -27,8 +27,8 @@ UNIMODAL = {
 }
 
 
-def bulk(count: int, seed: int = 0, spread: float = 0.12) -> torch.Tensor:
-    return torch.from_numpy(np.random.default_rng(seed).lognormal(3, spread, count)).float()
+def bulk(count: int, seed: int = 0, std: float = 0.12) -> torch.Tensor:
+    return torch.from_numpy(np.random.default_rng(seed).lognormal(3, std, count)).float()
 
 
 @pytest.mark.parametrize("count", [64, 1000, 20_000])
@@ -81,7 +81,7 @@ def test_a_few_tokens_inside_the_gap_do_not_close_it():
 
 def test_a_second_mode_that_overlaps_the_first_is_no_gap():
     # Artifacts in the making, as in the block before they emerge: bulk at 20, a hump at 45, plenty between.
-    assert outlier_threshold(torch.cat([bulk(20_000), 45 / 20 * bulk(400, spread=0.25)])) is None
+    assert outlier_threshold(torch.cat([bulk(20_000), 45 / 20 * bulk(400, std=0.25)])) is None
 
 
 def test_two_kinds_of_tokens_of_equal_number_are_not_artifacts():
@@ -222,7 +222,7 @@ def test_dead_tokens_fall_into_the_first_bin_of_a_histogram_that_still_shows_the
     assert (histogram.counts[0], histogram.counts[-1]) == (4 * 12, 60 * 12)
 
 
-# Sample estimates from 20 000 norms; their own spread over seeds is below a hundredth.
+# Sample estimates from 20 000 norms; their own standard deviation over seeds is below a hundredth.
 @pytest.mark.parametrize(
     ("draw", "expected"),
     [

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from phreg.analysis.positions import fixed_share, place
+from phreg.analysis.positions import describe_positions, fixed_share
 
 
 def shares(*at: tuple[int, int], share: float = 1.0, elsewhere: float = 0.0) -> torch.Tensor:
@@ -26,7 +26,7 @@ BORDER = [(row, col) for row in range(8) for col in range(8) if {row, col} & {0,
     ],
 )
 def test_the_place_of_artifacts_is_named(histogram: torch.Tensor, words: str):
-    assert place(histogram) == words
+    assert describe_positions(histogram) == words
 
 
 def test_artifacts_that_the_input_does_not_move_are_all_at_fixed_positions():

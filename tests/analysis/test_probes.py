@@ -33,10 +33,10 @@ class Gather(nn.Module):
     def forward(self, tokens):
         tokens = tokens.clone()
         mean = tokens[:, self.ahead :].mean(1)
-        told = 20 * mean
-        told[:, 0] += 100
-        for place in self.at:
-            tokens[:, place] = torch.where(mean[:, 1:2] >= self.floor, told, tokens[:, place])
+        marked = 20 * mean
+        marked[:, 0] += 100
+        for index in self.at:
+            tokens[:, index] = torch.where(mean[:, 1:2] >= self.floor, marked, tokens[:, index])
         return tokens
 
 
@@ -237,11 +237,11 @@ def test_artifacts_tell_what_ordinary_tokens_and_idle_ones_do_not(probed):
     assert probed.chance == 0.5
 
 
-def test_figures_come_with_their_spread_over_seeds(probed):
+def test_figures_come_with_their_standard_deviation_over_seeds(probed):
     ordinary = probed.tokens[0]
     assert len(ordinary.values) == len(probed.seeds) == 5
     assert ordinary.mean == pytest.approx(np.mean(ordinary.values))
-    assert ordinary.spread == pytest.approx(np.std(ordinary.values, ddof=1))
+    assert ordinary.std == pytest.approx(np.std(ordinary.values, ddof=1))
     assert json.loads(json.dumps(probed.to_json(), allow_nan=False))["tokens"][0]["token"] == ORDINARY
 
 
@@ -256,7 +256,7 @@ def test_images_without_outliers_are_left_out_of_their_probe_and_counted():
     assert 15 <= found.without_outliers <= 25
     assert by_token[OUTLIER].images == 40 - found.without_outliers
     assert by_token[ORDINARY].images == found.images == 40
-    assert by_token[OUTLIER].spread is None
+    assert by_token[OUTLIER].std is None
 
 
 def test_a_model_without_artifacts_has_no_figure_of_them():

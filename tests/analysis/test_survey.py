@@ -106,12 +106,12 @@ def test_the_first_images_are_kept_whole(found, backbone, images):
         features = backbone(images[:3]).patches
     maps = attention_maps(backbone, images[:3])
     assert len(found.shown) == 3
-    for place, shown in enumerate(found.shown):
-        assert torch.equal(shown.image, images[place])
-        assert torch.equal(shown.norms, found.norms.maps[place])
+    for index, shown in enumerate(found.shown):
+        assert torch.equal(shown.image, images[index])
+        assert torch.equal(shown.norms, found.norms.maps[index])
         # fp32, in batches of four and of three.
-        torch.testing.assert_close(shown.features, features[place], atol=1e-4, rtol=1e-4)
-        torch.testing.assert_close(shown.attention, maps[place], atol=1e-5, rtol=0)
+        torch.testing.assert_close(shown.features, features[index], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(shown.attention, maps[index], atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("show", [0, 5, 50])
@@ -147,7 +147,7 @@ def test_every_kind_of_model_is_surveyed_at_any_size(family: str, registers: int
     assert (found.neighbours.outliers is not None) == bool(found.outliers.any())
 
 
-def test_where_attention_cannot_be_heard_the_rest_is_measured_in_the_same_pass(caplog, monkeypatch):
+def test_where_attention_cannot_be_captured_the_rest_is_measured_in_the_same_pass(caplog, monkeypatch):
     backbone, runs = Planted({2: (CORNERS, 100.0)}), []
     monkeypatch.setattr(backbone, "run", lambda images: runs.append(len(images)) or backbone.model(images))
     with caplog.at_level(logging.WARNING):

@@ -17,7 +17,7 @@ from transformers.models.siglip2.image_processing_siglip2 import convert_image_t
 from phreg.backbones import transformers as adapter
 from phreg.backbones.resolve import settle_normalisation
 from phreg.backbones.transformers import adapt, load
-from phreg.backbones.transformers_registers import PadMask, Place
+from phreg.backbones.transformers_registers import PadMask, RegisterSpan
 from phreg.data.crops import as_input
 from phreg.errors import LoadError, PhregError, UnsupportedModelError
 from phreg.formats.load import open_model
@@ -383,7 +383,7 @@ def test_padding_stays_unseen_with_registers(implementation: str) -> None:
     ids=["flags", "numbers", "scores", "one-row"],
 )
 def test_a_mask_makes_room_where_the_registers_are(mask: torch.Tensor, expected: list) -> None:
-    pad = PadMask(Place(start=1, count=2))
+    pad = PadMask(RegisterSpan(start=1, count=2))
 
     args, _ = pad(nn.Identity(), (torch.zeros(1, 2, 4), mask), {})
 
@@ -391,7 +391,7 @@ def test_a_mask_makes_room_where_the_registers_are(mask: torch.Tensor, expected:
 
 
 def test_a_mask_that_cannot_grow_is_refused_with_a_way_out() -> None:
-    pad = PadMask(Place(start=1, count=2))
+    pad = PadMask(RegisterSpan(start=1, count=2))
 
     with pytest.raises(PhregError, match="set_attn_implementation"):
         pad(nn.Identity(), (torch.zeros(1, 2, 4),), {"attention_mask": object()})

@@ -119,7 +119,7 @@ def test_every_method_is_one_that_phreg_takes(name):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (["planted:foo", "--output", "out.json"], "no planted model 'foo'; there are"),
         (["--table", "nofile.json"], "cannot read nofile.json as a result file"),
@@ -127,12 +127,12 @@ def test_every_method_is_one_that_phreg_takes(name):
         (["--table", "bare.json"], "lacks protocol or rows"),
     ],
 )
-def test_what_is_not_there_is_an_error_of_the_command_line(arguments, told, tmp_path, monkeypatch, capsys):
+def test_what_is_not_there_is_an_error_of_the_command_line(arguments, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "bare.json").write_text("{}")
     with pytest.raises(SystemExit, match="2"):
         run.main(arguments)
-    assert told in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.slow

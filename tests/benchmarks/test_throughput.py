@@ -74,7 +74,7 @@ def published_copies(images, views: Views, spec):
         published.moved_copies(image, offsets, flips.tolist(), spec.patch_size[0], white)
         for image, offsets, flips in zip(images, views.offsets, views.flips, strict=True)
     ]
-    return torch.stack([copies for copies, _ in moved]), torch.stack([places for _, places in moved])
+    return torch.stack([copies for copies, _ in moved]), torch.stack([positions for _, positions in moved])
 
 
 def test_the_published_views_are_phregs(build, drawn):
@@ -87,11 +87,11 @@ def test_the_published_views_are_phregs(build, drawn):
 def test_the_published_target_is_phregs(build, drawn):
     images, views = drawn
     backbone = adapt(build()).requires_grad_(False)
-    copies, places = published_copies(images, views, backbone.spec)
+    copies, positions = published_copies(images, views, backbone.spec)
     teacher = published.PlainViT(build(), backbone.spec, None)
     with torch.no_grad():
         grids = teacher(copies.flatten(0, 1)).unflatten(0, copies.shape[:2])
-        found = published.aligned_mean(grids, places)
+        found = published.aligned_mean(grids, positions)
     expected = Teacher(backbone, ViewsConfig(count=5))(images, seeded(1)).patches
     torch.testing.assert_close(found, expected, **CLOSE)
 

@@ -283,7 +283,7 @@ def test_a_subsample_covers_both_ends_in_gaps_that_differ_by_at_most_one(total, 
 
 
 @pytest.mark.parametrize(("total", "count", "last"), [(999, 500, 997), (100, 64, 98), (5, 9, 4)])
-def test_spread_images_cover_both_ends(total, count, last):
+def test_a_subsample_covers_both_ends(total, count, last):
     chosen = subsample(InMemory([None] * total), count)
     assert (chosen.name(0), chosen.name(len(chosen) - 1)) == ("image 0", f"image {last}")
 

@@ -128,8 +128,8 @@ def test_readers_in_other_processes_warn_of_dark_16_bit_pictures_once_together(t
         "    reader.start(); reader.join()\n"
     )
     command = [sys.executable, "-c", program, os.fspath(tmp_path / "scan.png")]
-    told = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    assert told.count("holds 16-bit values") == 1
+    logged = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    assert logged.count("holds 16-bit values") == 1
 
 
 @pytest.mark.parametrize(("dtype", "value"), [(np.float32, 0.5), (np.int32, 70000), (np.int32, -1)])

@@ -131,13 +131,13 @@ def test_read_outs_other_than_plain_are_told_under_the_table():
 
 def test_the_gate_knows_that_a_larger_error_is_worse():
     worse = Results((record("b", [0.5], "rmse"),), record("a", [0.4], "rmse"))
-    with pytest.raises(PhregError, match="gate"):
+    with pytest.raises(PhregError, match="max_drop"):
         worse.check_gate(0.05)
     Results((record("b", [0.2], "rmse"),), record("a", [0.4], "rmse")).check_gate(0.0)
 
 
 def test_a_figure_without_value_does_not_pass_the_gate():
-    with pytest.raises(PhregError, match="gate"):
+    with pytest.raises(PhregError, match="max_drop"):
         Results((record("b", [math.nan]),), record("a", [0.4])).check_gate(1.0)
 
 

@@ -16,7 +16,7 @@ import phreg
 from phreg import api, cli
 from phreg.backbones.resolve import adapt
 from phreg.config import Config
-from phreg.errors import GateError, PhregError
+from phreg.errors import MaxDropError, PhregError
 from phreg.evaluation.results import Metrics
 from phreg.evaluation.tasks import classification
 from phreg.evaluation.tasks.table import TASKS, draws, find_task, resolve_settings
@@ -296,27 +296,27 @@ def test_without_output_nothing_is_written(saved, colours, tmp_path):
 def test_the_command_prints_the_table_and_passes_the_gate(saved, colours, tmp_path, capsys):
     code = evaluate(
         saved, "--task", "classification", "--data", colours, "--output", tmp_path / "out",
-        "--set", "neighbours=3", "methods=knn", "--baseline", saved, "--gate", "0", "--device", "cpu",
+        "--set", "neighbours=3", "methods=knn", "--baseline", saved, "--max-drop", "0", "--device", "cpu",
     )  # fmt: skip
     printed = capsys.readouterr().out
     assert code == 0
     assert "top1" in printed
-    assert "Gate passed" in printed
+    assert "Check passed" in printed
     assert (tmp_path / "out" / "results.md").is_file()
 
 
-def test_a_drop_beyond_the_gate_ends_in_an_error_after_the_results(saved, tiny, colours, tmp_path):
+def test_a_drop_beyond_max_drop_ends_in_an_error_after_the_results(saved, tiny, colours, tmp_path):
     broken = tiny()
     for parameter in broken.parameters():
         torch.nn.init.zeros_(parameter)
     asked = {"task": "classification", "data": colours, "output": tmp_path, "device": "cpu"}
-    with pytest.raises(GateError, match="gate: asked for a drop of at most") as failed:
-        phreg.evaluate(broken, baseline=saved, gate=0.01, **asked, **FAST)
+    with pytest.raises(MaxDropError, match="max_drop: asked for a drop of at most") as failed:
+        phreg.evaluate(broken, baseline=saved, max_drop=0.01, **asked, **FAST)
     assert failed.value.results["top1"] < 1
     assert (tmp_path / "results.json").is_file()
 
 
-def test_a_failed_gate_ends_with_a_status_of_its_own_and_shows_the_table(saved, colours, tmp_path, capsys):
+def test_a_failed_check_ends_with_a_status_of_its_own_and_shows_the_table(saved, colours, tmp_path, capsys):
     broken = tmp_path / "broken"
     shutil.copytree(saved, broken)
     weights = load_file(broken / "model.safetensors")
@@ -324,12 +324,12 @@ def test_a_failed_gate_ends_with_a_status_of_its_own_and_shows_the_table(saved, 
     save_file(zeros, broken / "model.safetensors")
     code = evaluate(
         broken, "--task", "classification", "--data", colours, "--output", tmp_path / "out",
-        "--device", "cpu", "--set", "neighbours=3", "--baseline", saved, "--gate", "0.01",
+        "--device", "cpu", "--set", "neighbours=3", "--baseline", saved, "--max-drop", "0.01",
     )  # fmt: skip
     printed = capsys.readouterr()
-    assert code == cli.GATE_FAILED == 3
+    assert code == cli.CHECK_FAILED == 3
     assert "top1" in printed.out
-    assert "gate: asked for a drop" in printed.err
+    assert "max_drop: asked for a drop" in printed.err
 
 
 def test_a_student_is_measured_as_it_was_trained_in_every_form_and_its_original_plainly(photos, tmp_path):
@@ -356,9 +356,9 @@ def test_a_student_is_measured_as_it_was_trained_in_every_form_and_its_original_
         (["--task", "classification", "--set", "neighbours"], "expected KEY=VALUE"),
         (["--task", "classification", "--protocol", "mine"], "no protocol 'mine'"),
         (["--task", "classification", "--seeds", "0"], "seeds"),
-        (["--task", "classification", "--gate", "0.1"], "--baseline"),
-        (["--task", "classification", "--gate", "nan"], "gate: should be"),
-        (["--task", "classification", "--gate", "-1"], "gate: should be"),
+        (["--task", "classification", "--max-drop", "0.1"], "--baseline"),
+        (["--task", "classification", "--max-drop", "nan"], "max_drop: should be"),
+        (["--task", "classification", "--max-drop", "-1"], "max_drop: should be"),
         (["--task", "classification", "--batch-size", "0"], "batch_size: should be greater than 0"),
         (["--task", "classification", "--batch-size", "-1"], "batch_size: should be greater than 0"),
         (["--task", "classification", "--cache-limit", "nan"], "cache_limit: should be"),

@@ -1,4 +1,4 @@
-"""`phreg show`: what one has, and whether it fits the base at hand."""
+"""`phreg info`: what one has, and whether it fits the base at hand."""
 
 import json
 
@@ -36,7 +36,7 @@ def bytes_of(folder):
 
 
 def test_a_run_is_told_with_its_base_method_figures_and_size(run, saved):
-    shown = phreg.show(run.run)
+    shown = phreg.info(run.run)
     assert (shown.format, shown.format_version) == ("phreg-adapter", 1)
     assert (shown.model_class, shown.registers) == ("VisionTransformer", 3)
     assert (shown.method, shown.steps) == ("relocate", 2)
@@ -55,12 +55,12 @@ def test_a_base_at_hand_fits_as_a_whole_by_its_tower_or_not(run, saved):
     torch.nn.init.zeros_(other.blocks[0].mlp.fc1.weight)
     headed = base()
     headed.reset_classifier(2)
-    assert [phreg.show(run.run, base=model).fits for model in (base(), headed, other)] == [
+    assert [phreg.info(run.run, base=model).fits for model in (base(), headed, other)] == [
         "whole",
         "tower",
         "no",
     ]
-    assert phreg.show(run.run, base=saved).fits == "whole"
+    assert phreg.info(run.run, base=saved).fits == "whole"
 
 
 def test_a_base_that_is_not_on_this_disk_is_not_fetched(hub, saved, photos, tmp_path, monkeypatch):
@@ -68,10 +68,10 @@ def test_a_base_that_is_not_on_this_disk_is_not_fetched(hub, saved, photos, tmp_
 
     hub.commit("maker/vit", saved)
     api.distill("maker/vit", photos, tmp_path / "run", **QUICK)
-    assert phreg.show(tmp_path / "run").fits == "whole"  # in the cache since
+    assert phreg.info(tmp_path / "run").fits == "whole"  # in the cache since
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "empty"))
     hub.requests.clear()
-    assert phreg.show(tmp_path / "run").fits == "unknown"
+    assert phreg.info(tmp_path / "run").fits == "unknown"
     assert hub.requests == []
 
 
@@ -79,7 +79,7 @@ def test_an_export_is_told_with_the_sizes_it_stands_for_and_the_run_it_came_of(r
     sizes = phreg.export(run.run, tmp_path / "out", format="timm")
     hub.commit("me/out", tmp_path / "out")
     for source in (tmp_path / "out", "me/out"):
-        shown = phreg.show(source)
+        shown = phreg.info(source)
         assert (shown.format, shown.method) == ("timm", "relocate")
         assert shown.sizes == tuple((size.size, size.claimed) for size in sizes)
         assert list(shown.figures) == run.comparison.rows()
@@ -89,33 +89,33 @@ def test_an_export_is_told_with_the_sizes_it_stands_for_and_the_run_it_came_of(r
 
 def test_a_model_saved_whole_is_told_as_far_as_it_says(tmp_path):
     phreg.add_registers(FAMILIES["dinov2"](), 3).to(torch.bfloat16).save_pretrained(tmp_path / "saved")
-    shown = phreg.show(tmp_path / "saved")
+    shown = phreg.info(tmp_path / "saved")
     assert (shown.format, shown.registers, shown.base, shown.method) == ("phreg-model", 3, None, None)
     assert (shown.tensors, shown.num_bytes) == bytes_of(tmp_path / "saved")
 
 
 def test_what_phreg_did_not_write_and_what_is_broken_are_one_clear_error_each(run, saved):
     with pytest.raises(LoadError, match="no such folder; give a run, an adapter or an export"):
-        phreg.show("nowhere")
+        phreg.info("nowhere")
     with pytest.raises(LoadError, match="timm model that phreg did not write"):
-        phreg.show(saved)
+        phreg.info(saved)
     (run.run / "model" / "adapter.safetensors").write_bytes(b"x")
     with pytest.raises(LoadError, match=r"cannot read .*adapter\.safetensors"):
-        phreg.show(run.run)
+        phreg.info(run.run)
 
 
 def test_the_command_prints_lines_and_json(run, capsys):
-    cli.main(["show", str(run.run)])
+    cli.main(["info", str(run.run)])
     printed = " ".join(capsys.readouterr().out.split())
     for part in (
         "phreg-adapter, version 1",
         "relocate, 2 steps",
-        "the base at hand is the one",
+        "this base is the one",
         "none failed",
         "outlier rate",
     ):
         assert part in printed
-    cli.main(["show", str(run.run), "--json"])
+    cli.main(["info", str(run.run), "--json"])
     shown = json.loads(capsys.readouterr().out)
     assert shown["registers"] == 3
     assert shown["figures"][0]["name"].startswith("outlier rate")

@@ -738,6 +738,6 @@ def test_a_record_nested_without_end_is_one_clear_error(kind, depth, saved, tmp_
     nested = "[" * depth + "]" * depth
     for text in (nested, path.read_text()[:-1].rstrip("}\n") + f', "more": {nested}}}'):
         path.write_text(text)
-        for read in (phreg.load, phreg.show):
+        for read in (phreg.load, phreg.info):
             with pytest.raises(LoadError, match=r"phreg\.json"):
                 read(folder)

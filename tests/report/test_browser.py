@@ -79,7 +79,7 @@ def a_page(images: int = 2) -> Page:
         layers={"norms": "How long.", "features": "Which way.", "attention of register 1": "Where it looks."},
         images=cards,
         sections=[Section(title, [chart()], "Some words.") for title in ("Norms", "Where", "Cost")],
-        origin=Origin("phreg inspect a --against b", {"size": "224"}, {"phreg": "0.1.0"}),
+        origin=Origin("phreg inspect a --baseline b", {"size": "224"}, {"phreg": "0.1.0"}),
     )
 
 

@@ -244,7 +244,7 @@ def test_kinds_of_patches_keep_their_place_where_a_model_lacks_one():
 # -- probes and cost
 
 
-def test_probes_have_a_bar_a_model_and_token_and_the_spread_over_it():
+def test_probes_have_a_bar_a_model_and_token_and_the_standard_deviation_over_it():
     figure = charts.probe_bars(
         {"ordinary": (40.0, 2.0), "outliers": (60.0, 1.0)},
         {"ordinary": (44.0, 0.5), "registers": (70.0, 3.0)},

@@ -20,7 +20,7 @@ def boxes(axes, colour):
 
 
 def rgb(colour):
-    return tuple(int(colour[place : place + 2], 16) / 255 for place in (1, 3, 5))
+    return tuple(int(colour[index : index + 2], 16) / 255 for index in (1, 3, 5))
 
 
 def test_each_picture_has_its_boxes_and_the_maps_that_led_to_them():
@@ -44,7 +44,7 @@ def test_each_picture_has_its_boxes_and_the_maps_that_led_to_them():
 def test_models_stand_side_by_side_a_row_a_picture():
     figure = discovery_figure({"raw": [example(0), example(1)], "patched": [example(2), example(3)]})
     assert len(figure.axes) == 2 * 2 * 4
-    assert [figure.axes[place].get_title() for place in (0, 4, 8)] == ["raw", "patched", ""]
+    assert [figure.axes[index].get_title() for index in (0, 4, 8)] == ["raw", "patched", ""]
     assert png(figure).startswith(b"\x89PNG")
 
 

@@ -89,9 +89,9 @@ def test_attention_of_a_model_without_outliers_falls_on_none(other):
     assert "attention-share" not in found
 
 
-def test_a_model_that_cannot_be_heard_leaves_the_others_attention(alone, other):
-    unheard = dataclasses.replace(other, survey=dataclasses.replace(other.survey, attention=None))
-    text = written(one("attention-focus", alone, unheard).figure)
+def test_a_model_that_cannot_be_captured_leaves_the_others_attention(alone, other):
+    uncaptured = dataclasses.replace(other, survey=dataclasses.replace(other.survey, attention=None))
+    text = written(one("attention-focus", alone, uncaptured).figure)
     assert "sinking" in text
     assert "other" not in text
 
@@ -121,8 +121,10 @@ def test_kinds_of_tokens_without_figures_are_left_out(alone, other):
 
 
 def test_the_error_of_pixels_is_relative_to_guessing(alone):
-    told = alone.reconstruction.ordinary
-    assert relative_error(told) == pytest.approx(told.error / told.chance)
+    figures_of_ordinary = alone.reconstruction.ordinary
+    assert relative_error(figures_of_ordinary) == pytest.approx(
+        figures_of_ordinary.error / figures_of_ordinary.chance
+    )
     # Where all patches are alike there is nothing to guess.
-    assert relative_error(dataclasses.replace(told, error=0.0, chance=0.0)) == 0
-    assert torch.isfinite(torch.tensor(relative_error(told)))
+    assert relative_error(dataclasses.replace(figures_of_ordinary, error=0.0, chance=0.0)) == 0
+    assert torch.isfinite(torch.tensor(relative_error(figures_of_ordinary)))

@@ -40,7 +40,7 @@ def both(alone):
 def page(both):
     with pytest.MonkeyPatch.context() as patch:  # charts take long to draw
         patch.setattr(pages, "figures", lambda models: (c for c in figures(models) if c.section == "Sinks"))
-        return inspection_page(both, Origin("phreg inspect sinking --against other"))
+        return inspection_page(both, Origin("phreg inspect sinking --baseline other"))
 
 
 @pytest.fixture(scope="module")
@@ -89,30 +89,30 @@ def test_the_verdict_tells_rate_block_place_and_cause(alone, without_charts):
 
 
 def test_the_table_holds_the_figures_of_the_inspection(alone, without_charts):
-    told = values(inspection_page(alone))
+    lines = values(inspection_page(alone))
     probe, cls = alone.position, alone.classes.tokens[-1]
-    assert told["outlier rate, last block (share of patch tokens)"] == [1 / 16]
-    assert told["block where outliers emerge, from 0"] == [BLOCK]
-    assert told["share of outliers at fixed positions"] == [1.0]
-    assert told["largest share of attention on outliers, over blocks"] == [max(alone.survey.attention.share)]
-    assert told["distance of the position told, outliers, patches"] == [probe.outliers.distance]
+    assert lines["outlier rate, last block (share of patch tokens)"] == [1 / 16]
+    assert lines["block where outliers emerge, from 0"] == [BLOCK]
+    assert lines["share of outliers at fixed positions"] == [1.0]
+    assert lines["largest share of attention on outliers, over blocks"] == [max(alone.survey.attention.share)]
+    assert lines["distance of the predicted position, outliers, patches"] == [probe.outliers.distance]
     assert cls.token == "CLS"
-    assert told["class told by CLS, top-1"] == [cls.mean]
-    assert told["parameters without registers, millions"] == [alone.costs[0].parameters / 1e6]
+    assert lines["class predicted from CLS, top-1"] == [cls.mean]
+    assert lines["parameters without registers, millions"] == [alone.costs[0].parameters / 1e6]
 
 
 def test_a_figure_that_no_model_has_is_left_out(alone, sides, without_charts):
     _, clean = sides
-    told = values(inspection_page(clean))
-    assert None not in [value for line in told.values() for value in line]
-    assert "median norm of outliers" not in told
+    lines = values(inspection_page(clean))
+    assert None not in [value for line in lines.values() for value in line]
+    assert "median norm of outliers" not in lines
     assert "median norm of outliers" in values(inspection_page(dataclasses.replace(clean, against=(alone,))))
 
 
 def test_layers_are_those_that_there_are_maps_of(alone, sides, without_charts):
     assert list(inspection_page(alone).layers) == ["norms", "features", "first component", "attention of CLS"]
-    unheard = dataclasses.replace(alone, survey=dataclasses.replace(alone.survey, attention=None))
-    found = inspection_page(unheard)
+    uncaptured = dataclasses.replace(alone, survey=dataclasses.replace(alone.survey, attention=None))
+    found = inspection_page(uncaptured)
     assert list(found.layers) == list(found.images[0].maps) == ["norms", "features", "first component"]
     assert list(inspection_page(sides[1]).layers)[3:] == [
         f"attention of {query}" for query in ("CLS", "register 1", "register 2")
@@ -134,9 +134,9 @@ def test_models_side_by_side_are_each_named_in_the_verdict_and_where_sinks_are_t
     assert page.models == ("sinking", "other")
     assert page.verdict.startswith("sinking: 6.2 % of patch tokens")
     assert " other: No artifacts found" in page.verdict
-    (told,) = [section.text for section in page.sections if section.title == "Sinks"]
-    assert told.startswith(f"sinking: Sinks emerge in block {BLOCK}")
-    assert f"(block:unit {BLOCK}:{UNIT})" in told
+    (text,) = [section.text for section in page.sections if section.title == "Sinks"]
+    assert text.startswith(f"sinking: Sinks emerge in block {BLOCK}")
+    assert f"(block:unit {BLOCK}:{UNIT})" in text
 
 
 def test_only_images_that_all_models_show_are_shown_as_the_first_one_sees_them(page, both):

@@ -57,7 +57,7 @@ def sinks(*units: Unit, explained: float) -> Sinks:
     return Sinks(norms, 2, units, explained, (), None, (torch.zeros(4, 16),))
 
 
-UNITS = [Unit(block=2, index=index, level=10.0, ordinary=0.0, share=0.5) for index in (7, 9)]
+UNITS = [Unit(block=2, index=index, sink_level=10.0, baseline=0.0, share=0.5) for index in (7, 9)]
 
 
 def test_the_headline_is_one_sentence_that_ends_with_the_cause():
@@ -76,19 +76,21 @@ def test_without_sinks_the_headline_is_the_verdict():
 
 def test_causes_are_named_by_block_and_unit():
     assert causes(sinks(*UNITS, explained=1.0)) == (
-        "Sinks emerge in block 2, set off by position; 2 hidden units cause 100.0 % of them "
+        "Sinks emerge in block 2, triggered by position; 2 hidden units cause 100.0 % of them "
         "(block:unit 2:7, 2:9)."
     )
     drawn = replace(sinks(*UNITS[:1], explained=0.5), attention=(0.0, 0.02, 0.31, 0.3))
-    assert causes(drawn).endswith("They draw up to 31.0 % of the attention of CLS.")
+    assert causes(drawn).endswith("They attract up to 31.0 % of the attention of CLS.")
     without = replace(drawn, norms=replace(drawn.norms, tokens=()))
-    assert causes(without).endswith("They draw up to 31.0 % of the attention of the patches.")
+    assert causes(without).endswith("They attract up to 31.0 % of the attention of the patches.")
 
 
 def test_several_kinds_of_sink_are_counted():
     one = sinks(*UNITS, explained=1.0)
     assert "kind" not in causes(one)
-    assert causes(replace(one, triggers=one.triggers * 2)).endswith("(block:unit 2:7, 2:9, 2 kinds of sink).")
+    assert causes(replace(one, triggers=one.triggers * 2)).endswith(
+        "(block:unit 2:7, 2:9, 2 clusters of sinks)."
+    )
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from sinking import faint, photographs, plant, pushed
 from phreg import demo
 from phreg.backbones.resolve import adapt
 from phreg.errors import DataError
-from phreg.sinks.locate import locate
+from phreg.sinks.locate import find_sinks
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +19,7 @@ def images():
 
 @pytest.fixture(scope="module")
 def found(images):
-    return locate(adapt(demo.demo_model()), images.split(8))
+    return find_sinks(adapt(demo.demo_model()), images.split(8))
 
 
 def names(units):
@@ -34,7 +34,7 @@ def test_the_planted_neurons_are_named_alone_and_explain_every_outlier(found):
     assert found.explained == 1.0
     assert found.block == demo.SINK_BLOCK
     assert sum(unit.share for unit in found.units) == pytest.approx(1, abs=0.1), "shares add up to 1"
-    assert all(unit.level > 10 > abs(unit.ordinary) for unit in found.units)
+    assert all(unit.sink_level > 10 > abs(unit.baseline) for unit in found.units)
 
 
 def test_content_sets_off_most_of_them_and_the_upstream_detector_is_named(found):
@@ -50,19 +50,19 @@ def test_attention_falls_on_them_after_their_block_and_not_before(found):
     assert min(after) > 3 * max(before)
 
 
-def test_neurons_that_answer_to_other_outliers_are_of_other_kinds_each_with_its_own_triggers(found):
+def test_neurons_that_respond_to_other_outliers_are_of_other_clusters_each_with_its_own_triggers(found):
     order = found.norms.position_histogram.flatten()
     corners = [0, demo.GRID - 1, demo.GRID * (demo.GRID - 1), demo.GRID**2 - 1]
     assert (order[corners] == 1).all()
     background, corner = found.triggers
-    assert {unit.index: unit.kind for unit in found.units} == {
+    assert {unit.index: unit.cluster for unit in found.units} == {
         demo.BACKGROUND_NEURON: 0,
         demo.CORNER_NEURON: 1,
     }
     to = demo._directions()
     assert len(corner) == len(corners)
     assert len(background) == round(order.sum().item() - len(corners)), "as many as an image has"
-    # A trigger has the mark of its kind, and the mean content there besides.
+    # A trigger has the mark of its cluster, and the mean content there besides.
     for own, others, mark in (
         (corner, background, demo.CORNER_MARK * to.corner),
         (background, corner, demo.QUIET_MARK * to.quiet),
@@ -82,18 +82,18 @@ def test_what_json_holds_names_the_causes(found):
 
 
 def test_the_clean_twin_has_no_sinks(images):
-    assert locate(adapt(demo.demo_model(planted=False)), images.split(8)) is None
+    assert find_sinks(adapt(demo.demo_model(planted=False)), images.split(8)) is None
 
 
 def test_the_same_images_give_the_same_answer_and_so_does_another_batching(images):
-    found, again, other = (locate(adapt(demo.demo_model()), images[:8].split(size)) for size in (8, 8, 3))
+    found, again, other = (find_sinks(adapt(demo.demo_model()), images[:8].split(size)) for size in (8, 8, 3))
     assert again.to_json() == found.to_json()
     assert names(other.units) == names(found.units)
     assert names(other.chain) == names(found.chain)
     for one, two in zip(other.units, found.units, strict=True):
         # Batches of another size take other kernels: the rounding of fp32.
-        assert (one.level, one.ordinary, one.share) == pytest.approx(
-            (two.level, two.ordinary, two.share), rel=1e-4, abs=1e-4
+        assert (one.sink_level, one.baseline, one.share) == pytest.approx(
+            (two.sink_level, two.baseline, two.share), rel=1e-4, abs=1e-4
         )
     for one, two in zip(other.triggers, found.triggers, strict=True):
         torch.testing.assert_close(one, two, atol=1e-4, rtol=1e-4)
@@ -102,7 +102,7 @@ def test_the_same_images_give_the_same_answer_and_so_does_another_batching(image
 def test_the_model_is_left_as_it_was(images):
     backbone = adapt(demo.demo_model())
     before = backbone(images[:2])
-    locate(backbone, images[:8].split(8))
+    find_sinks(backbone, images[:8].split(8))
     after = backbone(images[:2])
     assert torch.equal(before.patches, after.patches)
     assert all(parameter.grad is None for parameter in backbone.parameters())
@@ -111,36 +111,36 @@ def test_the_model_is_left_as_it_was(images):
 def test_images_of_two_sizes_or_none_at_all_are_refused():
     backbone = adapt(FAMILIES["transformers/dinov2"]())
     with pytest.raises(DataError, match="no images"):
-        locate(backbone, [])
+        find_sinks(backbone, [])
     with pytest.raises(DataError, match="one size"):
-        locate(backbone, [torch.zeros(1, 3, 32, 32), torch.zeros(1, 3, 32, 48)])
+        find_sinks(backbone, [torch.zeros(1, 3, 32, 32), torch.zeros(1, 3, 32, 48)])
 
 
-def test_two_kinds_of_sink_in_two_blocks_are_both_found(images):
+def test_two_clusters_of_sinks_in_two_blocks_are_both_found(images):
     torch.manual_seed(0)
     backbone = adapt(demo.demo_model())
     with torch.no_grad():
         backbone.model.pos_embed[0, 75] += demo._directions().context[5].float()
     write = torch.nn.functional.normalize(torch.randn(demo.WIDTH), dim=0)
     plant(backbone, 4, 11, images, patch=75, write=4 * write)  # 40 in all; the others' are near 27
-    found = locate(backbone, images.split(8))
+    found = find_sinks(backbone, images.split(8))
     assert names(found.units) == PLANT | {(4, 11)}
     assert found.explained > 0.99
     assert found.by_block().keys() == {demo.SINK_BLOCK, 4}
-    assert {unit.kind for unit in found.units} == {0, 1, 2}
-    assert len(found.triggers[found.by_block()[4][0].kind]) == 1, "it answers to one patch"
+    assert {unit.cluster for unit in found.units} == {0, 1, 2}
+    assert len(found.triggers[found.by_block()[4][0].cluster]) == 1, "it answers to one patch"
 
 
-def test_units_that_share_their_outliers_are_one_kind_whose_triggers_are_those_of_all():
+def test_units_that_share_their_outliers_are_one_cluster_whose_triggers_are_those_of_all():
     backbone = adapt(FAMILIES["timm/vit"]())
     images = faint(backbone)
     plant(backbone, 1, 5, images)
-    alone = locate(backbone, images.split(8))
+    alone = find_sinks(backbone, images.split(8))
     write = 100 * torch.randn(backbone.spec.width, generator=torch.Generator().manual_seed(3))
     plant(backbone, 1, 9, images, write=write)
-    found = locate(backbone, images.split(8))
+    found = find_sinks(backbone, images.split(8))
     assert names(found.units) == {(1, 5), (1, 9)}
-    assert [unit.kind for unit in found.units] == [0, 0]
+    assert [unit.cluster for unit in found.units] == [0, 0]
     assert torch.equal(found.triggers[0], alone.triggers[0])
 
 
@@ -153,7 +153,7 @@ def test_a_unit_that_answers_to_all_but_the_outliers_is_no_cause():
     with torch.no_grad():
         for parameter, rows in mlp.rows(torch.tensor([9])):
             parameter[rows] *= -1  # silent on the sink, 10 elsewhere, and a sixth of what tells the two apart
-    found = locate(backbone, images.split(8))
+    found = find_sinks(backbone, images.split(8))
     assert names(found.units) == {(1, 5)}
     assert found.explained == 1.0
 
@@ -166,22 +166,22 @@ def test_a_unit_is_found_in_plain_gated_split_and_fused_mlps(family):
     backbone = adapt(FAMILIES[family]())
     images = faint(backbone)
     plant(backbone, 1, 5, images)
-    found = locate(backbone, images.split(8))
+    found = find_sinks(backbone, images.split(8))
     assert names(found.units) == {(1, 5)}
     assert found.explained == 1.0
     assert found.block == 1
     (cause,) = found.units
     if family in GATED:
-        assert len(cause.fed) == 2
+        assert len(cause.pre_activation) == 2
     else:  # far from zero GELU, in all its kinds, is the identity
-        assert cause.fed == pytest.approx([cause.level], rel=1e-3)
+        assert cause.pre_activation == pytest.approx([cause.sink_level], rel=1e-3)
 
 
 def test_another_size_than_the_models_own_works():
     backbone = adapt(FAMILIES["transformers/dinov2"]())
     images = faint(backbone, size=(64, 48))
     plant(backbone, 1, 5, images)
-    found = locate(backbone, images.split(8))
+    found = find_sinks(backbone, images.split(8))
     assert names(found.units) == {(1, 5)}
     assert found.fixed
     assert found.norms.position_histogram.shape == (8, 6)
@@ -199,7 +199,7 @@ def test_sinks_that_are_shorter_than_other_tokens_are_found_too(tiny):
         backbone.model.patch_embed.proj.bias.add_(common)
     images = faint(backbone)
     plant(backbone, 2, 7, images, write=-common / 10)  # it answers with 10
-    found = locate(backbone, images.split(8))
+    found = find_sinks(backbone, images.split(8))
     assert found.norms.blocks[found.norms.focus].gap.side == "low"
     assert names(found.units) == {(2, 7)}
     assert found.explained == 1.0
@@ -207,7 +207,7 @@ def test_sinks_that_are_shorter_than_other_tokens_are_found_too(tiny):
 
 def test_where_no_mlp_can_be_read_no_unit_is_named():
     backbone = Planted({2: (CORNERS, 100.0)})
-    found = locate(backbone, [pictures(40)])
+    found = find_sinks(backbone, [pictures(40)])
     assert found.units == ()
     assert found.explained == 0
     assert found.chain == ()
@@ -220,12 +220,12 @@ def test_where_no_mlp_can_be_read_no_unit_is_named():
 def test_sinks_that_no_unit_makes_are_blamed_on_none(tiny, cause):
     backbone = adapt(tiny())
     if cause == "attention":
-        pushed(backbone.model.blocks[1].attn, place=1)
+        pushed(backbone.model.blocks[1].attn, token=1)
     else:
         with torch.no_grad():
             backbone.model.pos_embed[0, 1] *= 1e5
     images = torch.randn(24, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    found = locate(backbone, images.split(8))
+    found = find_sinks(backbone, images.split(8))
     assert found.units == ()
     assert found.explained == 0
     assert found.by_block() == {}
@@ -241,7 +241,7 @@ def test_one_unit_makes_the_corner_sinks_of_a_real_vit(real_model, real_data):
     backbone, _ = api.open_model(str(real_model))
     source = open_images(real_data / "imagenet_samples")
     images = list(centre_crops(backbone, Subset(source, range(0, len(source), len(source) // 64)[:64]), 224))
-    found = locate(backbone, images)
+    found = find_sinks(backbone, images)
     assert names(found.units) == {(7, 417)}
     assert found.explained > 0.99
     assert (6, 189) in names(found.chain)
@@ -273,28 +273,28 @@ def planted():
     model(images)
     for hook in hooks:
         hook.remove()
-    return backbone, images, seen, locate(backbone, images.split(8))
+    return backbone, images, seen, find_sinks(backbone, images.split(8))
 
 
 # The sequence is CLS, then the patches; the planted unit answers to the first of them alone.
 SINK, OTHERS = 1, slice(2, None)
 
 
-def test_level_ordinary_share_and_what_feeds_a_cause_are_those_measured_by_hand(planted):
+def test_sink_level_baseline_share_and_pre_activation_of_a_cause_are_those_measured_by_hand(planted):
     backbone, _, seen, found = planted
     (cause,) = found.units
     hidden, pre = seen["hidden1"].detach().double(), seen["pre1"].detach().double()
     sink, others = hidden[:, SINK], hidden[:, OTHERS].flatten(0, 1)
     # fp32 against fp64, on values around 10: a few units in the sixth place.
-    assert cause.level == pytest.approx(((sink[:, 5] ** 2).sum() / sink[:, 5].sum()).item(), rel=1e-5)
-    assert cause.ordinary == pytest.approx(others[:, 5].mean().item(), abs=1e-5)
+    assert cause.sink_level == pytest.approx(((sink[:, 5] ** 2).sum() / sink[:, 5].sum()).item(), rel=1e-5)
+    assert cause.baseline == pytest.approx(others[:, 5].mean().item(), abs=1e-5)
     excess = sink.mean(0) - others.mean(0)
     down = backbone.model.blocks[1].mlp.fc2.weight.detach().double()
     write = down @ excess
     assert cause.share == pytest.approx((excess[5] * (down[:, 5] @ write) / (write @ write)).item(), rel=1e-5)
-    fed = (sink[:, 5] * pre[:, SINK, 5]).sum() / sink[:, 5].sum()
-    assert cause.fed == pytest.approx((fed.item(),), rel=1e-5)
-    assert (cause.kind, cause.block, found.explained) == (0, 1, 1.0)
+    pre_activation = (sink[:, 5] * pre[:, SINK, 5]).sum() / sink[:, 5].sum()
+    assert cause.pre_activation == pytest.approx((pre_activation.item(),), rel=1e-5)
+    assert (cause.cluster, cause.block, found.explained) == (0, 1, 1.0)
 
 
 def test_the_trigger_is_the_mean_of_what_enters_the_blocks_at_the_sinks(planted):
@@ -327,18 +327,18 @@ def test_the_chain_is_excess_times_gradient_on_the_first_images(planted):
         (gradient,) = torch.autograd.grad(read[1][:, SINK, 5].sum(), read[0])
     for hook in hooks:
         hook.remove()
-    ordinary = seen["hidden0"][:, OTHERS].detach().double().mean((0, 1))
-    excess = read[0][:, SINK].detach().double() - ordinary
+    baseline = seen["hidden0"][:, OTHERS].detach().double().mean((0, 1))
+    excess = read[0][:, SINK].detach().double() - baseline
     (cause,) = found.units
-    shares = (excess * gradient[:, SINK].double()).mean(0) / (cause.level - cause.ordinary)
+    shares = (excess * gradient[:, SINK].double()).mean(0) / (cause.sink_level - cause.baseline)
     expected = {unit: share for unit, share in enumerate(shares.tolist()) if share >= 0.05}
     # Excesses are differences of fp32 numbers that nearly agree.
     assert {unit.index: unit.share for unit in found.chain} == pytest.approx(expected, rel=1e-2)
-    assert all((unit.block, unit.kind, unit.fed) == (0, None, ()) for unit in found.chain)
+    assert all((unit.block, unit.cluster, unit.pre_activation) == (0, None, ()) for unit in found.chain)
     for unit in found.chain:
         sink = seen["hidden0"][:, SINK, unit.index].detach().double()
-        assert unit.level == pytest.approx(((sink**2).sum() / sink.sum()).item(), rel=1e-4, abs=1e-6)
-        assert unit.ordinary == pytest.approx(ordinary[unit.index].item(), rel=1e-4, abs=1e-6)
+        assert unit.sink_level == pytest.approx(((sink**2).sum() / sink.sum()).item(), rel=1e-4, abs=1e-6)
+        assert unit.baseline == pytest.approx(baseline[unit.index].item(), rel=1e-4, abs=1e-6)
 
 
 def test_what_json_holds_of_a_unit_is_all_of_it(planted):
@@ -348,11 +348,11 @@ def test_what_json_holds_of_a_unit_is_all_of_it(planted):
     assert unit == {
         "block": 1,
         "index": 5,
-        "level": cause.level,
-        "ordinary": cause.ordinary,
+        "level": cause.sink_level,
+        "ordinary": cause.baseline,
         "share": cause.share,
         "kind": 0,
-        "fed": list(cause.fed),
+        "fed": list(cause.pre_activation),
     }
     assert written["explained"] == 1.0
     assert written["attention_share"] == list(found.attention)
@@ -362,15 +362,17 @@ def test_what_json_holds_of_a_unit_is_all_of_it(planted):
 
 def read_unit(backbone, images, unit):
     """A hidden unit of block 1 on the first patch of each image, and what feeds it there."""
-    mlp, hidden, fed = backbone.mlp(1), [], []
+    mlp, hidden, pre_activation = backbone.mlp(1), [], []
     hooks = [mlp.down.register_forward_pre_hook(lambda _, args: hidden.append(args[0]))]
-    hooks += [layer.register_forward_hook(lambda _, __, out: fed.append(out)) for layer in mlp.up]
+    hooks += [layer.register_forward_hook(lambda _, __, out: pre_activation.append(out)) for layer in mlp.up]
     with torch.no_grad():
         backbone.run(images)
     for hook in hooks:
         hook.remove()
     sink = backbone.spec.num_prefix
-    parts = [out[:, sink, unit :: mlp.num_units] for out in fed]  # both halves, where one layer has them
+    parts = [
+        out[:, sink, unit :: mlp.num_units] for out in pre_activation
+    ]  # both halves, where one layer has them
     return hidden[0][:, sink, unit], torch.cat(parts, dim=-1)
 
 
@@ -379,10 +381,10 @@ def test_what_feeds_a_gated_cause_is_the_mean_of_both_inputs_weighted_by_its_ans
     backbone = adapt(FAMILIES[family]())
     images = faint(backbone)
     plant(backbone, 1, 5, images)
-    (cause,) = locate(backbone, images.split(8)).units
-    answer, fed = read_unit(backbone, images, 5)
-    expected = (answer[:, None] * fed).sum(0) / answer.sum()
-    assert cause.fed == pytest.approx(expected.tolist(), rel=1e-4)
+    (cause,) = find_sinks(backbone, images.split(8)).units
+    answer, pre_activation = read_unit(backbone, images, 5)
+    expected = (answer[:, None] * pre_activation).sum(0) / answer.sum()
+    assert cause.pre_activation == pytest.approx(expected.tolist(), rel=1e-4)
 
 
 def test_a_cause_may_be_negative():
@@ -400,8 +402,8 @@ def test_a_cause_may_be_negative():
         level = (answer.square().sum() / answer.sum()).item()
         if level < -10:
             levels.append(level)
-            found = locate(backbone, images.split(8))
+            found = find_sinks(backbone, images.split(8))
             assert names(found.units) == {(1, 5)}
-            assert found.units[0].level == pytest.approx(level, rel=1e-4)
+            assert found.units[0].sink_level == pytest.approx(level, rel=1e-4)
             assert found.explained == 1.0
     assert len(levels) == 1

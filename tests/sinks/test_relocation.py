@@ -13,22 +13,22 @@ from phreg.analysis.norms import outliers
 from phreg.backbones.resolve import adapt
 from phreg.config import LoraConfig, UnlockConfig
 from phreg.registers import add_registers, initial_registers
-from phreg.sinks.locate import Sinks, Unit, locate
+from phreg.sinks.locate import Sinks, Unit, find_sinks
 from phreg.sinks.relocation import Relocation, assign_registers, starting_tokens
 from phreg.sinks.units import UnitActivations
 from phreg.training.trainable import merge_lora, unlock
 
 
 def sinks(*units):
-    """Sinks of some causes (block, unit, level[, kind]) and their triggers; relocation asks for no more."""
+    """Sinks of some causes (block, unit, sink level[, cluster]) and their triggers: what relocation needs."""
     causes = tuple(
-        Unit(block, index, level, 0.0, 1.0, *(kind or [0]), fed=(level,))
-        for block, index, level, *kind in units
+        Unit(block, index, level, 0.0, 1.0, *(cluster or [0]), pre_activation=(level,))
+        for block, index, level, *cluster in units
     )
     norms = outliers(Planted(), [pictures()])
-    # Triggers of 2 positions for the first kind, 3 for the second, each row told by its value.
-    triggers = [10 * kind + torch.arange(2.0 + kind)[:, None].expand(-1, 32) for kind in range(3)]
-    return Sinks(norms, 0, causes, 1.0, (), None, tuple(triggers[: 1 + max(unit.kind for unit in causes)]))
+    # Triggers of 2 positions for the first cluster, 3 for the second, each row told by its value.
+    triggers = [10 * cluster + torch.arange(2.0 + cluster)[:, None].expand(-1, 32) for cluster in range(3)]
+    return Sinks(norms, 0, causes, 1.0, (), None, tuple(triggers[: 1 + max(unit.cluster for unit in causes)]))
 
 
 @pytest.fixture
@@ -73,7 +73,7 @@ def test_several_units_and_blocks_count_alike(patched):
 
 
 @pytest.mark.parametrize(
-    ("registers", "an_image", "dealt"),
+    ("registers", "an_image", "assigned"),
     [
         (4, [4], [[0], [0], [0], [0]]),
         (4, [1], [[0], [], [], []]),
@@ -84,25 +84,28 @@ def test_several_units_and_blocks_count_alike(patched):
         (6, [2, 1], [[0], [1], [0], [], [], []]),
     ],
 )
-def test_kinds_are_dealt_out_in_turn_and_each_as_often_as_an_image_has_it(registers, an_image, dealt):
-    assert assign_registers(registers, an_image) == dealt
+def test_clusters_are_assigned_in_turn_and_each_as_often_as_an_image_has_it(registers, an_image, assigned):
+    assert assign_registers(registers, an_image) == assigned
 
 
-def test_registers_start_from_triggers_of_their_kinds_the_most_frequent_first_and_free_ones_at_random():
+def test_registers_start_from_triggers_of_their_clusters_the_most_frequent_first_and_free_ones_at_random():
     two = sinks((1, 5, 10.0, 0), (1, 6, 10.0, 1))
-    # Kind 0 has triggers 0 and 1, kind 1 has 10, 11 and 12.
+    # Cluster 0 has triggers 0 and 1, cluster 1 has 10, 11 and 12.
     tokens = starting_tokens(two, 7, seed=3)
     assert tokens[:5, 0].tolist() == [0, 10, 1, 11, 12]
     assert torch.equal(tokens[5:], initial_registers(7, 32, seed=3)[5:])
     assert starting_tokens(two, 1, seed=3)[:, 0].tolist() == [5], "halfway between the first of both"
 
 
-def test_a_register_is_asked_for_the_units_of_its_own_kind_and_patches_for_none_of_any(patched):
+def test_a_register_is_asked_for_the_units_of_its_own_cluster_and_patches_for_none_of_any(patched):
     relocation = Relocation(patched, sinks((1, 5, 10.0, 0), (1, 6, -4.0, 1)))
     held = reading(0.0, 0.0, num_units=2)
     held.hidden[:, 1, 0], held.hidden[:, 2, 1] = 10.0, -4.0
     assert relocation.loss({1: held}, IMAGES) == 0
-    held.hidden[:, 1, 1], held.hidden[:, 2, 0] = -9.0, 3.0  # of each other's kind they may do what they like
+    held.hidden[:, 1, 1], held.hidden[:, 2, 0] = (
+        -9.0,
+        3.0,
+    )  # of each other's cluster they may do what they like
     assert relocation.loss({1: held}, IMAGES) == 0
     held.hidden[:, 2, 1] = 0.0
     assert relocation.loss({1: held}, IMAGES).item() == pytest.approx(1 / 2), "one unit of two is nowhere"
@@ -110,14 +113,14 @@ def test_a_register_is_asked_for_the_units_of_its_own_kind_and_patches_for_none_
     assert relocation.loss({1: held}, IMAGES).item() == pytest.approx(1 / 2 + 0.5 / 2)
 
 
-def test_one_kind_with_several_registers_asks_each_of_them_alike(patched):
+def test_one_cluster_with_several_registers_asks_each_of_them_alike(patched):
     relocation = Relocation(patched, sinks((1, 5, 10.0), (1, 6, -4.0)))
     held = reading(torch.tensor([10.0, -4.0]), 0.0, num_units=2)
     held.hidden[:, 2, 0] = 0.0
     assert relocation.loss({1: held}, IMAGES).item() == pytest.approx(1 / 4), "one unit, one register of two"
 
 
-def test_a_register_without_a_kind_is_asked_for_nothing(patched):
+def test_a_register_without_a_cluster_is_asked_for_nothing(patched):
     one = sinks((1, 5, 10.0))
     relocation = Relocation(patched, replace(one, triggers=(one.triggers[0][:1],)))
     held = reading(0.0, 0.0)
@@ -130,7 +133,10 @@ def test_a_register_without_a_kind_is_asked_for_nothing(patched):
 def test_units_that_no_register_asked_for_them_holds_are_named(patched):
     relocation = Relocation(patched, sinks((1, 5, 10.0, 0), (1, 6, -4.0, 1)))
     held = reading(0.0, 0.0, num_units=2)
-    held.hidden[:, 1, 0], held.hidden[:, 1, 1] = 6.0, -4.0  # the first register, which is of the first kind
+    held.hidden[:, 1, 0], held.hidden[:, 1, 1] = (
+        6.0,
+        -4.0,
+    )  # the first register, which is of the first cluster
     assert relocation.silenced({1: held}) == ["1:6"]
     held.hidden[:, 2, 1] = -3.0
     assert relocation.silenced({1: held}) == []
@@ -144,7 +150,7 @@ def test_a_unit_counts_as_held_from_half_its_level_by_any_one_register(patched):
     assert relocation.silenced({1: held}) == ["1:6"]
 
 
-def test_registers_of_a_single_kind_start_from_its_triggers():
+def test_registers_of_a_single_cluster_start_from_its_triggers():
     assert starting_tokens(sinks((1, 5, 10.0)), 2, seed=3)[:, 0].tolist() == [0, 1]
 
 
@@ -161,23 +167,23 @@ def test_gradients_reach_the_registers_and_the_units_rows_and_no_other_rows(patc
 
 def test_the_gradient_has_the_values_computed_by_hand(patched):
     known = sinks((1, 5, 10.0))
-    known = replace(known, units=(replace(known.units[0], fed=(2.0, -4.0)),))
+    known = replace(known, units=(replace(known.units[0], pre_activation=(2.0, -4.0)),))
     hidden = torch.zeros(2, 19, 1)
     # One register at half the level, one beyond it by a fifth; one patch of two images at the level.
     hidden[:, 1], hidden[:, 2], hidden[0, 3] = 5.0, 12.0, 10.0
     hidden.requires_grad_()
-    fed = torch.ones(2, 19, 1, 2, requires_grad=True)
-    loss = Relocation(patched, known).loss({1: UnitActivations(hidden, fed)}, IMAGES[:2])
+    pre_activation = torch.ones(2, 19, 1, 2, requires_grad=True)
+    loss = Relocation(patched, known).loss({1: UnitActivations(hidden, pre_activation)}, IMAGES[:2])
     assert loss.item() == pytest.approx((0.5**2 + 0.2**2) / 2 + 1 / 2)
-    by_hidden, by_fed = torch.autograd.grad(loss, (hidden, fed))
+    by_hidden, by_pre_activation = torch.autograd.grad(loss, (hidden, pre_activation))
     # d/dh of max(h, 0) / A, a mean over two images; the registers' h is taken through what feeds it.
     assert by_hidden[0, 3].item() == pytest.approx(1 / 10 / 2)
     assert not by_hidden[:, :3].any()
-    # 2 (h / A - 1), a mean over two registers and two images, times 1 over what feeds the unit at its level.
+    # 2 (h / A - 1), a mean over two registers and two images, over the pre-activation at the sink level.
     for register, error in ((1, -0.5), (2, 0.2)):
         expected = [pytest.approx([2 * error / 4 / 2.0, 2 * error / 4 / -4.0])] * 2
-        assert by_fed[:, register, 0].tolist() == expected
-    assert not by_fed[:, [0, *range(3, 19)]].any()
+        assert by_pre_activation[:, register, 0].tolist() == expected
+    assert not by_pre_activation[:, [0, *range(3, 19)]].any()
 
 
 @pytest.mark.parametrize("name", ["timm/vit", "timm/dinov2-swiglu", "transformers/dinov2-swiglu"])
@@ -191,19 +197,19 @@ def test_a_register_that_is_off_is_led_back_on(name):
             parameter[rows] = -60.0 if parameter.dim() == 1 else torch.randn(len(rows), parameter.shape[1])
     images = torch.randn(3, 3, *backbone.spec.input_size, generator=torch.Generator().manual_seed(0))
     known = sinks((1, 5, 10.0))
-    known = replace(known, units=(replace(known.units[0], fed=(10.0 ** (1 / halves),) * halves),))
+    known = replace(known, units=(replace(known.units[0], pre_activation=(10.0 ** (1 / halves),) * halves),))
     relocation = Relocation(backbone, known)
     with relocation.capture() as hidden:
         backbone.run(images)
-    fed = hidden[1].fed[:, backbone.spec.num_prefix]
-    assert fed.max() < -20
+    pre_activation = hidden[1].pre_activation[:, backbone.spec.num_prefix]
+    assert pre_activation.max() < -20
     (direction,) = torch.autograd.grad(relocation.loss(hidden, images), backbone.registers)
     assert direction.norm() > 1e-3
     with torch.no_grad():
         backbone.registers.sub_(0.01 * direction / direction.norm())
         with relocation.capture() as hidden:
             backbone.run(images)
-    assert (hidden[1].fed[:, backbone.spec.num_prefix].mean(0) > fed.mean(0)).all()
+    assert (hidden[1].pre_activation[:, backbone.spec.num_prefix].mean(0) > pre_activation.mean(0)).all()
 
 
 def test_layers_that_lora_wraps_later_are_listened_to_with_it(patched):
@@ -220,7 +226,7 @@ def test_layers_that_lora_wraps_later_are_listened_to_with_it(patched):
         patched.run(IMAGES)
     # Merging adds the low-rank product to the weight first: another order of the same sums.
     torch.testing.assert_close(merged[1].hidden, hidden[1].hidden, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(merged[1].fed, hidden[1].fed, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(merged[1].pre_activation, hidden[1].pre_activation, atol=1e-4, rtol=1e-4)
 
 
 def test_nothing_listens_when_it_is_over(patched):
@@ -243,7 +249,7 @@ def test_the_loss_is_in_fp32_whatever_the_model_runs_in(patched, dtype, part):
 
 def test_training_moves_the_demonstrations_sinks_into_registers_and_keeps_them_there():
     backbone, images = adapt(demo.demo_model()), photographs(every=12)
-    found = locate(backbone, images.split(8))
+    found = find_sinks(backbone, images.split(8))
     backbone.insert_registers(starting_tokens(found, 2, seed=0))
     relocation = Relocation(backbone, found)
     rows = backbone.model.blocks[demo.SINK_BLOCK].mlp.fc1
@@ -260,13 +266,13 @@ def test_training_moves_the_demonstrations_sinks_into_registers_and_keeps_them_t
         optimizer.step()
         losses.append(loss.item())
     layout = backbone.layout(images)
-    level = torch.tensor([unit.level for unit in found.units])
+    level = torch.tensor([unit.sink_level for unit in found.units])
     with relocation.capture() as hidden, torch.no_grad():
         tokens = backbone.block_tokens(images, [demo.DEPTH - 1])[demo.DEPTH - 1]
     relative = hidden[demo.SINK_BLOCK].hidden / level
     # A unit that no register holds would cost 1, and one of two that only half of the registers hold 1/4.
     assert losses[-1] < 0.02
-    # One register a kind.
+    # One register a cluster.
     assert layout.registers(relative).mean(0).diagonal().min() > 0.7
     assert relocation.silenced(hidden) == []
     assert layout.patches(relative).amax() < 0.5
@@ -284,7 +290,7 @@ def test_a_real_sink_moves_into_a_register_however_many_there_are(real_model, re
     backbone, _ = api.open_model(str(real_model))
     source = open_images(real_data / "imagenet_samples")
     (images,) = centre_crops(backbone, Subset(source, range(8)), 224)
-    found = locate(backbone, [images])
+    found = find_sinks(backbone, [images])
     backbone.insert_registers(starting_tokens(found, registers, seed=0))
     relocation = Relocation(backbone, found)
     optimizer = torch.optim.AdamW(backbone.parameters(), lr=1e-4)

@@ -69,7 +69,7 @@ def test_a_changed_recipe_is_refused_key_by_key_but_where_it_runs_may_change(tmp
     config = resolve(None, {"steps": 5, "optim.lr": 1e-3})
     checkpoint.start_run(tmp_path / "run", config, resume=False)
     moved = resolve(
-        None, {"steps": 5, "optim.lr": 1e-3, "device": "cpu", "checkpoint_every": 3, "gate.drift": 0.5}
+        None, {"steps": 5, "optim.lr": 1e-3, "device": "cpu", "checkpoint_every": 3, "checks.drift": 0.5}
     )
     checkpoint.start_run(tmp_path / "run", moved, resume=True)
     with pytest.raises(CheckpointError, match=r"optim.lr: was 0.001, is 0.01"):
@@ -109,9 +109,9 @@ def test_a_write_that_fails_during_a_run_says_how_to_go_on(tmp_path, monkeypatch
     with pytest.raises(CheckpointError, match=f"No space left.*phreg distill --output {run.path} --resume"):
         checkpoint.save_state(run, 2, *stepped(), {})
     assert [path.name for path in run.states] == ["step-000001"]
-    with pytest.raises(CheckpointError, match="choose another --output") as told:
+    with pytest.raises(CheckpointError, match="choose another --output") as error:
         checkpoint.start_run(tmp_path / "other", resolve(None, {}), resume=False)
-    assert "--resume" not in str(told.value), "there is nothing to go on with"
+    assert "--resume" not in str(error.value), "there is nothing to go on with"
 
 
 @pytest.fixture

@@ -35,7 +35,7 @@ QUICK = {
     "device": "cpu",
     "registers": 2,
     "force": True,  # tiny random models have no artifacts
-    "gate": {"drift": 0.0, "agreement": 1.0, "outlier_rate": 1.0},  # and may be changed at will
+    "checks": {"drift": 0.0, "agreement": 1.0, "outlier_rate": 1.0},  # and may be changed at will
 }
 
 
@@ -77,11 +77,11 @@ def test_the_loss_falls(tiny, photos, tmp_path):
 def sinking(monkeypatch):
     """Has sinks found in a model that has none: all that relocation is told of."""
 
-    def locate(_backbone, _batches, norms):
-        unit = Unit(block=1, index=5, level=10.0, ordinary=0.0, share=1.0, fed=(10.0,))
+    def find_sinks(_backbone, _batches, norms):
+        unit = Unit(block=1, index=5, sink_level=10.0, baseline=0.0, share=1.0, pre_activation=(10.0,))
         return Sinks(norms, 1, (unit,), 1.0, (), None, (torch.zeros(1, 32),))
 
-    monkeypatch.setattr(api, "locate", locate)
+    monkeypatch.setattr(api, "find_sinks", find_sinks)
     return {"measure": {"images": 0}}
 
 
@@ -192,7 +192,7 @@ def test_reader_processes_do_not_change_the_run(tiny, photos, tmp_path):
         {},
         {"optim": {"ema": 0.9, "accumulate": 2, "clip_norm": 0.5}},
         {"unlock": {"roles": ["pos_embed"], "lora": {"rank": 2, "blocks": 1}}},
-        {"target": {"keep": False}},
+        {"target": {"cache": False}},
         {"data": {"workers": 0, "limit": 4}},  # from the third step on, targets are read, not made
     ],
 )
@@ -201,16 +201,16 @@ def test_a_run_that_stopped_and_resumed_has_the_weights_of_one_that_did_not(
 ):
     run(tiny(), photos, tmp_path / "whole", steps=6, **extra)
     stop_after = 3
-    original = trainer.StepLogger.enter
+    original = trainer.StepLogger.write
 
-    def enter(self, reading):
-        return original(self, reading) or reading.step == stop_after
+    def write(self, metrics):
+        return original(self, metrics) or metrics.step == stop_after
 
-    monkeypatch.setattr(trainer.StepLogger, "enter", enter)
+    monkeypatch.setattr(trainer.StepLogger, "write", write)
     with pytest.raises(Interrupted, match="--resume"):
         run(tiny(), photos, tmp_path / "parts", steps=6, **extra)
     monkeypatch.undo()
-    kept = extra.get("target", {}).get("keep", True)
+    kept = extra.get("target", {}).get("cache", True)
     assert (tmp_path / "parts" / "targets").is_dir() == kept, "a killed run leaves them to the next"
     run(tiny(), photos, tmp_path / "parts", steps=6, resume=True, **extra)
     assert not (tmp_path / "parts" / "targets").exists()
@@ -484,11 +484,11 @@ class Libc:
     """A C library that notes what it is told."""
 
     def __init__(self, **functions):
-        self.told = []
+        self.options = []
         self.__dict__ |= functions
 
     def mallopt(self, option, value):
-        self.told.append((option, value))
+        self.options.append((option, value))
         return 1
 
 
@@ -498,7 +498,7 @@ def test_keeping_freed_memory_tells_glibc_so_and_no_other_library(monkeypatch):
     monkeypatch.setattr(trainer.ctypes, "CDLL", lambda _name: glibc)
     assert trainer.keep_freed_memory() is True
     # M_TRIM_THRESHOLD never; M_TOP_PAD half a gigabyte; M_MMAP_MAX none (malloc.h, mallopt(3)).
-    assert glibc.told == [(-1, -1), (-2, 2**29), (-4, 0)]
+    assert glibc.options == [(-1, -1), (-2, 2**29), (-4, 0)]
     glibc.mallopt = lambda option, _value: int(option != -2)
     assert trainer.keep_freed_memory() is False, "one of them was refused"
     monkeypatch.setattr(trainer.ctypes, "CDLL", lambda _name: musl)
@@ -506,7 +506,7 @@ def test_keeping_freed_memory_tells_glibc_so_and_no_other_library(monkeypatch):
     monkeypatch.setattr(trainer.sys, "platform", "darwin")
     monkeypatch.setattr(trainer.ctypes, "CDLL", lambda _name: glibc)
     assert trainer.keep_freed_memory() is False
-    assert musl.told == []
+    assert musl.options == []
 
 
 def test_blocks_are_compiled_while_it_lasts_but_for_those_with_hooks_inside(tiny, monkeypatch):

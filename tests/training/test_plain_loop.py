@@ -60,7 +60,7 @@ def distilled(tiny, pictures, tmp_path):
                 "steps": STEPS,
                 "batch_size": COUNT,
                 "views": {"count": 1},
-                "target": {"keep": False},
+                "target": {"cache": False},
                 "unlock": {"roles": ("pos_embed",)},
                 "data": {"workers": 0},
             }
@@ -211,14 +211,14 @@ def test_every_step_runs_at_the_schedules_rate(tiny, pictures, distilled):
 
 
 def test_each_step_is_in_the_log_when_it_is_told_of_with_its_speed(distilled, tmp_path):
-    told = []
+    observed = []
 
     def observe(record, steps):
-        told.append((record.step, steps))
+        observed.append((record.step, steps))
         assert len((tmp_path / "run" / "log.jsonl").read_text().splitlines()) == record.step
 
     _, outcome, log = distilled(observe)
-    assert told == [(1, STEPS), (2, STEPS), (3, STEPS)]
+    assert observed == [(1, STEPS), (2, STEPS), (3, STEPS)]
     speeds = [line["images_per_second"] for line in log]
     assert speeds == [round(speed, 3) for speed in speeds]
     # The steps are all that the run's time is made of, but for what comes before them and after them.
@@ -259,7 +259,7 @@ def test_after_training_under_autocast_the_model_runs_in_full_precision_again(ti
 def test_kept_targets_give_the_same_run_and_are_gone_afterwards(tiny, pictures, distilled, tmp_path):
     history, losses, _ = plain_loop(tiny, pictures[0])
     seen, targets = [], tmp_path / "run" / "targets"
-    student, _, log = distilled(lambda *_: seen.append(targets.is_dir()), target={"keep": True})
+    student, _, log = distilled(lambda *_: seen.append(targets.is_dir()), target={"cache": True})
     # Targets are kept in bf16: of values around 1, 1 part in 256, which averages out.
     assert [line["loss"] for line in log] == pytest.approx(losses, rel=2e-3)
     for name, expected in history[-1].items():
@@ -298,11 +298,11 @@ def test_the_relocation_term_adds_its_weight_times_its_value(tiny, pictures, dis
         """A relocation loss of 3, whatever the model does."""
 
         __init__ = object.__init__
-        capture = staticmethod(lambda: nullcontext({"block": "heard"}))
+        capture = staticmethod(lambda: nullcontext({"block": "captured"}))
         silenced = staticmethod(lambda hidden: [])
 
         def loss(self, hidden, images):
-            assert hidden == {"block": "heard"}
+            assert hidden == {"block": "captured"}
             assert images.shape[1:] == (3, 32, 32)
             return torch.tensor(3.0)
 

@@ -36,7 +36,7 @@ MODULE = "modeling_registers"
 
 HOOKS = (
     hooks.Registers,
-    hooks.Place,
+    hooks.RegisterSpan,
     hooks.LinkRegisters,
     hooks.InsertRegisters,
     hooks.Strip,

@@ -10,7 +10,7 @@ from phreg.data.sources import Subset
 from phreg.errors import PhregError
 from phreg.evaluation.feature_cache import FeatureCache
 from phreg.evaluation.features import FeatureReader
-from phreg.evaluation.tasks import consistency as steadiness
+from phreg.evaluation.tasks import consistency
 from phreg.evaluation.tasks.consistency import Settings
 
 FEW = Settings(count=4, shift=1, views=3)
@@ -36,7 +36,7 @@ def without_places(model):
 
 
 def test_a_model_that_reads_each_patch_alone_is_steady_under_shift_and_views(reader, tiny, photos):
-    found = steadiness.run(reader(without_places(tiny())), str(photos), FEW, seed=0)
+    found = consistency.run(reader(without_places(tiny())), str(photos), FEW, seed=0)
     # A mirrored patch is another patch, so only the shift is exact; features agree to fp32 rounding.
     assert found.figures["shift_agreement"] == pytest.approx(1, abs=1e-5)
     assert found.figures["flip_agreement"] < 1
@@ -48,17 +48,17 @@ def test_a_model_that_reads_each_patch_alone_is_steady_under_shift_and_views(rea
 
 
 def test_a_model_with_places_is_less_steady(reader, photos):
-    found = steadiness.run(reader(), str(photos), FEW, seed=0)
+    found = consistency.run(reader(), str(photos), FEW, seed=0)
     assert found.figures["shift_agreement"] < 0.999
     assert found.figures["outlier_rate"] == 0
     assert found.detail["worst_percent"]["shift"] <= found.figures["shift_agreement"]
 
 
 def test_the_reference_is_the_baselines(reader, tiny, photos):
-    own = steadiness.run(reader(), str(photos), FEW, seed=0)
+    own = consistency.run(reader(), str(photos), FEW, seed=0)
     other = tiny()
     torch.nn.init.normal_(other.blocks[2].mlp.fc2.weight)
-    against = steadiness.run(reader(reference=adapt(other).eval()), str(photos), FEW, seed=0)
+    against = consistency.run(reader(reference=adapt(other).eval()), str(photos), FEW, seed=0)
     assert against.figures["reference_agreement"] < own.figures["reference_agreement"]
     assert against.figures["shift_agreement"] == own.figures["shift_agreement"]
 
@@ -69,27 +69,27 @@ def test_pictures_are_taken_from_the_whole_folder(reader, photos, monkeypatch):
     monkeypatch.setattr(
         Subset, "read", lambda self, index: asked.append(self.name(index)) or read(self, index)
     )
-    steadiness.run(reader(), str(photos), Settings(count=8, shift=1, views=1), seed=0)
+    consistency.run(reader(), str(photos), Settings(count=8, shift=1, views=1), seed=0)
     assert [Path(name).stem for name in asked] == ["00", "01", "03", "04", "06", "07", "09", "10"]
 
 
 def test_pictures_have_the_models_own_shape(reader, tiny, photos, monkeypatch):
     seen = set()
-    shared = steadiness.FeatureReader.__call__
+    shared = consistency.FeatureReader.__call__
 
     def read(self, images, reading):
         seen.add(tuple(images.shape[-2:]))
         return shared(self, images, reading)
 
     monkeypatch.setattr(FeatureReader, "__call__", read)
-    found = steadiness.run(reader(without_places(tiny(img_size=(16, 64)))), str(photos), FEW, seed=0)
+    found = consistency.run(reader(without_places(tiny(img_size=(16, 64)))), str(photos), FEW, seed=0)
     assert seen == {(16, 64)}
     assert found.figures["shift_agreement"] == pytest.approx(1, abs=1e-5)
 
 
 def test_a_shift_out_of_the_picture_is_refused(reader, photos):
     with pytest.raises(PhregError, match="shift of 9"):
-        steadiness.run(reader(), str(photos), Settings(shift=9), seed=0)
+        consistency.run(reader(), str(photos), Settings(shift=9), seed=0)
 
 
 @pytest.mark.parametrize(
@@ -104,9 +104,9 @@ def test_a_baseline_that_is_another_network_is_no_reference(reader, tiny, photos
     other = tiny(**changes)
     if not changes:
         torch.nn.init.normal_(other.patch_embed.proj.weight)
-    own = steadiness.run(reader(), str(photos), FEW, seed=0)
+    own = consistency.run(reader(), str(photos), FEW, seed=0)
     with caplog.at_level("WARNING", "phreg"):
-        found = steadiness.run(reader(reference=adapt(other).eval()), str(photos), FEW, seed=0)
+        found = consistency.run(reader(reference=adapt(other).eval()), str(photos), FEW, seed=0)
     left_out = {"reference_agreement", "reference_worst_percent"}
     assert found.figures == {name: value for name, value in own.figures.items() if name not in left_out}
     assert why in found.notes["reference"]
@@ -118,7 +118,7 @@ def test_a_student_and_its_original_are_one_network(reader, tiny, photos):
     with torch.no_grad():  # an embedding that training moved, by far more than it does
         weight = student.patch_embed.proj.weight
         weight += 0.5 * weight.std() * torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
-    found = steadiness.run(reader(student, adapt(tiny()).eval()), str(photos), FEW, seed=0)
+    found = consistency.run(reader(student, adapt(tiny()).eval()), str(photos), FEW, seed=0)
     assert "reference_agreement" in found.figures
     assert "reference" not in found.notes
 
@@ -126,10 +126,10 @@ def test_a_student_and_its_original_are_one_network(reader, tiny, photos):
 def test_a_student_and_the_baselines_views_are_read_alike(reader, photos):
     student, original = adapt(FAMILIES["open_clip/clip"]()).eval(), adapt(FAMILIES["open_clip/clip"]()).eval()
     student.trained_readout = "value-only"
-    trained = steadiness.run(reader(student, original), str(photos), FEW, seed=0)
+    trained = consistency.run(reader(student, original), str(photos), FEW, seed=0)
     asked = FEW.model_copy(update={"readout": "value-only"})
     assert trained.notes["readout"] == "value-only"
-    assert trained.figures == steadiness.run(reader(original), str(photos), asked, seed=0).figures
-    plain = steadiness.run(reader(original), str(photos), FEW, seed=0)
+    assert trained.figures == consistency.run(reader(original), str(photos), asked, seed=0).figures
+    plain = consistency.run(reader(original), str(photos), FEW, seed=0)
     assert plain.figures != trained.figures
     assert original.readout == "plain"
