@@ -33,7 +33,7 @@ from phreg.data.crops import MEASURED_AT_ONCE, Crops, centre_crops, split, subsa
 from phreg.data.sources import ImageSource, open_images
 from phreg.deprecated import accept_old_arguments
 from phreg.errors import ConfigError, DataError, PhregError, PushError
-from phreg.evaluation.before_after import Comparison, compare_with_original, failed_gates
+from phreg.evaluation.before_after import Comparison, HeldOut, compare, failed_gates, make_references
 from phreg.evaluation.feature_cache import GIGABYTE, FeatureCache
 from phreg.evaluation.features import FeatureReader
 from phreg.evaluation.features import Observer as Progress
@@ -71,6 +71,7 @@ from phreg.training.loop import (
 from phreg.training.losses import distillation_terms
 from phreg.training.task import RetrofitTask
 from phreg.training.trainable import check_trainable
+from phreg.training.validation import Validator
 from phreg.views import context_margin
 
 Model = str | os.PathLike[str] | nn.Module
@@ -163,15 +164,20 @@ def distill(
             if config.target.native_size:
                 student.set_input_size(run.size)
             student.trained_readout = config.target.student_readout
-            terms = method.add(student, sinks, config)
-            outcome = UNTRAINED
+            terms = method.add(student, sinks, seen, config)
+            outcome, held_out = UNTRAINED, None
+            if run.measures:
+                held_out = run.references(original, base)
             if method.trains:
                 bf16 = run.accelerator.mixed_precision == "bf16"
                 teacher = Teacher(original, config.views, config.target, bf16=bf16)
                 terms = [*distillation_terms(config.loss), *terms]
                 task = RetrofitTask(student, teacher, terms, config.target, run.margin)
-                outcome = train(task, run.crops, config, run.folder, run.accelerator, observe)
-        comparison = _measure_and_save(run, before, original, base, sinks, outcome)
+                validator = Validator(original, held_out, config.target) if held_out else None
+                outcome = train(task, run.crops, config, run.folder, run.accelerator, observe, validator)
+            if outcome.best_step == 0:
+                return _nothing_gained(run, before, base, seen, outcome)
+        comparison = _measure_and_save(run, before, original, base, sinks, outcome, held_out)
         before.restore_settings()
         return Distilled(
             model=student.model,
@@ -267,6 +273,17 @@ class _Run:
         where = "fixed" if self.config.target.cache else "random"
         return Crops(self.train_images, self.size, self.config.seed, where, self.margin)
 
+    @property
+    def measures(self) -> bool:
+        """Whether there is anything to measure on."""
+        return bool(len(self.measured_images))
+
+    def references(self, original: Backbone, base: Base) -> HeldOut | None:
+        """Makes what the model is measured against; None where no image is readable."""
+        logger.info("averaging %d held-out images over views", len(self.measured_images))
+        images = self.read(original, self.measured_images, self.margin)
+        return make_references(original, images, self.margin, self.config, base) if images else None
+
     def read(self, backbone: Backbone, images: ImageSource, margin: tuple[int, int] = (0, 0)) -> list[Tensor]:
         """Reads images to look at a model with, as many as are readable."""
         return list(centre_crops(backbone, images, self.size, margin, self.config.data.max_broken))
@@ -288,20 +305,16 @@ def _measure_and_save(
     base: Base,
     sinks: Sinks | None,
     outcome: Outcome,
+    held_out: HeldOut | None,
 ) -> Comparison | None:
     """Compares the student with the original, and writes report and adapter; returns the comparison."""
     student, config = before.model, run.config
     before.restore_precision()
     to_fp32(student)  # rounded as it is handed out, and measured so
     comparison = None
-    if run.accelerator.is_main_process:
-        looked_at = run.read(student, run.measured_images, run.margin)
-        if looked_at:
-            logger.info("measuring before and after, then writing the report")
-            comparison = compare_with_original(
-                original, student, looked_at, run.margin, config, base, held_out=run.held_out
-            )
-    if comparison is not None:
+    if run.accelerator.is_main_process and held_out is not None:
+        logger.info("measuring before and after, then writing the report")
+        comparison = compare(original, student, held_out, config.target, held_out=run.held_out)
         write_comparison(run.folder, student, original, base, config, sinks, comparison)
     before.restore_precision()
     before.restore_precision(original)
@@ -313,10 +326,18 @@ def _measure_and_save(
     return comparison
 
 
-def _nothing_to_repair(
-    run: _Run, before: ModelState[Backbone], base: Base, seen: Sequence[Tensor], norms: NormReport
+def _nothing_gained(
+    run: _Run, before: ModelState[Backbone], base: Base, seen: Sequence[Tensor], outcome: Outcome
 ) -> Distilled:
-    """Leaves the model as it was, and shows in the run's report that it has no artifacts."""
+    """Hands out the model as it was, as no state of the run measured better than it."""
+    verdict = _nothing_to_repair(run, before, base, seen, None)
+    return replace(verdict, outcome=outcome)
+
+
+def _nothing_to_repair(
+    run: _Run, before: ModelState[Backbone], base: Base, seen: Sequence[Tensor], norms: NormReport | None
+) -> Distilled:
+    """Leaves the model as it was, and shows it in the run's report."""
     student, main_process = before.model, run.accelerator.is_main_process
     if main_process:
         shown = [seen[number] for number in subsample_indices(len(seen), LOOKED_AT)]

@@ -517,11 +517,14 @@ def _show_results(results: Any, output: Path) -> None:
 
 def _show(result: Any) -> None:
     """Prints what a run found, and its before/after table."""
-    from phreg.report.verdict import causes, nothing_to_repair
+    from phreg.report.verdict import causes, nothing_gained, nothing_to_repair
 
     outcome = result.outcome
     if outcome is None:
         console.print(nothing_to_repair(result.norms))
+        return
+    if outcome.best_step == 0:
+        console.print(nothing_gained(outcome.steps))
         return
     if result.sinks is not None:
         console.print(causes(result.sinks))

@@ -117,21 +117,21 @@ class LossConfig(Config):
 class LoraConfig(Config):
     """Low-rank adapters (PEFT). They are merged into the weights at the end."""
 
-    rank: PositiveInt | None = None
-    """Rank of the adapters. Unset means no LoRA. If set without unlock.roles, adapters train instead of the
-    blocks."""
+    rank: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
+    """Rank of the adapters. auto: the largest at which they have at most 8 % of the model's weights. 0: no
+    adapters. If unlock.roles names blocks and this is not set, there are none."""
     alpha: PositiveFloat = 16.0
     """Scale: the update is alpha / rank times the low-rank product."""
-    blocks: PositiveInt = 2
-    """How many of the last blocks get adapters."""
+    blocks: PositiveInt | None = None
+    """How many of the last blocks get adapters. Unset means all."""
 
 
 class UnlockConfig(Config):
     """Which weights train. Registers always do."""
 
-    roles: tuple[Role, ...] = ("pos_embed", "patch_embed", "blocks")
-    """Roles that train besides the registers: pos_embed, patch_embed, cls, norm, block.N, block.-N, blocks,
-    head. With LoRA, blocks train only if a flag or recipe names them here."""
+    roles: tuple[Role, ...] = ("vectors",)
+    """Roles that train besides the registers: vectors (norms, layer scales and biases of all blocks),
+    pos_embed, patch_embed, cls, norm, block.N, block.-N, blocks, head."""
     lora: LoraConfig = LoraConfig()
     """Low-rank adapters. They replace whole blocks, or train besides the blocks that roles name."""
 
@@ -141,15 +141,21 @@ class OptimConfig(Config):
 
     name: Literal["adamw", "adam", "sgd"] = "adamw"
     """Optimizer."""
-    lr: PositiveFloat = 1e-4
-    """Learning rate at the first step."""
-    final_lr: NonNegativeFloat = 2e-6
-    """Learning rate at the last step."""
+    trust_region: bool = True
+    """Measure before training what a step does to the features, and lower each role's learning rate until
+    the first step moves them by no more than max_movement. Off, lr applies as it is."""
+    max_movement: Annotated[float, Field(gt=0, lt=1)] = 5e-3
+    """Largest mean cosine distance that the first step may move patch features or pooled outputs by."""
+    lr: PositiveFloat = 1e-2
+    """Largest learning rate at the first step. The trust region lowers it role by role."""
+    final_lr: NonNegativeFloat | None = None
+    """Learning rate at the last step, where lr applies as it is. Roles whose rate is lower end at the same
+    share of it. Unset means a fiftieth of lr."""
     schedule: Literal["exponential", "cosine", "constant"] = "cosine"
     """Shape of the learning rate between lr and final_lr."""
     schedule_unit: Literal["step", "epoch"] = "step"
     """When the learning rate changes: at every step, or at every epoch (the paper)."""
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    warmup_steps: Annotated[int, Field(ge=0)] = 10
     """Steps of linear warm-up before the schedule."""
     weight_decay: NonNegativeFloat = 1e-2
     """Weight decay on everything that trains."""
@@ -214,6 +220,12 @@ class MeasureConfig(Config):
     skips the table."""
     views: PositiveInt = 40
     """Views in the reference target of the agreement, or all different ones if there are fewer."""
+    every: PositiveInt | None = None
+    """Steps between measurements on these images during training. Unset means a sixteenth of the run, and at
+    least 10 steps."""
+    keep_best: bool = True
+    """Hand out the state that measured best during training, or the original model if none is better than
+    it. Off, the last state is handed out, and a run that makes the model worse says so early."""
 
 
 class DistillConfig(Config):
@@ -234,9 +246,10 @@ class DistillConfig(Config):
     """Train even if there is nothing to repair."""
     registers: Annotated[int, Field(ge=0)] = 4
     """Register tokens to add. 0 distils without registers (an ablation)."""
-    register_init: Literal["triggers", "randn", "trunc-normal", "zeros"] = "triggers"
-    """Initial values of the registers. triggers: the tokens that trigger the sinks, or randn if no sinks are
-    found. randn: a normal distribution of std 1 / sqrt(width). trunc-normal: a truncated one of std
+    register_init: Literal["triggers", "mean-patch", "randn", "trunc-normal", "zeros"] = "triggers"
+    """Initial values of the registers. triggers: the tokens that trigger the sinks; registers without a sink
+    start as mean-patch. mean-patch: the mean of all patch tokens that enter the blocks, which changes the
+    model least. randn: a normal distribution of std 1 / sqrt(width). trunc-normal: a truncated one of std
     0.02. zeros: zeros."""
     steps: PositiveInt | None = None
     """Optimizer steps. Unset means that epochs decides."""
@@ -285,7 +298,7 @@ class DistillConfig(Config):
     @model_validator(mode="after")
     def _lora_is_reached(self) -> "DistillConfig":
         readout = self.target.student_readout
-        if self.unlock.lora.rank is not None and readout != "plain":
+        if self.unlock.lora.rank and readout != "plain":
             raise ValueError(
                 f"unlock.lora.rank: a {readout} read-out takes the last block apart, past its LoRA; "
                 'use target.student_readout = "plain" or unlock whole blocks'

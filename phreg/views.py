@@ -319,6 +319,37 @@ def sample_views(
     return [unmoved, AffineViews(shifts, scales, moved.flips, grid, margin, fill)]
 
 
+def distinct_views(
+    config: ViewsConfig,
+    spec: Spec,
+    size: tuple[int, int],
+    batch: int,
+    count: int,
+    generator: torch.Generator,
+) -> Views:
+    """Draws moved views without repetition; the image as it is is none of them.
+
+    Args:
+        config: Range and fill; shifts are of whole patches, and `count` and `sampler` are not used.
+        spec: The model's patch size and normalisation.
+        size: Height and width of the images, in pixels.
+        batch: Number of images; each has its own draw.
+        count: Views, or all there are if there are fewer.
+        generator: A CPU generator; nothing else decides the draw.
+    """
+    grid = (size[0] // spec.patch_size[0], size[1] // spec.patch_size[1])
+    exact = config.model_copy(update={"subpatch": False, "scale": 0.0})
+    down, right = (torch.arange(-far, far + 1) for far in _reach(exact, grid))
+    mirrored = torch.tensor([0, 1] if 0 < exact.flip < 1 else [round(exact.flip)])
+    every = torch.cartesian_prod(down, right, mirrored)
+    moved = every[every.abs().sum(1) > 0]
+    drawn = moved[
+        torch.stack([torch.randperm(len(moved), generator=generator)[:count] for _ in range(batch)])
+    ]
+    fill, margin = _fill_value(exact, spec), _margin(exact, grid)
+    return Views(drawn[..., :2], drawn[..., 2].bool(), grid, grid, margin, fill)
+
+
 def context_margin(config: ViewsConfig, spec: Spec, size: tuple[int, int]) -> tuple[int, int]:
     """Computes the context margin: how far beyond an image its views show.
 

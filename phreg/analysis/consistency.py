@@ -69,15 +69,13 @@ class ConsistencyReport:
 
     @property
     def worthwhile(self) -> bool:
-        """Says whether distillation has something to gain: headroom of some size, and beyond its own spread."""
+        """Says whether distillation has something to gain: headroom of some size, beyond its own spread."""
         error = self.headroom_error or 0.0
         return self.headroom >= WORTHWHILE and self.headroom > CERTAIN * error
 
     def to_json(self) -> dict[str, Any]:
         """Returns the figures, and the agreement by position; not the maps."""
-        figures = {
-            name: value for name, value in vars(self).items() if isinstance(value, float | int | None)
-        }
+        figures = {name: value for name, value in vars(self).items() if isinstance(value, float | int | None)}
         return figures | {
             "images": len(self.maps),
             "worthwhile": self.worthwhile,
@@ -120,8 +118,8 @@ def consistency(
         drawn = group.count // 2 * 2
         if drawn < 2:
             raise PhregError(
-                f"asked how a model agrees with its moved views; views.max_shift = {views.max_shift:g} allows "
-                f"{group.count} at {size[0]}x{size[1]} pixels, which cannot be halved; raise views.max_shift"
+                f"asked how a model agrees with its moved views; views.max_shift = {views.max_shift:g} "
+                f"allows {group.count} at {size[0]}x{size[1]} pixels, which cannot be halved; raise it"
             )
         images = whole[..., margin[0] : margin[0] + size[0], margin[1] : margin[1] + size[1]]
         features = backbone(images).patches.float()
@@ -145,7 +143,9 @@ def consistency(
         floor_worst_percent=worst_percent(floor),
         headroom=float(headroom.mean()),
         headroom_error=float(headroom.std() / len(headroom) ** 0.5) if len(headroom) > 1 else None,
-        frame_fixed=float(residual.mean(0).square().sum() / residual.square().sum((1, 2, 3)).mean().clamp_min(1e-12)),
+        frame_fixed=float(
+            residual.mean(0).square().sum() / residual.square().sum((1, 2, 3)).mean().clamp_min(1e-12)
+        ),
         frame_fixed_by_chance=1 / len(agreement),
         views=drawn,
         by_position=agreement.mean(0),

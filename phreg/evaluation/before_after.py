@@ -8,7 +8,7 @@ original averaged over many views or, for the demonstration model, the known tru
     patched ──survey──► outlier rate, pooled output ───────────────────────────┘
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
@@ -20,7 +20,7 @@ from phreg import demo
 from phreg.analysis.norms import NormReport
 from phreg.analysis.survey import Survey, survey
 from phreg.backbones.base import Backbone
-from phreg.backbones.readout import set_readout
+from phreg.backbones.readout import set_readout, use_readout
 from phreg.backbones.resolve import Base
 from phreg.config import ChecksConfig, DistillConfig, TargetConfig
 from phreg.data.crops import center_crop
@@ -41,6 +41,21 @@ class Row(NamedTuple):
     before: float | None
     after: float | None
     lower_is_better: bool
+
+
+@dataclass(frozen=True, eq=False)
+class HeldOut:
+    """Images that a run is measured on, a batch each, and what their patch features are measured against.
+
+    Attributes:
+        images: Normalised images.
+        references: Reference of their patch features.
+        described: What the reference is, in a few words.
+    """
+
+    images: Sequence[Images]
+    references: Sequence[Grids]
+    described: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,11 +133,9 @@ def table(figures: Mapping[str, Any]) -> list[Row]:
 def compare(
     original: Backbone,
     patched: Backbone,
-    batches: Sequence[Images],
-    reference: Callable[[Images, int], Grids],
+    measured: HeldOut,
     target: TargetConfig,
     *,
-    described: str,
     held_out: bool,
     show: int = 8,
 ) -> Comparison:
@@ -133,14 +146,12 @@ def compare(
     Args:
         original: The model as it was.
         patched: The model with registers.
-        batches: Normalised images, on the models' device.
-        reference: Makes the reference of a batch, given the batch and its number.
+        measured: Images on the models' device, and their references.
         target: Which block and read-outs were distilled; agreement is measured on those.
-        described: What the reference is, in a few words.
         held_out: Whether none of the images was trained on.
         show: Images whose features and maps are kept.
     """
-    sides = (original, patched)
+    sides, batches = (original, patched), measured.images
     for side in sides:
         set_readout(side, "plain")
     surveys = survey(original, batches, show=show), survey(patched, batches, show=show)
@@ -150,8 +161,7 @@ def compare(
     set_readout(patched, target.student_readout)
     meters = AgreementMeter(), AgreementMeter()
     kept: tuple[list[Tensor], list[Tensor]] = ([], [])
-    for number, (images, mask) in enumerate(zip(batches, were_outliers, strict=True)):
-        truth = reference(images, number)
+    for images, truth, mask in zip(batches, measured.references, were_outliers, strict=True):
         features = [side(images, target.layer, target.norm).patches.float() for side in sides]
         for meter, grids, grid in zip(meters, kept, features, strict=True):
             meter.update(grid, truth, mask.to(grid.device))
@@ -161,7 +171,7 @@ def compare(
     return Comparison(
         images=sum(map(len, batches)),
         held_out=held_out,
-        reference=described,
+        reference=measured.described,
         surveys=surveys,
         agreement=(meters[0].compute(), meters[1].compute()),
         drift=drift(surveys[1].pooled, surveys[0].pooled),
@@ -169,38 +179,37 @@ def compare(
     )
 
 
-def compare_with_original(
+def make_references(
     original: Backbone,
-    student: Backbone,
-    looked_at: Sequence[Images],
+    batches: Sequence[Images],
     margin: tuple[int, int],
     config: DistillConfig,
     base: Base,
-    *,
-    held_out: bool,
-) -> Comparison:
-    """Measures the student against the original, and both against the original averaged over many views.
+) -> HeldOut:
+    """Makes what a run is measured against: the original averaged over many views of each image.
 
-    Of the demonstration model the truth is known, and takes the place of that average. The images looked at
-    come with the surroundings that views show, so many pixels around them.
+    Of the demonstration model the truth is known, and takes the place of that average.
+
+    Args:
+        original: The model as it was, on its device.
+        batches: Normalised images with the context that views show.
+        margin: Rows and columns of that context, in pixels on each side.
+        config: The run's settings.
+        base: What the model is.
     """
-    images = [center_crop(whole, margin) for whole in looked_at]
-    grid = student.layout(images[0]).grid
+    images = [center_crop(whole, margin) for whole in batches]
+    if base.source == "demo":
+        return HeldOut(images, [demo.truth(batch) for batch in images], "the known truth")
+    grid = original.layout(images[0]).grid
     count = min(config.measure.views, count_different(config.views, grid) or config.measure.views)
     many = config.views.model_copy(update={"count": count, "sampler": "uniform"})
     teacher = Teacher(original, many, config.target)
-    known = base.source == "demo"
-
-    def reference(images: Tensor, number: int) -> Tensor:
-        if known:
-            return demo.truth(images)
-        key = keyed_generator("reference", config.seed, number)
-        return teacher(looked_at[number], key, margin).patches
-
-    described = "the known truth" if known else f"the original averaged over {many.count} views"
-    return compare(
-        original, student, images, reference, config.target, described=described, held_out=held_out
-    )
+    with use_readout(original, config.target.teacher_readout):
+        references = [
+            teacher(whole, keyed_generator("reference", config.seed, number), margin).patches
+            for number, whole in enumerate(batches)
+        ]
+    return HeldOut(images, references, f"the original averaged over {count} views")
 
 
 def failed_gates(comparison: Comparison, checks: ChecksConfig) -> list[str]:

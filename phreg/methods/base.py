@@ -1,6 +1,6 @@
 """What a method is: the settings it implies, and the task it builds."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +9,8 @@ from phreg.config import DistillConfig
 # `phreg distill --help` reads the settings and needs no torch. So a method imports its training code only
 # when it builds its task.
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from phreg.backbones.base import Backbone
     from phreg.sinks.locate import Sinks
     from phreg.training.losses import LossTerm
@@ -31,7 +33,7 @@ class Method:
 
     name: str
     summary: str
-    add: "Callable[[Backbone, Sinks | None, DistillConfig], list[LossTerm]]"
+    add: "Callable[[Backbone, Sinks | None, Sequence[Tensor], DistillConfig], list[LossTerm]]"
     settings: Mapping[str, Any]
     clip_settings: Mapping[str, Any] | None = None
     needs_sinks: bool = True

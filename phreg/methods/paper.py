@@ -6,6 +6,10 @@ from phreg.config import DistillConfig
 from phreg.methods.base import Method
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
     from phreg.backbones.base import Backbone
     from phreg.sinks.locate import Sinks
     from phreg.training.losses import LossTerm
@@ -19,7 +23,12 @@ DINOV2: dict[str, Any] = {
     "target.cache": False,
     "loss.pooled": 0.0,
     "unlock.roles": ("pos_embed", "patch_embed", "block.-1"),
+    "unlock.lora.rank": 0,
+    "optim.trust_region": False,
+    "optim.lr": 1e-4,
     "optim.final_lr": 5e-6,
+    "optim.warmup_steps": 0,
+    "measure.keep_best": False,
     "optim.schedule": "exponential",
     "optim.schedule_unit": "epoch",
 }
@@ -37,11 +46,13 @@ CLIP: dict[str, Any] = DINOV2 | {
 """PH-Reg for CLIP-type models, where it differs from the defaults (PH-Reg code, CLIP part)."""
 
 
-def add(student: "Backbone", sinks: "Sinks | None", config: DistillConfig) -> "list[LossTerm]":
+def add(
+    student: "Backbone", sinks: "Sinks | None", batches: "Sequence[Tensor]", config: DistillConfig
+) -> "list[LossTerm]":
     """Adds registers. Distillation alone moves the artifacts into them."""
     from phreg.sinks.relocation import add_starting_registers
 
-    add_starting_registers(student, sinks, config.registers, config.register_init, config.seed)
+    add_starting_registers(student, sinks, batches, config.registers, config.register_init, config.seed)
     return []
 
 

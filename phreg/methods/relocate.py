@@ -7,6 +7,10 @@ from phreg.config import DistillConfig
 from phreg.methods.base import Method
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
     from phreg.backbones.base import Backbone
     from phreg.sinks.locate import Sinks
     from phreg.training.losses import LossTerm
@@ -14,12 +18,14 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def add(student: "Backbone", sinks: "Sinks | None", config: DistillConfig) -> "list[LossTerm]":
+def add(
+    student: "Backbone", sinks: "Sinks | None", batches: "Sequence[Tensor]", config: DistillConfig
+) -> "list[LossTerm]":
     """Adds registers that start from the triggers of the sinks, and a term that moves the sinks there."""
     from phreg.sinks.relocation import Relocation, add_starting_registers
     from phreg.training.losses import RelocationTerm
 
-    add_starting_registers(student, sinks, config.registers, config.register_init, config.seed)
+    add_starting_registers(student, sinks, batches, config.registers, config.register_init, config.seed)
     if sinks is None:
         return []
     if not sinks.units or not config.registers:

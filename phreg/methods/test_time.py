@@ -6,12 +6,21 @@ from phreg.config import DistillConfig
 from phreg.methods.base import Method
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
     from phreg.backbones.base import Backbone
     from phreg.sinks.locate import Sinks
     from phreg.training.losses import LossTerm
 
 
-def add(student: "Backbone", sinks: "Sinks | None", config: DistillConfig) -> "list[LossTerm]":
+def add(
+    student: "Backbone",
+    sinks: "Sinks | None",
+    batches: "Sequence[Tensor]",  # noqa: ARG001
+    config: DistillConfig,
+) -> "list[LossTerm]":
     """Adds test-time registers."""
     from phreg.sinks.test_time import add_test_time_registers
 

@@ -40,6 +40,14 @@ def nothing_to_repair(report: NormReport) -> str:
     )
 
 
+def nothing_gained(steps: int) -> str:
+    """Says why a model was returned unchanged after training."""
+    return (
+        f"Nothing gained. In {steps} steps no state agreed better with the held-out images' references than "
+        "the original does. The model is returned unchanged."
+    )
+
+
 def outcome(comparison: Comparison) -> str:
     """Says in a sentence what a retrofit changed: artifacts, agreement with the reference, global output."""
     rates = [percent(report.outlier_rate) for report in comparison.norms]

@@ -26,7 +26,7 @@ end (benchmarks/methods). With fewer registers than clusters, some registers hol
     4 and 1               4:  0 1 0 0            1:  0 and 1
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Literal
 
@@ -37,7 +37,10 @@ from torch import Tensor
 from phreg.backbones.base import Backbone
 from phreg.registers import add_registers, initial_registers
 from phreg.sinks.locate import Sinks
-from phreg.sinks.units import UnitActivations, UnitReader
+from phreg.sinks.units import UnitActivations, UnitReader, ahead_of
+
+BESIDE = 0.1
+"""Noise on registers that start at the mean patch token, as a share of a random register."""
 
 
 def assign_registers(num_registers: int, sinks_an_image: Sequence[int]) -> list[list[int]]:
@@ -58,12 +61,33 @@ def assign_registers(num_registers: int, sinks_an_image: Sequence[int]) -> list[
     return assigned
 
 
-def starting_tokens(sinks: Sinks, num_registers: int, seed: int) -> Float[Tensor, "registers width"]:
-    """Starts registers from triggers of their clusters, the most frequent first; at random without a cluster.
+@torch.no_grad()
+def mean_patch(backbone: Backbone, batches: Iterable[Float[Tensor, "_ 3 _ _"]]) -> Float[Tensor, " width"]:
+    """Returns the mean of all patch tokens that enter the blocks, over images and positions, before any norm.
 
-    A register of several clusters starts at the mean of their triggers.
+    Such a token draws the attention of an average patch and adds what an average patch adds. Copies of it
+    change a model less than random tokens do (benchmarks/methods).
     """
-    tokens = initial_registers(num_registers, sinks.triggers[0].shape[1], seed=seed)
+    entered: list[Tensor] = []
+    means = []
+    with ahead_of(backbone.first_block_input, lambda _module, args: entered.append(args[0])):
+        for images in batches:
+            backbone.run(images)
+            means.append(backbone.layout(images).patches(entered.pop()).double().mean((0, 1)).cpu())
+    return torch.stack(means).mean(0).float()
+
+
+def starting_tokens(
+    sinks: Sinks | None, mean: Float[Tensor, " width"], num_registers: int, seed: int
+) -> Float[Tensor, "registers width"]:
+    """Starts registers from triggers of their clusters, the most frequent first.
+
+    A register of several clusters starts at the mean of their triggers. One without a cluster starts at the
+    mean patch token, and a little beside it, so that no two are alike.
+    """
+    tokens = mean + BESIDE * initial_registers(num_registers, len(mean), seed=seed)
+    if sinks is None:
+        return tokens
     unused = [iter(own) for own in sinks.triggers]
     assigned = assign_registers(num_registers, [len(own) for own in sinks.triggers])
     for register, clusters in enumerate(assigned):
@@ -75,17 +99,26 @@ def starting_tokens(sinks: Sinks, num_registers: int, seed: int) -> Float[Tensor
 def add_starting_registers(
     student: Backbone,
     sinks: Sinks | None,
+    batches: Iterable[Float[Tensor, "_ 3 _ _"]],
     count: int,
-    init: Literal["triggers", "randn", "trunc-normal", "zeros"],
+    init: Literal["triggers", "mean-patch", "randn", "trunc-normal", "zeros"],
     seed: int,
 ) -> None:
-    """Adds registers that start as `init` says; where it says triggers and no sinks are known, at random."""
-    if init != "triggers":
+    """Adds registers that start as `init` says.
+
+    Args:
+        student: The model.
+        sinks: Its sinks, where they are known.
+        batches: Normalised images, for the mean patch token.
+        count: Registers.
+        init: How they start. From triggers, those without a sink start as with `mean-patch`.
+        seed: Seed of what is random.
+    """
+    if init not in ("triggers", "mean-patch"):
         add_registers(student, count, init, seed)
-    elif sinks is None:
-        add_registers(student, count, "randn", seed)
     elif count:
-        student.insert_registers(starting_tokens(sinks, count, seed))
+        known = sinks if init == "triggers" else None
+        student.insert_registers(starting_tokens(known, mean_patch(student, batches), count, seed))
 
 
 class Relocation:

@@ -24,7 +24,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveInt,
+    TypeAdapter,
+    ValidationError,
+)
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -47,6 +55,7 @@ from phreg.storage import (
     write_text,
     writing,
 )
+from phreg.training.trust_region import RoleRate
 
 logger = logging.getLogger(__name__)
 
@@ -93,6 +102,11 @@ class RunFolder:
         return self.path / "model"
 
     @property
+    def rates(self) -> Path:
+        """The learning rate of each role, where a trust region bounds them."""
+        return self.path / "rates.json"
+
+    @property
     def report(self) -> Path:
         """The before/after page."""
         return self.path / "report"
@@ -133,6 +147,27 @@ def start_run(path: Path, config: DistillConfig, *, resume: bool) -> RunFolder:
         path.mkdir(parents=True, exist_ok=True)
         write_text(run.recipe, to_toml(config))
     return run
+
+
+def write_rates(run: RunFolder, rates: Mapping[str, RoleRate]) -> None:
+    """Writes the learning rate of each role."""
+    with writing_run(run):
+        write_text(run.rates, json.dumps({role: asdict(rate) for role, rate in rates.items()}, indent=2))
+
+
+def read_rates(run: RunFolder) -> dict[str, RoleRate]:
+    """Reads the learning rate of each role.
+
+    Raises:
+        CheckpointError: The file is damaged.
+    """
+    try:
+        found = TypeAdapter(dict[str, RoleRate]).validate_json(run.rates.read_bytes())
+    except (OSError, ValidationError) as error:
+        raise CheckpointError(
+            f"cannot go on with {run.path}: {run.rates.name} is damaged ({error}); start the run anew"
+        ) from error
+    return found
 
 
 def writing_run(run: RunFolder) -> AbstractContextManager[None]:

@@ -19,7 +19,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -37,7 +37,15 @@ from phreg.data.crops import BrokenImages, Crops, Order, as_input, loader
 from phreg.errors import Interrupted, PhregError, TrainingError
 from phreg.seeding import keyed_generator
 from phreg.storage import resume_command
-from phreg.training.checkpoint import RunFolder, load_state, save_state, truncate_log, writing_run
+from phreg.training.checkpoint import (
+    RunFolder,
+    load_state,
+    read_rates,
+    save_state,
+    truncate_log,
+    write_rates,
+    writing_run,
+)
 from phreg.training.target_cache import TargetCache
 from phreg.training.task import RetrofitTask
 from phreg.training.trainable import (
@@ -46,8 +54,12 @@ from phreg.training.trainable import (
     learning_rate,
     merge_lora,
     optimizer,
+    parameter_roles,
+    set_learning_rate,
     unlock,
 )
+from phreg.training.trust_region import calibrate
+from phreg.training.validation import BestState, Measurement, Validator, warn_wrecked
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +73,8 @@ class StepRecord:
     terms: dict[str, float]
     lr: float
     images_per_second: float
+    held_out: dict[str, float] | None = None
+    """The student's figures on held-out images after the step, where it was measured."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +86,8 @@ class Outcome:
     seconds: float
     trained: int
     skipped: list[str]
+    best_step: int | None = None
+    """Step whose state was kept, 0 where it is the original; None where the last state was."""
 
 
 UNTRAINED = Outcome(steps=0, images=0, seconds=0.0, trained=0, skipped=[])
@@ -85,6 +101,7 @@ def train(  # noqa: C901 (the loop reads straight down)
     run: RunFolder,
     accelerator: Accelerator,
     observe: Callable[[StepRecord, int], None] | None = None,
+    validator: Validator | None = None,
 ) -> Outcome:
     """Trains a patched model's registers and unlocked weights towards the teacher's targets.
 
@@ -96,6 +113,7 @@ def train(  # noqa: C901 (the loop reads straight down)
         run: Where to log and checkpoint. Training continues from a checkpoint found there.
         accelerator: From `start_accelerator`.
         observe: Called on the main process with each step's record, and the number of steps.
+        validator: Measures the student during training. The best state is kept; None keeps the last.
 
     Raises:
         TrainingError: The loss became NaN or infinite.
@@ -109,7 +127,13 @@ def train(  # noqa: C901 (the loop reads straight down)
         trained = unlock(student, config.unlock)
     with task.running():
         trained = freeze_unused(task, trained, size)
-    optim = optimizer(trained, config.optim)
+    roles = parameter_roles(student, trained)
+    shares = (
+        calibrated_shares(task, roles, trained, images, config, run, accelerator)
+        if config.optim.trust_region
+        else {}
+    )
+    optim = optimizer(trained, config.optim, roles, shares)
     average = MovingAverage(trained, config.optim.ema) if config.optim.ema is not None else None
 
     steps_per_epoch = order.steps_per_epoch / accumulate
@@ -118,6 +142,11 @@ def train(  # noqa: C901 (the loop reads straight down)
     saved_tensors: dict[str, Tensor] = dict(trained)
     if average is not None:
         saved_tensors |= {f"ema.{name}": value for name, value in average.average.items()}
+    best = None
+    if validator is not None and config.measure.keep_best:
+        best = BestState(trained, validator.original, config.checks.drift)
+        saved_tensors |= best.tensors
+    every = config.measure.every or max(10, steps // 16)
     facts = {"processes": world, "images": len(images), "precision": accelerator.mixed_precision}
     done = load_state(run, saved_tensors, optim, facts)
     if accelerator.is_main_process:
@@ -144,10 +173,10 @@ def train(  # noqa: C901 (the loop reads straight down)
         images_per_step = config.batch_size * accumulate * world
         step_logger = StepLogger(log, accelerator, images_per_step, steps, run, observe or (lambda *_: None))
         metrics: StepMetrics | None = None
-        for step in range(done, steps):
+        started_at = done
+        for step in range(done, done if best is not None and best.turned else steps):
             lr = learning_rate(config.optim, step, steps, steps_per_epoch)
-            for group in optim.param_groups:
-                group["lr"] = lr
+            set_learning_rate(optim, lr)
 
             sums: dict[str, Tensor] = {}
             names: list[str] = []
@@ -175,16 +204,31 @@ def train(  # noqa: C901 (the loop reads straight down)
             if average is not None:
                 average.update()
 
+            measured = None
+            if validator is not None and ((step + 1) % every == 0 or step + 1 == steps):
+                with average.applied() if average is not None else nullcontext():
+                    measured = on_all_processes(validator(student), accelerator)
+                    if best is not None:
+                        best.update(step + 1, measured)
+                warn_wrecked(step + 1, measured, validator.original)
+
             # The previous step's numbers are on the host by now. All processes read the same numbers, so they
             # stop together.
-            previous, metrics = metrics, StepMetrics(step + 1, lr, names, sums, stop.is_set(), accelerator)
+            previous, metrics = (
+                metrics,
+                StepMetrics(step + 1, lr, names, sums, stop.is_set(), accelerator, measured),
+            )
             stopping = previous is not None and step_logger.write(previous)
-            if stopping or step + 1 == steps or (step + 1) % config.checkpoint_every == 0:
+            turned = best is not None and best.turned
+            if stopping or turned or step + 1 == steps or (step + 1) % config.checkpoint_every == 0:
                 stopping = step_logger.write(metrics) or stopping
                 metrics = None
                 if accelerator.is_main_process:
                     save_state(run, step + 1, saved_tensors, optim, facts)
                 accelerator.wait_for_everyone()
+            done = step + 1
+            if turned:
+                break
             if stopping and step + 1 < steps:
                 raise Interrupted(
                     f"stopped after step {step + 1} of {steps}, checkpoint written; go on with the run: "
@@ -197,16 +241,67 @@ def train(  # noqa: C901 (the loop reads straight down)
     if target_cache is not None and accelerator.is_main_process:
         target_cache.remove()
 
-    if average is not None:
+    if best is not None:
+        if done < steps:
+            logger.info("training had turned; it ended after step %d of %d", done, steps)
+        logger.info("the best of all states measured is that after step %d", best.step)
+        best.restore()
+    elif average is not None:
         average.apply()
     merge_lora(student)
     return Outcome(
-        steps=steps,
-        images=(steps - done) * step_logger.images_per_step,
+        steps=done,
+        images=(done - started_at) * step_logger.images_per_step,
         seconds=round(time.perf_counter() - started, 3),
         trained=sum(parameter.numel() for parameter in trained.values()),
         skipped=sorted(broken.reasons),
+        best_step=best.step if best is not None else None,
     )
+
+
+def calibrated_shares(
+    task: RetrofitTask,
+    roles: Mapping[str, str],
+    trained: Mapping[str, nn.Parameter],
+    images: Crops,
+    config: DistillConfig,
+    run: RunFolder,
+    accelerator: Accelerator,
+) -> dict[str, float]:
+    """Measures what a step of each role does on one batch, and gives each its share of the learning rate.
+
+    The rates are written to the run folder, so that a resumed run has the same; so has every process.
+    """
+    if accelerator.is_main_process and not run.rates.is_file():
+        order = Order(len(images), config.batch_size, seed=config.seed)
+        batch = next(iter(loader(images, order, 0, 1, workers=0)))
+        pixels = as_input(task.student, batch.images)
+        grouped: dict[str, dict[str, nn.Parameter]] = {}
+        for name, parameter in trained.items():
+            grouped.setdefault(roles[name], {})[name] = parameter
+        with task.running():
+            target = task.target(pixels, keyed_generator("rates", config.seed))
+            task.loss(task.student, pixels, target)[0].backward()
+            rates = calibrate(
+                grouped, lambda: task.features(task.student, pixels)[1], config.optim.max_movement
+            )
+        task.student.zero_grad(set_to_none=True)
+        write_rates(run, rates)
+    accelerator.wait_for_everyone()
+    rates = read_rates(run)
+    for role, rate in rates.items():
+        logger.info(
+            "learning rate of %-14s %.2g (alone %.2g)", role, min(rate.rate, config.optim.lr), rate.alone
+        )
+    return {role: min(1.0, rate.rate / config.optim.lr) for role, rate in rates.items()}
+
+
+def on_all_processes(measured: Measurement, accelerator: Accelerator) -> Measurement:
+    """Returns the mean over processes, so that all of them decide alike."""
+    if accelerator.num_processes == 1:
+        return measured
+    own = torch.tensor(measured, dtype=torch.float64, device=accelerator.device)
+    return Measurement(*cast(Tensor, accelerator.reduce(own, "mean")).tolist())
 
 
 class StepMetrics:
@@ -219,6 +314,7 @@ class StepMetrics:
         values: Scalars on the device, by name.
         stop: Whether this process was asked to stop.
         accelerator: Says how the processes add up.
+        measured: The student on held-out images after this step, where it was measured.
     """
 
     def __init__(
@@ -229,8 +325,10 @@ class StepMetrics:
         values: dict[str, Tensor],
         stop: bool,
         accelerator: Accelerator,
+        measured: Measurement | None = None,
     ) -> None:
         self.step, self.lr, self.names, self.keys = step, lr, names, [*values, "stop"]
+        self.measured = measured
         self.made = time.perf_counter()
         asked = torch.tensor(float(stop)).to(accelerator.device, non_blocking=True)
         own = torch.stack([*(value.float() for value in values.values()), asked])
@@ -284,9 +382,11 @@ class StepLogger:
             )
         speed, self.clock = self.images_per_step / (metrics.made - self.clock), metrics.made
         if self.accelerator.is_main_process:
-            record = StepRecord(metrics.step, loss, values, metrics.lr, round(speed, 3))
+            held_out = metrics.measured._asdict() if metrics.measured is not None else None
+            record = StepRecord(metrics.step, loss, values, metrics.lr, round(speed, 3), held_out)
             with writing_run(self.run):
-                self.log.write(json.dumps(asdict(record)) + "\n")
+                line = {name: value for name, value in asdict(record).items() if value is not None}
+                self.log.write(json.dumps(line) + "\n")
                 self.log.flush()
             self.accelerator.log({"loss": loss, "lr": metrics.lr, **values}, step=metrics.step)
             self.observe(record, self.steps)

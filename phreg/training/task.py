@@ -73,9 +73,19 @@ class RetrofitTask:
         Returns:
             The total, and each term without its weight by name, all fp32.
         """
-        seen = center_crop(images, self.margin)
-        features = model(seen, self.config.layer, self.config.norm)
+        seen, features = self.features(model, images)
         return total_loss(self.terms, Outputs(seen, features, target))
+
+    def features(
+        self, model: nn.Module, images: Float[Tensor, "batch 3 height width"]
+    ) -> tuple[Float[Tensor, "batch 3 _ _"], Features]:
+        """Reads the student's features of images that come with their context.
+
+        Returns:
+            The images without their context, and their features.
+        """
+        seen = center_crop(images, self.margin)
+        return seen, model(seen, self.config.layer, self.config.norm)
 
     def probe(self, size: tuple[int, int]) -> Float[Tensor, ""]:
         """Computes the loss of a blank image against ones. It reaches every weight that a run can reach.

@@ -7,19 +7,31 @@ anything is saved.
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import groupby
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from phreg.backbones.base import Backbone
-from phreg.config import DistillConfig, OptimConfig, UnlockConfig
+from phreg.config import DistillConfig, LoraConfig, OptimConfig, UnlockConfig
 from phreg.data.crops import Order
 from phreg.errors import ConfigError
 from phreg.training.task import RetrofitTask
 
 logger = logging.getLogger(__name__)
+
+VECTORS = "vectors"
+"""The role of all norms, layer scales and biases of the blocks: what has one dimension."""
+
+LORA_SHARE = 0.08
+"""Share of the model's weights that adapters of automatic rank may have at most."""
+
+FINAL_SHARE = 50
+"""The last learning rate is the first one divided by this, unless `optim.final_lr` is set."""
 
 
 def unlock(backbone: Backbone, config: UnlockConfig) -> dict[str, nn.Parameter]:
@@ -31,10 +43,14 @@ def unlock(backbone: Backbone, config: UnlockConfig) -> dict[str, nn.Parameter]:
     Raises:
         ConfigError: A role does not exist for this model, or nothing is left to train.
     """
-    names = {name for role in expand_roles(backbone, config.roles) for name in backbone.roles()[role]}
+    roles = backbone.roles()
+    names = {name for role in expand_roles(backbone, config.roles) for name in roles.get(role, ())}
     chosen = {id(backbone.model.get_parameter(name)) for name in names}
-    if config.lora.rank is not None:
-        _inject_lora(backbone, config)
+    if VECTORS in config.roles:
+        inside = (parameter for block in backbone.blocks for parameter in block.parameters())
+        chosen |= {id(parameter) for parameter in inside if parameter.ndim == 1}
+    if config.lora.rank:
+        _inject_lora(backbone, config.lora)
     trained = {}
     for name, parameter in backbone.named_parameters():
         parameter.requires_grad_(id(parameter) in chosen or "lora_" in name)
@@ -74,10 +90,10 @@ def expand_roles(backbone: Backbone, roles: tuple[str, ...]) -> list[str]:
             expanded += [f"block.{index}" for index in range(depth)]
         elif kind == "block" and number.removeprefix("-").isdecimal() and -depth <= int(number) < depth:
             expanded.append(f"block.{int(number) % depth}")
-        elif role in known:
+        elif role in known or role == VECTORS:
             expanded.append(role)
         else:
-            blocks = f"block.0 to block.{depth - 1}, block.-{depth} to block.-1, blocks"
+            blocks = f"block.0 to block.{depth - 1}, block.-{depth} to block.-1, blocks, {VECTORS}"
             others = ", ".join(name for name in known if not name.startswith("block."))
             problems.append(
                 f"unlock.roles: {backbone.describe()} has no role {role!r}; it has {others}, {blocks}"
@@ -147,9 +163,37 @@ def merge_lora(backbone: Backbone) -> None:
         backbone.model.set_submodule(name, plain)
 
 
-def optimizer(parameters: Mapping[str, nn.Parameter], config: OptimConfig) -> torch.optim.Optimizer:
-    """Makes the optimizer with one group: weight decay applies to everything that trains, as in the paper."""
-    values = list(parameters.values())
+def parameter_roles(backbone: Backbone, trained: Mapping[str, nn.Parameter]) -> dict[str, str]:
+    """Returns the role of each parameter that trains, by name; what LoRA adds to a block has its role."""
+    roles = {
+        id(parameter): f"block.{index}"
+        for index, block in enumerate(backbone.blocks)
+        for parameter in block.parameters()
+    }
+    for role, names in backbone.roles().items():
+        if not role.startswith("block."):
+            roles |= {id(backbone.model.get_parameter(name)): role for name in names}
+    return {name: roles.get(id(parameter), "others") for name, parameter in trained.items()}
+
+
+def optimizer(
+    parameters: Mapping[str, nn.Parameter],
+    config: OptimConfig,
+    roles: Mapping[str, str],
+    shares: Mapping[str, float],
+) -> torch.optim.Optimizer:
+    """Makes the optimizer. Weight decay applies to everything that trains, as in the paper.
+
+    Args:
+        parameters: The parameters that train, by name.
+        config: Optimizer and its rates.
+        roles: The role of each parameter, by name.
+        shares: Share of the learning rate that a role gets, all of it where it is not named.
+    """
+    values: list[dict[str, Any]] = [
+        {"params": [parameters[name] for name in names], "share": shares.get(role, 1.0)}
+        for role, names in groupby(parameters, key=roles.__getitem__)
+    ]
     match config.name:
         case "adamw":
             return torch.optim.AdamW(
@@ -163,6 +207,12 @@ def optimizer(parameters: Mapping[str, nn.Parameter], config: OptimConfig) -> to
             return torch.optim.SGD(
                 values, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay
             )
+
+
+def set_learning_rate(optim: torch.optim.Optimizer, rate: float) -> None:
+    """Sets the learning rate of a step; each role gets its share."""
+    for group in optim.param_groups:
+        group["lr"] = rate * group["share"]
 
 
 def learning_rate(config: OptimConfig, step: int, steps: int, steps_per_epoch: float | int) -> float:
@@ -186,11 +236,12 @@ def learning_rate(config: OptimConfig, step: int, steps: int, steps_per_epoch: f
         progress = ((step - 1) // steps_per_epoch + 1) / epochs if step else 0.0
     else:
         progress = (step - config.warmup_steps) / max(1, steps - 1 - config.warmup_steps)
+    final = config.lr / FINAL_SHARE if config.final_lr is None else config.final_lr
     match config.schedule:
         case "exponential":
-            return config.lr * (config.final_lr / config.lr) ** progress
+            return config.lr * (final / config.lr) ** progress
         case "cosine":
-            return config.final_lr + (config.lr - config.final_lr) * (1 + math.cos(math.pi * progress)) / 2
+            return final + (config.lr - final) * (1 + math.cos(math.pi * progress)) / 2
         case "constant":
             return config.lr
 
@@ -214,6 +265,18 @@ class MovingAverage:
         for name, parameter in self.parameters.items():
             self.average[name].lerp_(parameter, 1 - self.decay)
 
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Replaces the weights by the average for as long as it lasts."""
+        current = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
+        self.apply()
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for name, parameter in self.parameters.items():
+                    parameter.copy_(current[name])
+
     @torch.no_grad()
     def apply(self) -> None:
         """Replaces the weights by the average."""
@@ -221,15 +284,29 @@ class MovingAverage:
             parameter.copy_(self.average[name])
 
 
-def _inject_lora(backbone: Backbone, config: UnlockConfig) -> None:
+def _inject_lora(backbone: Backbone, config: LoraConfig) -> None:
     """Puts adapters on every linear layer and attention projection of the last blocks."""
-    from peft import LoraConfig, inject_adapter_in_model
+    from peft import LoraConfig as PeftConfig
+    from peft import inject_adapter_in_model
 
     names = {id(module): name for name, module in backbone.model.named_modules()}
-    inside = [module for block in list(backbone.blocks)[-config.lora.blocks :] for module in block.modules()]
+    blocks = list(backbone.blocks)[-config.blocks :] if config.blocks else list(backbone.blocks)
+    inside = [module for block in blocks for module in block.modules()]
     fused = [module for module in inside if isinstance(module, nn.MultiheadAttention)]
     covered = {id(part) for module in fused for part in module.modules()}
     linear = [module for module in inside if isinstance(module, nn.Linear) and id(module) not in covered]
     targets = [names[id(module)] for module in fused + linear]
-    lora = LoraConfig(r=config.lora.rank or 1, lora_alpha=config.lora.alpha, target_modules=targets)  # pyright: ignore
+    rank = automatic_rank(backbone, blocks) if config.rank == "auto" else config.rank
+    lora = PeftConfig(r=rank, lora_alpha=config.alpha, target_modules=targets)  # pyright: ignore
     inject_adapter_in_model(lora, backbone.model)
+
+
+def automatic_rank(backbone: Backbone, blocks: Sequence[nn.Module]) -> int:
+    """Returns the largest rank at which adapters have at most `LORA_SHARE` of the model's weights.
+
+    A matrix of the blocks costs its rows and columns for each rank.
+    """
+    matrices = [p for block in blocks for p in block.parameters() if p.ndim == 2]
+    each = sum(rows + columns for rows, columns in (matrix.shape for matrix in matrices))
+    total = sum(parameter.numel() for parameter in backbone.model.parameters())
+    return max(1, int(LORA_SHARE * total / each))

@@ -1,4 +1,4 @@
-"""How large a step may be: learning rates from what a step does to the features, not from how far weights move.
+"""How large a step may be: learning rates from what a step does to the features, not to the weights.
 
 Adam's first step moves each weight by the learning rate, whatever the weight's scale. The same rate that is
 gentle on one model ruins another (benchmarks/methods, "Learning rates"). So a step is measured before
@@ -18,8 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.functional import cosine_similarity
 
 from phreg.backbones.base import Features
@@ -45,7 +44,7 @@ class RoleRate:
 
 
 def movement(before: Features, after: Features) -> float:
-    """Returns how far features moved: the mean cosine distance of patches or of pooled outputs, the larger."""
+    """Returns how far features moved: the mean cosine distance of patches or pooled outputs, the larger."""
     moved = [
         1 - cosine_similarity(old.double(), new.double(), dim=-1).mean()
         for old, new in zip(before, after, strict=True)
@@ -90,9 +89,7 @@ def calibrate(
 
 
 @contextmanager
-def stepped(
-    roles: Mapping[str, Mapping[str, nn.Parameter]], rates: Mapping[str, float]
-) -> Iterator[None]:
+def stepped(roles: Mapping[str, Mapping[str, nn.Parameter]], rates: Mapping[str, float]) -> Iterator[None]:
     """Moves parameters against the sign of their gradients for as long as it lasts."""
     moved = [
         (parameter, parameter.detach().clone(), rate)
@@ -112,12 +109,12 @@ def stepped(
 def _solve(
     moved_by: Callable[[float], float], wanted: float, rate: float, largest: float = math.inf
 ) -> float:
-    """Finds the rate that moves features by `wanted`, which grows about with its square; bounded in trials."""
+    """Finds the rate that moves features by `wanted`; a movement grows about with the square of the rate."""
     for _ in range(TRIALS):
         moved = moved_by(rate)
         if wanted / TOLERANCE <= moved <= wanted * TOLERANCE or (rate >= largest and moved <= wanted):
             break
-        # Far below what is wanted, rounding dominates; beyond, the movement saturates: no further than tenfold.
+        # Far below what is wanted, rounding dominates; far beyond, movement saturates: tenfold at most.
         factor = math.sqrt(wanted / moved) if moved > 0 else 10.0
         rate = min(rate * min(max(factor, 0.1), 10.0), largest)
     return rate

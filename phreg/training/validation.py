@@ -1,0 +1,164 @@
+"""Measures the student on held-out images as it trains, and keeps the best state.
+
+    held-out images ──┬─ student ──► agreement with the reference, drift of the pooled output
+    references ───────┘                       │
+                                              └─► best so far? its weights are copied
+
+The references are the original averaged over many views, made once, before training. The original itself is
+the first state: where no later one agrees better and leaves the pooled output alone, it is the result.
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cosine_similarity
+
+from phreg.analysis.consistency import worst_percent
+from phreg.backbones.base import Backbone
+from phreg.backbones.readout import use_readout
+from phreg.config import TargetConfig
+from phreg.evaluation.before_after import HeldOut
+
+logger = logging.getLogger(__name__)
+
+TURNED = 0.005
+"""Agreement this far below the best means that training has turned."""
+
+PATIENCE = 4
+"""Measurements in a row at which training has turned, after which it ends."""
+
+WRECKING = 0.02
+"""Agreement this far below the original's means that training is wrecking the model."""
+
+
+class Measurement(NamedTuple):
+    """The student at a step, on held-out images.
+
+    Attributes:
+        agreement: Mean cosine of patch features to the references.
+        worst_percent: Mean over the worst 1 % of patches.
+        pooled: Mean cosine of the pooled output to the original's.
+    """
+
+    agreement: float
+    worst_percent: float
+    pooled: float
+
+
+class Validator:
+    """Measures models on held-out images.
+
+    Args:
+        original: The model as it was.
+        held_out: The images.
+        target: Which features are compared, in which read-outs.
+    """
+
+    def __init__(self, original: Backbone, held_out: HeldOut, target: TargetConfig) -> None:
+        self.held_out, self.target = held_out, target
+        self._pooled: list[Tensor] = []
+        features, self._pooled = self._read(original, target.teacher_readout)
+        self.original = self._measure(features, self._pooled)
+
+    def __call__(self, student: Backbone) -> Measurement:
+        """Measures the student; its read-out is left as it was."""
+        return self._measure(*self._read(student, self.target.student_readout))
+
+    @torch.no_grad()
+    def _read(self, backbone: Backbone, readout: str) -> tuple[list[Tensor], list[Tensor]]:
+        patches, pooled = [], []
+        for images in self.held_out.images:
+            with use_readout(backbone, readout):  # pyright: ignore
+                features = backbone(images, self.target.layer, self.target.norm)
+            if readout != "plain":  # whose pooled output means nothing
+                with use_readout(backbone, "plain"):
+                    features = features._replace(pooled=backbone.run(images))
+            patches.append(features.patches.float())
+            pooled.append(features.pooled.float())
+        return patches, pooled
+
+    def _measure(self, patches: Sequence[Tensor], pooled: Sequence[Tensor]) -> Measurement:
+        cosines = torch.cat(
+            [
+                cosine_similarity(features, reference.to(features), dim=-1).flatten()
+                for features, reference in zip(patches, self.held_out.references, strict=True)
+            ]
+        )
+        drifts = torch.cat(
+            [cosine_similarity(new, old, dim=-1) for new, old in zip(pooled, self._pooled, strict=True)]
+        )
+        return Measurement(
+            float(cosines.double().mean()), worst_percent(cosines.cpu()), float(drifts.double().mean())
+        )
+
+
+class BestState:
+    """The weights that measured best, and whether training has turned.
+
+    Its figures are tensors, so that a checkpoint holds them as it holds weights.
+
+    Args:
+        parameters: The weights that train, by name.
+        original: The original's figures, which a state has to beat.
+        min_pooled: Least cosine of the pooled output to the original's that a state may have.
+    """
+
+    def __init__(
+        self, parameters: Mapping[str, nn.Parameter], original: Measurement, min_pooled: float
+    ) -> None:
+        self.parameters, self.original, self.min_pooled = parameters, original, min_pooled
+        self.weights = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+        # Step and agreement of the best state, and measurements in a row since training turned.
+        self.figures = torch.tensor([0.0, original.agreement, 0.0], dtype=torch.float64)
+
+    @property
+    def step(self) -> int:
+        """Step after which the best state was reached; 0 where that is the original."""
+        return int(self.figures[0])
+
+    @property
+    def agreement(self) -> float:
+        """Agreement of the best state."""
+        return float(self.figures[1])
+
+    @property
+    def turned(self) -> bool:
+        """Whether training has been below the best state for long, so that it should end."""
+        return int(self.figures[2]) >= PATIENCE
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint has to hold, restored in place."""
+        return {"best.figures": self.figures} | {
+            f"best.{name}": value for name, value in self.weights.items()
+        }
+
+    @torch.no_grad()
+    def update(self, step: int, measured: Measurement) -> None:
+        """Takes a measurement of the current weights in."""
+        if measured.agreement > self.agreement and measured.pooled >= self.min_pooled:
+            for name, parameter in self.parameters.items():
+                self.weights[name].copy_(parameter)
+            self.figures[0], self.figures[1] = step, measured.agreement
+        turned = not measured.agreement >= self.agreement - TURNED
+        self.figures[2] = self.figures[2] + 1 if turned else 0
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Puts the best weights in place; of the original there are none to put."""
+        if self.step:
+            for name, parameter in self.parameters.items():
+                parameter.copy_(self.weights[name])
+
+
+def warn_wrecked(step: int, measured: Measurement, original: Measurement) -> None:
+    """Says so where training makes the model much worse than it was."""
+    if not measured.agreement >= original.agreement - WRECKING:
+        logger.warning(
+            "after %d steps the model agrees less with its own moved views than before training: %.4f, was "
+            "%.4f; this recipe is damaging it: stop, and lower optim.lr or set optim.trust_region",
+            step, measured.agreement, original.agreement,
+        )  # fmt: skip
