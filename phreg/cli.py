@@ -520,11 +520,8 @@ def _show(result: Any) -> None:
     from phreg.report.verdict import causes, nothing_gained, nothing_to_repair
 
     outcome = result.outcome
-    if outcome is None:
-        console.print(nothing_to_repair(result.norms))
-        return
-    if outcome.best_step == 0:
-        console.print(nothing_gained(outcome.steps))
+    if outcome is None or outcome.best_step == 0:
+        console.print(nothing_gained(outcome.steps) if outcome else nothing_to_repair(result.norms))
         return
     if result.sinks is not None:
         console.print(causes(result.sinks))

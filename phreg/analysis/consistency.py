@@ -25,7 +25,7 @@ from phreg.backbones.base import Backbone
 from phreg.config import ViewsConfig
 from phreg.errors import PhregError
 from phreg.seeding import keyed_generator
-from phreg.views import context_margin, distinct_views
+from phreg.views import Views, context_margin, distinct_views
 
 AT_ONCE = 16
 """Views in one forward pass."""
@@ -123,23 +123,25 @@ def consistency(
             )
         images = whole[..., margin[0] : margin[0] + size[0], margin[1] : margin[1] + size[1]]
         features = backbone(images).patches.float()
-        halves = [
-            _average(backbone, whole, group.part(slice(None), part))
+        (first, seen_first), (second, seen_second) = (
+            _sum(backbone, whole, group.part(slice(None), part))
             for part in (slice(0, drawn // 2), slice(drawn // 2, drawn))
-        ]
-        (first, second), counts = [total / n for total, n in halves], [n for _, n in halves]
-        average = sum(total for total, _ in halves) / sum(counts)
-        cosines.append(cosine_similarity(features, average, dim=-1).cpu())
-        floors.append(cosine_similarity(first, second, dim=-1).cpu())
-        residuals.append((normalize(features, dim=-1) - normalize(average, dim=-1)).cpu())
+        )
+        average = (first + second) / (seen_first + seen_second)
+        # A patch that a half never saw is left out: 0 / 0 is not a number.
+        known = seen_first.squeeze(-1) * seen_second.squeeze(-1) > 0
+        cosines.append(_where(known, cosine_similarity(features, average, dim=-1)))
+        floors.append(_where(known, cosine_similarity(first / seen_first, second / seen_second, dim=-1)))
+        residual = normalize(features, dim=-1) - normalize(average, dim=-1)
+        residuals.append(residual.where(known.unsqueeze(-1), 0).cpu())
     if not cosines:
         raise PhregError("asked how a model agrees with its moved views, of no images; give at least one")
     agreement, floor, residual = torch.cat(cosines), torch.cat(floors), torch.cat(residuals)
-    headroom = (floor - agreement).double().mean((1, 2))
+    headroom = (floor - agreement).double().flatten(1).nanmean(1)
     return ConsistencyReport(
-        mean=float(agreement.double().mean()),
+        mean=float(agreement.double().nanmean()),
         worst_percent=worst_percent(agreement),
-        floor=float(floor.double().mean()),
+        floor=float(floor.double().nanmean()),
         floor_worst_percent=worst_percent(floor),
         headroom=float(headroom.mean()),
         headroom_error=float(headroom.std() / len(headroom) ** 0.5) if len(headroom) > 1 else None,
@@ -148,25 +150,29 @@ def consistency(
         ),
         frame_fixed_by_chance=1 / len(agreement),
         views=drawn,
-        by_position=agreement.mean(0),
+        by_position=agreement.nanmean(0),
         maps=agreement,
     )
 
 
 def worst_percent(cosines: Float[Tensor, "..."]) -> float:
-    """Returns the mean of the lowest 1 % of all values, at least one."""
-    values = cosines.flatten().double().sort().values
+    """Returns the mean of the lowest 1 % of all values that are numbers, at least one."""
+    values = cosines[~cosines.isnan()].double().sort().values
     return float(values[: max(1, len(values) // 100)].mean())
 
 
-def _average(backbone: Backbone, images: Tensor, group: Any) -> tuple[Tensor, Tensor]:
-    """Sums aligned features over views, and counts how many views saw each patch."""
-    total, count = 0, 0
+def _where(known: Tensor, values: Tensor) -> Tensor:
+    return values.where(known, torch.nan).cpu()
+
+
+def _sum(backbone: Backbone, images: Tensor, group: Views) -> tuple[Tensor, Tensor]:
+    """Sums aligned features over views, and counts for each patch how many views saw it."""
+    totals, counts = [], []
     at_once = max(1, AT_ONCE // len(images))
     for first in range(0, group.count, at_once):
         part = group.part(slice(None), slice(first, first + at_once))
         read = backbone(part.apply(images).flatten(0, 1)).patches.float().unflatten(0, (len(images), -1))
         aligned, seen = part.undo(read)
-        total = total + (aligned * seen.unsqueeze(-1)).sum(1)
-        count = count + seen.sum(1).unsqueeze(-1)
-    return total, count  # pyright: ignore
+        totals.append((aligned * seen.unsqueeze(-1)).sum(1))
+        counts.append(seen.sum(1).unsqueeze(-1))
+    return torch.stack(totals).sum(0), torch.stack(counts).sum(0)

@@ -69,12 +69,13 @@ def mean_patch(backbone: Backbone, batches: Iterable[Float[Tensor, "_ 3 _ _"]]) 
     change a model less than random tokens do (benchmarks/methods).
     """
     entered: list[Tensor] = []
-    means = []
+    sums = []
     with ahead_of(backbone.first_block_input, lambda _module, args: entered.append(args[0])):
         for images in batches:
             backbone.run(images)
-            means.append(backbone.layout(images).patches(entered.pop()).double().mean((0, 1)).cpu())
-    return torch.stack(means).mean(0).float()
+            patches = backbone.layout(images).patches(entered.pop())
+            sums.append((patches.double().sum((0, 1)).cpu(), patches.shape[:2].numel()))
+    return (torch.stack([total for total, _ in sums]).sum(0) / sum(count for _, count in sums)).float()
 
 
 def starting_tokens(

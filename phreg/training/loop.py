@@ -127,13 +127,10 @@ def train(  # noqa: C901 (the loop reads straight down)
         trained = unlock(student, config.unlock)
     with task.running():
         trained = freeze_unused(task, trained, size)
-    roles = parameter_roles(student, trained)
-    shares = (
-        calibrated_shares(task, roles, trained, images, config, run, accelerator)
-        if config.optim.trust_region
-        else {}
-    )
-    optim = optimizer(trained, config.optim, roles, shares)
+    shares = None
+    if config.optim.trust_region:
+        shares = calibrated_shares(task, trained, images, config, run, accelerator)
+    optim = optimizer(trained, config.optim, shares)
     average = MovingAverage(trained, config.optim.ema) if config.optim.ema is not None else None
 
     steps_per_epoch = order.steps_per_epoch / accumulate
@@ -261,17 +258,17 @@ def train(  # noqa: C901 (the loop reads straight down)
 
 def calibrated_shares(
     task: RetrofitTask,
-    roles: Mapping[str, str],
     trained: Mapping[str, nn.Parameter],
     images: Crops,
     config: DistillConfig,
     run: RunFolder,
     accelerator: Accelerator,
 ) -> dict[str, float]:
-    """Measures what a step of each role does on one batch, and gives each its share of the learning rate.
+    """Measures what a step of each role does on one batch; returns each parameter's share of the rate.
 
     The rates are written to the run folder, so that a resumed run has the same; so has every process.
     """
+    roles = parameter_roles(task.student, trained)
     if accelerator.is_main_process and not run.rates.is_file():
         order = Order(len(images), config.batch_size, seed=config.seed)
         batch = next(iter(loader(images, order, 0, 1, workers=0)))
@@ -293,7 +290,7 @@ def calibrated_shares(
         logger.info(
             "learning rate of %-14s %.2g (alone %.2g)", role, min(rate.rate, config.optim.lr), rate.alone
         )
-    return {role: min(1.0, rate.rate / config.optim.lr) for role, rate in rates.items()}
+    return {name: min(1.0, rates[role].rate / config.optim.lr) for name, role in roles.items()}
 
 
 def on_all_processes(measured: Measurement, accelerator: Accelerator) -> Measurement:

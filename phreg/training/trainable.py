@@ -177,22 +177,19 @@ def parameter_roles(backbone: Backbone, trained: Mapping[str, nn.Parameter]) -> 
 
 
 def optimizer(
-    parameters: Mapping[str, nn.Parameter],
-    config: OptimConfig,
-    roles: Mapping[str, str],
-    shares: Mapping[str, float],
+    parameters: Mapping[str, nn.Parameter], config: OptimConfig, shares: Mapping[str, float] | None = None
 ) -> torch.optim.Optimizer:
     """Makes the optimizer. Weight decay applies to everything that trains, as in the paper.
 
     Args:
         parameters: The parameters that train, by name.
         config: Optimizer and its rates.
-        roles: The role of each parameter, by name.
-        shares: Share of the learning rate that a role gets, all of it where it is not named.
+        shares: Share of the learning rate that a parameter gets, by name; all of it where it is not named.
     """
+    share = {name: (shares or {}).get(name, 1.0) for name in parameters}
     values: list[dict[str, Any]] = [
-        {"params": [parameters[name] for name in names], "share": shares.get(role, 1.0)}
-        for role, names in groupby(parameters, key=roles.__getitem__)
+        {"params": [parameters[name] for name in names], "share": value}
+        for value, names in groupby(parameters, key=share.__getitem__)
     ]
     match config.name:
         case "adamw":
@@ -210,7 +207,7 @@ def optimizer(
 
 
 def set_learning_rate(optim: torch.optim.Optimizer, rate: float) -> None:
-    """Sets the learning rate of a step; each role gets its share."""
+    """Sets the learning rate of a step; each parameter gets its share."""
     for group in optim.param_groups:
         group["lr"] = rate * group["share"]
 

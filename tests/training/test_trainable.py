@@ -17,6 +17,8 @@ from phreg.training import trainable as unlock
 from phreg.training.losses import distillation_terms
 from phreg.training.task import RetrofitTask
 
+NO_LORA = LoraConfig(rank=0)
+
 
 def patched(model, count=2):
     backbone = adapt(model)
@@ -32,7 +34,7 @@ def freeze(backbone, trained, target, loss):
 
 def test_only_registers_and_the_named_roles_train(tiny):
     backbone = patched(tiny())
-    trained = unlock.unlock(backbone, UnlockConfig(roles=("pos_embed", "block.-1")))
+    trained = unlock.unlock(backbone, UnlockConfig(roles=("pos_embed", "block.-1"), lora=NO_LORA))
     expected = {"model.reg_token", "model.pos_embed"}
     expected |= {f"model.blocks.2.{name}" for name, _ in backbone.model.blocks[2].named_parameters()}
     assert set(trained) == expected
@@ -41,7 +43,7 @@ def test_only_registers_and_the_named_roles_train(tiny):
 
 def test_an_unknown_role_lists_the_models_own(tiny):
     with pytest.raises(ConfigError, match=r"no role 'block.7'.*block.0 to block.2"):
-        unlock.unlock(patched(tiny()), UnlockConfig(roles=("block.7",)))
+        unlock.unlock(patched(tiny()), UnlockConfig(roles=("block.7",), lora=NO_LORA))
 
 
 @pytest.mark.parametrize(
@@ -82,14 +84,14 @@ def test_a_role_that_the_model_lacks_is_named_with_those_it_has(tiny, role):
 
 def test_without_registers_and_roles_nothing_would_train_and_that_is_an_error(tiny):
     with pytest.raises(ConfigError, match="nothing would train"):
-        unlock.unlock(adapt(tiny()), UnlockConfig(roles=()))
+        unlock.unlock(adapt(tiny()), UnlockConfig(roles=(), lora=NO_LORA))
 
 
 def test_what_a_value_only_read_out_does_not_reach_stays_frozen():
     clip = next(name for name in families_transformers.FAMILIES if name.startswith("clip"))
     backbone = patched(families_transformers.FAMILIES[clip]())
     set_readout(backbone, "value-only")
-    trained = unlock.unlock(backbone, UnlockConfig(roles=("block.-1",)))
+    trained = unlock.unlock(backbone, UnlockConfig(roles=("block.-1",), lora=NO_LORA))
     used = freeze(backbone, trained, TargetConfig(), LossConfig(pooled=0))
     frozen = set(trained) - set(used)
     assert any("q_proj" in name for name in frozen)
@@ -103,7 +105,7 @@ def test_what_a_value_only_read_out_does_not_reach_stays_frozen():
 def test_blocks_after_an_inner_target_stay_frozen(tiny, caplog):
     caplog.set_level(logging.INFO)
     backbone = patched(tiny())
-    trained = unlock.unlock(backbone, UnlockConfig(roles=("blocks",)))
+    trained = unlock.unlock(backbone, UnlockConfig(roles=("blocks",), lora=NO_LORA))
     used = freeze(backbone, trained, TargetConfig(layer=1), LossConfig(pooled=0))
     assert any("blocks.1." in name for name in used)
     assert not any("blocks.2." in name for name in used)
@@ -113,7 +115,7 @@ def test_blocks_after_an_inner_target_stay_frozen(tiny, caplog):
 def test_finding_out_what_is_used_leaves_no_gradients_and_no_word_where_all_is_used(tiny, caplog):
     caplog.set_level(logging.INFO)
     backbone = patched(tiny())
-    trained = unlock.unlock(backbone, UnlockConfig(roles=("blocks",)))
+    trained = unlock.unlock(backbone, UnlockConfig(roles=("blocks",), lora=NO_LORA))
     used = freeze(backbone, trained, TargetConfig(), LossConfig())
     assert used.keys() == trained.keys()
     assert all(parameter.grad is None for parameter in backbone.parameters())
@@ -122,14 +124,14 @@ def test_finding_out_what_is_used_leaves_no_gradients_and_no_word_where_all_is_u
 
 def test_what_is_used_is_found_in_a_half_precision_model_too(tiny):
     backbone = patched(tiny()).to(torch.bfloat16)
-    trained = unlock.unlock(backbone, UnlockConfig(roles=("blocks",)))
+    trained = unlock.unlock(backbone, UnlockConfig(roles=("blocks",), lora=NO_LORA))
     used = freeze(backbone, trained, TargetConfig(layer=0), LossConfig(pooled=0))
     assert {name.split(".")[2] for name in used if "blocks" in name} == {"0"}
 
 
 def test_the_pooled_term_alone_reaches_the_weights(tiny):
     backbone = patched(tiny())
-    trained = unlock.unlock(backbone, UnlockConfig(roles=("blocks",)))
+    trained = unlock.unlock(backbone, UnlockConfig(roles=("blocks",), lora=NO_LORA))
     pooled = LossConfig(cosine=0, mse=0, pooled=1)
     used = freeze(backbone, trained, TargetConfig(), pooled)
     assert used.keys() == trained.keys()
@@ -137,7 +139,7 @@ def test_the_pooled_term_alone_reaches_the_weights(tiny):
 
 def test_a_loss_without_terms_is_an_error_that_names_its_weights(tiny):
     backbone = patched(tiny())
-    trained = unlock.unlock(backbone, UnlockConfig(roles=("blocks",)))
+    trained = unlock.unlock(backbone, UnlockConfig(roles=("blocks",), lora=NO_LORA))
     nothing = LossConfig(cosine=0, mse=0, pooled=0)
     with pytest.raises(ConfigError, match=r"set loss\.cosine, loss\.mse or loss\.pooled"):
         freeze(backbone, trained, TargetConfig(), nothing)
@@ -209,7 +211,7 @@ def test_lora_changes_nothing_at_first_trains_and_is_merged_into_plain_weights(t
 
 
 def test_the_papers_schedule_steps_by_epoch_one_step_late():
-    paper = OptimConfig(lr=1e-4, final_lr=5e-6, schedule="exponential", schedule_unit="epoch")
+    paper = OptimConfig(warmup_steps=0, lr=1e-4, final_lr=5e-6, schedule="exponential", schedule_unit="epoch")
     rates = [unlock.learning_rate(paper, step, steps=30, steps_per_epoch=10) for step in range(30)]
     third = [1e-4 * (5e-6 / 1e-4) ** (part / 3) for part in (1, 2, 3)]
     assert rates[0] == 1e-4, "the rate is set after each step, so the first still has the initial one"
@@ -238,27 +240,29 @@ def test_a_schedule_by_step_goes_from_lr_to_final_lr(schedule):
     ],
 )
 def test_schedules_have_the_rates_computed_by_hand(schedule, expected):
-    config = OptimConfig(lr=9.0, final_lr=1.0, schedule=schedule, schedule_unit="step")
+    config = OptimConfig(warmup_steps=0, lr=9.0, final_lr=1.0, schedule=schedule, schedule_unit="step")
     rates = [unlock.learning_rate(config, step, steps=5, steps_per_epoch=7) for step in (0, 1, 2, 4)]
     assert rates == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("schedule", ["exponential", "cosine"])
 def test_of_two_steps_the_second_is_the_last(schedule):
-    config = OptimConfig(lr=1e-3, final_lr=1e-5, schedule=schedule, schedule_unit="step")
+    config = OptimConfig(warmup_steps=0, lr=1e-3, final_lr=1e-5, schedule=schedule, schedule_unit="step")
     rates = [unlock.learning_rate(config, step, steps=2, steps_per_epoch=1) for step in (0, 1)]
     assert rates == pytest.approx([1e-3, 1e-5])
 
 
 def test_an_epoch_that_is_cut_short_counts_as_one():
-    config = OptimConfig(lr=8.0, final_lr=1.0, schedule="exponential", schedule_unit="epoch")
+    config = OptimConfig(warmup_steps=0, lr=8.0, final_lr=1.0, schedule="exponential", schedule_unit="epoch")
     rates = [unlock.learning_rate(config, step, steps=7, steps_per_epoch=3) for step in range(7)]
     assert rates == pytest.approx([8, 4, 4, 4, 2, 2, 2]), "a third of the way after each of three epochs"
 
 
 def test_a_constant_schedule_is_constant_and_one_step_is_enough():
-    assert unlock.learning_rate(OptimConfig(schedule="constant"), 3, 10, 5) == OptimConfig().lr
-    assert math.isfinite(unlock.learning_rate(OptimConfig(), 0, 1, 1))
+    assert (
+        unlock.learning_rate(OptimConfig(warmup_steps=0, schedule="constant"), 3, 10, 5) == OptimConfig().lr
+    )
+    assert math.isfinite(unlock.learning_rate(OptimConfig(warmup_steps=0), 0, 1, 1))
 
 
 def test_the_moving_average_has_the_values_computed_by_hand_and_can_take_the_weights_place():
@@ -273,6 +277,65 @@ def test_the_moving_average_has_the_values_computed_by_hand_and_can_take_the_wei
     average.apply()
     assert weights["w"].tolist() == [2.0] * 3
     assert not average.average["w"].requires_grad
+
+
+def test_the_average_takes_the_weights_place_for_a_while_only():
+    weights = {"w": torch.nn.Parameter(torch.zeros(1))}
+    average = unlock.MovingAverage(weights, decay=0.75)
+    with torch.no_grad():
+        weights["w"].fill_(4.0)
+    average.update()
+    with average.applied():
+        assert weights["w"].item() == 1.0
+    assert weights["w"].item() == 4.0
+
+
+def test_vectors_are_norms_and_biases_of_the_blocks(tiny):
+    trained = unlock.unlock(patched(tiny()), UnlockConfig(roles=("vectors",), lora=NO_LORA))
+    block = {"norm1.weight", "norm1.bias", "norm2.weight", "norm2.bias", "attn.qkv.bias", "attn.proj.bias"}
+    block |= {"mlp.fc1.bias", "mlp.fc2.bias"}
+    expected = {f"model.blocks.{index}.{name}" for index in range(3) for name in block}
+    assert set(trained) == expected | {"model.reg_token"}
+
+
+def test_the_automatic_rank_is_the_largest_within_the_share_of_the_weights(tiny):
+    """Width 32, three blocks: qkv 32x96, proj 32x32, fc1 32x128, fc2 128x32: 512 a rank."""
+    backbone = patched(tiny())
+    total = sum(parameter.numel() for parameter in backbone.model.parameters())
+    assert unlock.automatic_rank(backbone, list(backbone.blocks)) == int(0.08 * total / (3 * 512))
+    trained = unlock.unlock(backbone, UnlockConfig())
+    lora = sum(parameter.numel() for name, parameter in trained.items() if "lora_" in name)
+    assert 0.08 * total - 3 * 512 < lora <= 0.08 * total
+
+
+def test_parameters_have_the_role_of_what_they_are_in_adapters_that_of_their_block(tiny):
+    backbone = patched(tiny())
+    trained = unlock.unlock(backbone, UnlockConfig(roles=("pos_embed", "vectors", "norm")))
+    roles = unlock.parameter_roles(backbone, trained)
+    assert roles.keys() == trained.keys()
+    assert roles["model.pos_embed"] == "pos_embed"
+    assert roles["model.reg_token"] == "registers"
+    assert roles["model.norm.weight"] == "norm"
+    inside = {name: role for name, role in roles.items() if ".blocks." in name}
+    assert all(role == f"block.{name.split('.')[2]}" for name, role in inside.items())
+    assert any("lora_" in name for name in inside)
+
+
+def test_each_parameter_moves_at_its_share_of_the_rate():
+    weights = {name: torch.nn.Parameter(torch.tensor([1.0])) for name in "abc"}
+    config = OptimConfig(name="sgd", lr=0.5, momentum=0, weight_decay=0)
+    optim = unlock.optimizer(weights, config, {"a": 0.5, "c": 0.1})
+    unlock.set_learning_rate(optim, 0.2)
+    for weight in weights.values():
+        weight.grad = torch.ones(1)
+    optim.step()
+    moved = [1 - weight.item() for weight in weights.values()]
+    assert moved == pytest.approx([0.1, 0.2, 0.02], rel=1e-5)
+
+
+def test_the_rate_ends_at_a_fiftieth_unless_asked_otherwise():
+    config = OptimConfig(lr=1.0, warmup_steps=0)
+    assert unlock.learning_rate(config, 9, 10, 10) == pytest.approx(0.02)
 
 
 GRADIENTS = (3.0, -1.0, 0.5)

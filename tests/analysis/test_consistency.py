@@ -1,0 +1,93 @@
+"""Agreement with moved views, by models whose right figures are known."""
+
+import pytest
+import torch
+from torch import nn
+
+from phreg.analysis.consistency import consistency, worst_percent
+from phreg.backbones.resolve import adapt
+from phreg.config import ViewsConfig
+from phreg.errors import PhregError
+from phreg.seeding import keyed_generator
+from phreg.views import distinct_views
+
+VIEWS = ViewsConfig(max_shift=0.25, fill="white")
+
+
+def images(count=3):
+    return torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def local(tiny):
+    """A model that reads each patch alone: no attention, no position."""
+    backbone = adapt(tiny())
+    for block in backbone.model.blocks:
+        nn.init.zeros_(block.attn.proj.weight)
+        nn.init.zeros_(block.attn.proj.bias)
+    nn.init.zeros_(backbone.model.pos_embed)
+    return backbone
+
+
+def measure(backbone, **changes):
+    unmirrored = VIEWS.model_copy(update={"flip": 0.0} | changes)  # a mirrored patch is another patch
+    return consistency(backbone, images().split(2), unmirrored, (32, 32), count=8)
+
+
+def test_a_model_that_reads_each_patch_alone_agrees_wholly_and_has_nothing_to_gain(local):
+    report = measure(local)
+    assert report.mean == pytest.approx(1, abs=1e-6)
+    assert report.worst_percent == pytest.approx(1, abs=1e-5)
+    assert report.headroom == pytest.approx(0, abs=1e-6)
+    assert not report.worthwhile
+
+
+def test_a_pattern_that_keeps_to_the_frame_is_found_where_it_is_and_is_fixed_to_it(local):
+    with torch.no_grad():
+        local.model.pos_embed[0, 1 + 5] += 30 * torch.randn(32, generator=torch.Generator().manual_seed(0))
+    report = measure(local)
+    assert report.by_position.argmin() == 5
+    assert report.frame_fixed > 0.6, "most of the disagreement is the same in all images"
+    assert report.frame_fixed_by_chance == pytest.approx(1 / 3)
+
+
+def test_headroom_is_the_floor_less_the_agreement_image_by_image(tiny):
+    report = measure(adapt(tiny()))
+    assert report.headroom == pytest.approx(report.floor - report.mean, abs=1e-6)
+    assert report.maps.shape == (3, 4, 4)
+    assert report.mean == pytest.approx(report.maps.mean().item(), abs=1e-6)
+    assert torch.allclose(report.by_position, report.maps.mean(0))
+
+
+def test_the_same_seed_gives_the_same_figures_and_another_seed_others(tiny):
+    backbone = adapt(tiny())
+    first, again = measure(backbone), measure(backbone)
+    assert torch.equal(first.maps, again.maps)
+    other = consistency(backbone, images().split(2), VIEWS, (32, 32), count=8, seed=1)
+    assert not torch.equal(first.maps, other.maps)
+
+
+def test_no_images_and_views_that_cannot_be_halved_are_errors_that_say_what_to_do(tiny):
+    backbone = adapt(tiny())
+    with pytest.raises(PhregError, match="give at least one"):
+        consistency(backbone, [], VIEWS, (32, 32))
+    with pytest.raises(PhregError, match=r"raise views.max_shift|raise it"):
+        consistency(backbone, [images()], VIEWS.model_copy(update={"max_shift": 0.0}), (32, 32))
+
+
+def test_the_worst_per_cent_is_the_mean_of_the_lowest_of_a_hundred():
+    values = torch.arange(300, dtype=torch.float32)
+    assert worst_percent(values[torch.randperm(300)]) == 1.0
+    assert worst_percent(torch.tensor([3.0, 2.0])) == 2.0
+
+
+def test_distinct_views_never_repeat_and_never_leave_the_image_as_it_is(tiny):
+    backbone = adapt(tiny())
+    group = distinct_views(VIEWS, backbone.spec, (32, 32), 5, 100, keyed_generator("test", 0))
+    assert group.count == 2 * 9 - 1, "shifts of -1, 0, 1 each way, mirrored or not, but for the unmoved"
+    for offsets, flips in zip(group.offsets.tolist(), group.flips.tolist(), strict=True):
+        drawn = {(*offset, flip) for offset, flip in zip(offsets, flips, strict=True)}
+        assert len(drawn) == group.count
+        assert (0, 0, False) not in drawn
+    fewer = distinct_views(VIEWS, backbone.spec, (32, 32), 5, 4, keyed_generator("test", 0))
+    assert fewer.count == 4
