@@ -36,7 +36,8 @@ from phreg.evaluation.before_after import Comparison, compare_with_original, fai
 from phreg.evaluation.feature_cache import GIGABYTE, FeatureCache
 from phreg.evaluation.features import FeatureReader
 from phreg.evaluation.features import Observer as Progress
-from phreg.evaluation.results import ADVICE, MAPS, Record, Results
+from phreg.evaluation.record import Record
+from phreg.evaluation.results import ADVICE, MAPS, Results
 from phreg.evaluation.runner import Suite, compare_models
 from phreg.evaluation.tasks import object_discovery
 from phreg.evaluation.tasks.table import resolve_settings

@@ -34,17 +34,8 @@ from phreg.data.sources import open_images, walk
 from phreg.errors import DataError, PhregError
 from phreg.evaluation.feature_cache import FeatureCache, stamps
 from phreg.evaluation.features import FeatureReader, Observer
-from phreg.evaluation.results import (
-    ADVICE,
-    MAPS,
-    RESULTS,
-    TABLE,
-    Metrics,
-    Record,
-    Results,
-    hardware,
-    summarise,
-)
+from phreg.evaluation.record import Metrics, Record, hardware, summarise
+from phreg.evaluation.results import ADVICE, MAPS, RESULTS, TABLE, Results
 from phreg.evaluation.tasks.table import draws, find_task
 from phreg.parsing import parse_json
 from phreg.storage import write_text, writing
@@ -155,6 +146,7 @@ class Suite:
         runs = [self._run(reader, seed) for seed in seeds]
         record = summarise(
             [metrics for metrics, _ in runs],
+            find_task(self.task).METRICS,
             task=self.task,
             model=name,
             sha256=identity.weights,

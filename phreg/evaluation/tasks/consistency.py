@@ -28,11 +28,21 @@ from phreg.data.sources import ImageSource, open_images
 from phreg.errors import PhregError
 from phreg.evaluation.features import FeatureReader, Reading
 from phreg.evaluation.metrics.agreement import Agreement, AgreementMeter, incomparable_reason
-from phreg.evaluation.results import Metrics
+from phreg.evaluation.record import Metrics, MetricSpec
 from phreg.seeding import keyed_generator
 from phreg.teacher import Teacher
 
 logger = logging.getLogger(__name__)
+
+METRICS = (
+    MetricSpec("shift_agreement"),
+    MetricSpec("flip_agreement"),
+    MetricSpec("reference_agreement"),
+    MetricSpec("reference_worst_percent"),
+    MetricSpec("outlier_rate", better="lower"),
+    MetricSpec("artifact_agreement"),
+    MetricSpec("worst_percent"),
+)
 
 
 class Settings(Config):

@@ -21,9 +21,11 @@ from phreg.errors import DataError
 from phreg.evaluation.datasets.labelled import MaskIndex, Segmentation, open_segmentation
 from phreg.evaluation.dense import Dense
 from phreg.evaluation.features import FeatureReader, Reading
-from phreg.evaluation.results import Metrics
-from phreg.evaluation.tasks.segmentation import measure_segmentation, patch_shares
+from phreg.evaluation.record import Metrics
+from phreg.evaluation.tasks.segmentation import SEGMENTATION_METRICS, measure_segmentation, patch_shares
 from phreg.seeding import keyed_generator
+
+METRICS = SEGMENTATION_METRICS
 
 AT_ONCE = 4096
 """Patches that are looked up at a time."""

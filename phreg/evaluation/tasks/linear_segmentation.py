@@ -26,9 +26,11 @@ from phreg.evaluation.datasets.augmentation import CropConfig, PairedCrops
 from phreg.evaluation.datasets.labelled import IGNORE, MaskIndex, Segmentation, open_segmentation
 from phreg.evaluation.dense import Dense
 from phreg.evaluation.features import FeatureReader, Reading
-from phreg.evaluation.results import Metrics
-from phreg.evaluation.tasks.segmentation import measure_segmentation, patch_shares
+from phreg.evaluation.record import Metrics
+from phreg.evaluation.tasks.segmentation import SEGMENTATION_METRICS, measure_segmentation, patch_shares
 from phreg.seeding import keyed_generator
+
+METRICS = SEGMENTATION_METRICS
 
 
 class Settings(Config):

@@ -32,10 +32,16 @@ from phreg.evaluation.datasets.boxes import Boxed, Choice, open_boxed
 from phreg.evaluation.dense import Placement
 from phreg.evaluation.features import FeatureReader, Reading
 from phreg.evaluation.metrics.scores import is_localised
-from phreg.evaluation.results import Metrics
+from phreg.evaluation.record import Metrics, MetricSpec
 from phreg.evaluation.tasks.lost import Discovery, lost
 from phreg.evaluation.tasks.tokencut import tokencut
 from phreg.seeding import keyed_generator
+
+METRICS = (
+    MetricSpec("corloc"),
+    MetricSpec("corloc_first"),
+    MetricSpec("artifact_seeds", better="lower"),
+)
 
 Source = Literal["tokens", "queries", "keys", "values"]
 

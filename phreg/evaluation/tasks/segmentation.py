@@ -18,9 +18,19 @@ from phreg.evaluation.datasets.labelled import IGNORE, Segmentation, class_share
 from phreg.evaluation.dense import Dense, Placement
 from phreg.evaluation.features import FeatureReader, Reading
 from phreg.evaluation.metrics.scores import ConfusionMeter
-from phreg.evaluation.results import Metrics
+from phreg.evaluation.record import Metrics, MetricSpec
 
 logger = logging.getLogger(__name__)
+
+SEGMENTATION_METRICS = (
+    MetricSpec("miou"),
+    MetricSpec("mean_accuracy"),
+    MetricSpec("pixel_accuracy"),
+    MetricSpec("artifact_accuracy"),
+    MetricSpec("iou"),
+    MetricSpec("accuracy"),
+)
+"""What `measure_segmentation` measures, in all and of each class."""
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 A task is a module of this package with
 
+    METRICS: Sequence[MetricSpec]             what it measures: unit, which way is better, heading in tables
     class Settings(Config)                    every number it depends on, each with a default and a docstring
     PROTOCOLS: Mapping[str, Mapping]          named sets of settings, e.g. of a paper (optional)
     draws(data, settings) -> bool             whether the seed decides anything (optional: it does)
@@ -17,13 +18,13 @@ and name it here.
 """
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, cast, runtime_checkable
 
 from phreg.config import Config, build, flatten
 from phreg.errors import ConfigError, PhregError
 from phreg.evaluation.features import FeatureReader
-from phreg.evaluation.results import Metrics
+from phreg.evaluation.record import Metrics, MetricSpec
 
 TASKS = {
     "classification": "phreg.evaluation.tasks.classification",
@@ -42,6 +43,7 @@ TASKS = {
 class Task(Protocol):
     """What a task's module offers."""
 
+    METRICS: Sequence[MetricSpec]
     Settings: type[Config]
 
     def run(self, reader: FeatureReader, data: str, settings: Any, seed: int) -> Metrics:

@@ -32,7 +32,9 @@ from phreg.evaluation.datasets.pairs import find_files, pair_files, read_lines
 from phreg.evaluation.dense import Dense
 from phreg.evaluation.features import FeatureReader, Reading
 from phreg.evaluation.metrics.scores import IGNORE, boundary_accuracy, region_similarity
-from phreg.evaluation.results import Metrics
+from phreg.evaluation.record import Metrics, MetricSpec
+
+METRICS = (MetricSpec("j_and_f"), MetricSpec("j"), MetricSpec("f"))
 
 AT_ONCE = 1024
 """Patches that are looked up at a time."""

@@ -36,10 +36,12 @@ from phreg.evaluation.datasets.vocabulary import Queries, embed_vocabulary, find
 from phreg.evaluation.dense import Dense
 from phreg.evaluation.features import FeatureReader, Reading
 from phreg.evaluation.metrics.scores import pearson
-from phreg.evaluation.results import Metrics
-from phreg.evaluation.tasks.segmentation import measure_segmentation
+from phreg.evaluation.record import Metrics, MetricSpec
+from phreg.evaluation.tasks.segmentation import SEGMENTATION_METRICS, measure_segmentation
 
 logger = logging.getLogger(__name__)
+
+METRICS = (*SEGMENTATION_METRICS, MetricSpec("pearson", "correlation"))
 
 Head = Literal["plain", "maskclip", "sclip", "clearclip", "naclip", "student"]
 
