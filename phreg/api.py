@@ -34,12 +34,9 @@ from phreg.data.sources import ImageSource, open_images
 from phreg.errors import ConfigError, DataError, PhregError, PushError
 from phreg.evaluation.before_after import Comparison, compare_with_original, failed_gates
 from phreg.evaluation.feature_cache import GIGABYTE, FeatureCache
-from phreg.evaluation.features import FeatureReader
 from phreg.evaluation.features import Observer as Progress
-from phreg.evaluation.record import Record
-from phreg.evaluation.results import ADVICE, MAPS, Results
+from phreg.evaluation.results import MAPS, Results
 from phreg.evaluation.runner import Suite, compare_models
-from phreg.evaluation.tasks import object_discovery
 from phreg.evaluation.tasks.table import resolve_settings
 from phreg.formats import export as exports
 from phreg.formats import publish
@@ -48,8 +45,7 @@ from phreg.formats.load import open_into, open_model, open_saved, record_of, war
 from phreg.formats.record import save_run
 from phreg.inspection.images import labelled, larger
 from phreg.methods import METHODS
-from phreg.report.canvas import save_png
-from phreg.report.discoveries import discovery_figure
+from phreg.report.examples import write_examples
 from phreg.report.folder import check_output, write_comparison, write_inspection
 from phreg.report.html import Origin
 from phreg.report.page import InspectionReport
@@ -57,7 +53,7 @@ from phreg.rollback import ModelState, rollback_on_error, to_fp32, unchanged
 from phreg.seeding import keyed_generator
 from phreg.sinks import test_time
 from phreg.sinks.locate import Sinks, locate
-from phreg.storage import OWN_FORMATS, writing
+from phreg.storage import OWN_FORMATS
 from phreg.teacher import Teacher
 from phreg.training.checkpoint import RunFolder, check_free, starting_run
 from phreg.training.loop import (
@@ -667,9 +663,9 @@ def evaluate(
             were, in their own mode and on their own device.
         task: Name of the task.
         data: Where its images and labels are.
-        output: Folder to write results.json, results.md and, of object discovery, maps.png to, and single
-            runs, which a rerun takes up again; one that holds results of another task, other data or other
-            settings is refused. None writes nothing.
+        output: Folder to write results.json, results.md and, where the task has pictures, maps.png to, and
+            single runs, which a rerun takes up again; one that holds results of another task, other data or
+            other settings is refused. None writes nothing.
         baseline: Model that the others are set against, and measured at whose artifacts; None means the
             first of several, without figures at artifacts.
         seeds: Runs of each model; with several, figures have a spread. A task that draws nothing runs once.
@@ -711,13 +707,6 @@ def evaluate(
         if against is None:
             against = _named([baseline], "baseline").popitem()[0]
             named |= _named([baseline], "baseline")
-    found: dict[str, list[object_discovery.Example]] = {}
-
-    def look_closer(reader: FeatureReader, record: Record) -> None:
-        if isinstance(checked, object_discovery.Settings) and output is not None:
-            best = record.notes[0]["best"]
-            found[record.model] = object_discovery.examples(reader, os.fspath(data), checked, seed, best)
-
     with tempfile.TemporaryDirectory(prefix="phreg-") as temporary:
         folder = Path(output if output is not None else temporary)
         kept = FeatureCache(Path(cache) if cache else folder / "features", int(cache_limit * GIGABYTE))
@@ -732,7 +721,7 @@ def evaluate(
             batch_size,
             precision == "bf16",
             observe or (lambda *_: None),
-            look_closer,
+            show=output is not None,
         )
         with unchanged(*(model for model in named.values() if isinstance(model, nn.Module))):
             results = compare_models(
@@ -741,9 +730,7 @@ def evaluate(
                 against,
                 lambda name: open_model(named[name], mean=mean, std=std)[0],
             )
-        if found:
-            with writing(folder / MAPS, ADVICE):
-                save_png(folder / MAPS, discovery_figure(_short(found)))
+        write_examples(folder / MAPS, _short(results.examples))
     if gate is not None:
         results.check_gate(gate)
     return results

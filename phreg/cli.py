@@ -326,6 +326,7 @@ def tasks(task: Annotated[Positional[str | None], _unset("[TASK]")] = None, /) -
     for key, field in config.fields(found.Settings).items():
         table.add_row(key, str(defaults[key]), " ".join((field.description or "").split()))
     console.print(table)
+    console.print(f"Data: {found.DATA}.")
     if protocols(found):
         console.print(f"Protocols: {', '.join(protocols(found))}")
 

@@ -12,7 +12,7 @@ import os
 import platform
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from typing import Any, Literal
 
@@ -20,6 +20,7 @@ import torch
 
 from phreg import __version__
 from phreg.errors import PhregError
+from phreg.evaluation.examples import Example
 from phreg.training.checkpoint import LIBRARIES
 
 SHARE = "share"
@@ -122,6 +123,10 @@ class Summary:
         return cls(statistics.fmean(values), spread, tuple(values))
 
 
+BESIDE = ("metrics", "examples")
+"""Fields of a `Record` that are not in JSON."""
+
+
 @dataclass(frozen=True)
 class Record:
     """What a model reached in a task.
@@ -143,7 +148,8 @@ class Record:
         seconds: Wall-clock seconds of all seeds.
         drawn: Whether a seed decides anything.
         counts: What each figure was computed over, by seed.
-        metrics: What the task says of each metric, by name; not in JSON.
+        metrics: What the task says of each metric, by name; like the next not in JSON.
+        examples: What the model made of a few pictures, where they are asked for and the task has some.
     """
 
     task: str
@@ -163,6 +169,7 @@ class Record:
     drawn: bool = True
     counts: tuple[Counts, ...] = ()
     metrics: Mapping[str, MetricSpec] = field(default_factory=dict, repr=False)
+    examples: Sequence[Example] = field(default=(), repr=False, compare=False)
 
     def text(self, name: str) -> str:
         """Writes a figure for a table; one that is not there is a dash."""
@@ -183,9 +190,8 @@ class Record:
 
     def to_json(self) -> dict[str, Any]:
         """The record as JSON holds it; NaN, which JSON does not know, becomes null."""
-        fields = asdict(self)
-        del fields["metrics"]  # which are the task's, not this model's
-        return without_nan(fields)
+        found = asdict(replace(self, metrics={}, examples=()))
+        return without_nan({name: value for name, value in found.items() if name not in BESIDE})
 
 
 def summarise(runs: Sequence[Metrics], declared: Sequence[MetricSpec], **facts: Any) -> Record:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from phreg.errors import GateError, PhregError
+from phreg.evaluation.examples import Example
 from phreg.evaluation.record import MetricSpec, Record, Summary, amounts, without_nan
 from phreg.storage import write_text, writing
 
@@ -66,6 +67,11 @@ class Results:
     def against(self) -> Record | None:
         """The model that the others are set against."""
         return self.baseline or self.first
+
+    @property
+    def examples(self) -> dict[str, Sequence[Example]]:
+        """What each model made of a few pictures, the baseline first, where the task has some."""
+        return {record.model: record.examples for record, _ in self._labelled() if record.examples}
 
     def differences(self, record: Record) -> dict[str, Difference]:
         """Sets a model's figures against the baseline's, or the first's, with the seeds both have."""

@@ -19,7 +19,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ from phreg.evaluation.feature_cache import FeatureCache, stamps
 from phreg.evaluation.features import FeatureReader, Observer
 from phreg.evaluation.record import Metrics, Record, hardware, summarise
 from phreg.evaluation.results import ADVICE, MAPS, RESULTS, TABLE, Results
-from phreg.evaluation.tasks.table import draws, find_task
+from phreg.evaluation.tasks.table import draws, examples, find_task
 from phreg.parsing import parse_json
 from phreg.storage import write_text, writing
 
@@ -64,7 +64,7 @@ class Suite:
         batch_size: Pictures per forward.
         bf16: Whether forwards run under bf16 autocast.
         observe: Told of progress.
-        watch: Shown each model, ready to be read, with its record.
+        show: Whether records have examples, where the task has some.
     """
 
     task: str
@@ -77,7 +77,7 @@ class Suite:
     batch_size: int
     bf16: bool
     observe: Observer
-    watch: Callable[[FeatureReader, Record], None] = lambda _reader, _record: None
+    show: bool = False
 
     def check_folder(self) -> None:
         """Checks that results may be written to the folder.
@@ -160,8 +160,10 @@ class Suite:
         )
         if record.sweep:
             logger.info("%s:\n%s", name, "\n".join(record.sweep))
-        self.watch(reader, record)
-        return record
+        if not self.show:
+            return record
+        pictures = examples(self.task, reader, self.data, self.settings, seeds[0], record.notes[0])
+        return replace(record, examples=pictures)
 
     @cached_property
     def _files(self) -> str:

@@ -49,6 +49,7 @@ def stand_in(monkeypatch):
     """Puts a task in place that reads nothing, and counts how often it is run."""
     task = ModuleType("stand_in")
     task.Settings, task.METRICS, task.runs = Settings, [MetricSpec("score")], []
+    task.DATA = "none"
 
     def run(reader, _data, _settings, seed):
         task.runs.append(seed)

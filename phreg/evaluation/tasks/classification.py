@@ -50,6 +50,7 @@ def _name(*parts: str) -> str:
     return "_".join(parts).replace("-", "_")
 
 
+DATA = "images with a class each: class folders, a file of labels, or a Hugging Face dataset"
 METRICS = tuple(
     MetricSpec(_name(*classifier, figure))
     for classifier in ((), *product(("knn", "linear"), get_args(Feature)), ("head",), ("zero-shot",))

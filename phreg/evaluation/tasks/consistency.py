@@ -34,6 +34,7 @@ from phreg.teacher import Teacher
 
 logger = logging.getLogger(__name__)
 
+DATA = "any images: a folder, a list, tar shards or a Hugging Face dataset"
 METRICS = (
     MetricSpec("shift_agreement"),
     MetricSpec("flip_agreement"),

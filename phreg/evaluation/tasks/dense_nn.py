@@ -25,6 +25,7 @@ from phreg.evaluation.record import Metrics
 from phreg.evaluation.tasks.segmentation import SEGMENTATION_METRICS, measure_segmentation, patch_shares
 from phreg.seeding import keyed_generator
 
+DATA = "images with masks of classes, for training and testing: a folder in one of the layouts"
 METRICS = SEGMENTATION_METRICS
 
 AT_ONCE = 4096

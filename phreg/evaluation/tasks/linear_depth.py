@@ -40,6 +40,7 @@ from phreg.seeding import keyed_generator
 
 logger = logging.getLogger(__name__)
 
+DATA = "images with depth maps, for training and testing: a folder in one of the layouts"
 METRICS = (
     MetricSpec("rmse", "m", better="lower"),
     MetricSpec("abs_rel", "ratio", better="lower"),

@@ -29,6 +29,7 @@ from phreg.evaluation.tasks import classification, zero_shot_segmentation
 from phreg.evaluation.tasks.classification import Settings as Classification
 from phreg.evaluation.tasks.zero_shot_segmentation import Settings as ZeroShotSegmentation
 
+DATA = "those of the task that is measured"
 METRICS = (
     *(MetricSpec(f"int8_{name}") for name in ("top1", "miou")),
     *(MetricSpec(f"lost_{name}", better="lower") for name in ("top1", "miou")),

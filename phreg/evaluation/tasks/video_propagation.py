@@ -34,6 +34,7 @@ from phreg.evaluation.features import FeatureReader, Reading
 from phreg.evaluation.metrics.scores import IGNORE, boundary_accuracy, region_similarity
 from phreg.evaluation.record import Metrics, MetricSpec
 
+DATA = "videos with masks of objects: a folder in the layout of DAVIS 2017"
 METRICS = (MetricSpec("j_and_f"), MetricSpec("j"), MetricSpec("f"))
 
 AT_ONCE = 1024

@@ -41,6 +41,7 @@ from phreg.evaluation.tasks.segmentation import SEGMENTATION_METRICS, measure_se
 
 logger = logging.getLogger(__name__)
 
+DATA = "images with masks of named classes, for testing: a folder in one of the layouts"
 METRICS = (*SEGMENTATION_METRICS, MetricSpec("pearson", "correlation"))
 
 Head = Literal["plain", "maskclip", "sclip", "clearclip", "naclip", "student"]
