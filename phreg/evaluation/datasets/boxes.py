@@ -27,8 +27,8 @@ from torch import Tensor
 
 from phreg.data.sources import Files, read_text, some
 from phreg.errors import DataError
-from phreg.evaluation.datasets.labelled import read_index_mask
 from phreg.evaluation.datasets.layouts import Layout, find_layout
+from phreg.evaluation.datasets.masks import read_index_mask
 from phreg.evaluation.datasets.pairs import (
     base_name,
     find_files,

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from phreg.errors import DataError
-from phreg.evaluation.datasets.labelled import Segmentation
+from phreg.evaluation.datasets.masks import Segmentation
 from phreg.evaluation.dense import Dense
 from phreg.evaluation.features import FeatureReader
 from phreg.evaluation.record import Metrics

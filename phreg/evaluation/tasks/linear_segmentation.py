@@ -22,9 +22,10 @@ from torch.nn.functional import cross_entropy, interpolate
 
 from phreg.errors import DataError
 from phreg.evaluation.datasets.augmentation import CropConfig, PairedCrops
-from phreg.evaluation.datasets.labelled import IGNORE, Segmentation
+from phreg.evaluation.datasets.masks import Segmentation
 from phreg.evaluation.dense import Dense
 from phreg.evaluation.features import FeatureReader, Reading
+from phreg.evaluation.metrics.scores import IGNORE
 from phreg.evaluation.record import Metrics
 from phreg.evaluation.tasks.segmentation import (
     SEGMENTATION_METRICS,

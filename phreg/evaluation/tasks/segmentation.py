@@ -15,17 +15,12 @@ from torch import Tensor
 
 from phreg.config import Config
 from phreg.evaluation.artifacts import artifact_places
-from phreg.evaluation.datasets.labelled import (
-    IGNORE,
-    MaskIndex,
-    Segmentation,
-    Split,
-    class_shares,
-    open_segmentation,
-)
+from phreg.evaluation.datasets.layouts import Split
+from phreg.evaluation.datasets.masks import MaskIndex, Segmentation, class_shares
+from phreg.evaluation.datasets.segmentation import open_segmentation
 from phreg.evaluation.dense import Dense, Placement
 from phreg.evaluation.features import FeatureReader, Reading
-from phreg.evaluation.metrics.scores import ConfusionMeter
+from phreg.evaluation.metrics.scores import IGNORE, ConfusionMeter
 from phreg.evaluation.record import Metrics, MetricSpec
 
 logger = logging.getLogger(__name__)

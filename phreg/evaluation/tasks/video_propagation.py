@@ -27,7 +27,7 @@ from torch.nn.functional import one_hot
 from phreg.config import Config
 from phreg.data.sources import Files, natural_order, some
 from phreg.errors import DataError
-from phreg.evaluation.datasets.labelled import read_index_mask
+from phreg.evaluation.datasets.masks import read_index_mask
 from phreg.evaluation.datasets.pairs import find_files, pair_files, read_lines
 from phreg.evaluation.dense import Dense
 from phreg.evaluation.features import FeatureReader, Reading

@@ -31,11 +31,10 @@ from phreg.backbones.base import Readout
 from phreg.backbones.readout import check_readout
 from phreg.backbones.text import text_encoder
 from phreg.config import Fraction
-from phreg.evaluation.datasets.labelled import IGNORE
 from phreg.evaluation.datasets.vocabulary import Queries, embed_vocabulary, find_vocabulary
 from phreg.evaluation.dense import Dense
 from phreg.evaluation.features import FeatureReader, Reading
-from phreg.evaluation.metrics.scores import pearson
+from phreg.evaluation.metrics.scores import IGNORE, pearson
 from phreg.evaluation.record import Metrics, MetricSpec
 from phreg.evaluation.tasks.segmentation import (
     SEGMENTATION_METRICS,
