@@ -29,10 +29,12 @@ from phreg.backbones.base import Backbone, packed_types
 from phreg.backbones.readout import set_readout, use_readout
 from phreg.backbones.resolve import Base, adapt, display_name
 from phreg.config import DistillConfig, ViewsConfig
-from phreg.data.crops import MEASURED_AT_ONCE, Crops, centre_crops, split, subsample, subsample_indices
+from phreg.data.crops import MEASURED_AT_ONCE, Crops, centre_crops, larger
+from phreg.data.sampling import split, subsample, subsample_indices
 from phreg.data.sources import ImageSource, open_images
 from phreg.errors import ConfigError, DataError, PhregError, PushError
 from phreg.evaluation.before_after import Comparison, compare_with_original, failed_gates
+from phreg.evaluation.datasets.labelled import read_labelled
 from phreg.evaluation.feature_cache import GIGABYTE, FeatureCache
 from phreg.evaluation.features import Observer as Progress
 from phreg.evaluation.results import MAPS, Results
@@ -43,7 +45,6 @@ from phreg.formats import publish
 from phreg.formats.export import Equality
 from phreg.formats.load import open_into, open_model, open_saved, record_of, warn_failed_checks
 from phreg.formats.record import save_run
-from phreg.inspection.images import labelled, larger
 from phreg.methods import METHODS
 from phreg.report.examples import write_examples
 from phreg.report.folder import check_output, write_comparison, write_inspection
@@ -853,7 +854,7 @@ def _look_at(
         name,
         looked_at,
         resampled=resampled,
-        labelled=labelled(backbone, os.fspath(labels), size) if labels is not None else None,
+        labelled=read_labelled(backbone, os.fspath(labels), size) if labels is not None else None,
         queries=queries,
         observe=observe,
     )

@@ -18,10 +18,17 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
+from phreg.analysis.inspection import Labelled as LabelledBatches
+from phreg.backbones.base import Backbone
+from phreg.data.crops import MEASURED_AT_ONCE, Crops, as_input
+from phreg.data.sampling import subsample_indices
 from phreg.data.sources import SUFFIXES, Files, ImageSource, list_images, open_images, read_text, some
 from phreg.errors import DataError
 from phreg.evaluation.datasets.layouts import SPLIT_NAMES, Split, split_folder
 from phreg.parsing import parse_json
+
+LABELLED = 1000
+"""Images with classes that `read_labelled` reads at most, spread evenly over those there are."""
 
 PART_NAMES = frozenset({"images", "masks"})
 """Folders that stand for a part of a dataset."""
@@ -80,6 +87,27 @@ def open_labelled(
         return _class_folders(root, PART_NAMES.union(*SPLIT_NAMES.values()))
     found = split_folder(root, split) if divided else None
     return _class_folders(found, PART_NAMES) if found else None
+
+
+def read_labelled(backbone: Backbone, data: str, size: int | tuple[int, int]) -> LabelledBatches:
+    """Reads images with classes as a model takes them: those that `open_labelled` finds.
+
+    An unreadable image is replaced by the next one, with that one's class.
+
+    Raises:
+        DataError: There are none, or labels and images do not match.
+    """
+    found = open_labelled(data)
+    if found is None or not len(found.images):
+        raise DataError(f"labelled images asked for in {data}, found none; give a folder of class folders")
+    numbers = subsample_indices(len(found.images), LABELLED)
+    crops = Crops(found.images, size, crop="centre")
+    batches, classes = [], []
+    for start in range(0, len(numbers), MEASURED_AT_ONCE):
+        batch = crops.batch([(0, number) for number in numbers[start : start + MEASURED_AT_ONCE]])
+        batches.append(as_input(backbone, batch.images))
+        classes.append(found.labels[batch.indices])
+    return LabelledBatches(batches, torch.cat(classes))
 
 
 def _class_folders(root: Path, others: Collection[str]) -> Labelled:

@@ -23,7 +23,7 @@ from phreg.analysis.norms import outlier_mask, outliers
 from phreg.backbones.base import Backbone, Readout
 from phreg.backbones.readout import use_readout
 from phreg.config import Config, Size, ViewsConfig
-from phreg.data.crops import subsample
+from phreg.data.sampling import subsample
 from phreg.data.sources import ImageSource, open_images
 from phreg.errors import PhregError
 from phreg.evaluation.features import FeatureReader, Reading

@@ -1,11 +1,17 @@
 import json
+import logging
 from pathlib import Path
 
 import pytest
+import torch
+from families import FAMILIES
 from pictures import leave_copies, noise, write
+from PIL import Image
 
+from phreg.backbones.resolve import adapt
 from phreg.errors import DataError
-from phreg.evaluation.datasets.labelled import open_labelled
+from phreg.evaluation.datasets import labelled
+from phreg.evaluation.datasets.labelled import open_labelled, read_labelled
 
 
 @pytest.fixture
@@ -129,3 +135,54 @@ def test_a_single_class_folder_is_refused(tmp_path):
 def test_a_folder_that_holds_nothing_is_refused(tmp_path):
     with pytest.raises(DataError, match="no classes"):
         open_labelled(tmp_path)
+
+
+# -- as a model takes them
+
+
+@pytest.fixture
+def backbone():
+    return adapt(FAMILIES["timm/vit"]())
+
+
+@pytest.fixture
+def classes(tmp_path):
+    """Two classes of three pictures each, dark ones and bright ones."""
+    for name, shade in (("dark", 0), ("light", 250)):
+        (tmp_path / "classes" / name).mkdir(parents=True)
+        for number in range(3):
+            Image.new("RGB", (40, 30), (shade + number,) * 3).save(
+                tmp_path / "classes" / name / f"{number}.png"
+            )
+    return tmp_path / "classes"
+
+
+def test_labelled_images_are_normalised_and_keep_their_classes(backbone, classes):
+    found = read_labelled(backbone, str(classes), 32)
+    assert found.classes.tolist() == [0, 0, 0, 1, 1, 1]
+    images = torch.cat(list(found.batches))
+    assert images.shape == (6, 3, 32, 32)
+    mean, std = (torch.tensor(values)[:, None, None] for values in (backbone.spec.mean, backbone.spec.std))
+    pixels = 255 * (images * std + mean)
+    assert pixels[:, 0, 0, 0].round().tolist() == [0, 1, 2, 250, 251, 252]
+
+
+def test_of_many_labelled_images_some_are_taken_evenly(backbone, classes, monkeypatch):
+    monkeypatch.setattr(labelled, "LABELLED", 3)
+    assert read_labelled(backbone, str(classes), 32).classes.tolist() == [0, 0, 1]
+    monkeypatch.setattr(labelled, "LABELLED", 4)
+    assert read_labelled(backbone, str(classes), 32).classes.tolist() == [0, 0, 1, 1]  # numbers 0, 1, 3 and 4
+
+
+def test_an_unreadable_labelled_image_is_replaced_with_the_class_of_its_replacement(
+    backbone, classes, caplog
+):
+    (classes / "dark" / "2.png").write_text("not an image")
+    with caplog.at_level(logging.WARNING):
+        found = read_labelled(backbone, str(classes), 32)
+    assert found.classes.tolist() == [0, 0, 1, 1, 1, 1]
+
+
+def test_a_folder_without_classes_is_refused(backbone, photos):
+    with pytest.raises(DataError):
+        read_labelled(backbone, str(photos), 32)
