@@ -19,7 +19,8 @@ from jaxtyping import Float
 from pydantic import PositiveInt
 from torch import Tensor
 
-from phreg.analysis.norms import outlier_mask, outliers
+from phreg.analysis.gap import outlier_mask
+from phreg.analysis.norms import outliers
 from phreg.backbones.base import Backbone, Readout
 from phreg.backbones.readout import use_readout
 from phreg.config import Config, Size, ViewsConfig
