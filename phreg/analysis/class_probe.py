@@ -47,6 +47,12 @@ class TokenAccuracy:
     spread: float | None
     values: tuple[float, ...]
 
+    @classmethod
+    def of(cls, token: str, images: int, values: Sequence[float]) -> "TokenAccuracy":
+        """Sums up the accuracies of several seeds."""
+        spread = statistics.stdev(values) if len(values) > 1 else None
+        return cls(token, images, statistics.fmean(values), spread, tuple(values))
+
 
 @dataclass(frozen=True)
 class GlobalProbe:
@@ -125,9 +131,7 @@ def global_probe(
             if trained.any() and tested.any():
                 values.append(_accuracy(inputs, classes, trained, tested, penalty))
         if values:
-            spread = statistics.stdev(values) if len(values) > 1 else None
-            count = int(present[name].sum())
-            found.append(TokenAccuracy(name, count, statistics.fmean(values), spread, tuple(values)))
+            found.append(TokenAccuracy.of(name, int(present[name].sum()), values))
     return GlobalProbe(
         layer=index,
         images=images,

@@ -3,8 +3,8 @@
 Artifacts stand apart: a vision transformer's patch tokens have norms of one size, a few per cent of them
 another, and hardly any lie between (Darcet et al. 2024, arXiv 2309.16588, section 2). So the model's own gap
 (`phreg.analysis.gap`) separates the two, and no norm is set by hand. Every block is looked at, since
-artifacts can hide inside and be gone at the end, and both before and after the final norm, since that norm can
-turn the longest tokens into the shortest.
+artifacts can hide inside and be gone at the end, and both before and after the final norm, since that norm
+can turn the longest tokens into the shortest.
 
     batches ──backbone──► tokens of each block ──┬──────────────► norms ──► gap? ──► rate, positions, maps
               (dropped once measured)            └─► final norm ► norms ──► gap? ──► rate

@@ -28,7 +28,8 @@ from torch import Tensor
 from phreg.config import Config
 from phreg.data.sources import Subset
 from phreg.evaluation.artifacts import artifact_places
-from phreg.evaluation.datasets.boxes import Boxed, Choice, open_boxed
+from phreg.evaluation.datasets.boxed_images import Boxed, Choice
+from phreg.evaluation.datasets.boxes import open_boxed
 from phreg.evaluation.dense import Placement
 from phreg.evaluation.examples import Box, Example, Mark, Panel
 from phreg.evaluation.features import FeatureReader, Reading
