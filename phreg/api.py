@@ -9,9 +9,10 @@ How anything is done is told in the module that does it; here is only the order.
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -38,7 +39,7 @@ from phreg.evaluation.datasets.labelled import read_labelled
 from phreg.evaluation.feature_cache import GIGABYTE, FeatureCache
 from phreg.evaluation.features import Observer as Progress
 from phreg.evaluation.results import MAPS, Results
-from phreg.evaluation.runner import Suite, compare_models
+from phreg.evaluation.runner import Running, Suite, compare_models
 from phreg.evaluation.tasks.table import resolve_settings
 from phreg.formats import export as exports
 from phreg.formats import publish
@@ -65,7 +66,7 @@ from phreg.training.loop import (
     start_accelerator,
     train,
 )
-from phreg.training.losses import distillation_terms
+from phreg.training.losses import LossTerm, distillation_terms
 from phreg.training.task import RetrofitTask
 from phreg.training.trainable import check_trainable
 from phreg.views import context_margin
@@ -153,21 +154,12 @@ def distill(
             sinks = locate(original, seen, norms) if method.needs_sinks else None
             if norms.emergence_block is None and not config.force:
                 return _nothing_to_repair(run, before, base, seen, norms)
-            apart = "kept apart to measure on" if run.held_out else "of them measured on too"
-            logger.info(
-                "retrofitting on %d images, %d %s", len(run.train_images), len(run.measured_images), apart
-            )
+            logger.info("retrofitting on %s", run.divided)
             if config.target.native_size:
                 student.set_input_size(run.size)
             student.trained_readout = config.target.student_readout
             terms = method.add(student, sinks, config)
-            outcome = UNTRAINED
-            if method.trains:
-                bf16 = run.accelerator.mixed_precision == "bf16"
-                teacher = Teacher(original, config.views, config.target, bf16=bf16)
-                terms = [*distillation_terms(config.loss), *terms]
-                task = RetrofitTask(student, teacher, terms, config.target, run.margin)
-                outcome = train(task, run.crops, config, run.folder, run.accelerator, observe)
+            outcome = _train(run, original, student, terms, observe) if method.trains else UNTRAINED
         comparison = _measure_and_save(run, before, original, base, sinks, outcome)
         before.restore_settings()
         return Distilled(
@@ -257,6 +249,12 @@ class _Run:
     margin: tuple[int, int]
 
     @property
+    def divided(self) -> str:
+        """How many images there are, for the log."""
+        apart = "kept apart to measure on" if self.held_out else "of them measured on too"
+        return f"{len(self.train_images)} images, {len(self.measured_images)} {apart}"
+
+    @property
     def crops(self) -> Crops:
         """The training images, cut."""
         where = "fixed" if self.config.target.keep else "random"
@@ -274,6 +272,18 @@ def _start(student: Backbone, source: ImageSource, config: DistillConfig) -> _Ru
     train_images, measured_images, held_out = split(source, config)
     margin = context_margin(config.views, student.spec, size)
     return _Run(folder, config, accelerator, size, train_images, measured_images, held_out, margin)
+
+
+def _train(
+    run: _Run, original: Backbone, student: Backbone, terms: Sequence[LossTerm], observe: Observer | None
+) -> Outcome:
+    """Trains the student with the original as its teacher, by the method's terms beside those of all."""
+    config = run.config
+    bf16 = run.accelerator.mixed_precision == "bf16"
+    teacher = Teacher(original, config.views, config.target, bf16=bf16)
+    terms = [*distillation_terms(config.loss), *terms]
+    task = RetrofitTask(student, teacher, terms, config.target, run.margin)
+    return train(task, run.crops, config, run.folder, run.accelerator, observe)
 
 
 def _measure_and_save(
@@ -606,16 +616,7 @@ def inspect(
     Raises:
         PhregError: A model or the images cannot be read, or the output holds something else.
     """
-    if count < 1:
-        raise PhregError(f"asked to look at {count} images; give a --count of 1 or more")
-    if output is not None:
-        check_output(Path(output), images if isinstance(images, str | os.PathLike) else None)
-    if device is not None:
-        _usable(device)
-    for other in against:  # now, so that a typo costs no look at the first
-        if not isinstance(other, nn.Module) and os.fspath(other) != "demo":
-            resolve.locate(other)
-
+    _check_look(images, against, output, count, device)
     looks = [
         _look(
             name, given, images, size, count, labels, queries, mean, std, device, observe or (lambda *_: None)
@@ -625,16 +626,29 @@ def inspect(
     inspection = InspectionReport.of(replace(looks[0], against=tuple(looks[1:])))
     if output is not None:
         shown = {"images": images if isinstance(images, str | os.PathLike) else "given as a tensor"}
-        shown |= {
-            "size": size,
-            "mean": mean,
-            "std": std,
-            "count": count,
-            "labels": labels,
-            "queries": ", ".join(queries) or None,
-        }
+        shown |= {"size": size, "mean": mean, "std": std, "count": count, "labels": labels}
+        shown |= {"queries": ", ".join(queries) or None}
         write_inspection(Path(output), inspection, Origin.of("inspect", shown))
     return inspection
+
+
+def _check_look(
+    images: Images | Tensor,
+    against: Sequence[Model],
+    output: str | os.PathLike[str] | None,
+    count: int,
+    device: str | None,
+) -> None:
+    """Refuses what cannot be looked at, before the first look, so that a typo costs none."""
+    if count < 1:
+        raise PhregError(f"asked to look at {count} images; give a --count of 1 or more")
+    if output is not None:
+        check_output(Path(output), images if isinstance(images, str | os.PathLike) else None)
+    if device is not None:
+        _usable(device)
+    for other in against:
+        if not isinstance(other, nn.Module) and os.fspath(other) != "demo":
+            resolve.locate(other)
 
 
 def evaluate(
@@ -660,22 +674,16 @@ def evaluate(
     """Measures models in a task, side by side: see `phreg.evaluation.tasks.table.TASKS`.
 
     Args:
-        models: One or more, in any form that `distill` takes, patched or not. Instances come back as they
-            were, in their own mode and on their own device.
+        models: One or more, in any form that `distill` takes. Instances come back as they were.
         task: Name of the task.
         data: Where its images and labels are.
-        output: Folder to write results.json, results.md and, where the task has pictures, maps.png to, and
-            single runs, which a rerun takes up again; one that holds results of another task, other data or
-            other settings is refused. None writes nothing.
-        baseline: Model that the others are set against, and measured at whose artifacts; None means the
-            first of several, without figures at artifacts.
+        output: Folder to write results to, and runs that a rerun takes up again; None writes nothing.
+        baseline: Model to set the others against, and measure them at whose artifacts; None means the first.
         seeds: Runs of each model; with several, figures have a spread. A task that draws nothing runs once.
         seed: The first seed.
         protocol: A named set of the task's settings.
-        gate: Largest drop behind the baseline's figures, as a fraction, e.g. 0.01: of the headline, and in
-            classification of every top-1.
-        mean: Mean to normalise images with, RGB on a scale of 0 to 1, for all models; None means as each or
-            its image processor says.
+        gate: Largest drop behind the baseline's headline, and in whatever else the task guards, e.g. 0.01.
+        mean: Mean to normalise images with, RGB on a scale of 0 to 1; None means as each model says.
         std: Standard deviation to normalise them with, likewise.
         device: Where to run; None means a GPU where there is one.
         precision: Of the models' forwards.
@@ -687,53 +695,21 @@ def evaluate(
 
     Raises:
         GateError: The gate failed; results are written, and come with the error.
-        PhregError: Anything asked for does not exist or does not fit.
+        PhregError: Anything asked for does not exist or does not fit, or the output holds other results.
     """
     checked = resolve_settings(task, settings, protocol)
-    asked = {"seeds": seeds, "batch_size": batch_size, "gate": gate, "cache_limit": cache_limit}
-    configuration.build(_Amounts, asked, source="evaluate")
-    _check_names(models, baseline, data)
-    if gate is not None and baseline is None:
-        raise PhregError("a gate asked for without a model to compare with; give --baseline MODEL")
-    for folder in (output, cache):
-        if folder is not None:
-            _check_folder(Path(folder))
-    place = _usable(device)
-    named = _named(models)
-    against = None
-    if baseline is not None:
-        against = next(
-            (name for name, model in named.items() if model is baseline or model == baseline), None
-        )
-        if against is None:
-            against = _named([baseline], "baseline").popitem()[0]
-            named |= _named([baseline], "baseline")
-    with tempfile.TemporaryDirectory(prefix="phreg-") as temporary:
-        folder = Path(output if output is not None else temporary)
-        kept = FeatureCache(Path(cache) if cache else folder / "features", int(cache_limit * GIGABYTE))
-        suite = Suite(
-            task,
-            os.fspath(data),
-            checked,
-            tuple(range(seed, seed + seeds)),
-            folder,
-            kept,
-            place,
-            batch_size,
-            precision == "bf16",
-            observe or (lambda *_: None),
-            show=output is not None,
-        )
-        with unchanged(*(model for model in named.values() if isinstance(model, nn.Module))):
-            results = compare_models(
-                suite,
-                list(_named(models)),
-                against,
-                lambda name: open_model(named[name], mean=mean, std=std)[0],
-            )
+    _check_amounts(seeds=seeds, batch_size=batch_size, gate=gate, cache_limit=cache_limit)
+    _check_asked(models, baseline, data, gate, (output, cache))
+    running = Running(_usable(device), batch_size, precision == "bf16", observe or (lambda *_: None))
+    named, against = _side_by_side(models, baseline)
+    with _folder_for(output) as folder, _unchanged(named):
+        kept = FeatureCache(Path(cache or folder / "features"), int(cache_limit * GIGABYTE))
+        runs = tuple(range(seed, seed + seeds))
+        suite = Suite(task, os.fspath(data), checked, runs, folder, kept, running, show=output is not None)
+        opened = partial(_open_named, named, mean, std)
+        results = compare_models(suite, list(_named(models)), against, opened)
         write_examples(folder / MAPS, _short(results.examples))
-    if gate is not None:
-        results.check_gate(gate)
+    results.check_gate(gate)
     return results
 
 
@@ -744,6 +720,58 @@ class _Amounts(configuration.Config):
     batch_size: PositiveInt
     gate: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None
     cache_limit: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+def _check_amounts(**amounts: Any) -> None:
+    """Refuses numbers that make no sense."""
+    configuration.build(_Amounts, amounts, source="evaluate")
+
+
+def _check_asked(
+    models: Sequence[Any],
+    baseline: Any,
+    data: Any,
+    gate: float | None,
+    folders: Sequence[str | os.PathLike[str] | None],
+) -> None:
+    """Refuses what cannot be evaluated, before anything is done that would be lost."""
+    _check_names(models, baseline, data)
+    if gate is not None and baseline is None:
+        raise PhregError("a gate asked for without a model to compare with; give --baseline MODEL")
+    for folder in folders:
+        if folder is not None:
+            _check_folder(Path(folder))
+
+
+def _side_by_side(models: Sequence[Model], baseline: Model | None) -> tuple[dict[str, Model], str | None]:
+    """Names the models and the baseline, which may be one of them; and tells the baseline's name."""
+    named = _named(models)
+    if baseline is None:
+        return named, None
+    for name, model in named.items():
+        if model is baseline or model == baseline:
+            return named, name
+    other = _named([baseline], "baseline")
+    return named | other, next(iter(other))
+
+
+@contextmanager
+def _folder_for(output: str | os.PathLike[str] | None) -> Iterator[Path]:
+    """Gives the folder to write to, one that is deleted afterwards where there is to be none."""
+    with tempfile.TemporaryDirectory(prefix="phreg-") as temporary:
+        yield Path(temporary if output is None else output)
+
+
+def _unchanged(named: Mapping[str, Model]) -> AbstractContextManager[None]:
+    """Leaves instances as they were."""
+    return unchanged(*(model for model in named.values() if isinstance(model, nn.Module)))
+
+
+def _open_named(
+    named: Mapping[str, Model], mean: Sequence[float] | None, std: Sequence[float] | None, name: str
+) -> Backbone:
+    """Opens one of several models."""
+    return open_model(named[name], mean=mean, std=std)[0]
 
 
 def _check_names(models: Sequence[Any], baseline: Any, data: Any) -> None:

@@ -11,8 +11,8 @@ import logging
 import signal
 import sys
 import time
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from inspect import signature
 from itertools import chain
 from pathlib import Path
@@ -262,7 +262,7 @@ def evaluate(
         models: Hub ids, timm or open_clip names, local folders, runs or adapters.
         task: Name of the task; `phreg tasks` lists them.
         data: Images and labels of the task.
-        output: Folder to write results.json and results.md to, and maps.png where objects are discovered; a
+        output: Folder to write results.json and results.md to, and maps.png where the task has pictures; a
             rerun takes up finished runs. One that holds results of another task, other data or other
             settings is refused.
         baseline: Model that the others are set against, and measured at whose artifacts; unset means the
@@ -271,7 +271,7 @@ def evaluate(
         protocol: Named set of the task's settings.
         set: Settings of the task, such as `neighbours=10 reading.size=448`; `phreg tasks TASK` lists them.
         gate: Exit with status 3 where a figure drops by more than this behind the baseline's, e.g. 0.01: the
-            first figure, and in classification every top-1.
+            first figure, and others that the task guards, such as every top-1.
         mean: Mean to normalise images with, on a scale of 0 to 1; unset means as each model or its image
             processor says.
         std: Standard deviation to normalise images with, likewise.
@@ -282,16 +282,25 @@ def evaluate(
         cache: Folder that keeps features; unset means features/ in the output.
         cache_limit: Gigabytes that it may take.
     """
-    try:
+    with _evaluating(output), ProgressReporter() as doing:
         from phreg import api
 
-        with ProgressReporter() as doing:
-            results = api.evaluate(
-                *models, task=task, data=data, output=output, baseline=baseline, seeds=seeds, seed=seed,
-                protocol=protocol, gate=gate, mean=mean, std=std, device=device, precision=precision,
-                batch_size=batch_size, cache=cache, cache_limit=cache_limit, observe=doing,
-                **_assignments([*chain(*set)]),
-            )  # fmt: skip
+        results = api.evaluate(
+            *models, task=task, data=data, output=output, baseline=baseline, seeds=seeds, seed=seed,
+            protocol=protocol, gate=gate, mean=mean, std=std, device=device, precision=precision,
+            batch_size=batch_size, cache=cache, cache_limit=cache_limit, observe=doing,
+            **_assignments([*chain(*set)]),
+        )  # fmt: skip
+    _show_results(results, output)
+    if gate is not None:
+        console.print(f"Gate passed: no drop beyond {gate:g}.")
+
+
+@contextmanager
+def _evaluating(output: Path) -> Iterator[None]:
+    """Shows what was found where the gate failed, and says how to go on where the user stopped."""
+    try:
+        yield
     except GateError as failed:
         _show_results(failed.results, output)
         raise
@@ -300,9 +309,6 @@ def evaluate(
             f"stopped; runs and features that were finished are kept in {output}: give the same command "
             "again, and it goes on after them"
         ) from stopped
-    _show_results(results, output)
-    if gate is not None:
-        console.print(f"Gate passed: no drop beyond {gate:g}.")
 
 
 @app.command

@@ -49,6 +49,23 @@ RUN_FORMAT = 2
 """What finished runs hold; those of another format are done again."""
 
 
+@dataclass(frozen=True)
+class Running:
+    """How models are run.
+
+    Attributes:
+        device: Where.
+        batch_size: Pictures per forward.
+        bf16: Whether forwards run under bf16 autocast.
+        observe: Told of progress.
+    """
+
+    device: torch.device
+    batch_size: int
+    bf16: bool
+    observe: Observer
+
+
 @dataclass(frozen=True, eq=False)
 class Suite:
     """A task with its data and settings, to be run on any model.
@@ -60,10 +77,7 @@ class Suite:
         seeds: Seeds asked for; of a task that draws nothing the first stands for all.
         folder: Where runs, features and results go.
         cache: Where features are kept.
-        device: Where models run.
-        batch_size: Pictures per forward.
-        bf16: Whether forwards run under bf16 autocast.
-        observe: Told of progress.
+        running: How models are run.
         show: Whether records have examples, where the task has some.
     """
 
@@ -73,10 +87,7 @@ class Suite:
     seeds: tuple[int, ...]
     folder: Path
     cache: FeatureCache
-    device: torch.device
-    batch_size: int
-    bf16: bool
-    observe: Observer
+    running: Running
     show: bool = False
 
     def check_folder(self) -> None:
@@ -126,20 +137,20 @@ class Suite:
         Raises:
             PhregError: Its weights are fp16, and bf16 is asked for.
         """
-        if self.bf16 and backbone.dtype == torch.float16:
+        if self.running.bf16 and backbone.dtype == torch.float16:
             raise PhregError(
                 f"precision bf16 asked for with {name}, whose weights are float16, which torch does not mix "
                 "with bf16; leave precision out, or convert the model by .float() or .bfloat16()"
             )
-        backbone.eval().to(self.device)
+        backbone.eval().to(self.running.device)
         identity = identify(backbone)
         reader = FeatureReader(
             backbone,
             identity.whole,
             self.cache,
-            self.batch_size,
-            self.bf16,
-            lambda what, done, total: self.observe(f"{name}: {what}", done, total),
+            self.running.batch_size,
+            self.running.bf16,
+            lambda what, done, total: self.running.observe(f"{name}: {what}", done, total),
             reference,
         )
         seeds = self.seeds if self.drawn else self.seeds[:1]
@@ -154,7 +165,7 @@ class Suite:
             data=self.data,
             settings=self.settings.model_dump(mode="json"),
             seeds=seeds,
-            hardware=hardware(self.device, bf16=self.bf16),
+            hardware=hardware(self.running.device, bf16=self.running.bf16),
             seconds=sum(seconds for _, seconds in runs),
             drawn=self.drawn,
         )
@@ -194,7 +205,7 @@ class Suite:
             "files": self._files,
             "model": reader.identity,
             "reference": reader.baseline.identity if reader.baseline else None,
-            "bf16": self.bf16,
+            "bf16": self.running.bf16,
             "seed": seed,
         }
         key = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
@@ -233,7 +244,7 @@ def compare_models(
     suite.check_folder()
     if not suite.drawn and len(suite.seeds) > 1:
         logger.info("%s draws nothing here: one run stands for all %d seeds", suite.task, len(suite.seeds))
-    reference = None if baseline is None else open_backbone(baseline).eval().to(suite.device)
+    reference = None if baseline is None else open_backbone(baseline).eval().to(suite.running.device)
     found: dict[str, Record] = {}
     if baseline is not None and reference is not None:
         found[baseline] = suite.record(baseline, reference, reference)
