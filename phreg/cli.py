@@ -284,16 +284,25 @@ def evaluate(
         cache: Folder for cached features. Unset means features/ in the output.
         cache_limit: Largest size of the cache, in gigabytes.
     """
-    try:
+    with _evaluating(output), ProgressReporter() as doing:
         from phreg import api
 
-        with ProgressReporter() as doing:
-            results = api.evaluate(
-                *models, task=task, data=data, output=output, baseline=baseline, seeds=seeds, seed=seed,
-                protocol=protocol, max_drop=max_drop, mean=mean, std=std, device=device, precision=precision,
-                batch_size=batch_size, cache=cache, cache_limit=cache_limit, observe=doing,
-                **_assignments([*chain(*set)]),
-            )  # fmt: skip
+        results = api.evaluate(
+            *models, task=task, data=data, output=output, baseline=baseline, seeds=seeds, seed=seed,
+            protocol=protocol, max_drop=max_drop, mean=mean, std=std, device=device, precision=precision,
+            batch_size=batch_size, cache=cache, cache_limit=cache_limit, observe=doing,
+            **_assignments([*chain(*set)]),
+        )  # fmt: skip
+    _show_results(results, output)
+    if max_drop is not None:
+        console.print(f"Check passed: no drop of more than {max_drop:g}.")
+
+
+@contextmanager
+def _evaluating(output: Path) -> Iterator[None]:
+    """Shows what was found where a figure dropped too far, and says how to go on where the user stopped."""
+    try:
+        yield
     except MaxDropError as failed:
         _show_results(failed.results, output)
         raise
@@ -302,9 +311,6 @@ def evaluate(
             f"stopped; finished runs and features are in {output}: give the same command again to continue "
             "after them"
         ) from stopped
-    _show_results(results, output)
-    if max_drop is not None:
-        console.print(f"Check passed: no drop of more than {max_drop:g}.")
 
 
 @app.command
@@ -328,6 +334,7 @@ def tasks(task: Annotated[Positional[str | None], _unset("[TASK]")] = None, /) -
     for key, field in config.fields(found.Settings).items():
         table.add_row(key, str(defaults[key]), " ".join((field.description or "").split()))
     console.print(table)
+    console.print(f"Data: {found.DATA}.")
     if protocols(found):
         console.print(f"Protocols: {', '.join(protocols(found))}")
 

@@ -27,7 +27,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from phreg.analysis.attention import attention_weights
-from phreg.analysis.norms import NormReport, outlier_mask, outliers
+from phreg.analysis.gap import outlier_mask
+from phreg.analysis.norms import NormReport, outliers
 from phreg.analysis.positions import fixed_share
 from phreg.backbones.base import Backbone
 from phreg.deprecated import current_attribute

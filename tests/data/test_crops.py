@@ -7,26 +7,26 @@ import numpy as np
 import pytest
 import skimage.data
 import torch
+from families import FAMILIES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pictures import noise, saved_dataset, tar_of
 from PIL import Image
 from torchvision.transforms import v2 as transforms
 
+from phreg.backbones.resolve import adapt
 from phreg.data.crops import (
+    MEASURED_AT_ONCE,
     BrokenImages,
     Crops,
-    Order,
     Skipped,
     center_crop,
     denormalise,
-    holdout,
+    larger,
     loader,
     normalise,
-    split,
-    subsample,
-    subsample_indices,
 )
+from phreg.data.sampling import Order, holdout, split, subsample, subsample_indices
 from phreg.data.sources import Subset, open_images
 from phreg.errors import DataError
 from phreg.methods import resolve
@@ -437,3 +437,29 @@ def test_a_photo_looks_as_it_did_before_normalisation():
         torch.from_numpy(pixels / 255).permute(2, 0, 1).float() - torch.tensor(mean)[:, None, None]
     ) / (torch.tensor(std)[:, None, None])
     np.testing.assert_array_equal(denormalise(normalised, mean, std), pixels)
+
+
+def test_larger_images_are_half_as_large_again_and_few(photos):
+    backbone = adapt(FAMILIES["timm/vit"]())
+    (batch,) = larger(backbone, open_images(str(photos)))
+    assert batch.shape[1:] == (3, 48, 48)
+    assert 1 <= len(batch) <= MEASURED_AT_ONCE
+    backbone.check_size((48, 48))
+
+
+def test_larger_images_hold_whole_patches(photos):
+    backbone = adapt(FAMILIES["timm/dinov2"]())  # 56 pixels, patches of 14
+    (batch,) = larger(backbone, open_images(str(photos)))
+    assert batch.shape[-1] == 84
+
+
+def test_larger_images_have_the_models_own_shape(tiny, photos):
+    (batch,) = larger(adapt(tiny(img_size=(16, 64))), open_images(str(photos)))
+    assert batch.shape[1:] == (3, 24, 96)
+
+
+def test_a_model_of_fixed_size_is_shown_none(photos):
+    backbone = adapt(FAMILIES["transformers/aimv2-vision"]())
+    fixed = [adapt(build()) for name, build in FAMILIES.items() if name.startswith("transformers/siglip-vis")]
+    for model in [backbone, *fixed]:
+        assert bool(larger(model, open_images(str(photos)))) == model.spec.any_size

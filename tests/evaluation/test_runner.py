@@ -17,7 +17,7 @@ from phreg import api, cli
 from phreg.backbones.resolve import adapt
 from phreg.config import Config
 from phreg.errors import MaxDropError, PhregError
-from phreg.evaluation.results import Metrics
+from phreg.evaluation.record import Metrics, MetricSpec
 from phreg.evaluation.tasks import classification
 from phreg.evaluation.tasks.table import TASKS, draws, find_task, resolve_settings
 from phreg.sinks.test_time import install
@@ -48,7 +48,8 @@ class Settings(Config):
 def stand_in(monkeypatch):
     """Puts a task in place that reads nothing, and counts how often it is run."""
     task = ModuleType("stand_in")
-    task.Settings, task.runs = Settings, []
+    task.Settings, task.METRICS, task.runs = Settings, [MetricSpec("score")], []
+    task.DATA = "none"
 
     def run(reader, _data, _settings, seed):
         task.runs.append(seed)
