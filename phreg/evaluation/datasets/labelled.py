@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from phreg.analysis.inspection import LabelledImages as LabelledBatches
+from phreg.analysis.inspection import LabelledImages
 from phreg.backbones.base import Backbone
 from phreg.data.crops import MEASURED_AT_ONCE, Crops, as_input
 from phreg.data.sampling import subsample_indices
@@ -35,7 +35,7 @@ PART_NAMES = frozenset({"images", "masks"})
 
 
 @dataclass(frozen=True, eq=False)
-class LabelledImages:
+class Labelled:
     """Images with a class each.
 
     Attributes:
@@ -51,7 +51,7 @@ class LabelledImages:
 
 def open_labelled(
     data: str | os.PathLike[str], split: Split | None = None, *, labels: str | os.PathLike[str] | None = None
-) -> LabelledImages | None:
+) -> Labelled | None:
     """Finds out how images and their classes are stored, and lists them.
 
     One of:
@@ -89,7 +89,7 @@ def open_labelled(
     return _class_folders(found, PART_NAMES) if found else None
 
 
-def read_labelled(backbone: Backbone, data: str, size: int | tuple[int, int]) -> LabelledBatches:
+def read_labelled(backbone: Backbone, data: str, size: int | tuple[int, int]) -> LabelledImages:
     """Reads images with classes as a model takes them: those that `open_labelled` finds.
 
     An unreadable image is replaced by the next one, with that one's class.
@@ -107,10 +107,10 @@ def read_labelled(backbone: Backbone, data: str, size: int | tuple[int, int]) ->
         batch = crops.batch([(0, number) for number in numbers[start : start + MEASURED_AT_ONCE]])
         batches.append(as_input(backbone, batch.images))
         classes.append(found.labels[batch.indices])
-    return LabelledBatches(batches, torch.cat(classes))
+    return LabelledImages(batches, torch.cat(classes))
 
 
-def _class_folders(root: Path, others: Collection[str]) -> LabelledImages:
+def _class_folders(root: Path, others: Collection[str]) -> Labelled:
     """Lists images by the folder that they are in; folders named as `others` are no classes."""
     folders = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
     mistaken = [path.name for path in folders if path.name.lower() in others]
@@ -144,10 +144,10 @@ def _class_folders(root: Path, others: Collection[str]) -> LabelledImages:
             f"{len(missing)} of {len(paths)} images of {root} are links to what is not there: "
             f"{some(missing)}; restore what they point to, or remove them"
         )
-    return LabelledImages(Files(tuple(paths)), torch.tensor(labels), tuple(folder.name for folder in folders))
+    return Labelled(Files(tuple(paths)), torch.tensor(labels), tuple(folder.name for folder in folders))
 
 
-def _listed(root: Path, path: Path) -> LabelledImages:
+def _listed(root: Path, path: Path) -> Labelled:
     """Reads the classes of a flat folder from a file; numbers are kept, names are numbered in their order."""
     try:
         text = read_text(path)
@@ -177,10 +177,10 @@ def _listed(root: Path, path: Path) -> LabelledImages:
         classes = tuple(sorted(set(given)))
         places = {name: number for number, name in enumerate(classes)}
         numbers = [places[label] for label in given]
-    return LabelledImages(Files(tuple(str(root / name) for name, _ in pairs)), torch.tensor(numbers), classes)
+    return Labelled(Files(tuple(str(root / name) for name, _ in pairs)), torch.tensor(numbers), classes)
 
 
-def _hugging_face(name: str, split: Split | None) -> LabelledImages:
+def _hugging_face(name: str, split: Split | None) -> Labelled:
     """Lists a Hugging Face dataset; without a split asked for, its training images."""
     called, images = _hugging_face_split(name, split or "train")
     import datasets
@@ -194,7 +194,7 @@ def _hugging_face(name: str, split: Split | None) -> LabelledImages:
             f"no classes in dataset {name}: found columns {', '.join(table.features)}, none of ClassLabel; "
             "choose another dataset, or save it as a folder of class folders"
         )
-    return LabelledImages(images, torch.tensor(table[columns[0]]), tuple(table.features[columns[0]].names))
+    return Labelled(images, torch.tensor(table[columns[0]]), tuple(table.features[columns[0]].names))
 
 
 def _hugging_face_split(name: str, split: Split) -> tuple[str, ImageSource]:
