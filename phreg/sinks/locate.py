@@ -48,9 +48,6 @@ OWN = 0.5
 ROUNDS = 8
 """Most rounds of the search; each is two passes over the images, to name units and to try them."""
 
-GONE = 0.99
-"""Share of the outliers whose end ends the search."""
-
 WORTH_IT = 0.05
 """Smallest share of the outliers that a round has to remove for its units to count as a cause."""
 
@@ -137,7 +134,7 @@ def locate(backbone: Backbone, batches: Sequence[Images], norms: NormReport | No
         if found.count - tried.count < WORTH_IT * plain.count:
             break
         found = tried
-        if found.count <= (1 - GONE) * plain.count:
+        if found.count < WORTH_IT * plain.count:  # no further round can remove enough
             break
     units, members = sort_into_kinds(
         backbone, batches, plain.masks, _fed(backbone, batches, plain, found.units)
@@ -214,7 +211,9 @@ def _name_units(backbone: Backbone, batches: Sequence[Images], found: _Outliers)
     excess = levels.outlier - levels.ordinary
     down = mlp.down.weight.cpu().double()
     write = down @ excess
-    shares = excess * (down.T @ write) / write.square().sum().clamp_min(1e-30)
+    if not write.any():  # the MLP writes into outliers what it writes elsewhere
+        return ()
+    shares = excess * (down.T @ write) / write.square().sum()
     shares = torch.where(levels.ordinary.abs() < OWN * levels.peak.abs(), shares, 0).clamp_min(0)
     if not shares.any():
         return ()
@@ -354,8 +353,8 @@ def _chain(
             objective = (at_causes[:, list(weights)] * scale).sum()
             gradients = torch.autograd.grad(objective, [hidden[place] for place in hidden])
         for place, gradient in zip(hidden, gradients, strict=True):
-            excess = layout.patches(hidden[place]).float()[mask].cpu().double() - levels[place].ordinary
-            share = (excess * layout.patches(gradient).float()[mask].cpu().double()).sum(0)
+            excess = layout.patches(hidden[place])[mask].cpu().double() - levels[place].ordinary
+            share = (excess * layout.patches(gradient)[mask].cpu().double()).sum(0)
             shares[place] = shares.get(place, 0) + share
         count += int(mask.sum())
     whole = sum(weights[unit.index] * (unit.level - unit.ordinary) for unit in causes if unit.level)
