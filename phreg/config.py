@@ -197,9 +197,12 @@ class DataConfig(Config):
     workers: Annotated[int, Field(ge=0)] | None = None
     """Reader processes. Unset means one less than there are cores, at most 8."""
     max_megapixels: PositiveFloat = 89.0
-    """Largest decoded image, in megapixels. Decoding takes up to 12 bytes a pixel in a reader process. A
-    larger JPEG or JPEG 2000 is decoded at a half, a quarter or an eighth of its size. An image that is still
-    larger, or of another format, counts as unreadable."""
+    """Megapixels up to which an image is read at full size; a larger one is read at a half, a quarter or an
+    eighth of it. This bounds the memory of each reader process: reading takes 24 bytes for each of these
+    pixels at most (2.1 GB for 89). JPEG and JPEG 2000 are decoded at the reduced size; the other formats are
+    decoded whole first, which that memory allows up to 5.7 times the megapixels for PNG, GIF, BMP, PPM and
+    uncompressed TIFF, 1.9 times for compressed TIFF and 1.4 times for WEBP and AVIF (more in grey). A larger
+    image counts as unreadable."""
     max_broken: Fraction = 0.05
     """Largest share of unreadable images. They are skipped and reported; a larger share stops the run."""
 

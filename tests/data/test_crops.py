@@ -183,6 +183,35 @@ def test_a_jpeg_beyond_pils_limit_is_trained_on(tmp_path):
     assert (column[5:].int() - 128).abs().max() < 20
 
 
+@pytest.mark.parametrize("suffix", ["png", "tif", "webp", "bmp", "ppm"])
+def test_large_images_of_other_formats_are_trained_and_measured_on_at_a_reduced_size(tmp_path, suffix):
+    tile = noise((40, 40))
+    options = {"lossless": True} if suffix == "webp" else {}
+    tile.resize((80, 80), Image.Resampling.NEAREST).save(tmp_path / f"a.{suffix}", **options)
+    source = open_images(tmp_path, max_megapixels=(80 * 80 - 1) / 1e6)
+    for crop in ("random", "centre"):
+        batch = Crops(source, 40, crop=crop).batch([(0, 0)])
+        assert not batch.skipped
+        assert (batch.images[0].permute(1, 2, 0).numpy() == np.asarray(tile)).all()
+
+
+def test_images_beyond_the_memory_allowed_are_skipped_and_counted(tmp_path):
+    tile = noise((40, 40))
+    for number in range(3):
+        tile.resize((160, 160)).save(tmp_path / f"{number}.webp")
+        tile.save(tmp_path / f"{number}.png")
+    # 24 bytes for each of 1700 pixels: those of 160x160 pixels take 16 each in a WEBP.
+    batch = Crops(open_images(tmp_path, max_megapixels=0.0017), 40).batch([(0, 1), (0, 3)])
+    assert batch.names == (str(tmp_path / "1.png"), str(tmp_path / "2.png"))
+    assert [Path(one.name).name for one in batch.skipped] == ["0.webp", "1.webp"]
+    assert all("it has 0.0256 megapixels (160x160) as WEBP" in one.reason for one in batch.skipped)
+    broken = BrokenImages(6, max_broken=0.4)
+    broken.add(batch)
+    assert len(broken.reasons) == 2
+    with pytest.raises(DataError, match=r"too many unreadable images: 3 of 6"):
+        broken.add(Crops(open_images(tmp_path, max_megapixels=0.0017), 40).batch([(0, 5)]))
+
+
 def test_a_run_reads_its_images_within_the_limit_asked_for(tmp_path):
     for folder in ("photos", "others"):
         (tmp_path / folder).mkdir()
