@@ -42,11 +42,11 @@ from phreg.evaluation.tasks import object_discovery
 from phreg.evaluation.tasks.table import resolve_settings
 from phreg.formats import export as exports
 from phreg.formats import publish
-from phreg.formats.export import Equality
 from phreg.formats.load import open_into, open_model, open_saved, record_of, warn_failed_checks
-from phreg.formats.record import save_run
+from phreg.formats.run import save_run
 from phreg.inspection.images import labelled, larger
 from phreg.methods import METHODS
+from phreg.record import Equality, Outcome
 from phreg.report.canvas import save_png
 from phreg.report.discoveries import discovery_figure
 from phreg.report.folder import check_output, write_comparison, write_inspection
@@ -61,7 +61,6 @@ from phreg.teacher import Teacher
 from phreg.training.checkpoint import RunFolder, check_free, starting_run
 from phreg.training.loop import (
     UNTRAINED,
-    Outcome,
     StepRecord,
     deterministic_kernels,
     start_accelerator,
@@ -80,9 +79,6 @@ logger = logging.getLogger(__name__)
 
 LOOKED_AT = 8
 """Batches that a report shows of a model with nothing to repair."""
-
-RECORDED = ("size", "readout", "recipe", "outcome", "sinks", "gates", "figures")
-"""What an export's record tells of the run."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -405,15 +401,14 @@ def export(
     Raises:
         PhregError: The format cannot carry this model; the message names those that can.
     """
-    record: dict[str, Any] = {}
+    record = None
     if not isinstance(model, nn.Module) and os.fspath(model) != "demo":
-        record = record_of(resolve.locate(model, revision)) or {}
+        record = record_of(resolve.locate(model, revision))
     backbone, base = open_model(model, revision, mean, std)
-    if record:  # an instance keeps the read-out that it has
+    run = None
+    if record is not None:  # an instance keeps the read-out that it has
         set_readout(backbone, backbone.trained_readout)
-    # An adapter's own record tells of the run already.
-    told = {} if format == "adapter" else record.get("run") or record
-    run = {key: told[key] for key in RECORDED if key in told}
+        run = record.run_or_readout
     with unchanged(*([backbone] if isinstance(model, nn.Module) else [])):
         return exports.export(backbone, Path(path), format, base=base, run=run)
 
@@ -466,7 +461,7 @@ def push(
         raise PushError(f"asked to push to {repository!r}, which is no name of a repository; give owner/name")
     found = resolve.locate(model)
     record = record_of(found)
-    kind = OWN_FORMATS.get(record["format"], record["format"]) if record else None
+    kind = OWN_FORMATS.get(record.format, record.format) if record else None
     with tempfile.TemporaryDirectory() as scratch:
         if format not in (None, kind):
             export(model, Path(scratch) / "export", format=format)
@@ -478,7 +473,7 @@ def push(
         files = sorted(path for path in folder.rglob("*") if path.is_file())
         commit = None
         if dry_run is None:
-            message = f"{written['format']} by phreg {written['versions'].get('phreg', '')}".strip()
+            message = f"{written.format} by phreg {written.versions.get('phreg', '')}".strip()
             commit = hub.upload(
                 folder,
                 repository,

@@ -32,6 +32,9 @@ MODEL_FORMAT = "phreg-model"
 """All tensors, and the config of the class: the `merged` export, which a patched transformers model's own
 `save_pretrained` writes too."""
 
+ADAPTER_TENSORS, MODEL_TENSORS = "adapter.safetensors", "phreg.safetensors"
+"""The files of tensors beside `phreg.json`, of either."""
+
 Format = Literal["timm", "transformers", "open_clip", "remote-code", "onnx", "merged", "adapter"]
 """What a model is exported as, the formats that ask least of whoever loads them first."""
 

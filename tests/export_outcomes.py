@@ -15,11 +15,11 @@ from families import FAMILIES
 from phreg.backbones import resolve
 from phreg.backbones.base import Backbone
 from phreg.backbones.resolve import Base, weights_sha256
+from phreg.formats.adapter import save_adapter
 from phreg.formats.export import export, unsupported_reason
 from phreg.formats.load import open_saved
 from phreg.registers import add_registers
 from phreg.storage import Format
-from phreg.training.checkpoint import save_adapter
 
 COUNT = 3
 """Registers added."""
@@ -75,7 +75,7 @@ def _from_adapter(backbone: Backbone, base: Base, folder: Path) -> tuple[Backbon
     before = {name: tensor.clone() for name, tensor in backbone.disk_state().items()}
     base = Base(str(folder / "base"), backbone.spec.library, None, weights_sha256(before))
     add_registers(backbone, COUNT)
-    save_adapter(folder / "adapter", backbone, base, before, {}, lambda _: "")
+    save_adapter(folder / "adapter", backbone, base, before, None, lambda _: "")
     return open_saved(resolve.locate(folder / "adapter"))
 
 

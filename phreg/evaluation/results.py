@@ -25,8 +25,8 @@ import torch
 
 from phreg import __version__
 from phreg.errors import GateError, PhregError
+from phreg.record import LIBRARIES
 from phreg.storage import write_text, writing
-from phreg.training.checkpoint import LIBRARIES
 
 LOWER_IS_BETTER = frozenset(
     {"rmse", "artifact_rmse", "abs_rel", "log10", "outlier_rate", "artifact_seeds", "lost_top1", "lost_miou"}

@@ -14,61 +14,53 @@ A new format is a row of `FORMATS` and a reader. What phreg did not write is a b
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from phreg import demo
+from phreg import __version__, demo
 from phreg.backbones import resolve
 from phreg.backbones.base import Backbone
-from phreg.backbones.resolve import Base, Located, adapt, weights_sha256
+from phreg.backbones.resolve import Located, adapt
 from phreg.errors import LoadError, PhregError, UnsupportedModelError
-from phreg.formats.adapter import apply_adapter, fits, read_own_tensors, read_tensors
-from phreg.sinks import test_time
-from phreg.storage import ADAPTER_FILE, ADAPTER_FORMAT, EXPORT_FILE, MODEL_FORMAT
-from phreg.training.checkpoint import read_adapter, read_record
+from phreg.formats.adapter import apply_adapter, base_of, fit, read_own_tensors, read_tensors, take_shape
+from phreg.record import Base, RecordError, RunRecord, read_record, weights_sha256
+from phreg.storage import ADAPTER_FILE, ADAPTER_FORMAT, EXPORT_FILE, MODEL_FORMAT, MODEL_TENSORS, OWN_FORMATS
 
-Reader = Callable[[Located], tuple[Backbone, Base]]
+Reader = Callable[[Located, RunRecord], tuple[Backbone, Base]]
 
 logger = logging.getLogger(__name__)
 
 
-def record_of(found: Located) -> dict[str, Any] | None:
+def record_of(found: Located) -> RunRecord | None:
     """Reads what phreg wrote beside a model; None where the model is none of phreg's.
 
     Raises:
         LoadError: It is broken, of a newer version, or of a format that this phreg does not know.
     """
-    if (found.folder / ADAPTER_FILE).is_file():
-        return read_adapter(found.folder)
-    if not (found.folder / EXPORT_FILE).is_file():
+    own = (found.folder / ADAPTER_FILE).is_file()
+    file = found.folder / (ADAPTER_FILE if own else EXPORT_FILE)
+    if not file.is_file():
         return None
-    record = read_record(found.folder / EXPORT_FILE)
-    if record["format"] not in FORMATS:
+    try:
+        record = read_record(file)
+    except RecordError as error:
+        raise LoadError(f"asked for what is in {found.folder}, whose {error}") from error
+    if own and record.format not in OWN_FORMATS:
         raise LoadError(
-            f"asked for {found.source}, an export of the format {record['format']!r}; phreg loads back "
+            f"asked for the adapter in {found.folder}, found format {record.format!r}; this phreg, "
+            f"{__version__}, knows {' and '.join(OWN_FORMATS)}: upgrade phreg, or load the folder with what "
+            "wrote it"
+        )
+    if record.format not in FORMATS:
+        raise LoadError(
+            f"asked for {found.source}, an export of the format {record.format!r}; phreg loads back "
             f"{', '.join(FORMATS)}: upgrade phreg, or load it with the library it was made for"
         )
     return record
-
-
-@contextmanager
-def reading_record(source: Any) -> Iterator[None]:
-    """Words as one error whatever fails in what a record tells people, which is not checked as it is read.
-
-    Raises:
-        LoadError: It says too little, or other things than phreg writes.
-    """
-    try:
-        yield
-    except (LookupError, TypeError, AttributeError, ValueError) as error:
-        raise LoadError(
-            f"asked for {source}, whose record is not whole ({type(error).__name__}: {error}); fetch it again"
-        ) from error
 
 
 def open_model(
@@ -119,10 +111,10 @@ def open_saved(found: Located) -> tuple[Backbone, Base]:
             f"asked for the patched model in {found.source}, which is a {found.library} model without "
             f"registers of phreg; load it with {found.library}"
         )
-    backbone, base = FORMATS[record["format"]](found)
+    backbone, base = FORMATS[record.format](found, record)
     if hasattr(backbone.model, "name_or_path"):  # which PEFT notes as the model that its adapter goes onto
         vars(backbone.model)["name_or_path"] = found.source
-    backbone.trained_readout = record.get("readout", "plain")
+    backbone.trained_readout = record.readout
     _normalise_as(record, backbone, found)
     broken = [name for name, tensor in backbone.disk_state().items() if not torch.isfinite(tensor).all()]
     if broken:
@@ -141,17 +133,15 @@ def open_into(found: Located, model: nn.Module) -> Backbone:
         UnsupportedModelError: There is no vision tower in the model that phreg can patch.
     """
     record = record_of(found)
-    if record is None or record["format"] != ADAPTER_FORMAT:
-        what = (
-            "a model without registers of phreg" if record is None else f"a whole model ({record['format']})"
-        )
+    if record is None or record.format != ADAPTER_FORMAT:
+        what = "a model without registers of phreg" if record is None else f"a whole model ({record.format})"
         raise LoadError(
             f"asked to load {found.source} into a {type(model).__name__}, and it is {what}; only an adapter "
             "goes into a model at hand, so leave `into` out, or give the run or adapter"
         )
     towers = resolve.adapt_inside(model)
     if len(towers) > 1:
-        towers = [tower for tower in towers if fits(found.folder, tower)]
+        towers = [tower for tower in towers if fit(record, tower)]
         if len(towers) != 1:
             raise LoadError(
                 f"asked to load {found.source} into a {type(model).__name__}, in which the adapter fits "
@@ -159,7 +149,7 @@ def open_into(found: Located, model: nn.Module) -> Backbone:
             )
     (tower,) = towers
     apply_adapter(found.folder, tower)
-    tower.trained_readout = record.get("readout", "plain")
+    tower.trained_readout = record.readout
     _normalise_as(record, tower, found)
     for around in model.modules():
         if tower.model in around.modules() and around not in tower.model.modules():
@@ -167,11 +157,11 @@ def open_into(found: Located, model: nn.Module) -> Backbone:
     return tower
 
 
-def _normalise_as(record: dict[str, Any], backbone: Backbone, found: Located) -> None:
+def _normalise_as(record: RunRecord, backbone: Backbone, found: Located) -> None:
     """Takes over the normalisation that a record tells, and notes it on the model; older ones tell none."""
-    if "mean" in record and "std" in record:
+    if record.mean is not None and record.std is not None:
         try:
-            resolve.settle_normalisation(backbone, record["mean"], record["std"])
+            resolve.settle_normalisation(backbone, record.mean, record.std)
         except PhregError as error:
             raise LoadError(f"asked for {found.source}, whose record is damaged: {error}") from error
         backbone.note_normalisation()
@@ -179,10 +169,9 @@ def _normalise_as(record: dict[str, Any], backbone: Backbone, found: Located) ->
 
 def warn_failed_checks(found: Located) -> None:
     """Warns of a model whose run failed its gates, and names them."""
-    record = record_of(found) or {}
-    gates = (record.get("run") or record).get("gates") or {}
-    if gates.get("failures"):
-        logger.warning("%s failed its gates: %s", found.source, "; ".join(gates["failures"]))
+    record = record_of(found)
+    if record is not None and record.failures:
+        logger.warning("%s failed its gates: %s", found.source, "; ".join(record.failures))
 
 
 @dataclass(frozen=True, repr=False)
@@ -218,9 +207,9 @@ def _guard(around: nn.Module, tower: Backbone) -> None:
 # -- readers -------------------------------------------------------------------------------------------------
 
 
-def _read_adapter(found: Located) -> tuple[Backbone, Base]:
+def _read_adapter(found: Located, record: RunRecord) -> tuple[Backbone, Base]:
     """Finds the base again and patches it."""
-    base = Base(**read_adapter(found.folder)["base"])
+    base = base_of(record)
     if base.source == "instance":
         raise LoadError(
             f"the adapter in {found.folder} was made from a model instance, which cannot be found again; "
@@ -237,22 +226,16 @@ def _read_adapter(found: Located) -> tuple[Backbone, Base]:
     return backbone, base
 
 
-def _read_patched(found: Located) -> tuple[Backbone, Base]:
+def _read_patched(found: Located, record: RunRecord) -> tuple[Backbone, Base]:
     """Builds a model that the `merged` export or a transformers model's own `save_pretrained` wrote whole."""
-    record = read_adapter(found.folder)
-    tensors = read_own_tensors(found.folder / "phreg.safetensors", record)
+    tensors = read_own_tensors(found.folder / MODEL_TENSORS, record)
     try:
-        backbone = resolve.build(record["library"], record["class"], record["config"])
-        if tuple(record.get("input_size", backbone.spec.input_size)) != backbone.spec.input_size:
-            backbone.set_input_size(tuple(record["input_size"]))
-        if record["registers"]:
-            backbone.insert_registers(torch.zeros(record["registers"], backbone.spec.width))
+        backbone = resolve.build(str(record.library), record.model_class, record.config or {})
+        take_shape(backbone, record)
         missing = sorted(backbone.disk_state().keys() - tensors.keys())
         if missing:
             raise LoadError(f"it lacks {missing[:3]}")
         backbone.load_disk_state(tensors)
-        if record.get("test_time"):
-            test_time.attach(backbone, record["test_time"], record.get("test_time_size"))
     except (TypeError, ValueError, LookupError, AttributeError, RuntimeError, PhregError) as error:
         raise LoadError(
             f"patched model in {found.folder} cannot be loaded ({error}); save or copy it again"
@@ -261,18 +244,18 @@ def _read_patched(found: Located) -> tuple[Backbone, Base]:
     return backbone, _whole(backbone, found)
 
 
-def _read_remote_code(found: Located) -> tuple[Backbone, Base]:
+def _read_remote_code(found: Located, record: RunRecord) -> tuple[Backbone, Base]:
     """Builds the stock class under the code of the folder, which is not run."""
     from phreg.backbones.transformers import load_remote_code
 
     # The class in the folder, unlike the stock class, has no other names on disk than in memory.
-    _check_unchanged(found, weights_sha256(read_tensors(found.folder / "model.safetensors")))
+    _check_unchanged(found, record, weights_sha256(read_tensors(found.folder / "model.safetensors")))
     backbone = load_remote_code(found.folder)
     backbone.eval()
     return backbone, _whole(backbone, found)
 
 
-def _refuse_graph(found: Located) -> tuple[Backbone, Base]:
+def _refuse_graph(found: Located, _record: RunRecord) -> tuple[Backbone, Base]:
     raise LoadError(
         f"asked for the model in {found.source}, which is a graph (onnx) and no model of a library any "
         "more: run it with onnxruntime, or load the run or adapter that it was made from"
@@ -284,7 +267,7 @@ def _whole(backbone: Backbone, found: Located) -> Base:
     return Base(found.source, backbone.spec.library, found.revision, sha256)
 
 
-def _read_stock(found: Located) -> tuple[Backbone, Base]:
+def _read_stock(found: Located, record: RunRecord) -> tuple[Backbone, Base]:
     """Builds a stock model, and checks that it is the one that was exported."""
     if not any(path.suffix == ".safetensors" for path in found.folder.iterdir()):
         raise LoadError(
@@ -292,21 +275,20 @@ def _read_stock(found: Located) -> tuple[Backbone, Base]:
             "other kind, and a pickle may hold code: fetch it again, whole"
         )
     backbone, base = resolve.load(found)
-    _check_unchanged(found, base.sha256)
+    _check_unchanged(found, record, base.sha256)
     return backbone, base
 
 
-def _check_unchanged(found: Located, sha256: str) -> None:
-    expected = read_record(found.folder / EXPORT_FILE).get("sha256")
-    if expected is None:
+def _check_unchanged(found: Located, record: RunRecord, sha256: str) -> None:
+    if record.sha256 is None:
         logger.warning(
             "%s has no sha256 of its weights: damage to them would go unnoticed; export it again to have "
             "them checked", found.source,
         )  # fmt: skip
-    elif sha256 != expected:
+    elif sha256 != record.sha256:
         raise LoadError(
             f"asked for the export in {found.source}, whose weights have sha256 {sha256[:12]}…, and "
-            f"{str(expected)[:12]}… were written; it was changed since: fetch or export it again"
+            f"{record.sha256[:12]}… were written; it was changed since: fetch or export it again"
         )
 
 

@@ -11,12 +11,10 @@ claimed where it holds.
 
 import importlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import cast, get_args
 
 import torch
 from jaxtyping import Float
@@ -24,37 +22,16 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from phreg import __version__
 from phreg.backbones.base import Backbone, packed_types
-from phreg.backbones.resolve import Base, weights_sha256
 from phreg.errors import LoadError, PhregError, UnsupportedModelError
 from phreg.formats.export.base import FOLDER, TOLERANCE, Contents, Graph, StockFormat
+from phreg.record import Base, Equality, RunRecord, RunSummary, versions, weights_sha256, write_record
 from phreg.seeding import keyed_generator
 from phreg.sinks import test_time
 from phreg.storage import ADAPTER_FILE, EXPORT_FILE, FORMAT_VERSION, Format, flush, let_others_read, replacing
-from phreg.training.checkpoint import LIBRARIES
 
 CARRY_HOOKS: frozenset[Format] = frozenset({"onnx", "merged", "adapter"})
 """Formats that carry what works by hooks, as no stock class does: a dense read-out, test-time registers."""
-
-
-@dataclass(frozen=True)
-class Equality:
-    """How close an exported model is to the patched one at one image size.
-
-    Attributes:
-        size: Image size in pixels, (height, width).
-        difference: Largest absolute difference of any output: all tokens after the final norm, pooled, and,
-            at the model's own size, what calling it returns; of a model that another library now builds, what
-            calling it returns, at every size, in place of pooled.
-        relative: The same, relative to the largest value of that output.
-        claimed: Whether `relative` is within the tolerance, so that the export stands for the model there.
-    """
-
-    size: tuple[int, int]
-    difference: float
-    relative: float
-    claimed: bool
 
 
 def export(
@@ -64,7 +41,7 @@ def export(
     *,
     base: Base,
     sizes: Sequence[tuple[int, int]] | None = None,
-    run: Mapping[str, Any] | None = None,
+    run: RunSummary | None = None,
 ) -> list[Equality]:
     """Writes a patched model as a folder, and checks that the format's own loader makes the same model of it.
 
@@ -75,7 +52,7 @@ def export(
         base: What the model was made from, for the record.
         sizes: Image sizes to measure besides the model's own, (height, width); None means a smaller and a
             larger one, where the export takes any.
-        run: What to record of the run that made the model.
+        run: How the run went that made the model.
 
     Returns:
         How equal the folder's model is to this one, at the model's own size first.
@@ -113,26 +90,25 @@ def export(
                 f"value, and {contents.tolerance:.0e} would count as equal"
             )
             raise PhregError(_another(backbone, format, found))
-        # phreg's own formats have a record already, which tells where it differs.
-        own = contents.settings.get(ADAPTER_FILE, {})
-        record = {
-            "format": format,
-            "format_version": FORMAT_VERSION,
-            "class": type(backbone.model).__name__,
-            "base": asdict(base),
-            "registers": backbone.num_registers,
-            "mean": list(backbone.spec.mean),
-            "std": list(backbone.spec.std),
-            "tolerance": contents.tolerance,
-            "equality": [asdict(figure) for figure in figures],
-            "versions": {"phreg": __version__} | {name: version(name) for name in LIBRARIES},
-            **({"sha256": sha256} if sha256 else {}),
-            **({"run": dict(run)} if run else {}),
-            **own,
-        }
+        record = RunRecord(
+            format=format,
+            format_version=FORMAT_VERSION,
+            model_class=type(backbone.model).__name__,
+            base=base,
+            registers=backbone.num_registers,
+            mean=backbone.spec.mean,
+            std=backbone.spec.std,
+            tolerance=contents.tolerance,
+            equality=figures,
+            versions=versions(),
+            sha256=sha256,
+            run=run,
+        )
         _write_settings(contents, unfinished, folder.resolve())
-        text = json.dumps(record, indent=2)
-        (unfinished / (ADAPTER_FILE if own else EXPORT_FILE)).write_text(text, encoding="utf-8")
+        if contents.record is None:
+            write_record(unfinished / EXPORT_FILE, record)
+        else:
+            write_record(unfinished / ADAPTER_FILE, record.overlaid(contents.record))
     return figures
 
 
@@ -278,6 +254,8 @@ def _write(contents: Contents, folder: Path) -> None:
     for name, write in contents.files.items():
         write(folder / name)
     _write_settings(contents, folder, folder)
+    if contents.record is not None:
+        write_record(folder / ADAPTER_FILE, contents.record)
 
 
 def _write_settings(contents: Contents, folder: Path, place: Path) -> None:

@@ -14,12 +14,12 @@ from torch import Tensor
 from phreg.backbones import resolve
 from phreg.backbones.base import Backbone
 from phreg.backbones.readout import set_readout
+from phreg.formats.adapter import read_adapter
 from phreg.formats.export.base import Contents
 from phreg.formats.load import open_saved
-from phreg.storage import ADAPTER_FILE
-from phreg.training.checkpoint import read_adapter
+from phreg.storage import ADAPTER_TENSORS
 
-FILES = ("adapter.safetensors", "README.md")
+FILES = (ADAPTER_TENSORS, "README.md")
 """What is copied as it is; the card may be missing."""
 
 
@@ -37,7 +37,7 @@ def contents(backbone: Backbone) -> Contents:
     folder = backbone.adapter or Path()
     present = [folder / name for name in FILES if (folder / name).is_file()]
     copied = {file.name: partial(shutil.copyfile, file) for file in present}
-    return Contents({}, {ADAPTER_FILE: read_adapter(folder)}, copied)
+    return Contents({}, {}, copied, record=read_adapter(folder))
 
 
 def load(folder: Path) -> Backbone:

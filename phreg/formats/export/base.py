@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 from torch import Tensor
 
 from phreg.backbones.base import Backbone, Features
+from phreg.record import RunRecord
 
 TOLERANCE = 1e-5
 """Largest difference that counts as equal, relative to the largest value: the rounding of fp32 over a deep
@@ -33,11 +34,13 @@ class Contents(NamedTuple):
     tensors: Mapping[str, Mapping[str, Tensor]]
     """Weights, named as the class that loads them names them on disk."""
     settings: Mapping[str, Mapping[str, Any]]
-    """What is written as JSON. In `phreg.json` goes the record of the export too."""
+    """What is written as JSON."""
     files: Mapping[str, Write] = MappingProxyType({})
     """Everything else."""
     tolerance: float = TOLERANCE
     """Largest difference that counts as equal; more where the stock class is known to round differently."""
+    record: RunRecord | None = None
+    """What a format of phreg's own tells of itself, which goes into `phreg.json` with the rest."""
 
 
 @runtime_checkable

@@ -18,13 +18,13 @@ from torch import Tensor
 from phreg.backbones import resolve
 from phreg.backbones.base import Backbone
 from phreg.backbones.readout import set_readout
-from phreg.backbones.resolve import record_sums
 from phreg.formats.export import timm as timm_format
 from phreg.formats.export.base import Contents
 from phreg.formats.load import open_saved
+from phreg.record import RunRecord
 from phreg.registers import remove_registers
 from phreg.sinks import test_time
-from phreg.storage import ADAPTER_FILE, MODEL_FORMAT
+from phreg.storage import MODEL_FORMAT, MODEL_TENSORS
 
 
 def unsupported_reason(backbone: Backbone) -> str | None:
@@ -42,22 +42,21 @@ def unsupported_reason(backbone: Backbone) -> str | None:
 
 def contents(backbone: Backbone) -> Contents:
     """Puts together what the folder holds."""
-    description = {
-        "format": MODEL_FORMAT,
-        "library": backbone.spec.library,
-        "class": type(backbone.model).__name__,
-        "config": _config(backbone),
-        "registers": backbone.num_registers,
-        "input_size": list(backbone.spec.input_size),
-        "mean": list(backbone.spec.mean),
-        "std": list(backbone.spec.std),
-        "readout": backbone.readout,
-        "test_time": test_time.installed(backbone),
-        "test_time_size": test_time.calibrated_size(backbone),
-    }
     tensors = backbone.disk_state()
-    description |= record_sums(description, tensors)
-    return Contents({"phreg.safetensors": tensors}, {ADAPTER_FILE: description})
+    record = RunRecord(
+        format=MODEL_FORMAT,
+        model_class=type(backbone.model).__name__,
+        registers=backbone.num_registers,
+        input_size=backbone.spec.input_size,
+        mean=backbone.spec.mean,
+        std=backbone.spec.std,
+        library=backbone.spec.library,
+        config=_config(backbone),
+        readout=backbone.readout,
+        test_time=test_time.installed(backbone),
+        test_time_size=test_time.calibrated_size(backbone),
+    )
+    return Contents({MODEL_TENSORS: tensors}, {}, record=record.with_sums(tensors))
 
 
 def load(folder: Path) -> Backbone:

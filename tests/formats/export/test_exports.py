@@ -19,11 +19,11 @@ import phreg.formats.export
 from phreg.backbones import resolve
 from phreg.backbones.readout import set_readout
 from phreg.errors import LoadError, PhregError
+from phreg.formats.adapter import read_adapter
 from phreg.formats.export import export
 from phreg.formats.load import open_model
 from phreg.registers import add_registers
 from phreg.storage import EXPORT_FILE
-from phreg.training.checkpoint import read_adapter
 
 DINOV2 = [name for name in TRANSFORMERS if name.startswith("dinov2")]
 COUNT = 3
