@@ -42,6 +42,7 @@ from phreg.evaluation.tasks import object_discovery
 from phreg.evaluation.tasks.table import resolve_settings
 from phreg.formats import export as exports
 from phreg.formats import publish
+from phreg.formats.export.spec import find_spec
 from phreg.formats.load import open_into, open_model, open_saved, record_of, warn_failed_checks
 from phreg.formats.run import save_run
 from phreg.inspection.images import labelled, larger
@@ -56,7 +57,7 @@ from phreg.rollback import ModelState, rollback_on_error, to_fp32, unchanged
 from phreg.seeding import keyed_generator
 from phreg.sinks import test_time
 from phreg.sinks.locate import Sinks, locate
-from phreg.storage import OWN_FORMATS, writing
+from phreg.storage import writing
 from phreg.teacher import Teacher
 from phreg.training.checkpoint import RunFolder, check_free, starting_run
 from phreg.training.loop import (
@@ -461,7 +462,7 @@ def push(
         raise PushError(f"asked to push to {repository!r}, which is no name of a repository; give owner/name")
     found = resolve.locate(model)
     record = record_of(found)
-    kind = OWN_FORMATS.get(record.format, record.format) if record else None
+    kind = find_spec(record.format).name if record else None
     with tempfile.TemporaryDirectory() as scratch:
         if format not in (None, kind):
             export(model, Path(scratch) / "export", format=format)
@@ -480,7 +481,7 @@ def push(
                 message=message,
                 private=private,
                 branch=revision,
-                replace=publish.REPLACED,
+                replace=publish.replaced(),
                 ours=publish.OURS,
             )
         names = tuple(path.relative_to(folder).as_posix() for path in files)

@@ -30,9 +30,9 @@ from tyro.extras import SubcommandApp
 
 from phreg import __version__, config
 from phreg.errors import ConfigError, GateError, Interrupted, PhregError
+from phreg.formats import Format
 from phreg.methods import METHODS
 from phreg.parsing import parse_toml
-from phreg.storage import ADAPTER_FORMAT, Format
 
 app = SubcommandApp()
 PLAIN: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False}
@@ -224,6 +224,7 @@ def export(
         revision: Hub commit, branch or tag to pin.
     """
     from phreg import api
+    from phreg.formats.export.spec import find_spec
 
     table = Table("size", "largest difference", "relative", "equal")
     for size in api.export(model, output, format=format, revision=revision):
@@ -232,7 +233,8 @@ def export(
         table.add_row(pixels, f"{size.difference:.1e}", f"{size.relative:.1e}", equal)
     console.print(table)
     _say(f"Written and loaded back by {format}: {output}")
-    _say(f"In Python:  {LOADED[format].format(folder=_inside_quotes(output))}")
+    load_line = find_spec(format).load_line
+    _say(f"In Python:  {load_line.format(folder=_inside_quotes(output))}")
 
 
 @app.command
@@ -548,17 +550,6 @@ def _show(result: Any) -> None:
         console.print("The adapter is kept, and marked in phreg.json and in its model card.")
 
 
-LOADED: dict[Format, str] = {
-    "timm": 'timm.create_model("local-dir:{folder}", pretrained=True)',
-    "transformers": 'transformers.AutoModel.from_pretrained("{folder}")',
-    "open_clip": 'open_clip.create_model_and_transforms("local-dir:{folder}")',
-    "remote-code": 'transformers.AutoModel.from_pretrained("{folder}", trust_remote_code=True)',
-    "onnx": 'onnxruntime.InferenceSession("{folder}/model.onnx")',
-    "merged": 'phreg.load("{folder}")',
-    "adapter": 'phreg.load("{folder}")',
-}
-"""What loads an export."""
-
 REMAINING = 0.05
 """Share of the artifacts that a run may leave without a word."""
 
@@ -583,6 +574,8 @@ def _table(rows: Sequence[Any], title: str | None = None) -> None:
 
 def _described(shown: Any) -> list[tuple[str, str]]:
     """Puts what `phreg show` found into words, line by line."""
+    from phreg.formats.export.spec import needs_base
+
     base = shown.base
     fits = {
         "whole": "yes, the base at hand is the one it was made from",
@@ -607,7 +600,7 @@ def _described(shown: Any) -> list[tuple[str, str]]:
         ("equal at", ", ".join(sizes) or "-"),
         ("versions", ", ".join(f"{name} {number}" for name, number in shown.versions.items())),
     ]
-    if shown.format == ADAPTER_FORMAT:
+    if needs_base(shown.format):
         lines.append(("fits", fits[shown.fits]))
     return lines
 

@@ -14,8 +14,8 @@ from pathlib import Path
 from huggingface_hub import ModelCardData
 
 from phreg.evaluation.before_after import table
+from phreg.formats.export.spec import FormatSpec, find_spec
 from phreg.record import Equality, RunRecord, RunSummary
-from phreg.storage import ADAPTER_FORMAT, MODEL_FORMAT
 
 CITATION = """```bibtex
 @inproceedings{chen2025phreg,
@@ -53,36 +53,6 @@ SETTINGS = (
     "seed",
 )
 """Settings that a card tells, as far as the run has them."""
-
-STOCK: dict[str, tuple[str, str]] = {
-    "timm": (
-        "timm",
-        'import timm\n\nmodel = timm.create_model("hf-hub:{repository}", pretrained=True)',
-    ),
-    "transformers": (
-        "transformers",
-        "from transformers import AutoImageProcessor, AutoModel\n\n"
-        'model = AutoModel.from_pretrained("{repository}")\n'
-        'processor = AutoImageProcessor.from_pretrained("{repository}")',
-    ),
-    "open_clip": (
-        "open_clip",
-        "import open_clip\n\n"
-        'model, _, preprocess = open_clip.create_model_and_transforms("hf-hub:{repository}")',
-    ),
-    "remote-code": (
-        "transformers",
-        "from transformers import AutoModel\n\n"
-        'model = AutoModel.from_pretrained("{repository}", trust_remote_code=True)',
-    ),
-    "onnx": (
-        "onnxruntime",
-        'import onnxruntime\n\nsession = onnxruntime.InferenceSession("model.onnx")  # of {repository}\n'
-        "# images: normalised, float32, (batch, 3, height, width)\n"
-        'patches, pooled = session.run(["patches", "pooled"], {{"images": images}})',
-    ),
-}
-"""Format -> the library that loads it without phreg, and how."""
 
 JOINT = ("CLIPModel", "SiglipModel", "Siglip2Model", "MetaClip2Model", "Aimv2Model", "CLIP", "CustomTextCLIP")
 """Classes of image-text models."""
@@ -131,13 +101,13 @@ def model_card(
         license: The base's licence; None where nobody looked, and the card then claims nothing.
         pictures: Pictures of the run's report.
     """
-    name = _name(record)
+    name, spec = _name(record), find_spec(record.format)
     sections = [
-        _front_matter(record, license),
+        _front_matter(record, spec, license),
         f"# {name} with {record.registers} registers",
         f"`{name}` with {record.registers} register tokens, retrofitted by self-distillation: tokens that "
         "take over the artifacts which a large vision transformer otherwise writes over its patches.",
-        *_use(record, repository or "path/of/this/folder", name),
+        *_use(spec, repository or "path/of/this/folder", name),
         *_origin(record, name, license),
         *_method(record.run or RunSummary()),
         *_results(record, pictures),
@@ -155,8 +125,7 @@ def figure(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
 
 
-def _front_matter(record: RunRecord, license: License | None) -> str:
-    adapter = record.format == ADAPTER_FORMAT
+def _front_matter(record: RunRecord, spec: FormatSpec, license: License | None) -> str:
     task = "image-feature-extraction"
     if "ForImageClassification" in record.model_class:
         task = "image-classification"
@@ -166,8 +135,8 @@ def _front_matter(record: RunRecord, license: License | None) -> str:
     images = record.run.setting("images") if record.run else None
     data = ModelCardData(
         base_model=base.source.removeprefix("hf-hub:") if base else None,
-        base_model_relation=("adapter" if adapter else "finetune") if base else None,
-        library_name="phreg" if record.format in (ADAPTER_FORMAT, MODEL_FORMAT) else STOCK[record.format][0],
+        base_model_relation=("adapter" if spec.needs_base else "finetune") if base else None,
+        library_name=spec.card.library,
         pipeline_tag=task,
         license=license.identifier if license else None,
         license_name=license.name if license else None,
@@ -178,24 +147,21 @@ def _front_matter(record: RunRecord, license: License | None) -> str:
     return f"---\n{data.to_yaml()}\n---"
 
 
-def _use(record: RunRecord, place: str, name: str) -> Iterator[str]:
+def _use(spec: FormatSpec, place: str, name: str) -> Iterator[str]:
     yield "## Use"
-    library, code = STOCK.get(record.format, ("", ""))
-    if code:
-        yield f"Without phreg, in {library} as it is:"
-        yield f"```python\n{code.format(repository=place)}\n```"
-        if record.format == "onnx":
-            yield "The graph ends with the features; a classifier or a text tower is not in it."
-            return
+    card = spec.card
+    if card.code:
+        yield f"Without phreg, in {card.library} as it is:"
+        yield f"```python\n{card.code.format(repository=place)}\n```"
+    if card.note:
+        yield card.note
+    if spec.open is None:
+        return
+    if card.code:
         yield "With phreg:"
-    if record.format == ADAPTER_FORMAT:
-        yield "An adapter: the registers and the weights retrained with them, put onto the base by phreg."
     yield f'```python\nimport phreg\n\nmodel = phreg.load("{place}")\n```'
-    if record.format == ADAPTER_FORMAT:
-        yield (
-            f'`phreg.load("{place}", into=model)` patches a `{name}` at hand, or a model built around it, '
-            "such as a vision-language model."
-        )
+    if card.into:
+        yield card.into.format(place=place, base=name)
 
 
 def _origin(record: RunRecord, name: str, license: License | None) -> Iterator[str]:

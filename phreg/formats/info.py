@@ -19,9 +19,9 @@ from phreg.backbones.resolve import Base
 from phreg.errors import LoadError
 from phreg.evaluation.before_after import Row, table
 from phreg.formats.adapter import base_of, fit
+from phreg.formats.export.spec import needs_base
 from phreg.formats.load import open_model, record_of
 from phreg.record import RunRecord, RunSummary
-from phreg.storage import ADAPTER_FORMAT
 
 Model = str | os.PathLike[str] | nn.Module
 Fit = Literal["whole", "tower", "no", "unknown"]
@@ -131,7 +131,7 @@ def _count(folder: Path) -> tuple[int, int]:
 
 
 def _fits(record: RunRecord, base: Model | None) -> Fit:
-    if record.format != ADAPTER_FORMAT:
+    if not needs_base(record.format):
         return "unknown"
     at_hand = _at_hand(base_of(record)) if base is None else (base, None)
     if at_hand is None:

@@ -1,21 +1,17 @@
-"""Reading back whatever phreg wrote: one table of formats, each with what reads it.
+"""Reading back whatever phreg wrote: its record names the format, and the format builds the model.
 
     run, adapter, merged ──phreg.json──────┐
-    any other export ──phreg_export.json───┴► format ──FORMATS──► Backbone + Base
+    any other export ──phreg_export.json───┴► RunRecord ──format──► FormatSpec.open ──► Backbone + Base
     any of them on the hub ──resolve.locate──► folder
 
-A model that was saved whole is built again of its library's config, and never by code from its folder:
-
-    config ──library──► model of random weights ──registers of zeros──► ──every tensor──► the patched model
-
-A new format is a row of `FORMATS` and a reader. What phreg did not write is a base model: see
-`phreg.backbones.resolve`.
+What phreg did not write is a base model: see `phreg.backbones.resolve`.
 """
 
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,13 +20,13 @@ from torch import nn
 from phreg import __version__, demo
 from phreg.backbones import resolve
 from phreg.backbones.base import Backbone
+from phreg.backbones.readout import set_readout
 from phreg.backbones.resolve import Located, adapt
-from phreg.errors import LoadError, PhregError, UnsupportedModelError
-from phreg.formats.adapter import apply_adapter, base_of, fit, read_own_tensors, read_tensors, take_shape
+from phreg.errors import LoadError, PhregError
+from phreg.formats.adapter import apply_adapter, fit
+from phreg.formats.export.spec import find_spec, needs_base, recorded_names
 from phreg.record import Base, RecordError, RunRecord, read_record, weights_sha256
-from phreg.storage import ADAPTER_FILE, ADAPTER_FORMAT, EXPORT_FILE, MODEL_FORMAT, MODEL_TENSORS, OWN_FORMATS
-
-Reader = Callable[[Located, RunRecord], tuple[Backbone, Base]]
+from phreg.storage import ADAPTER_FILE, EXPORT_FILE, OWN_FORMATS
 
 logger = logging.getLogger(__name__)
 
@@ -55,10 +51,10 @@ def record_of(found: Located) -> RunRecord | None:
             f"{__version__}, knows {' and '.join(OWN_FORMATS)}: upgrade phreg, or load the folder with what "
             "wrote it"
         )
-    if record.format not in FORMATS:
+    if record.format not in recorded_names():
         raise LoadError(
             f"asked for {found.source}, an export of the format {record.format!r}; phreg loads back "
-            f"{', '.join(FORMATS)}: upgrade phreg, or load it with the library it was made for"
+            f"{', '.join(recorded_names())}: upgrade phreg, or load it with the library it was made for"
         )
     return record
 
@@ -81,12 +77,15 @@ def open_model(
         LoadError: It cannot be found, fetched or trusted.
         UnsupportedModelError: phreg cannot patch it.
     """
-    backbone, base = _open(source, revision)
+    backbone, base = open_as_it_is(source, revision)
     resolve.settle_normalisation(backbone, mean, std)
     return backbone, base
 
 
-def _open(source: str | os.PathLike[str] | nn.Module, revision: str | None) -> tuple[Backbone, Base]:
+def open_as_it_is(
+    source: str | os.PathLike[str] | nn.Module, revision: str | None = None
+) -> tuple[Backbone, Base]:
+    """Opens a model as `open_model` does, but does not settle how its images are normalised."""
     if isinstance(source, nn.Module):
         return resolve.load(source)
     if os.fspath(source) == "demo":
@@ -111,7 +110,14 @@ def open_saved(found: Located) -> tuple[Backbone, Base]:
             f"asked for the patched model in {found.source}, which is a {found.library} model without "
             f"registers of phreg; load it with {found.library}"
         )
-    backbone, base = FORMATS[record.format](found, record)
+    spec = find_spec(record.format)
+    if spec.open is None:
+        raise LoadError(
+            f"asked for the model in {found.source}, which is a graph ({spec.name}) and no model of a "
+            f"library any more: run it with {spec.card.library}, or load the run or adapter that it was made "
+            "from"
+        )
+    backbone, base = spec.open(found, record)
     if hasattr(backbone.model, "name_or_path"):  # which PEFT notes as the model that its adapter goes onto
         vars(backbone.model)["name_or_path"] = found.source
     backbone.trained_readout = record.readout
@@ -125,6 +131,13 @@ def open_saved(found: Located) -> tuple[Backbone, Base]:
     return backbone, base
 
 
+def open_as_trained(folder: Path) -> Backbone:
+    """Opens what phreg wrote to a folder of this disk, and sets the read-out that it was trained with."""
+    backbone, _ = open_saved(resolve.locate(folder))
+    set_readout(backbone, backbone.trained_readout)
+    return backbone
+
+
 def open_into(found: Located, model: nn.Module) -> Backbone:
     """Applies an adapter to a model at hand, or to the vision tower inside of it.
 
@@ -133,7 +146,7 @@ def open_into(found: Located, model: nn.Module) -> Backbone:
         UnsupportedModelError: There is no vision tower in the model that phreg can patch.
     """
     record = record_of(found)
-    if record is None or record.format != ADAPTER_FORMAT:
+    if record is None or not needs_base(record.format):
         what = "a model without registers of phreg" if record is None else f"a whole model ({record.format})"
         raise LoadError(
             f"asked to load {found.source} into a {type(model).__name__}, and it is {what}; only an adapter "
@@ -202,103 +215,3 @@ class RefuseSaving:
 def _guard(around: nn.Module, tower: Backbone) -> None:
     if hasattr(around, "save_pretrained"):
         vars(around)["save_pretrained"] = RefuseSaving(around, tower)
-
-
-# -- readers -------------------------------------------------------------------------------------------------
-
-
-def _read_adapter(found: Located, record: RunRecord) -> tuple[Backbone, Base]:
-    """Finds the base again and patches it."""
-    base = base_of(record)
-    if base.source == "instance":
-        raise LoadError(
-            f"the adapter in {found.folder} was made from a model instance, which cannot be found again; "
-            "build that model and pass it: phreg.load(path, into=model), which phreg.export takes too"
-        )
-    try:
-        backbone, _ = _open(base.source, base.revision)
-    except (LoadError, UnsupportedModelError) as error:
-        raise type(error)(
-            f"the base of the adapter in {found.folder} cannot be opened: {error}. With that base at hand: "
-            "phreg.load(path, into=model)"
-        ) from error
-    apply_adapter(found.folder, backbone)
-    return backbone, base
-
-
-def _read_patched(found: Located, record: RunRecord) -> tuple[Backbone, Base]:
-    """Builds a model that the `merged` export or a transformers model's own `save_pretrained` wrote whole."""
-    tensors = read_own_tensors(found.folder / MODEL_TENSORS, record)
-    try:
-        backbone = resolve.build(str(record.library), record.model_class, record.config or {})
-        take_shape(backbone, record)
-        missing = sorted(backbone.disk_state().keys() - tensors.keys())
-        if missing:
-            raise LoadError(f"it lacks {missing[:3]}")
-        backbone.load_disk_state(tensors)
-    except (TypeError, ValueError, LookupError, AttributeError, RuntimeError, PhregError) as error:
-        raise LoadError(
-            f"patched model in {found.folder} cannot be loaded ({error}); save or copy it again"
-        ) from error
-    backbone.eval()
-    return backbone, _whole(backbone, found)
-
-
-def _read_remote_code(found: Located, record: RunRecord) -> tuple[Backbone, Base]:
-    """Builds the stock class under the code of the folder, which is not run."""
-    from phreg.backbones.transformers import load_remote_code
-
-    # The class in the folder, unlike the stock class, has no other names on disk than in memory.
-    _check_unchanged(found, record, weights_sha256(read_tensors(found.folder / "model.safetensors")))
-    backbone = load_remote_code(found.folder)
-    backbone.eval()
-    return backbone, _whole(backbone, found)
-
-
-def _refuse_graph(found: Located, _record: RunRecord) -> tuple[Backbone, Base]:
-    raise LoadError(
-        f"asked for the model in {found.source}, which is a graph (onnx) and no model of a library any "
-        "more: run it with onnxruntime, or load the run or adapter that it was made from"
-    )
-
-
-def _whole(backbone: Backbone, found: Located) -> Base:
-    sha256 = weights_sha256(backbone.disk_state())
-    return Base(found.source, backbone.spec.library, found.revision, sha256)
-
-
-def _read_stock(found: Located, record: RunRecord) -> tuple[Backbone, Base]:
-    """Builds a stock model, and checks that it is the one that was exported."""
-    if not any(path.suffix == ".safetensors" for path in found.folder.iterdir()):
-        raise LoadError(
-            f"asked for the export in {found.source}, which has no .safetensors file; phreg exports write no "
-            "other kind, and a pickle may hold code: fetch it again, whole"
-        )
-    backbone, base = resolve.load(found)
-    _check_unchanged(found, record, base.sha256)
-    return backbone, base
-
-
-def _check_unchanged(found: Located, record: RunRecord, sha256: str) -> None:
-    if record.sha256 is None:
-        logger.warning(
-            "%s has no sha256 of its weights: damage to them would go unnoticed; export it again to have "
-            "them checked", found.source,
-        )  # fmt: skip
-    elif sha256 != record.sha256:
-        raise LoadError(
-            f"asked for the export in {found.source}, whose weights have sha256 {sha256[:12]}…, and "
-            f"{record.sha256[:12]}… were written; it was changed since: fetch or export it again"
-        )
-
-
-FORMATS: dict[str, Reader] = {
-    ADAPTER_FORMAT: _read_adapter,
-    MODEL_FORMAT: _read_patched,
-    "timm": _read_stock,
-    "transformers": _read_stock,
-    "open_clip": _read_stock,
-    "remote-code": _read_remote_code,
-    "onnx": _refuse_graph,
-}
-"""What reads each format, by the name in phreg.json or phreg_export.json."""

@@ -22,23 +22,18 @@ from phreg.backbones import hub
 from phreg.backbones.resolve import Located
 from phreg.errors import LoadError, PushError
 from phreg.formats.card import Illustration, License, model_card
+from phreg.formats.export.spec import COMMON, all_specs, find_spec
 from phreg.formats.load import record_of
 from phreg.parsing import parse_json
 from phreg.record import Base, RunRecord, RunSummary, write_record
 from phreg.report.html import read_pictures
-from phreg.storage import ADAPTER_FILE, ADAPTER_FORMAT, EXPORT_FILE, MODEL_FORMAT, replacing, write_text
+from phreg.storage import ADAPTER_FILE, EXPORT_FILE, replacing, write_text
 from phreg.training.checkpoint import RunFolder
 
 logger = logging.getLogger(__name__)
 
 OURS = (ADAPTER_FILE, EXPORT_FILE)
 """Files by which a repository is known as pushed by phreg."""
-
-REPLACED = ("*.safetensors", "*.json", "*.py", "*.onnx", "report/*.png")
-"""What an earlier push may have left that another format does not write."""
-
-OWN_FILES = {ADAPTER_FORMAT: "adapter.safetensors", MODEL_FORMAT: "phreg.safetensors"}
-"""The file of tensors of phreg's own formats."""
 
 MAPS = re.compile(r"(norms|features) of image [1-4], ")
 """Maps of images beside a card, by what a report says that they show: two layers of the first four images."""
@@ -66,25 +61,30 @@ def assemble(found: Located, folder: Path, repository: str) -> RunRecord:
         )
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise PushError(f"asked to write {folder}, which is not empty; give a new or an empty folder")
-    exported = (found.folder / EXPORT_FILE).is_file()
-    names = _visible(found.folder) if exported else [Path(OWN_FILES[record.format])]
+    spec = find_spec(record.format)
+    names = _visible(found.folder) if spec.pushed is None else [Path(name) for name in spec.pushed]
     license = base_license(record.base)
-    _tell_of_base(record)
+    if spec.needs_base:
+        _tell_of_base(record)
     try:
         with replacing(folder.resolve()) as unfinished:
             record = public(record)
             for name in names:
                 (unfinished / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(found.folder / name, unfinished / name)
-            if exported:
-                _point_to(repository, unfinished, found.folder)
-            write_record(unfinished / (EXPORT_FILE if exported else ADAPTER_FILE), record)
+            _point_to(repository, unfinished, found.folder)
+            write_record(unfinished / spec.record_file, record)
             pictures = _write_pictures(RunFolder(found.folder.parent), unfinished / "report")
             card = model_card(record, repository=repository, license=license, pictures=pictures)
             write_text(unfinished / "README.md", card)
     except OSError as error:
         raise PushError(f"asked to write {folder} ({error}); free space, or give another folder") from error
     return record
+
+
+def replaced() -> list[str]:
+    """Lists what an earlier push may have left that another format does not write, as patterns."""
+    return [*COMMON, *(pattern for spec in all_specs() for pattern in spec.leaves)]
 
 
 def public(record: RunRecord) -> RunRecord:
@@ -114,7 +114,7 @@ def _public_run(run: RunSummary) -> dict[str, Any]:
 def _tell_of_base(record: RunRecord) -> None:
     """Says what an adapter's base is to others, where it is no repository."""
     source = record.base.source if record.base else ""
-    if record.format == ADAPTER_FORMAT and Path(source).is_absolute():
+    if Path(source).is_absolute():
         logger.warning(
             "the base is a folder here, %s: others find it where timm or a hub has the same weights by that "
             "name, and else load the adapter by phreg.load(…, into=model)",
