@@ -44,10 +44,11 @@ from phreg.evaluation.runner import Running, Suite, compare_models
 from phreg.evaluation.tasks.table import resolve_settings
 from phreg.formats import export as exports
 from phreg.formats import publish
-from phreg.formats.export import Equality
+from phreg.formats.export.spec import find_spec
 from phreg.formats.load import open_into, open_model, open_saved, record_of, warn_failed_checks
-from phreg.formats.record import save_run
+from phreg.formats.run import save_run
 from phreg.methods import METHODS
+from phreg.record import Equality, Outcome
 from phreg.report.examples import write_examples
 from phreg.report.folder import check_output, write_comparison, write_inspection
 from phreg.report.html import Origin
@@ -56,12 +57,10 @@ from phreg.rollback import ModelState, rollback_on_error, to_fp32, unchanged
 from phreg.seeding import keyed_generator
 from phreg.sinks import test_time
 from phreg.sinks.locate import Sinks, find_sinks
-from phreg.storage import OWN_FORMATS
 from phreg.teacher import Teacher
 from phreg.training.checkpoint import RunFolder, check_free, starting_run
 from phreg.training.loop import (
     UNTRAINED,
-    Outcome,
     StepRecord,
     deterministic_kernels,
     start_accelerator,
@@ -80,9 +79,6 @@ logger = logging.getLogger(__name__)
 
 LOOKED_AT = 8
 """Batches in the report on a model with nothing to repair."""
-
-RECORDED = ("size", "readout", "recipe", "outcome", "sinks", "gates", "figures")
-"""Keys of a run's record that an export's record repeats."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -254,7 +250,7 @@ class _Run:
     @property
     def divided(self) -> str:
         """How many images there are, for the log."""
-        apart = "kept apart to measure on" if self.held_out else "of them measured on too"
+        apart = "held out to measure on" if self.held_out else "of them also measured on"
         return f"{len(self.train_images)} images, {len(self.measured_images)} {apart}"
 
     @property
@@ -416,15 +412,14 @@ def export(
     Raises:
         PhregError: The format cannot carry this model; the message names those that can.
     """
-    record: dict[str, Any] = {}
+    record = None
     if not isinstance(model, nn.Module) and os.fspath(model) != "demo":
-        record = record_of(resolve.locate(model, revision)) or {}
+        record = record_of(resolve.locate(model, revision))
     backbone, base = open_model(model, revision, mean, std)
-    if record:  # an instance keeps the read-out that it has
+    run = None
+    if record is not None:  # an instance keeps the read-out that it has
         set_readout(backbone, backbone.trained_readout)
-    # An adapter's own record tells of the run already.
-    run_record = {} if format == "adapter" else record.get("run") or record
-    run = {key: run_record[key] for key in RECORDED if key in run_record}
+        run = record.run_or_readout
     with unchanged(*([backbone] if isinstance(model, nn.Module) else [])):
         return exports.export(backbone, Path(path), format, base=base, run=run)
 
@@ -477,7 +472,7 @@ def push(
         raise PushError(f"asked to push to {repository!r}, which is no name of a repository; give owner/name")
     found = resolve.locate(model)
     record = record_of(found)
-    kind = OWN_FORMATS.get(record["format"], record["format"]) if record else None
+    kind = find_spec(record.format).name if record else None
     with tempfile.TemporaryDirectory() as scratch:
         if format not in (None, kind):
             export(model, Path(scratch) / "export", format=format)
@@ -489,14 +484,14 @@ def push(
         files = sorted(path for path in folder.rglob("*") if path.is_file())
         commit = None
         if dry_run is None:
-            message = f"{written['format']} by phreg {written['versions'].get('phreg', '')}".strip()
+            message = f"{written.format} by phreg {written.versions.get('phreg', '')}".strip()
             commit = hub.upload(
                 folder,
                 repository,
                 message=message,
                 private=private,
                 branch=revision,
-                replace=publish.REPLACED,
+                replace=publish.replaced(),
                 ours=publish.OURS,
             )
         names = tuple(path.relative_to(folder).as_posix() for path in files)

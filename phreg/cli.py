@@ -32,9 +32,9 @@ from tyro.extras import SubcommandApp
 from phreg import __version__, config
 from phreg.deprecated import OldNameWarning, current_command_line, current_name
 from phreg.errors import ConfigError, Interrupted, MaxDropError, PhregError
+from phreg.formats import Format
 from phreg.methods import METHODS
 from phreg.parsing import parse_toml
-from phreg.storage import ADAPTER_FORMAT, Format
 
 app = SubcommandApp()
 PLAIN: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False}
@@ -227,6 +227,7 @@ def export(
         revision: Hub commit, branch or tag to pin.
     """
     from phreg import api
+    from phreg.formats.export.spec import find_spec
 
     table = Table("size", "largest difference", "relative", "equal")
     for size in api.export(model, output, format=format, revision=revision):
@@ -235,7 +236,8 @@ def export(
         table.add_row(pixels, f"{size.difference:.1e}", f"{size.relative:.1e}", equal)
     console.print(table)
     _say(f"Written and loaded back by {format}: {output}")
-    _say(f"In Python:  {LOADED[format].format(folder=_inside_quotes(output))}")
+    load_line = find_spec(format).load_line
+    _say(f"In Python:  {load_line.format(folder=_inside_quotes(output))}")
 
 
 @app.command
@@ -557,17 +559,6 @@ def _show(result: Any) -> None:
         console.print("The adapter is written, and marked in phreg.json and in its model card.")
 
 
-LOADED: dict[Format, str] = {
-    "timm": 'timm.create_model("local-dir:{folder}", pretrained=True)',
-    "transformers": 'transformers.AutoModel.from_pretrained("{folder}")',
-    "open_clip": 'open_clip.create_model_and_transforms("local-dir:{folder}")',
-    "remote-code": 'transformers.AutoModel.from_pretrained("{folder}", trust_remote_code=True)',
-    "onnx": 'onnxruntime.InferenceSession("{folder}/model.onnx")',
-    "merged": 'phreg.load("{folder}")',
-    "adapter": 'phreg.load("{folder}")',
-}
-"""What loads an export."""
-
 REMAINING = 0.05
 """Largest share of remaining artifacts that is not reported."""
 
@@ -592,6 +583,8 @@ def _table(rows: Sequence[Any], title: str | None = None) -> None:
 
 def _described(shown: Any) -> list[tuple[str, str]]:
     """Describes what `phreg info` found, line by line."""
+    from phreg.formats.export.spec import needs_base
+
     base = shown.base
     fits = {
         "whole": "yes, this base is the one it was made from",
@@ -616,7 +609,7 @@ def _described(shown: Any) -> list[tuple[str, str]]:
         ("equal at", ", ".join(sizes) or "-"),
         ("versions", ", ".join(f"{name} {number}" for name, number in shown.versions.items())),
     ]
-    if shown.format == ADAPTER_FORMAT:
+    if needs_base(shown.format):
         lines.append(("fits", fits[shown.fits]))
     return lines
 

@@ -21,7 +21,7 @@ import torch
 from phreg import __version__
 from phreg.errors import PhregError
 from phreg.evaluation.examples import Example
-from phreg.training.checkpoint import LIBRARIES
+from phreg.record import LIBRARIES
 
 SHARE = "share"
 """Unit of a fraction of 1."""

@@ -35,6 +35,7 @@ from phreg.backbones.base import Backbone
 from phreg.config import DistillConfig
 from phreg.data.crops import BrokenImages, Crops, Order, as_input, loader
 from phreg.errors import Interrupted, PhregError, TrainingError
+from phreg.record import Outcome
 from phreg.seeding import keyed_generator
 from phreg.storage import resume_command
 from phreg.training.checkpoint import RunFolder, load_state, save_state, truncate_log, writing_run
@@ -61,17 +62,6 @@ class StepRecord:
     terms: dict[str, float]
     lr: float
     images_per_second: float
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """Facts about a finished run."""
-
-    steps: int
-    images: int
-    seconds: float
-    trained: int
-    skipped: list[str]
 
 
 UNTRAINED = Outcome(steps=0, images=0, seconds=0.0, trained=0, skipped=[])

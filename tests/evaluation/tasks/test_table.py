@@ -8,7 +8,7 @@ from PIL import Image
 
 import phreg
 from phreg import cli
-from phreg.errors import GateError
+from phreg.errors import MaxDropError
 from phreg.evaluation.tasks.table import TASKS
 
 
@@ -45,10 +45,10 @@ def test_an_added_task_runs_end_to_end_with_its_units_and_directions(tiny, asked
     assert row[2] == f"{2 * once:.4f} (+{once:.4f})", "a norm as it is"
 
 
-def test_an_added_task_is_gated_in_its_own_direction(tiny, asked):
-    phreg.evaluate(longer(tiny, 0.5), baseline=tiny(), gate=0.0, **asked)
-    with pytest.raises(GateError, match=r"length .*, the baseline's is"):
-        phreg.evaluate(longer(tiny, 2.0), baseline=tiny(), gate=0.01, **asked)
+def test_an_added_task_is_checked_in_its_own_direction(tiny, asked):
+    phreg.evaluate(longer(tiny, 0.5), baseline=tiny(), max_drop=0.0, **asked)
+    with pytest.raises(MaxDropError, match=r"length .*, the baseline's is"):
+        phreg.evaluate(longer(tiny, 2.0), baseline=tiny(), max_drop=0.01, **asked)
 
 
 def test_the_pictures_of_an_added_task_are_drawn_for_all_models_side_by_side(tiny, asked, tmp_path):
