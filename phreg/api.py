@@ -9,9 +9,10 @@ Each module describes its own work. Here is only the order.
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -29,27 +30,26 @@ from phreg.backbones.base import Backbone, packed_types
 from phreg.backbones.readout import set_readout, use_readout
 from phreg.backbones.resolve import Base, adapt, display_name
 from phreg.config import DistillConfig, ViewsConfig
-from phreg.data.crops import MEASURED_AT_ONCE, Crops, centre_crops, split, subsample, subsample_indices
+from phreg.data.crops import MEASURED_AT_ONCE, Crops, centre_crops, larger
+from phreg.data.sampling import split, subsample, subsample_indices
 from phreg.data.sources import ImageSource, open_images
 from phreg.deprecated import accept_old_arguments
 from phreg.errors import ConfigError, DataError, PhregError, PushError
 from phreg.evaluation.before_after import Comparison, HeldOut, compare, failed_gates, make_references
+from phreg.evaluation.datasets.labelled import read_labelled
 from phreg.evaluation.feature_cache import GIGABYTE, FeatureCache
-from phreg.evaluation.features import FeatureReader
 from phreg.evaluation.features import Observer as Progress
-from phreg.evaluation.results import ADVICE, MAPS, Record, Results
-from phreg.evaluation.runner import Suite, compare_models
-from phreg.evaluation.tasks import object_discovery
+from phreg.evaluation.results import MAPS, Results
+from phreg.evaluation.runner import Running, Suite, compare_models
 from phreg.evaluation.tasks.table import resolve_settings
 from phreg.formats import export as exports
 from phreg.formats import publish
-from phreg.formats.export import Equality
+from phreg.formats.export.spec import find_spec
 from phreg.formats.load import open_into, open_model, open_saved, record_of, warn_failed_checks
-from phreg.formats.record import save_run
-from phreg.inspection.images import labelled, larger
+from phreg.formats.run import save_run
 from phreg.methods import METHODS
-from phreg.report.canvas import save_png
-from phreg.report.discoveries import discovery_figure
+from phreg.record import Equality, Outcome
+from phreg.report.examples import write_examples
 from phreg.report.folder import check_output, write_comparison, write_inspection
 from phreg.report.html import Origin
 from phreg.report.page import InspectionReport
@@ -57,18 +57,16 @@ from phreg.rollback import ModelState, rollback_on_error, to_fp32, unchanged
 from phreg.seeding import keyed_generator
 from phreg.sinks import test_time
 from phreg.sinks.locate import Sinks, find_sinks
-from phreg.storage import OWN_FORMATS, writing
 from phreg.teacher import Teacher
 from phreg.training.checkpoint import RunFolder, check_free, starting_run
 from phreg.training.loop import (
     UNTRAINED,
-    Outcome,
     StepRecord,
     deterministic_kernels,
     start_accelerator,
     train,
 )
-from phreg.training.losses import distillation_terms
+from phreg.training.losses import LossTerm, distillation_terms
 from phreg.training.task import RetrofitTask
 from phreg.training.trainable import check_trainable
 from phreg.training.validation import Validator
@@ -82,9 +80,6 @@ logger = logging.getLogger(__name__)
 
 LOOKED_AT = 8
 """Batches in the report on a model with nothing to repair."""
-
-RECORDED = ("size", "readout", "recipe", "outcome", "sinks", "gates", "figures")
-"""Keys of a run's record that an export's record repeats."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,24 +152,15 @@ def distill(
             sinks = find_sinks(original, seen, norms) if method.needs_sinks else None
             if norms.emergence_block is None and not config.force:
                 return _nothing_to_repair(run, before, base, seen, norms)
-            apart = "held out to measure on" if run.held_out else "of them also measured on"
-            logger.info(
-                "retrofitting on %d images, %d %s", len(run.train_images), len(run.measured_images), apart
-            )
+            logger.info("retrofitting on %s", run.divided)
             if config.target.native_size:
                 student.set_input_size(run.size)
             student.trained_readout = config.target.student_readout
             terms = method.add(student, sinks, seen, config)
-            outcome, held_out = UNTRAINED, None
-            if run.measures:
-                held_out = run.references(original, base)
+            held_out = run.references(original, base) if len(run.measured_images) else None
+            outcome = UNTRAINED
             if method.trains:
-                bf16 = run.accelerator.mixed_precision == "bf16"
-                teacher = Teacher(original, config.views, config.target, bf16=bf16)
-                terms = [*distillation_terms(config.loss), *terms]
-                task = RetrofitTask(student, teacher, terms, config.target, run.margin)
-                validator = Validator(original, held_out, config.target) if held_out else None
-                outcome = train(task, run.crops, config, run.folder, run.accelerator, observe, validator)
+                outcome = _train(run, original, student, terms, held_out, observe)
             if outcome.best_step == 0:
                 return _nothing_gained(run, before, base, seen, outcome)
         comparison = _measure_and_save(run, before, original, base, sinks, outcome, held_out)
@@ -268,15 +254,16 @@ class _Run:
     margin: tuple[int, int]
 
     @property
+    def divided(self) -> str:
+        """How many images there are, for the log."""
+        apart = "held out to measure on" if self.held_out else "of them also measured on"
+        return f"{len(self.train_images)} images, {len(self.measured_images)} {apart}"
+
+    @property
     def crops(self) -> Crops:
         """The training images, cut."""
         where = "fixed" if self.config.target.cache else "random"
         return Crops(self.train_images, self.size, self.config.seed, where, self.margin)
-
-    @property
-    def measures(self) -> bool:
-        """Whether there is anything to measure on."""
-        return bool(len(self.measured_images))
 
     def references(self, original: Backbone, base: Base) -> HeldOut | None:
         """Makes what the model is measured against; None where no image is readable."""
@@ -296,6 +283,24 @@ def _start(student: Backbone, source: ImageSource, config: DistillConfig) -> _Ru
     train_images, measured_images, held_out = split(source, config)
     margin = context_margin(config.views, student.spec, size)
     return _Run(folder, config, accelerator, size, train_images, measured_images, held_out, margin)
+
+
+def _train(
+    run: _Run,
+    original: Backbone,
+    student: Backbone,
+    terms: Sequence[LossTerm],
+    held_out: HeldOut | None,
+    observe: StepObserver | None,
+) -> Outcome:
+    """Trains the student with the original as its teacher, by the method's terms beside those of all."""
+    config = run.config
+    bf16 = run.accelerator.mixed_precision == "bf16"
+    teacher = Teacher(original, config.views, config.target, bf16=bf16)
+    terms = [*distillation_terms(config.loss), *terms]
+    task = RetrofitTask(student, teacher, terms, config.target, run.margin)
+    validator = Validator(original, held_out, config.target) if held_out else None
+    return train(task, run.crops, config, run.folder, run.accelerator, observe, validator)
 
 
 def _measure_and_save(
@@ -429,15 +434,14 @@ def export(
     Raises:
         PhregError: The format cannot carry this model; the message names those that can.
     """
-    record: dict[str, Any] = {}
+    record = None
     if not isinstance(model, nn.Module) and os.fspath(model) != "demo":
-        record = record_of(resolve.locate(model, revision)) or {}
+        record = record_of(resolve.locate(model, revision))
     backbone, base = open_model(model, revision, mean, std)
-    if record:  # an instance keeps the read-out that it has
+    run = None
+    if record is not None:  # an instance keeps the read-out that it has
         set_readout(backbone, backbone.trained_readout)
-    # An adapter's own record tells of the run already.
-    run_record = {} if format == "adapter" else record.get("run") or record
-    run = {key: run_record[key] for key in RECORDED if key in run_record}
+        run = record.run_or_readout
     with unchanged(*([backbone] if isinstance(model, nn.Module) else [])):
         return exports.export(backbone, Path(path), format, base=base, run=run)
 
@@ -490,7 +494,7 @@ def push(
         raise PushError(f"asked to push to {repository!r}, which is no name of a repository; give owner/name")
     found = resolve.locate(model)
     record = record_of(found)
-    kind = OWN_FORMATS.get(record["format"], record["format"]) if record else None
+    kind = find_spec(record.format).name if record else None
     with tempfile.TemporaryDirectory() as scratch:
         if format not in (None, kind):
             export(model, Path(scratch) / "export", format=format)
@@ -502,14 +506,14 @@ def push(
         files = sorted(path for path in folder.rglob("*") if path.is_file())
         commit = None
         if dry_run is None:
-            message = f"{written['format']} by phreg {written['versions'].get('phreg', '')}".strip()
+            message = f"{written.format} by phreg {written.versions.get('phreg', '')}".strip()
             commit = hub.upload(
                 folder,
                 repository,
                 message=message,
                 private=private,
                 branch=revision,
-                replace=publish.REPLACED,
+                replace=publish.replaced(),
                 ours=publish.OURS,
             )
         names = tuple(path.relative_to(folder).as_posix() for path in files)
@@ -633,17 +637,8 @@ def inspect(
     Raises:
         PhregError: A model or the images cannot be read, or the output holds something else.
     """
-    if count < 1:
-        raise PhregError(f"asked to look at {count} images; give a --count of 1 or more")
-    if output is not None:
-        check_output(Path(output), images if isinstance(images, str | os.PathLike) else None)
-    if device is not None:
-        _usable(device)
     others = [baseline] if isinstance(baseline, str | os.PathLike | nn.Module) else [*baseline]
-    for other in others:  # now, so that a typo costs no look at the first
-        if not isinstance(other, nn.Module) and os.fspath(other) != "demo":
-            resolve.locate(other)
-
+    _check_look(images, others, output, count, device)
     looks = [
         _look(
             name, given, images, size, count, labels, texts, mean, std, device, observe or (lambda *_: None)
@@ -653,16 +648,29 @@ def inspect(
     inspection = InspectionReport.of(replace(looks[0], against=tuple(looks[1:])))
     if output is not None:
         shown = {"images": images if isinstance(images, str | os.PathLike) else "given as a tensor"}
-        shown |= {
-            "size": size,
-            "mean": mean,
-            "std": std,
-            "count": count,
-            "labels": labels,
-            "texts": ", ".join(texts) or None,
-        }
+        shown |= {"size": size, "mean": mean, "std": std, "count": count, "labels": labels}
+        shown |= {"texts": ", ".join(texts) or None}
         write_inspection(Path(output), inspection, Origin.of("inspect", shown))
     return inspection
+
+
+def _check_look(
+    images: ImagesPath | Tensor,
+    others: Sequence[Model],
+    output: str | os.PathLike[str] | None,
+    count: int,
+    device: str | None,
+) -> None:
+    """Refuses what cannot be looked at, before the first look, so that a typo costs none."""
+    if count < 1:
+        raise PhregError(f"asked to look at {count} images; give a --count of 1 or more")
+    if output is not None:
+        check_output(Path(output), images if isinstance(images, str | os.PathLike) else None)
+    if device is not None:
+        _usable(device)
+    for other in others:
+        if not isinstance(other, nn.Module) and os.fspath(other) != "demo":
+            resolve.locate(other)
 
 
 @accept_old_arguments("evaluate")
@@ -689,22 +697,17 @@ def evaluate(
     """Compares models in a task: see `phreg.evaluation.tasks.table.TASKS`.
 
     Args:
-        models: One or more, in any form that `distill` takes, patched or not. Instances come back as they
-            were, in their own mode and on their own device.
+        models: One or more, in any form that `distill` takes. Instances come back as they were.
         task: Name of the task.
         data: Where its images and labels are.
-        output: Folder to write results.json, results.md and, of object discovery, maps.png to, and single
-            runs, which a rerun takes up again; one that holds results of another task, other data or other
-            settings is refused. None writes nothing.
-        baseline: Model that the others are compared with; figures at artifacts use its artifacts. None
-            compares with the first model, without figures at artifacts.
-        seeds: Runs of each model. Several runs give a standard deviation. A deterministic task runs once.
+        output: Folder to write results to, and runs that a rerun takes up again; None writes nothing.
+        baseline: Model to set the others against, and measure them at whose artifacts; None means the first.
+        seeds: Runs of each model. Several give a standard deviation. A deterministic task runs once.
         seed: The first seed.
         protocol: A named set of the task's settings.
-        max_drop: Largest drop behind the baseline, as a fraction, e.g. 0.01, of the headline and, in
-            classification, of every top-1.
-        mean: Mean to normalise images with, RGB on a scale of 0 to 1, for all models; None means as each or
-            its image processor says.
+        max_drop: Largest drop behind the baseline's headline, and in whatever else the task guards, e.g.
+            0.01.
+        mean: Mean to normalise images with, RGB on a scale of 0 to 1; None means as each model says.
         std: Standard deviation to normalise them with, likewise.
         device: Where to run; None means a GPU where there is one.
         precision: Of the models' forwards.
@@ -716,64 +719,21 @@ def evaluate(
 
     Raises:
         MaxDropError: A figure dropped by more than `max_drop`. The results are written; the error holds them.
-        PhregError: Anything asked for does not exist or does not fit.
+        PhregError: Anything asked for does not exist or does not fit, or the output holds other results.
     """
     checked = resolve_settings(task, settings, protocol)
-    asked = {"seeds": seeds, "batch_size": batch_size, "max_drop": max_drop, "cache_limit": cache_limit}
-    configuration.build(_Amounts, asked, source="evaluate")
-    _check_names(models, baseline, data)
-    if max_drop is not None and baseline is None:
-        raise PhregError("--max-drop asked for without a model to compare with; give --baseline MODEL")
-    for folder in (output, cache):
-        if folder is not None:
-            _check_folder(Path(folder))
-    on_device = _usable(device)
-    named = _named(models)
-    against = None
-    if baseline is not None:
-        against = next(
-            (name for name, model in named.items() if model is baseline or model == baseline), None
-        )
-        if against is None:
-            against = _named([baseline], "baseline").popitem()[0]
-            named |= _named([baseline], "baseline")
-    found: dict[str, list[object_discovery.Example]] = {}
-
-    def look_closer(reader: FeatureReader, record: Record) -> None:
-        if isinstance(checked, object_discovery.Settings) and output is not None:
-            best = record.notes[0]["best"]
-            found[record.model] = object_discovery.examples(reader, os.fspath(data), checked, seed, best)
-
-    with tempfile.TemporaryDirectory(prefix="phreg-") as temporary:
-        folder = Path(output if output is not None else temporary)
-        feature_cache = FeatureCache(
-            Path(cache) if cache else folder / "features", int(cache_limit * GIGABYTE)
-        )
-        suite = Suite(
-            task,
-            os.fspath(data),
-            checked,
-            tuple(range(seed, seed + seeds)),
-            folder,
-            feature_cache,
-            on_device,
-            batch_size,
-            precision == "bf16",
-            observe or (lambda *_: None),
-            look_closer,
-        )
-        with unchanged(*(model for model in named.values() if isinstance(model, nn.Module))):
-            results = compare_models(
-                suite,
-                list(_named(models)),
-                against,
-                lambda name: open_model(named[name], mean=mean, std=std)[0],
-            )
-        if found:
-            with writing(folder / MAPS, ADVICE):
-                save_png(folder / MAPS, discovery_figure(_short(found)))
-    if max_drop is not None:
-        results.check_gate(max_drop)
+    _check_amounts(seeds=seeds, batch_size=batch_size, max_drop=max_drop, cache_limit=cache_limit)
+    _check_asked(models, baseline, data, max_drop, (output, cache))
+    running = Running(_usable(device), batch_size, precision == "bf16", observe or (lambda *_: None))
+    named, against = _side_by_side(models, baseline)
+    with _folder_for(output) as folder, _unchanged(named):
+        kept = FeatureCache(Path(cache or folder / "features"), int(cache_limit * GIGABYTE))
+        runs = tuple(range(seed, seed + seeds))
+        suite = Suite(task, os.fspath(data), checked, runs, folder, kept, running, show=output is not None)
+        opened = partial(_open_named, named, mean, std)
+        results = compare_models(suite, list(_named(models)), against, opened)
+        write_examples(folder / MAPS, _short(results.examples))
+    results.check_gate(max_drop)
     return results
 
 
@@ -784,6 +744,58 @@ class _Amounts(configuration.Config):
     batch_size: PositiveInt
     max_drop: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None
     cache_limit: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+def _check_amounts(**amounts: Any) -> None:
+    """Refuses numbers that make no sense."""
+    configuration.build(_Amounts, amounts, source="evaluate")
+
+
+def _check_asked(
+    models: Sequence[Any],
+    baseline: Any,
+    data: Any,
+    max_drop: float | None,
+    folders: Sequence[str | os.PathLike[str] | None],
+) -> None:
+    """Refuses what cannot be evaluated, before anything is done that would be lost."""
+    _check_names(models, baseline, data)
+    if max_drop is not None and baseline is None:
+        raise PhregError("--max-drop asked for without a model to compare with; give --baseline MODEL")
+    for folder in folders:
+        if folder is not None:
+            _check_folder(Path(folder))
+
+
+def _side_by_side(models: Sequence[Model], baseline: Model | None) -> tuple[dict[str, Model], str | None]:
+    """Names the models and the baseline, which may be one of them; and tells the baseline's name."""
+    named = _named(models)
+    if baseline is None:
+        return named, None
+    for name, model in named.items():
+        if model is baseline or model == baseline:
+            return named, name
+    other = _named([baseline], "baseline")
+    return named | other, next(iter(other))
+
+
+@contextmanager
+def _folder_for(output: str | os.PathLike[str] | None) -> Iterator[Path]:
+    """Gives the folder to write to, one that is deleted afterwards where there is to be none."""
+    with tempfile.TemporaryDirectory(prefix="phreg-") as temporary:
+        yield Path(temporary if output is None else output)
+
+
+def _unchanged(named: Mapping[str, Model]) -> AbstractContextManager[None]:
+    """Leaves instances as they were."""
+    return unchanged(*(model for model in named.values() if isinstance(model, nn.Module)))
+
+
+def _open_named(
+    named: Mapping[str, Model], mean: Sequence[float] | None, std: Sequence[float] | None, name: str
+) -> Backbone:
+    """Opens one of several models."""
+    return open_model(named[name], mean=mean, std=std)[0]
 
 
 def _check_names(models: Sequence[Any], baseline: Any, data: Any) -> None:
@@ -894,7 +906,7 @@ def _look_at(
         name,
         looked_at,
         resampled=resampled,
-        labelled=labelled(backbone, os.fspath(labels), size) if labels is not None else None,
+        labelled=read_labelled(backbone, os.fspath(labels), size) if labels is not None else None,
         queries=texts,
         observe=observe,
     )

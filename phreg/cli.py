@@ -32,9 +32,9 @@ from tyro.extras import SubcommandApp
 from phreg import __version__, config
 from phreg.deprecated import OldNameWarning, current_command_line, current_name
 from phreg.errors import ConfigError, Interrupted, MaxDropError, PhregError
+from phreg.formats import Format
 from phreg.methods import METHODS
 from phreg.parsing import parse_toml
-from phreg.storage import ADAPTER_FORMAT, Format
 
 app = SubcommandApp()
 PLAIN: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False}
@@ -227,6 +227,7 @@ def export(
         revision: Hub commit, branch or tag to pin.
     """
     from phreg import api
+    from phreg.formats.export.spec import find_spec
 
     table = Table("size", "largest difference", "relative", "equal")
     for size in api.export(model, output, format=format, revision=revision):
@@ -235,7 +236,8 @@ def export(
         table.add_row(pixels, f"{size.difference:.1e}", f"{size.relative:.1e}", equal)
     console.print(table)
     _say(f"Written and loaded back by {format}: {output}")
-    _say(f"In Python:  {LOADED[format].format(folder=_inside_quotes(output))}")
+    load_line = find_spec(format).load_line
+    _say(f"In Python:  {load_line.format(folder=_inside_quotes(output))}")
 
 
 @app.command
@@ -284,16 +286,25 @@ def evaluate(
         cache: Folder for cached features. Unset means features/ in the output.
         cache_limit: Largest size of the cache, in gigabytes.
     """
-    try:
+    with _evaluating(output), ProgressReporter() as doing:
         from phreg import api
 
-        with ProgressReporter() as doing:
-            results = api.evaluate(
-                *models, task=task, data=data, output=output, baseline=baseline, seeds=seeds, seed=seed,
-                protocol=protocol, max_drop=max_drop, mean=mean, std=std, device=device, precision=precision,
-                batch_size=batch_size, cache=cache, cache_limit=cache_limit, observe=doing,
-                **_assignments([*chain(*set)]),
-            )  # fmt: skip
+        results = api.evaluate(
+            *models, task=task, data=data, output=output, baseline=baseline, seeds=seeds, seed=seed,
+            protocol=protocol, max_drop=max_drop, mean=mean, std=std, device=device, precision=precision,
+            batch_size=batch_size, cache=cache, cache_limit=cache_limit, observe=doing,
+            **_assignments([*chain(*set)]),
+        )  # fmt: skip
+    _show_results(results, output)
+    if max_drop is not None:
+        console.print(f"Check passed: no drop of more than {max_drop:g}.")
+
+
+@contextmanager
+def _evaluating(output: Path) -> Iterator[None]:
+    """Shows what was found where a figure dropped too far, and says how to go on where the user stopped."""
+    try:
+        yield
     except MaxDropError as failed:
         _show_results(failed.results, output)
         raise
@@ -302,9 +313,6 @@ def evaluate(
             f"stopped; finished runs and features are in {output}: give the same command again to continue "
             "after them"
         ) from stopped
-    _show_results(results, output)
-    if max_drop is not None:
-        console.print(f"Check passed: no drop of more than {max_drop:g}.")
 
 
 @app.command
@@ -328,6 +336,7 @@ def tasks(task: Annotated[Positional[str | None], _unset("[TASK]")] = None, /) -
     for key, field in config.fields(found.Settings).items():
         table.add_row(key, str(defaults[key]), " ".join((field.description or "").split()))
     console.print(table)
+    console.print(f"Data: {found.DATA}.")
     if protocols(found):
         console.print(f"Protocols: {', '.join(protocols(found))}")
 
@@ -550,17 +559,6 @@ def _show(result: Any) -> None:
         console.print("The adapter is written, and marked in phreg.json and in its model card.")
 
 
-LOADED: dict[Format, str] = {
-    "timm": 'timm.create_model("local-dir:{folder}", pretrained=True)',
-    "transformers": 'transformers.AutoModel.from_pretrained("{folder}")',
-    "open_clip": 'open_clip.create_model_and_transforms("local-dir:{folder}")',
-    "remote-code": 'transformers.AutoModel.from_pretrained("{folder}", trust_remote_code=True)',
-    "onnx": 'onnxruntime.InferenceSession("{folder}/model.onnx")',
-    "merged": 'phreg.load("{folder}")',
-    "adapter": 'phreg.load("{folder}")',
-}
-"""What loads an export."""
-
 REMAINING = 0.05
 """Largest share of remaining artifacts that is not reported."""
 
@@ -585,6 +583,8 @@ def _table(rows: Sequence[Any], title: str | None = None) -> None:
 
 def _described(shown: Any) -> list[tuple[str, str]]:
     """Describes what `phreg info` found, line by line."""
+    from phreg.formats.export.spec import needs_base
+
     base = shown.base
     fits = {
         "whole": "yes, this base is the one it was made from",
@@ -609,7 +609,7 @@ def _described(shown: Any) -> list[tuple[str, str]]:
         ("equal at", ", ".join(sizes) or "-"),
         ("versions", ", ".join(f"{name} {number}" for name, number in shown.versions.items())),
     ]
-    if shown.format == ADAPTER_FORMAT:
+    if needs_base(shown.format):
         lines.append(("fits", fits[shown.fits]))
     return lines
 

@@ -117,21 +117,22 @@ class LossConfig(Config):
 class LoraConfig(Config):
     """Low-rank adapters (PEFT). They are merged into the weights at the end."""
 
-    rank: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
-    """Rank of the adapters. auto: the largest at which they have at most 8 % of the model's weights. 0: no
-    adapters. If unlock.roles names blocks and this is not set, there are none."""
+    rank: Annotated[int, Field(ge=0)] | Literal["auto"] = 0
+    """Rank of the adapters. 0: no adapters. auto: the largest at which they have at most 8 % of the model's
+    weights. If set without unlock.roles, adapters train instead of the blocks."""
     alpha: PositiveFloat = 16.0
     """Scale: the update is alpha / rank times the low-rank product."""
-    blocks: PositiveInt | None = None
-    """How many of the last blocks get adapters. Unset means all."""
+    blocks: PositiveInt | Literal["all"] = 2
+    """How many of the last blocks get adapters, or all."""
 
 
 class UnlockConfig(Config):
     """Which weights train. Registers always do."""
 
-    roles: tuple[Role, ...] = ("vectors",)
-    """Roles that train besides the registers: vectors (norms, layer scales and biases of all blocks),
-    pos_embed, patch_embed, cls, norm, block.N, block.-N, blocks, head."""
+    roles: tuple[Role, ...] = ("pos_embed", "patch_embed", "blocks")
+    """Roles that train besides the registers: pos_embed, patch_embed, cls, norm, block.N, block.-N, blocks,
+    head, vectors (norms, layer scales and biases of all blocks). With LoRA, blocks train only if a flag or
+    recipe names them here."""
     lora: LoraConfig = LoraConfig()
     """Low-rank adapters. They replace whole blocks, or train besides the blocks that roles name."""
 
@@ -141,21 +142,20 @@ class OptimConfig(Config):
 
     name: Literal["adamw", "adam", "sgd"] = "adamw"
     """Optimizer."""
-    trust_region: bool = True
+    trust_region: bool = False
     """Measure before training what a step does to the features, and lower each role's learning rate until
     the first step moves them by no more than max_movement. Off, lr applies as it is."""
     max_movement: Annotated[float, Field(gt=0, lt=1)] = 5e-3
     """Largest mean cosine distance that the first step may move patch features or pooled outputs by."""
-    lr: PositiveFloat = 1e-2
-    """Largest learning rate at the first step. The trust region lowers it role by role."""
-    final_lr: NonNegativeFloat | None = None
-    """Learning rate at the last step, where lr applies as it is. Roles whose rate is lower end at the same
-    share of it. Unset means a fiftieth of lr."""
+    lr: PositiveFloat = 1e-4
+    """Learning rate at the first step. The trust region lowers it role by role."""
+    final_lr: NonNegativeFloat = 2e-6
+    """Learning rate at the last step; a role whose rate is lower ends at the same share of its own."""
     schedule: Literal["exponential", "cosine", "constant"] = "cosine"
     """Shape of the learning rate between lr and final_lr."""
     schedule_unit: Literal["step", "epoch"] = "step"
     """When the learning rate changes: at every step, or at every epoch (the paper)."""
-    warmup_steps: Annotated[int, Field(ge=0)] = 10
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
     """Steps of linear warm-up before the schedule."""
     weight_decay: NonNegativeFloat = 1e-2
     """Weight decay on everything that trains."""
@@ -203,9 +203,12 @@ class DataConfig(Config):
     workers: Annotated[int, Field(ge=0)] | None = None
     """Reader processes. Unset means one less than there are cores, at most 8."""
     max_megapixels: PositiveFloat = 89.0
-    """Largest decoded image, in megapixels. Decoding takes up to 12 bytes a pixel in a reader process. A
-    larger JPEG or JPEG 2000 is decoded at a half, a quarter or an eighth of its size. An image that is still
-    larger, or of another format, counts as unreadable."""
+    """Megapixels up to which an image is read at full size; a larger one is read at a half, a quarter or an
+    eighth of it. This bounds the memory of each reader process: reading takes 24 bytes for each of these
+    pixels at most (2.1 GB for 89). JPEG and JPEG 2000 are decoded at the reduced size; the other formats are
+    decoded whole first, which that memory allows up to 5.7 times the megapixels for PNG, GIF, BMP, PPM and
+    uncompressed TIFF, 1.9 times for compressed TIFF and 1.4 times for WEBP and AVIF (more in grey). A larger
+    image counts as unreadable."""
     max_broken: Fraction = 0.05
     """Largest share of unreadable images. They are skipped and reported; a larger share stops the run."""
 

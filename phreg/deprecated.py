@@ -17,7 +17,7 @@ from typing import Any, ParamSpec, TypeVar
 RENAMED: dict[str, dict[str, str]] = {
     # Verbs and other public names.
     "phreg": {"show": "info"},
-    "phreg.analysis.probes.TokenAccuracy": {"spread": "std"},
+    "phreg.analysis.class_probe.TokenAccuracy": {"spread": "std"},
     "phreg.config": {"GateConfig": "ChecksConfig"},
     "phreg.errors": {"GateError": "MaxDropError"},
     "phreg.sinks.locate": {"locate": "find_sinks"},

@@ -117,6 +117,20 @@ class ModelState(Generic[_Model]):
             parameter.requires_grad_(self._trains.get(name, any(self._trains.values())))
 
 
+def shallow_twin(model: _Model) -> _Model:
+    """Copies what a model is built of, and not what its tensors hold: the twin's lie in the same memory.
+
+    On the twin a change of structure can be tried first: parameters added or replaced, hooks, attributes. The
+    model does not see it, as long as nothing is written into the twin's tensors.
+    """
+    twins: dict[int, Any] = {}
+    for tensor in _tensors(model).values():
+        same = tensor.detach()
+        is_parameter = isinstance(tensor, nn.Parameter)
+        twins[id(tensor)] = nn.Parameter(same, tensor.requires_grad) if is_parameter else same
+    return copy.deepcopy(model, twins)
+
+
 @contextmanager
 def rollback_on_error(model: _Model) -> Iterator[ModelState[_Model]]:
     """Puts a model back exactly as it was if anything is raised inside, `KeyboardInterrupt` included.

@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -32,11 +32,11 @@ MODEL_FORMAT = "phreg-model"
 """All tensors, and the config of the class: the `merged` export, which a patched transformers model's own
 `save_pretrained` writes too."""
 
-Format = Literal["timm", "transformers", "open_clip", "remote-code", "onnx", "merged", "adapter"]
-"""What a model is exported as, the formats that ask least of whoever loads them first."""
+ADAPTER_TENSORS, MODEL_TENSORS = "adapter.safetensors", "phreg.safetensors"
+"""The files of tensors beside `phreg.json`, of either."""
 
-OWN_FORMATS: dict[str, Format] = {ADAPTER_FORMAT: "adapter", MODEL_FORMAT: "merged"}
-"""phreg's own formats by the name in phreg.json."""
+OWN_FORMATS: dict[str, str] = {ADAPTER_FORMAT: "adapter", MODEL_FORMAT: "merged"}
+"""phreg's own formats: what a record calls them -> what `phreg.formats.FORMATS` does."""
 
 FORMAT_VERSION = 1
 """Newest version of either file that this phreg reads, and the one that it writes."""

@@ -7,7 +7,7 @@
 import re
 import sys
 from pathlib import Path
-from typing import NamedTuple, get_args
+from typing import NamedTuple
 
 import torch
 from families import FAMILIES
@@ -15,11 +15,11 @@ from families import FAMILIES
 from phreg.backbones import resolve
 from phreg.backbones.base import Backbone
 from phreg.backbones.resolve import Base, weights_sha256
+from phreg.formats import FORMATS
+from phreg.formats.adapter import save_adapter
 from phreg.formats.export import export, unsupported_reason
 from phreg.formats.load import open_saved
 from phreg.registers import add_registers
-from phreg.storage import Format
-from phreg.training.checkpoint import save_adapter
 
 COUNT = 3
 """Registers added."""
@@ -75,7 +75,7 @@ def _from_adapter(backbone: Backbone, base: Base, folder: Path) -> tuple[Backbon
     before = {name: tensor.clone() for name, tensor in backbone.disk_state().items()}
     base = Base(str(folder / "base"), backbone.spec.library, None, weights_sha256(before))
     add_registers(backbone, COUNT)
-    save_adapter(folder / "adapter", backbone, base, before, {}, lambda _: "")
+    save_adapter(folder / "adapter", backbone, base, before, None, lambda _: "")
     return open_saved(resolve.locate(folder / "adapter"))
 
 
@@ -228,13 +228,12 @@ GROUPS = {
 
 def markdown() -> str:
     """Writes the table in Markdown; families of which the same becomes in every format share a row."""
-    formats = get_args(Format)
     rows: dict[tuple[str, tuple[str, ...]], list[str]] = {}
     for family in FAMILIES:
         library, name = family.split("/")
-        found = tuple(_sign(expected(family, format)) for format in formats)
+        found = tuple(_sign(expected(family, format)) for format in FORMATS)
         rows.setdefault((library, found), []).append(name)
-    lines = [f"| of | families | {' | '.join(f'`{format}`' for format in formats)} |", "|---" * 9 + "|"]
+    lines = [f"| of | families | {' | '.join(f'`{format}`' for format in FORMATS)} |", "|---" * 9 + "|"]
     lines += [
         f"| {library} | {', '.join(names)} | {' | '.join(found)} |"
         for (library, found), names in rows.items()
@@ -244,15 +243,14 @@ def markdown() -> str:
 
 def short_markdown() -> str:
     """Writes the table of the main README: a row for a group of families, and how equal a format is."""
-    formats = get_args(Format)
-    lines = [f"| | {' | '.join(f'`{format}`' for format in formats)} |", "|---" * (len(formats) + 1) + "|"]
+    lines = [f"| | {' | '.join(f'`{format}`' for format in FORMATS)} |", "|---" * (len(FORMATS) + 1) + "|"]
     for group, pattern in GROUPS.items():
         families = [family for family in FAMILIES if re.fullmatch(pattern, family)]
-        cells = [_in_short({_sign(expected(family, format)) for family in families}) for format in formats]
+        cells = [_in_short({_sign(expected(family, format)) for family in families}) for format in FORMATS]
         lines.append(f"| {group} | {' | '.join(cells)} |")
     largest = [
         max(allowed(name, format) for name in FAMILIES if not isinstance(expected(name, format), Refused))
-        for format in formats
+        for format in FORMATS
     ]
     lines.append(
         f"| differs by at most | {' | '.join(f'{figure:.0e}' if figure else '0' for figure in largest)} |"

@@ -29,6 +29,20 @@ def pixels(image):
     return np.asarray(image)
 
 
+def write(path, image):
+    """Saves an image in a folder that need not be there yet."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path)
+
+
+def leave_copies(file):
+    """Leaves what notebooks and Macs leave beside a file."""
+    copies = file.parent / ".ipynb_checkpoints"
+    copies.mkdir(exist_ok=True)
+    (copies / f"{file.stem}-checkpoint{file.suffix}").write_bytes(file.read_bytes())
+    (file.parent / f"._{file.name}").write_bytes(b"a resource fork")
+
+
 @pytest.fixture
 def mixed_photos(tmp_path):
     """Six readable images of different sizes and formats, on two levels."""

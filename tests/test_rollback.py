@@ -11,8 +11,9 @@ from torch import nn
 import phreg
 from phreg import api, rollback
 from phreg.backbones.resolve import adapt
+from phreg.backbones.timm import TimmBackbone
 from phreg.errors import PhregError, TrainingError
-from phreg.formats import adapter, record
+from phreg.formats import run
 from phreg.report import folder
 from phreg.sinks import relocation, test_time
 from phreg.training import loop as trainer
@@ -100,7 +101,7 @@ STAGES = {
     "merging": (trainer, "merge_lora"),
     "the comparison": (api, "compare_with_original"),
     "the report": (folder, "of_survey"),
-    "the adapter": (record, "save_adapter"),
+    "the adapter": (run, "save_adapter"),
     "the very end": (api, "Distilled"),
 }
 
@@ -164,7 +165,7 @@ def test_adding_registers_is_undone_where_it_is_cut_short(library, monkeypatch):
     assert_same(portrait(model), before)
 
 
-@pytest.mark.parametrize("failing", [(adapter, "_check_tensors"), (api, "warn_failed_checks")], ids=str)
+@pytest.mark.parametrize("failing", [(TimmBackbone, "load_disk_state"), (api, "warn_failed_checks")], ids=str)
 def test_an_adapter_half_applied_is_undone_whatever_the_reason(failing, tiny, photos, tmp_path, monkeypatch):
     api.distill(tiny(), photos, tmp_path / "run", **QUICK)
     model = used(tiny())
@@ -286,6 +287,20 @@ def test_the_twin_has_the_models_own_tensors_and_writing_into_the_model_does_not
     assert all(torch.equal(twin.state_dict()[name], tensor) for name, tensor in tiny().state_dict().items())
     assert not any(parameter.requires_grad for parameter in twin.parameters())
     assert not any(parameter.any() for parameter in model.parameters())
+
+
+def test_a_shallow_twin_takes_no_memory_and_its_structure_is_its_own(tiny):
+    model = tiny()
+    model.head = model.blocks[0].mlp.fc1  # tied
+    before = portrait(model)
+    own = {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
+    twin = rollback.shallow_twin(model)
+    assert {name: parameter.data_ptr() for name, parameter in twin.named_parameters()} == own
+    assert twin.head is twin.blocks[0].mlp.fc1
+    phreg.add_registers(twin, 2)
+    twin.blocks[0].register_forward_hook(lambda *_: None)
+    twin.pos_embed = nn.Parameter(torch.zeros(1))
+    assert_same(portrait(model), before)
 
 
 def test_a_model_that_was_moved_and_cast_comes_back():

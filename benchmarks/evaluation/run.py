@@ -35,7 +35,9 @@ import phreg
 from phreg.api import open_model
 from phreg.backbones.resolve import weights_sha256
 from phreg.data.sources import SUFFIXES
-from phreg.evaluation.results import Metrics, Results, summarise, versions
+from phreg.evaluation.record import Metrics, summarise, versions
+from phreg.evaluation.results import Results
+from phreg.evaluation.tasks.table import find_task
 from phreg.training.checkpoint import write_text
 from phreg.training.loop import keep_freed_memory
 
@@ -330,6 +332,7 @@ def table(name: str, rows: Mapping[str, Row]) -> str:
         records[method] = summarise(
             [Metrics({figure: _number(row["figures"].get(figure)) for figure in task.figures})
              for row in known.values()],
+            find_task(task.name).METRICS,
             task=name, model=method, sha256="", registers=0, data="", settings={},
             seeds=tuple(known), hardware={}, seconds=sum(row["seconds"] for row in each.values()),
         )  # fmt: skip

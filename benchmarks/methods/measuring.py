@@ -25,7 +25,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from phreg.analysis.norms import Gap, NormReport, outlier_mask, outliers
+from phreg.analysis.gap import Gap, outlier_mask
+from phreg.analysis.norms import NormReport, outliers
 from phreg.backbones.base import Backbone
 from phreg.backbones.readout import set_readout
 from phreg.backbones.resolve import weights_sha256

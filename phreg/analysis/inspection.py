@@ -20,15 +20,14 @@ import torch
 from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 
+from phreg.analysis.class_probe import GlobalProbe, global_probe
 from phreg.analysis.complexity import Cost, Latency, complexity, latency
 from phreg.analysis.feature_maps import text_maps
 from phreg.analysis.interpolation import InterpolationEffect, Stripes, interpolation_effect, stripes
 from phreg.analysis.norms import NormReport
 from phreg.analysis.probes import (
-    GlobalProbe,
     PositionProbe,
     ReconstructionProbe,
-    global_probe,
     position_probe,
     reconstruction_probe,
     sample_tokens,
@@ -185,22 +184,15 @@ def look(
     with stage("sinks"):
         sinks = find_sinks(backbone, batches, surveyed.norms)
     with stage("probes"):
-        position = reconstruction = None
-        if surveyed.norms.images >= PROBED:
-            sample = sample_tokens(backbone, batches, surveyed.norms)
-            position, reconstruction = position_probe(sample), reconstruction_probe(sample)
+        position, reconstruction = _patch_probes(backbone, batches, surveyed.norms)
         classes = global_probe(backbone, *labelled, surveyed.norms) if labelled else None
     with stage("resampled positions"):
         effect = _interpolation(backbone, resampled)
     shown = torch.cat(list(batches[:show]))[:show]
     drawn = text_maps(backbone, shown, queries) if queries else None
-    meant = None
-    if dense_readout(backbone) != "plain":
-        with use_readout(backbone):
-            meant = backbone(shown).patches.float().cpu()
     with stage("cost"):
         return replace(
-            of_survey(backbone, name, surveyed, meant, sinks=sinks),
+            of_survey(backbone, name, surveyed, _trained_features(backbone, shown), sinks=sinks),
             position=position,
             reconstruction=reconstruction,
             classes=classes,
@@ -239,6 +231,24 @@ def of_survey(
         sinks=sinks,
         costs=complexity(backbone, size=(height, width)),
     )
+
+
+def _patch_probes(
+    backbone: Backbone, batches: Sequence[ImageBatch], norms: NormReport
+) -> tuple[PositionProbe | None, ReconstructionProbe | None]:
+    """Asks patches what they know of themselves, where there are images enough to learn from."""
+    if norms.images < PROBED:
+        return None, None
+    sample = sample_tokens(backbone, batches, norms)
+    return position_probe(sample), reconstruction_probe(sample)
+
+
+def _trained_features(backbone: Backbone, shown: ImageBatch) -> Float[Tensor, "images rows cols dim"] | None:
+    """Reads features as the model was trained, where that is not plainly."""
+    if dense_readout(backbone) == "plain":
+        return None
+    with use_readout(backbone):
+        return backbone(shown).patches.float().cpu()
 
 
 def _interpolation(backbone: Backbone, resampled: Sequence[ImageBatch]) -> InterpolationEffect | None:

@@ -25,7 +25,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
-from phreg.analysis.norms import Gap, outlier_mask, outlier_threshold
+from phreg.analysis.gap import Gap, outlier_mask, outlier_threshold
 from phreg.backbones.base import Backbone
 from phreg.errors import DataError, PhregError, UnsupportedModelError
 

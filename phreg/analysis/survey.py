@@ -31,6 +31,7 @@ from phreg.analysis.attention import (
     complete_capture,
     query_names,
 )
+from phreg.analysis.gap import outlier_mask
 from phreg.analysis.neighbours import (
     NeighbourReport,
     contrast,
@@ -38,7 +39,7 @@ from phreg.analysis.neighbours import (
     neighbour_report,
     patch_embeddings,
 )
-from phreg.analysis.norms import NormReport, Norms, join, norm_report, of_one_size, outlier_mask, token_norms
+from phreg.analysis.norms import NormReport, Norms, join, norm_report, of_one_size, token_norms
 from phreg.backbones.base import Backbone
 from phreg.errors import UnsupportedModelError
 

@@ -113,21 +113,7 @@ def upload(
         )
     api = HfApi()
     try:
-        api.create_repo(repository, private=private or None, exist_ok=True)
-        if private and not api.repo_info(repository).private:
-            raise PushError(
-                f"{asked} in private, and it exists and is public; make it private at "
-                f"{constants.ENDPOINT}/{repository}/settings, or push to another"
-            )
-        if branch is not None:
-            api.create_branch(repository, branch=branch, exist_ok=True)
-        there = set(api.list_repo_files(repository, revision=branch))
-        weights = sorted(name for name in there if name.endswith((".safetensors", ".bin", ".pt", ".h5")))
-        if weights and there.isdisjoint(ours):
-            raise PushError(
-                f"{asked}, which holds a model that phreg did not write ({weights[0]}); push to another "
-                "repository, or empty that one first"
-            )
+        _prepare_repository(api, repository, asked, private=private, branch=branch, ours=ours)
         commit = api.upload_folder(
             repo_id=repository,
             folder_path=folder,
@@ -138,6 +124,31 @@ def upload(
     except (OSError, HTTPError, ValueError, RuntimeError) as error:
         raise PushError(f"{asked}: {_explain_upload(error)}; nothing was committed") from error
     return str(commit.commit_url)
+
+
+def _prepare_repository(
+    api: HfApi, repository: str, asked: str, *, private: bool, branch: str | None, ours: Iterable[str]
+) -> None:
+    """Makes a repository and a branch where there is none, and refuses one that may not be written to.
+
+    Raises:
+        PushError: It is public and should not be, or holds somebody else's model.
+    """
+    api.create_repo(repository, private=private or None, exist_ok=True)
+    if private and not api.repo_info(repository).private:
+        raise PushError(
+            f"{asked} in private, and it exists and is public; make it private at "
+            f"{constants.ENDPOINT}/{repository}/settings, or push to another"
+        )
+    if branch is not None:
+        api.create_branch(repository, branch=branch, exist_ok=True)
+    there = set(api.list_repo_files(repository, revision=branch))
+    weights = sorted(name for name in there if name.endswith((".safetensors", ".bin", ".pt", ".h5")))
+    if weights and there.isdisjoint(ours):
+        raise PushError(
+            f"{asked}, which holds a model that phreg did not write ({weights[0]}); push to another "
+            "repository, or empty that one first"
+        )
 
 
 def _explain_upload(error: Exception) -> str:

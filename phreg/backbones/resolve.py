@@ -11,15 +11,13 @@ is imported before it is needed.
 It finds phreg's own adapters, runs and exports, but does not read what they say: see `phreg.formats.load`.
 """
 
-import hashlib
 import importlib
-import json
 import logging
 import math
 import os
 import pickle
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,11 +26,12 @@ from weakref import WeakSet
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import nn
 
 from phreg.backbones.base import Backbone, Library, Triple
 from phreg.errors import LoadError, PhregError, UnsupportedModelError
 from phreg.parsing import parse_json
+from phreg.record import Base, RecordError, read_format, weights_sha256
 from phreg.storage import ADAPTER_FILE, EXPORT_FILE, resume_command
 
 logger = logging.getLogger(__name__)
@@ -50,7 +49,7 @@ class LibraryLayout:
 
     Attributes:
         config: File that describes the model.
-        key: Key in it by which this library's models are told from the others'.
+        key: Key in it by which this library's models are written_by from the others'.
         weights: Files that may hold the weights, best first; an index names the shards.
     """
 
@@ -124,23 +123,6 @@ class LibraryAdapter(Protocol):
     def build(self, name: str, config: dict[str, Any]) -> Backbone:
         """Builds a model of random weights, of a class and the library's own config."""
         ...
-
-
-@dataclass(frozen=True)
-class Base:
-    """Which checkpoint a model is: enough to find the same one again, and to notice when it is another.
-
-    Attributes:
-        source: What to give to `load` to get it again (a folder by its absolute path), or `instance`.
-        library: The library it belongs to.
-        revision: The hub commit; None where it does not come from the hub.
-        sha256: `weights_sha256` of its tensors, named as on disk.
-    """
-
-    source: str
-    library: Library
-    revision: str | None
-    sha256: str
 
 
 @dataclass(frozen=True)
@@ -466,8 +448,11 @@ def _library(folder: Path, order: Sequence[Library], source: str) -> Library | N
         The library; None for an export that none of them builds.
     """
     exported = folder / EXPORT_FILE
-    written_by = _read_json(exported).get("format") if exported.is_file() else None
-    for library in sorted(order, key=lambda library: library != written_by):  # stable: the order stays
+    try:
+        written_by = read_format(exported) if exported.is_file() else None
+    except RecordError as error:
+        raise LoadError(f"asked for {source}, whose {error}") from error
+    for library in sorted(order, key=lambda library: library != written_by):  # stable
         config = folder / LAYOUTS[library].config
         if config.is_file() and LAYOUTS[library].key in _read_json(config):
             return library
@@ -549,51 +534,3 @@ def _problem(file: Path) -> str | None:
     except UNPICKLING_ERRORS:
         return "is broken, or holds pickled objects, which phreg never loads"
     return None
-
-
-SETTINGS = (
-    *("format", "library", "class", "config", "tower", "registers", "input_size", "mean", "std"),
-    *("readout", "test_time", "test_time_size"),
-)
-"""What a record in phreg.json says of how its tensors become a model; the rest is told to people."""
-
-
-def record_sums(record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """Hashes what a folder of phreg's own formats holds, so that loading it notices any damage.
-
-    Args:
-        record: What its phreg.json says.
-        tensors: Its tensors, by their names in the file.
-
-    Returns:
-        `tensors_sha256` and `settings_sha256`, to be added to the record.
-    """
-    return {"tensors_sha256": weights_sha256(tensors), "settings_sha256": settings_sha256(record)}
-
-
-def settings_sha256(record: Mapping[str, Any]) -> str:
-    """Hashes those of `SETTINGS` that a record has: SHA-256 of their ASCII JSON, keys sorted."""
-    settings = json.loads(json.dumps({name: record[name] for name in SETTINGS if name in record}))
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-
-
-def weights_sha256(tensors: Mapping[str, Tensor]) -> str:
-    r"""Hashes named tensors, whatever file format, device or memory layout they came in.
-
-    The recipe: SHA-256 over the tensors in the order of their names (by code point), each as one line of
-    ASCII JSON, `["name", "dtype", [sizes]]` as `json.dumps` writes it, dtype as in `float32`; a newline
-    (`\n`); the elements, little-endian, row by row. Any change of a name, dtype, shape or bit changes it.
-
-    Args:
-        tensors: Dense tensors by name, on any device; brought to the CPU one at a time.
-
-    Returns:
-        64 hexadecimal digits.
-    """
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name].detach()
-        header = [name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape)]
-        digest.update(json.dumps(header).encode() + b"\n")
-        digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()

@@ -26,9 +26,9 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from phreg.backbones.base import NORMALISATION, TRAINED_READOUT, packed_types, unit_movers
-from phreg.backbones.resolve import record_sums
 from phreg.errors import PhregError
-from phreg.storage import ADAPTER_FILE, FORMAT_VERSION, MODEL_FORMAT, write_file, write_text, writing
+from phreg.record import RunRecord, write_record
+from phreg.storage import ADAPTER_FILE, FORMAT_VERSION, MODEL_FORMAT, MODEL_TENSORS, write_file, writing
 
 REMOTE_CLASS, REMOTE_MODEL_TYPE = "Registers", "registers_"
 """What a stock class's name and its model type open with in the code of a remote-code export."""
@@ -293,6 +293,33 @@ def save_patched(
         PhregError: The model has no registers or test-time ones, or the folder holds a stock model, which
             would be taken for it, or cannot be written.
     """
+    registers = _registers_to_save(model, folder)
+    tensors = disk_names(model, model.state_dict() if state_dict is None else state_dict)
+    # Copies, since tied weights are two names of one tensor, which safetensors does not write.
+    plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    record = RunRecord(
+        format=MODEL_FORMAT,
+        format_version=FORMAT_VERSION,
+        model_class=type(model).__name__,
+        registers=registers.tokens.shape[1],
+        **dict(zip(("mean", "std"), vars(model).get(NORMALISATION, ()), strict=False)),
+        library="transformers",
+        config=json.loads(model.config.to_json_string(use_diff=False)),
+        readout=vars(model).get(TRAINED_READOUT, "plain"),
+        versions={name: version(name) for name in ("torch", "transformers")},
+    )
+    with writing(folder, "free space, or give another folder"):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_file(folder / MODEL_TENSORS, lambda path: save_file(plain, path, metadata={"format": "pt"}))
+        write_record(folder / ADAPTER_FILE, record.with_sums(plain))
+
+
+def _registers_to_save(model: PreTrainedModel, folder: Path) -> Registers:
+    """Finds a model's registers, and refuses what could not be loaded again as it is.
+
+    Raises:
+        PhregError: See `save_patched`.
+    """
     registers = next((module for module in model.modules() if isinstance(module, Registers)), None)
     if registers is None:
         raise PhregError(
@@ -319,27 +346,7 @@ def save_patched(
             f"asked to save a model with registers to {folder}, which holds {', '.join(stock)} of a model "
             "without; give another folder"
         )
-    tensors = disk_names(model, model.state_dict() if state_dict is None else state_dict)
-    # Copies, since tied weights are two names of one tensor, which safetensors does not write.
-    plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    description = {
-        "format": MODEL_FORMAT,
-        "format_version": FORMAT_VERSION,
-        "library": "transformers",
-        "class": type(model).__name__,
-        "registers": registers.tokens.shape[1],
-        "readout": vars(model).get(TRAINED_READOUT, "plain"),
-        **dict(zip(("mean", "std"), vars(model).get(NORMALISATION, ()), strict=False)),
-        "config": json.loads(model.config.to_json_string(use_diff=False)),
-        "versions": {name: version(name) for name in ("torch", "transformers")},
-    }
-    text = json.dumps(description | record_sums(description, plain), indent=2)
-    with writing(folder, "free space, or give another folder"):
-        folder.mkdir(parents=True, exist_ok=True)
-        write_file(
-            folder / "phreg.safetensors", lambda path: save_file(plain, path, metadata={"format": "pt"})
-        )
-        write_text(folder / ADAPTER_FILE, text)
+    return registers
 
 
 def disk_names(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,8 +1,9 @@
 """Turns images into batches that depend on the seed and the step alone.
 
-Nothing here keeps state: `Order` says which numbers make which batch, and the position of a crop is a hash of
-seed, epoch and number. So a run resumed at any step, with any number of reader processes, sees the very
-pixels it would have seen. What cannot be decoded is replaced by the next image, reported, and counted.
+Nothing here keeps state: `phreg.data.sampling.Order` says which numbers make which batch, and the place of a
+crop is a hash of seed, epoch and number. So a run resumed at any step, with any number of reader processes,
+sees the very pixels it would have seen. What cannot be decoded is replaced by the next image, reported, and
+counted.
 
     Order.batch(step) ──(epoch, index)──► Crops ──loader──► Batch uint8 (B,3,S,S) ──as_input──► model
                                             └─ ImageSource.read(index)
@@ -16,7 +17,6 @@ import multiprocessing
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -27,8 +27,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from phreg.backbones.base import Backbone
-from phreg.config import DataConfig, DistillConfig
-from phreg.data.sources import MAX_MEGAPIXELS, ImageSource, Subset, open_images, some, unreadable
+from phreg.config import DataConfig
+from phreg.data.sampling import Key, Order, subsample
+from phreg.data.sources import MAX_MEGAPIXELS, ImageSource, some, unreadable
 from phreg.errors import DataError
 from phreg.seeding import keyed_generator
 
@@ -37,14 +38,14 @@ logger = logging.getLogger(__name__)
 MEASURED_AT_ONCE = 8
 """Images per forward outside of training."""
 
+LARGER = 1.5
+"""How much larger than a model's own size images are, to see what resampling its positions does."""
+
 LONGEST_GAP = 1000
 """Unreadable images in a row before the search for a readable one is given up."""
 
 
 # --- Crops: an image becomes a rectangle -----------------------------------------------------------------
-
-Key = tuple[int, int]
-"""Epoch, and number of an image."""
 
 
 class Skipped(NamedTuple):
@@ -190,108 +191,6 @@ def as_input(
     return normalise(pixels, backbone.spec.mean, backbone.spec.std).to(backbone.dtype)
 
 
-# --- Order: which images make which batch --------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Order:
-    """Which images make the batch of a step: a function of seed and step alone.
-
-    An epoch is a permutation of all images, cut into global batches of `batch_size * world_size`; those that
-    do not fill one are left out of this epoch. Rank r takes the r-th stretch of a global batch: the batches
-    of all ranks, one behind the other, are that of a single process with a `world_size` times larger batch.
-
-    Attributes:
-        num_images: Images there are.
-        batch_size: Images per process and step.
-        seed: Seed of the permutations.
-        rank: Number of this process.
-        world_size: Processes that train together.
-
-    Raises:
-        DataError: There are fewer images than one global batch takes.
-    """
-
-    num_images: int
-    batch_size: int
-    seed: int = 0
-    rank: int = 0
-    world_size: int = 1
-
-    def __post_init__(self) -> None:
-        if self.steps_per_epoch == 0:
-            raise DataError(
-                f"cannot fill a batch: it takes {self.batch_size} images on each of {self.world_size} "
-                f"processes = {self.batch_size * self.world_size}, found {self.num_images} to train on; add "
-                "images, or lower --batch-size"
-            )
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Global batches that an epoch fills."""
-        return self.num_images // (self.batch_size * self.world_size)
-
-    def epoch(self, step: int) -> int:
-        """Tells which epoch a step belongs to; both count from 0."""
-        return step // self.steps_per_epoch
-
-    def batch(self, step: int) -> list[Key]:
-        """Lists (epoch, index) of this process's images at a step."""
-        epoch, position = divmod(step, self.steps_per_epoch)
-        start = (position * self.world_size + self.rank) * self.batch_size
-        indices = _permutation(self.num_images, self.seed, epoch)[start : start + self.batch_size]
-        return [(epoch, index) for index in indices.tolist()]
-
-
-@lru_cache(maxsize=2)
-def _permutation(length: int, seed: int, epoch: int) -> Int64[Tensor, " length"]:
-    return torch.randperm(length, generator=keyed_generator("order", seed, epoch))
-
-
-def holdout(num_images: int, count: int) -> tuple[list[int], list[int]]:
-    """Sets images aside for measuring: the central ones of `count` equal stretches.
-
-    At most a fifth is set aside, so none of fewer than 5 images.
-
-    Returns:
-        Numbers of the images to train on, and of those held out, both ascending.
-    """
-    count = min(count, num_images // 5)
-    held = [(2 * stretch + 1) * num_images // (2 * count) for stretch in range(count)]
-    return sorted(set(range(num_images)) - set(held)), held
-
-
-def split(source: ImageSource, config: DistillConfig) -> tuple[ImageSource, ImageSource, bool]:
-    """Splits a run's images into those to train on and those to measure on.
-
-    Returns:
-        Both, and whether they are disjoint: fewer than 5 images serve as both.
-    """
-    count = config.measure.images
-    limit = len(source) if config.data.limit == "all" else config.data.limit
-    if config.measure.source is not None:
-        others = open_images(config.measure.source, max_megapixels=config.data.max_megapixels)
-        return subsample(source, limit), subsample(others, count), True
-    train_on, measure_on = holdout(len(source), count)
-    if measure_on:
-        return subsample(Subset(source, train_on), limit), Subset(source, measure_on), True
-    return subsample(source, limit), subsample(source, count), not count
-
-
-def subsample(source: ImageSource, count: int) -> ImageSource:
-    """Takes at most `count` images, evenly spaced over those there are."""
-    return Subset(source, subsample_indices(len(source), count))
-
-
-def subsample_indices(total: int, count: int) -> list[int]:
-    """Lists the first of each of `count` equal stretches of `total` numbers, or all if there are fewer.
-
-    The first index is 0, the last lies in the last stretch, and gaps differ by at most 1.
-    """
-    count = min(total, count)
-    return [number * total // count for number in range(count)]
-
-
 # --- Loading: batches ahead of time --------------------------------------------------------------------
 
 
@@ -435,3 +334,12 @@ def centre_crops(
         if readable and (len(readable) == MEASURED_AT_ONCE or index + 1 == len(source)):
             pixels, readable = torch.cat(readable), []
             yield as_input(backbone, pixels)
+
+
+def larger(backbone: Backbone, source: ImageSource) -> list[Float[Tensor, "_ 3 _ _"]]:
+    """Reads a few images at a size that is not the model's own; none where it takes no other."""
+    if not backbone.spec.any_size:
+        return []
+    rows, cols = (round(LARGER * count) for count in backbone.spec.grid)
+    size = (rows * backbone.spec.patch_size[0], cols * backbone.spec.patch_size[1])
+    return list(centre_crops(backbone, subsample(source, MEASURED_AT_ONCE), size))

@@ -55,7 +55,14 @@ FORMATS = {
 SUFFIXES = frozenset(itertools.chain.from_iterable(FORMATS.values()))
 TAR = re.compile(r"\.(tar|tar\.\w+|tgz|tbz2?|txz)$", re.IGNORECASE)
 MAX_MEGAPIXELS = DataConfig().max_megapixels
-"""Largest image that is decoded at full size, unless something else is asked for."""
+"""Largest image that is read at full size, unless something else is asked for."""
+
+BYTES_PER_PIXEL = 24
+"""Memory that reading an image takes at most, for each pixel of the largest that is read at full size: WEBP's
+decoder holds 16, and an image that is converted and turned 8 more."""
+
+BAND = 2**18
+"""Pixels that are converted to RGB at a time."""
 
 ADVICE = (
     f"give a folder of images ({' '.join(suffixes[0] for suffixes in FORMATS.values())}), a text file of "
@@ -94,7 +101,7 @@ class Files:
     Attributes:
         paths: Where they are.
         unturned: Numbers of those that are read as they are stored, whatever EXIF says of their orientation.
-        max_megapixels: What each may have in memory (see `decode`), as in all sources.
+        max_megapixels: Largest that is read at full size (see `decode`), as in all sources.
         whole: Whether they are read at full size or not at all, as those that go with masks, depths or boxes.
     """
 
@@ -223,8 +230,8 @@ def open_images(
         source: Where the images are.
         split: Split of a Hugging Face dataset.
         column: Its column of images; unset means the first such column.
-        max_megapixels: What an image may have in memory: larger ones are read at a reduced size (see
-            `decode`).
+        max_megapixels: Largest image that is read at full size: larger ones are read at a reduced size, in
+            bounded memory (see `decode`).
 
     Raises:
         DataError: There is nothing there, no image in it, or more than one kind; listed files are missing;
@@ -538,15 +545,18 @@ def decode(
         data: Content of an image file, or its path.
         name: What to call it in messages; unset means the path.
         upright: Whether to apply the EXIF orientation.
-        max_megapixels: What the image may have in memory, at up to 12 bytes a pixel while it is decoded. A
-            larger JPEG or JPEG 2000 is decoded at a half, a quarter or an eighth of its size. This takes the
-            place of PIL's own limit, which is not heeded.
-        whole: Whether that is refused: what belongs to its pixels (a mask, boxes) would no longer fit.
+        max_megapixels: Largest image that is read at full size. A larger one is read at a half, a quarter or
+            an eighth of its size, each pixel the mean of a square of its own. JPEG and JPEG 2000 are decoded
+            at that size. The other formats are decoded whole first, where that takes no more memory than an
+            image of `max_megapixels` may: `BYTES_PER_PIXEL` each. This takes the place of PIL's own limit,
+            which is not heeded.
+        whole: Whether a reduced size is refused: what belongs to its pixels (a mask, boxes) would no longer
+            fit.
 
     Raises:
         DataError: It is missing, truncated, empty, in no format of `FORMATS`, of a range of values that
-            does not say what is white (floats, 32-bit integers), or too large, which is checked before
-            decoding.
+            does not say what is white (floats, 32-bit integers), or too large even at an eighth, which is
+            checked before decoding.
     """
     name = name or ("an image" if isinstance(data, bytes) else _printable(os.fspath(data)))
     try:
@@ -570,14 +580,14 @@ def _decode(
         with _identify(stream) as image:
             if 0 in image.size:
                 raise ValueError(f"it measures {image.width}x{image.height} pixels")
-            if image.width * image.height > max_megapixels * 1e6:
-                _reduce(image, name, max_megapixels, whole=whole)
+            large = image.width * image.height > max_megapixels * 1e6
+            factor = _reduce(image, name, max_megapixels, whole=whole) if large else 1
             deep = ";16" in str(image.tile)  # loading forgets how many bits there were
             image.load()
-            if deep and image.mode in ("RGB", "RGBA"):  # of which PIL keeps the upper 8
-                colours = np.asarray(image)[..., :3]
-                _warn_if_dim(name, 256 * int(colours.min()), 256 * int(colours.max()) + 255)
-            return _to_rgb(image, name, upright=upright)
+            _check_range(image, name, deep=deep)
+            orientation = image.getexif().get(ExifTags.Base.Orientation)  # after load: PIL turns TIFFs itself
+            rgb = _to_rgb(image, factor)
+            return rgb.transpose(UPRIGHT[orientation]) if upright and orientation in UPRIGHT else rgb
 
 
 def _identify(stream: io.BytesIO | io.BufferedReader) -> ImageFile.ImageFile:
@@ -594,11 +604,14 @@ def _identify(stream: io.BytesIO | io.BufferedReader) -> ImageFile.ImageFile:
     raise ValueError(found if head else "it is empty")
 
 
-def _reduce(image: ImageFile.ImageFile, name: str, max_megapixels: float, *, whole: bool) -> None:
-    """Has a large image decoded at a half, a quarter or an eighth of its size.
+def _reduce(image: ImageFile.ImageFile, name: str, max_megapixels: float, *, whole: bool) -> int:
+    """Has a large image decoded at a half, a quarter or an eighth of its size, if its format can.
+
+    Returns:
+        What its sides are yet to be divided by once it is decoded.
 
     Raises:
-        DataError: It is not to be, its format cannot, or it is too large even so.
+        DataError: It is not to be reduced, or reading it takes too much memory even so.
     """
     width, height = image.size
     found = f"it has {width * height / 1e6:.4g} megapixels ({width}x{height})"
@@ -608,23 +621,41 @@ def _reduce(image: ImageFile.ImageFile, name: str, max_megapixels: float, *, who
             f"{found}, and {max_megapixels:g} are read at most where a mask, depths or boxes go with them",
             "make both smaller, or cut them into tiles",
         )
-    for power in (1, 2, 3):
-        if -(-width // 2**power) * -(-height // 2**power) > max_megapixels * 1e6:
+    memory = BYTES_PER_PIXEL * max_megapixels * 1e6
+    for factor in (2, 4, 8):
+        reduced = -(-width // factor) * -(-height // factor)
+        # As RGB, of 4 bytes a pixel, an image exists up to three times: decoded, converted, turned upright.
+        takes = _decoder_bytes(image) * width * height + 12 * reduced
+        if reduced > max_megapixels * 1e6 or takes > memory:
             continue
         if image.format == "JPEG2000":
-            cast(Any, image).reduce = power
-            return
-        # A progressive one holds up to 6 bytes of each of its own pixels, at whatever size it is decoded.
-        heavy = "progressive" in image.info and width * height > 2 * max_megapixels * 1e6
-        if image.format in ("JPEG", "MPO") and not heavy:
-            image.draft(None, (width // 2**power, height // 2**power))
-            return
+            cast(Any, image).reduce = factor.bit_length() - 1
+            return 1
+        if image.format in ("JPEG", "MPO"):
+            image.draft(None, (width // factor, height // factor))
+            return 1
+        return factor
     raise unreadable(
         name,
-        f"{found} as {image.format}, which cannot be read at a reduced size of {max_megapixels:g} at most",
+        f"{found} as {image.format}, and even to read it at an eighth of its size takes more memory than "
+        f"{memory / 1e9:.3g} GB, which a limit of {max_megapixels:g} megapixels allows",
         "make it smaller, save it as a JPEG, not a progressive one, or raise --data.max-megapixels of phreg "
         "distill",
     )
+
+
+def _decoder_bytes(image: ImageFile.ImageFile) -> int:
+    """Counts the bytes that the decoder holds for each stored pixel, whatever size is asked for."""
+    if image.format == "JPEG2000":
+        return 0
+    if image.format in ("JPEG", "MPO"):
+        return 2 * len(image.getbands()) if "progressive" in image.info else 0
+    stored = 1 if image.mode in ("1", "L", "P") else 2 if image.mode.startswith("I;16") else 4
+    if image.format in ("WEBP", "AVIF"):
+        return 4 * stored  # the library's own pictures, and a copy between it and PIL
+    if {codec for codec, *_ in image.tile} <= {"raw", "zip", "gif"}:  # decoded row by row
+        return stored
+    return 3 * stored  # a TIFF's strip may be the whole picture, of 16 bits a channel
 
 
 def unreadable(name: str, reason: str, advice: str = "remove it or save it anew") -> DataError:
@@ -639,24 +670,48 @@ def _available_formats() -> list[str]:
     return [name for name in FORMATS if name in Image.OPEN]
 
 
-def _to_rgb(image: Image.Image, name: str, *, upright: bool) -> Image.Image:
-    orientation = image.getexif().get(ExifTags.Base.Orientation)  # after load: PIL turns TIFFs itself
+def _check_range(image: Image.Image, name: str, *, deep: bool) -> None:
+    """Refuses values that do not say what is white, and warns of dark 16-bit ones."""
     if image.mode == "F" or image.mode.startswith("I"):
-        image = _to_8_bits(image, name)
+        ranges = [(values.min(), values.max()) for values in map(np.asarray, _bands(image))]
+        low, high = min(low for low, _ in ranges), max(high for _, high in ranges)
+        if image.mode == "F" or low < 0 or high > 65535:
+            raise ValueError(f"its values, {low} to {high}, do not say what is white")
+        _warn_if_dim(name, int(low), int(high))
+    elif deep and image.mode in ("RGB", "RGBA"):  # of which PIL keeps the upper 8
+        ranges = cast("tuple[tuple[int, int], ...]", image.getextrema())[:3]
+        _warn_if_dim(name, 256 * min(low for low, _ in ranges), 256 * max(high for _, high in ranges) + 255)
+
+
+def _to_rgb(image: Image.Image, factor: int) -> Image.Image:
+    """Converts to 8-bit RGB on white, band by band, and averages squares of `factor` pixels a side."""
+    if image.mode == "RGB" and not image.has_transparency_data:
+        return image.convert("RGB") if factor == 1 else image.reduce(factor)
+    rgb = Image.new("RGB", (-(-image.width // factor), -(-image.height // factor)))
+    top = 0
+    for band in _bands(image, factor):
+        part = _band_to_rgb(band).reduce(factor)
+        rgb.paste(part, (0, top))
+        top += part.height
+    return rgb
+
+
+def _bands(image: Image.Image, factor: int = 1) -> Iterator[Image.Image]:
+    """Cuts an image into bands of `BAND` pixels or fewer, the rows of each a multiple of `factor`."""
+    rows = max(1, BAND // (image.width * factor)) * factor
+    for top in range(0, image.height, rows):
+        yield image.crop((0, top, image.width, min(top + rows, image.height)))
+
+
+def _band_to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):
+        values = np.asarray(image).astype(np.uint32)
+        image = Image.fromarray(((values + 128) // 257).astype(np.uint8))  # 65535 = 257 * 255
     elif image.has_transparency_data:
         white = Image.new("RGBA", image.size, "white")
         white.alpha_composite(image.convert("RGBA"))
         image = white
-    image = image.convert("RGB")
-    return image.transpose(UPRIGHT[orientation]) if upright and orientation in UPRIGHT else image
-
-
-def _to_8_bits(image: Image.Image, name: str) -> Image.Image:
-    values = np.asarray(image)
-    if values.dtype.kind == "f" or values.min() < 0 or values.max() > 65535:
-        raise ValueError(f"its values, {values.min()} to {values.max()}, do not say what is white")
-    _warn_if_dim(name, int(values.min()), int(values.max()))
-    return Image.fromarray(((values.astype(np.uint32) + 128) // 257).astype(np.uint8))  # 65535 = 257 * 255
+    return image.convert("RGB")
 
 
 _dim_told = mmap.mmap(-1, 1)

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from phreg.analysis.norms import outlier_mask, outlier_threshold
+from phreg.analysis.gap import outlier_mask, outlier_threshold
 from phreg.data.sources import ImageSource
 from phreg.evaluation.features import FeatureReader, Reading
 

@@ -22,7 +22,6 @@ Registers never leave the block stack, and the CLS and register tokens are not i
 import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
@@ -41,9 +40,9 @@ from phreg.backbones.readout import dense_readout, use_readout
 from phreg.config import Config, Size
 from phreg.data.crops import as_input
 from phreg.data.sources import ImageSource
-from phreg.errors import PhregError
 from phreg.evaluation.dense import Box, Dense, Placement
 from phreg.evaluation.feature_cache import FeatureCache, StoredFeatures
+from phreg.evaluation.projections import block_inputs, project
 
 Observer = Callable[[str, int, int], None]
 """Told what is being done, how much of it is done, and how much there is."""
@@ -345,11 +344,11 @@ class FeatureReader:
         found = []
         autocast = torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16)
         with autocast, use_readout(backbone, readings[0].readout):
-            with backbone.tap(left) as outputs, _entering(backbone.blocks, entered) as inputs:
+            with backbone.tap(left) as outputs, block_inputs(backbone.blocks, entered) as inputs:
                 pooled = backbone.run(images)
             for index, reading in asked:
                 if reading.source not in OUTPUTS:
-                    found.append(_project(backbone, index, inputs[index], reading))
+                    found.append(project(backbone, index, inputs[index], reading.source, bias=reading.bias))
                     continue
                 normed = reading.norm or reading.source == "joint"
                 tokens = backbone.final_norm(outputs[index]) if normed else outputs[index]
@@ -366,48 +365,6 @@ class FeatureReader:
             grids = normalize(grids, dim=-1) if reading.unit else grids
             batches.append(DenseBatch(grids, pooled.float(), cls))
         return batches
-
-
-@contextmanager
-def _entering(blocks: Sequence[nn.Module], indices: Sequence[int]) -> Iterator[dict[int, Tensor]]:
-    """Collects the tokens that enter blocks, by index, registers included, while the model runs."""
-    found: dict[int, Tensor] = {}
-
-    def collector(index: int) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
-        def collect(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            found[index] = (*args, *kwargs.values())[0]
-
-        return collect
-
-    # Behind any hook that inserts the registers ahead of the first block.
-    handles = [
-        blocks[index].register_forward_pre_hook(collector(index), with_kwargs=True) for index in indices
-    ]
-    try:
-        yield found
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _project(backbone: Backbone, index: int, tokens: Tensor, reading: Reading) -> Tensor:
-    """Computes queries, keys or values of a block, heads merged: (batch, tokens, width)."""
-    attention = backbone.attention(index)
-    project: Callable[[Tensor], Tensor] = getattr(attention, reading.source)
-    normed = attention.norm(tokens)
-    heads = project(normed)
-    if not reading.bias:
-        probe = normed[:1, :1]
-        bias = project(torch.zeros_like(probe))
-        once, twice = project(probe) - bias, project(2 * probe) - bias
-        # An affine map, less its value at 0, doubles with its argument; a norm of queries or keys does not.
-        if not torch.allclose(twice, 2 * once, rtol=0.02, atol=0.02 * float(once.abs().max())):
-            raise PhregError(
-                f"{reading.source} without bias asked of {backbone.describe()}, which norms them after the "
-                "projection, so that their bias cannot be taken off; set bias=true, or read values"
-            )
-        heads = heads - bias
-    return heads.transpose(1, 2).flatten(2)
 
 
 def _middle(picture: tuple[int, int], shape: tuple[int, int]) -> Box:

@@ -1,7 +1,4 @@
-"""What an evaluation found, as a record: figures with their spread, and all that is needed to repeat it.
-
-A task makes one `Metrics` a seed. `summarise` joins those of a model into a `Record`; a `Results` holds the
-records of several models and sets them against a baseline, or against the first.
+"""What an evaluation found: the records of several models, set against a baseline or against the first.
 
     Metrics of seed 0, 1, 2 ──summarise──► Record (mean, spread) ┐
                               of each model                      ├─► Results ──► results.json, results.md
@@ -12,26 +9,15 @@ records of several models and sets them against a baseline, or against the first
 
 import json
 import math
-import os
-import platform
-import statistics
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from phreg import __version__
 from phreg.errors import MaxDropError, PhregError
+from phreg.evaluation.examples import Example
+from phreg.evaluation.record import MetricSpec, Record, Summary, amounts, without_nan
 from phreg.storage import write_text, writing
-from phreg.training.checkpoint import LIBRARIES
-
-LOWER_IS_BETTER = frozenset(
-    {"rmse", "artifact_rmse", "abs_rel", "log10", "outlier_rate", "artifact_seeds", "lost_top1", "lost_miou"}
-)
-"""Figures of which less is better; of all others more is."""
 
 RESULTS, TABLE, MAPS = "results.json", "results.md", "maps.png"
 """Files that results are written to."""
@@ -40,125 +26,6 @@ ADVICE = (
     "free space and run the same again, which takes up single runs that are done, or give another --output"
 )
 """What to do where the disk does not take results."""
-
-IN_UNITS = frozenset({"rmse", "artifact_rmse", "abs_rel", "log10", "pearson"})
-"""Figures that are no shares; tables show all others in per cent."""
-
-
-Counts = Mapping[str, Mapping[str, int]]
-"""What figures were computed over: how many of each unit, such as pixels, images and classes, by figure."""
-
-
-@dataclass(frozen=True)
-class Metrics:
-    """What a task measured with one seed.
-
-    Attributes:
-        figures: Headline first, by short name (`miou`, `top1`); shares are fractions of 1.
-        detail: Figures of single classes or parts, e.g. `{"iou": {"road": 0.9}}`.
-        notes: Anything else worth recording, as JSON holds it, e.g. a sweep, or how many images there were.
-        guarded: Figures that a gate guards beside the headline.
-        counts: What each figure was computed over, e.g. `{"miou": {"pixels": 9, "images": 2, "classes": 2}}`.
-
-    A figure that has nothing to be computed over is left out, and the note `left_out` says why:
-    `{"pearson": "no map varies"}`.
-
-    Raises:
-        PhregError: Counts leave out a figure, or one was computed over nothing.
-    """
-
-    figures: Mapping[str, float]
-    detail: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-    notes: Mapping[str, Any] = field(default_factory=dict)
-    guarded: Sequence[str] = ()
-    counts: Counts = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        """Checks that counts tell of every figure, and that none is of nothing."""
-        for name in self.figures if self.counts else ():
-            over = self.counts.get(name)
-            if not over or not all(over.values()):
-                found = _amounts([over]) if over else "no counts"
-                raise PhregError(
-                    f"{name} asked for, found {found} to compute it over; give data that has some of each"
-                )
-
-
-@dataclass(frozen=True)
-class Summary:
-    """One figure over seeds.
-
-    Attributes:
-        mean: Mean over seeds.
-        spread: Standard deviation over seeds (n - 1); None of a single one.
-        values: The figure of each seed.
-    """
-
-    mean: float
-    spread: float | None
-    values: tuple[float, ...]
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> "Summary":
-        """Sums up the values of several seeds."""
-        spread = None
-        if len(values) > 1:  # a figure without a value is NaN, which `statistics` refuses
-            spread = math.nan if any(map(math.isnan, values)) else statistics.stdev(values)
-        return cls(statistics.fmean(values), spread, tuple(values))
-
-
-@dataclass(frozen=True)
-class Record:
-    """What a model reached in a task.
-
-    Attributes:
-        task: Name of the task.
-        model: What the user called the model.
-        sha256: Of its weights, registers included.
-        registers: Registers phreg added.
-        data: Where the images are.
-        settings: Every setting of the task, resolved.
-        seeds: One run each; where nothing is drawn, one that stands for all.
-        figures: By name, headline first.
-        guarded: Names of those that a gate guards, headline first.
-        detail: Figures of single classes or parts, by kind and name.
-        notes: What else each seed's run recorded.
-        versions: Of the libraries that matter.
-        hardware: The machine, its device, its precision.
-        seconds: Wall-clock seconds of all seeds.
-        drawn: Whether a seed decides anything.
-        counts: What each figure was computed over, by seed.
-    """
-
-    task: str
-    model: str
-    sha256: str
-    registers: int
-    data: str
-    settings: Mapping[str, Any]
-    seeds: tuple[int, ...]
-    figures: Mapping[str, Summary]
-    guarded: tuple[str, ...]
-    detail: Mapping[str, Mapping[str, Summary]]
-    notes: tuple[Mapping[str, Any], ...]
-    versions: Mapping[str, str]
-    hardware: Mapping[str, Any]
-    seconds: float
-    drawn: bool = True
-    counts: tuple[Counts, ...] = ()
-
-    @property
-    def sweep(self) -> list[str]:
-        """What each combination reached, a line each, where the task tried several (its note `sweep`)."""
-        swept = str(self.notes[0].get("sweep", ""))
-        return [
-            f"{swept} {_figure(swept, found)} with {part}"
-            for part, found in self.detail.get(swept, {}).items()
-        ]
-
-    def to_json(self) -> dict[str, Any]:
-        """The record as JSON holds it; NaN, which JSON does not know, becomes null."""
-        return _without_nan(asdict(self))
 
 
 @dataclass(frozen=True)
@@ -201,6 +68,11 @@ class Results:
         """The model that the others are set against."""
         return self.baseline or self.first
 
+    @property
+    def examples(self) -> dict[str, Sequence[Example]]:
+        """What each model made of a few pictures, the baseline first, where the task has some."""
+        return {record.model: record.examples for record, _ in self._labelled() if record.examples}
+
     def differences(self, record: Record) -> dict[str, Difference]:
         """Sets a model's figures against the baseline's, or the first's, with the seeds both have."""
         against = self.against
@@ -212,30 +84,35 @@ class Results:
             for place, seed in enumerate(record.seeds)
             if seed in against.seeds
         ]
+        shared = [name for name in record.figures if name in theirs and pairs]
         return {
-            name: _difference(name, [found.values[ours] - theirs[name].values[base] for ours, base in pairs])
-            for name, found in record.figures.items()
-            if name in theirs and pairs
+            name: _difference(
+                record.metrics[name],
+                [record.figures[name].values[ours] - theirs[name].values[base] for ours, base in pairs],
+            )
+            for name in shared
         }
 
-    def check_gate(self, limit: float) -> None:
+    def check_gate(self, limit: float | None) -> None:
         """Checks that no guarded figure of any model fell behind the baseline's by more than a limit.
 
         Args:
-            limit: Largest drop allowed, in each figure's own unit (0.01 is one point of a share).
+            limit: Largest drop allowed, in each figure's own unit (0.01 is one point of a share); None allows
+                any.
 
         Raises:
             MaxDropError: A model fell behind.
             PhregError: There is no baseline.
         """
+        if limit is None:
+            return
         if self.baseline is None:
             raise PhregError("--max-drop asked for without a model to compare with; give --baseline MODEL")
         problems = []
         for record in self.records:
             differences = self.differences(record)
             for name in record.guarded:
-                change = differences[name].change
-                drop = change if name in LOWER_IS_BETTER else -change
+                drop = record.metrics[name].drop(differences[name].change)
                 if not drop <= limit:  # a NaN does not pass
                     problems.append(
                         f"{record.model}: {name} {record.figures[name].mean:.4f}, the baseline's is "
@@ -253,7 +130,7 @@ class Results:
         """The first model's figures at the top, every record, and differences between them."""
         first = self.records[0]
         top = {name: summary.mean for name, summary in first.figures.items()}
-        return _without_nan(
+        return without_nan(
             top
             | {
                 "task": first.task,
@@ -273,9 +150,9 @@ class Results:
 
     def rows(self) -> tuple[list[str], list[list[str]]]:
         """The table: its heading, and a row a model, the baseline first."""
-        names = list(self.records[0].figures)
+        first = self.records[0]
         rows = [[f"{record.model}{note}", *self._cells(record)] for record, note in self._labelled()]
-        return ["model", *names], rows
+        return ["model", *(first.metrics[name].heading for name in first.figures)], rows
 
     def to_markdown(self) -> str:
         """The table in Markdown, the figures of single classes, and how to read them under it."""
@@ -284,10 +161,7 @@ class Results:
         for kind in self.records[0].detail:
             labelled = [record for record, _ in self._labelled()]
             parts = list(labelled[0].detail.get(kind, {}))
-            rows = [
-                [part, *(_figure(unit, record.detail[kind].get(part)) for record in labelled)]
-                for part, unit in ((part, part if part in IN_UNITS else kind) for part in parts)
-            ]
+            rows = [[part, *(record.detail_text(kind, part) for record in labelled)] for part in parts]
             blocks.append(_table([kind, *(record.model for record in labelled)], rows))
         read = {record.model: record.notes[0].get("readout", "plain") for record, _ in self._labelled()}
         if set(read.values()) != {"plain"}:
@@ -331,7 +205,7 @@ class Results:
         for name in self.records[0].figures:
             found = [run[name] for run in runs if name in run]
             if found:
-                groups.setdefault(_amounts(found), []).append(name)
+                groups.setdefault(amounts(found), []).append(name)
         if len(groups) < 2:
             return [f"Computed over {text}" for text in groups]
         told = "; ".join(f"{', '.join(names)} over {text}" for text, names in groups.items())
@@ -352,106 +226,25 @@ class Results:
         differences = {} if record is self.against else self.differences(record)
         cells = []
         for name in self.records[0].figures:
-            cell = _figure(name, record.figures.get(name))
+            cell = record.text(name)
             found = differences.get(name)
             if found is not None and not math.isnan(found.change):
                 mark = "~" if found.beyond_spread is False else ""
-                cell += f" ({_shown(name, found.change, found.spread, '+')}{mark})"
+                cell += f" ({record.metrics[name].text(found.change, found.spread, '+')}{mark})"
             cells.append(cell)
         return cells
 
 
-def summarise(runs: Sequence[Metrics], **facts: Any) -> Record:
-    """Joins what a task measured with several seeds into one record.
-
-    Args:
-        runs: One a seed, in the order of `seeds`.
-        facts: The record's other fields.
-    """
-    figures = {name: Summary.of([run.figures[name] for run in runs]) for name in runs[0].figures}
-    detail = {
-        kind: {part: Summary.of([run.detail[kind][part] for run in runs]) for part in parts}
-        for kind, parts in runs[0].detail.items()
-    }
-    notes = tuple(dict(run.notes) for run in runs)
-    guarded = tuple(dict.fromkeys([next(iter(figures)), *runs[0].guarded]))
-    return Record(
-        figures=figures,
-        guarded=guarded,
-        detail=detail,
-        notes=notes,
-        versions=versions(),
-        counts=tuple(run.counts for run in runs if run.counts),
-        **facts,
-    )
-
-
-def versions() -> dict[str, str]:
-    """Lists the versions of Python, phreg and the libraries that models come from."""
-    return {"phreg": __version__, "python": platform.python_version()} | {
-        library: version(library) for library in LIBRARIES
-    }
-
-
-def hardware(device: torch.device, *, bf16: bool) -> dict[str, Any]:
-    """Describes what the figures were computed on."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    return {
-        "device": device.type,
-        "name": name,
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "precision": "bf16" if bf16 else "fp32",
-    }
-
-
-def _difference(name: str, pairs: Sequence[float]) -> Difference:
+def _difference(spec: MetricSpec, pairs: Sequence[float]) -> Difference:
     found = Summary.of(pairs)
     return Difference(
         change=found.mean,
         spread=found.spread,
-        better=found.mean < 0 if name in LOWER_IS_BETTER else found.mean > 0,
+        better=spec.drop(found.mean) < 0,
         beyond_spread=None if found.spread is None else abs(found.mean) > found.spread,
     )
-
-
-def _amounts(found: Sequence[Mapping[str, int]]) -> str:
-    """Writes how much figures were computed over: `2 images, 3 to 5 classes`."""
-    texts = []
-    for unit in found[0]:
-        amounts = [over[unit] for over in found if unit in over]
-        low, high = min(amounts), max(amounts)
-        if high == 1:
-            unit = unit.removesuffix("es" if unit.endswith(("sses", "xes", "ches")) else "s")
-        texts.append(f"{low:,} {unit}" if low == high else f"{low:,} to {high:,} {unit}")
-    return ", ".join(texts)
-
-
-def _figure(name: str, summary: Summary | None) -> str:
-    if summary is None or math.isnan(summary.mean):
-        return "-"
-    return _shown(name, summary.mean, summary.spread)
-
-
-def _shown(name: str, mean: float, spread: float | None, sign: str = "") -> str:
-    """Writes a figure, or with the sign `+` a difference of figures, with its spread."""
-    scale, digits = (1, 4) if name in IN_UNITS else (100, 2)
-    beside = "" if spread is None else f" ± {scale * spread:.{digits}f}"
-    return f"{scale * mean:{sign}.{digits}f}{beside}"
 
 
 def _table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [heading, ["---"] * len(heading), *rows]
     return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in lines)
-
-
-def _without_nan(value: Any) -> Any:
-    match value:
-        case float():
-            return None if math.isnan(value) else value
-        case Mapping():
-            return {key: _without_nan(item) for key, item in value.items()}
-        case list() | tuple():
-            return [_without_nan(item) for item in value]
-        case _:
-            return value

@@ -19,7 +19,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -34,18 +34,9 @@ from phreg.data.sources import open_images, walk
 from phreg.errors import DataError, PhregError
 from phreg.evaluation.feature_cache import FeatureCache, stamps
 from phreg.evaluation.features import FeatureReader, Observer
-from phreg.evaluation.results import (
-    ADVICE,
-    MAPS,
-    RESULTS,
-    TABLE,
-    Metrics,
-    Record,
-    Results,
-    hardware,
-    summarise,
-)
-from phreg.evaluation.tasks.table import draws, find_task
+from phreg.evaluation.record import Metrics, Record, hardware, summarise
+from phreg.evaluation.results import ADVICE, MAPS, RESULTS, TABLE, Results
+from phreg.evaluation.tasks.table import draws, examples, find_task
 from phreg.parsing import parse_json
 from phreg.storage import write_text, writing
 
@@ -56,6 +47,23 @@ RUNS = "runs"
 
 RUN_FORMAT = 2
 """What finished runs hold; those of another format are done again."""
+
+
+@dataclass(frozen=True)
+class Running:
+    """How models are run.
+
+    Attributes:
+        device: Where.
+        batch_size: Pictures per forward.
+        bf16: Whether forwards run under bf16 autocast.
+        observe: Told of progress.
+    """
+
+    device: torch.device
+    batch_size: int
+    bf16: bool
+    observe: Observer
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,11 +77,8 @@ class Suite:
         seeds: Seeds asked for; of a task that draws nothing the first stands for all.
         folder: Where runs, features and results go.
         cache: Where features are kept.
-        device: Where models run.
-        batch_size: Pictures per forward.
-        bf16: Whether forwards run under bf16 autocast.
-        observe: Told of progress.
-        watch: Shown each model, ready to be read, with its record.
+        running: How models are run.
+        show: Whether records have examples, where the task has some.
     """
 
     task: str
@@ -82,11 +87,8 @@ class Suite:
     seeds: tuple[int, ...]
     folder: Path
     cache: FeatureCache
-    device: torch.device
-    batch_size: int
-    bf16: bool
-    observe: Observer
-    watch: Callable[[FeatureReader, Record], None] = lambda _reader, _record: None
+    running: Running
+    show: bool = False
 
     def check_folder(self) -> None:
         """Checks that results may be written to the folder.
@@ -135,26 +137,27 @@ class Suite:
         Raises:
             PhregError: Its weights are fp16, and bf16 is asked for.
         """
-        if self.bf16 and backbone.dtype == torch.float16:
+        if self.running.bf16 and backbone.dtype == torch.float16:
             raise PhregError(
                 f"precision bf16 asked for with {name}, whose weights are float16, which torch does not mix "
                 "with bf16; leave precision out, or convert the model by .float() or .bfloat16()"
             )
-        backbone.eval().to(self.device)
+        backbone.eval().to(self.running.device)
         identity = identify(backbone)
         reader = FeatureReader(
             backbone,
             identity.whole,
             self.cache,
-            self.batch_size,
-            self.bf16,
-            lambda what, done, total: self.observe(f"{name}: {what}", done, total),
+            self.running.batch_size,
+            self.running.bf16,
+            lambda what, done, total: self.running.observe(f"{name}: {what}", done, total),
             reference,
         )
         seeds = self.seeds if self.drawn else self.seeds[:1]
         runs = [self._run(reader, seed) for seed in seeds]
         record = summarise(
             [metrics for metrics, _ in runs],
+            find_task(self.task).METRICS,
             task=self.task,
             model=name,
             sha256=identity.weights,
@@ -162,14 +165,16 @@ class Suite:
             data=self.data,
             settings=self.settings.model_dump(mode="json"),
             seeds=seeds,
-            hardware=hardware(self.device, bf16=self.bf16),
+            hardware=hardware(self.running.device, bf16=self.running.bf16),
             seconds=sum(seconds for _, seconds in runs),
             drawn=self.drawn,
         )
         if record.sweep:
             logger.info("%s:\n%s", name, "\n".join(record.sweep))
-        self.watch(reader, record)
-        return record
+        if not self.show:
+            return record
+        pictures = examples(self.task, reader, self.data, self.settings, seeds[0], record.notes[0])
+        return replace(record, examples=pictures)
 
     @cached_property
     def _files(self) -> str:
@@ -200,7 +205,7 @@ class Suite:
             "files": self._files,
             "model": reader.identity,
             "reference": reader.baseline.identity if reader.baseline else None,
-            "bf16": self.bf16,
+            "bf16": self.running.bf16,
             "seed": seed,
         }
         key = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
@@ -239,7 +244,7 @@ def compare_models(
     suite.check_folder()
     if not suite.drawn and len(suite.seeds) > 1:
         logger.info("%s draws nothing here: one run stands for all %d seeds", suite.task, len(suite.seeds))
-    reference = None if baseline is None else open_backbone(baseline).eval().to(suite.device)
+    reference = None if baseline is None else open_backbone(baseline).eval().to(suite.running.device)
     found: dict[str, Record] = {}
     if baseline is not None and reference is not None:
         found[baseline] = suite.record(baseline, reference, reference)

@@ -1,28 +1,51 @@
-"""Putting an adapter onto the model that it belongs to, or onto one built around the same vision tower.
+"""An adapter: written beside its record, read, and put onto the model that it belongs to.
 
-An adapter belongs to exact weights. They are known by the hash of the whole base or, where a LLaVA, a depth
-model or a detector stands around it, by that of the base's tower.
+It holds the tensors that differ from the base checkpoint, whole, under the names that the base's own library
+uses on disk. It belongs to exact weights. They are known by the hash of the whole base or, where a LLaVA, a
+depth model or a detector stands around it, by that of the base's tower.
 
-    adapter.safetensors ──checks──► tensors ──(renamed for the tower)──► model, patched in place
-    phreg.json ──hashes── same base? ──no──► error, the model as it was
+    adapter.safetensors ──hash──► tensors ──(renamed for the tower)─┐
+    phreg.json ──hashes── same base? ──yes──► tried on a twin ──────┴── fits? ──yes──► model, patched in place
+                               └──no──► error                           └──no──► error
+
+All that can be refused is refused ahead of the first change to the model.
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from phreg.backbones.base import Backbone, packed_types
-from phreg.backbones.resolve import weights_sha256
 from phreg.errors import LoadError, PhregError
-from phreg.rollback import rollback_on_error
+from phreg.record import (
+    Base,
+    RecordError,
+    RunRecord,
+    RunSummary,
+    Tower,
+    read_record,
+    versions,
+    weights_sha256,
+    write_record,
+)
+from phreg.rollback import rollback_on_error, shallow_twin
 from phreg.sinks import test_time
-from phreg.training.checkpoint import Tower, read_adapter
+from phreg.storage import (
+    ADAPTER_FILE,
+    ADAPTER_FORMAT,
+    ADAPTER_TENSORS,
+    FORMAT_VERSION,
+    flush,
+    let_others_read,
+    replacing,
+    write_text,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +56,82 @@ TOWER_PRECISIONS = ("float32", "float16", "bfloat16")
 """Precisions that a base's vision tower is known again in."""
 
 
+Fit = Literal["whole", "tower"]
+"""What of a model an adapter was made for."""
+
+
+def save_adapter(
+    folder: Path,
+    backbone: Backbone,
+    base: Base,
+    base_state: Mapping[str, Tensor],
+    run: RunSummary | None,
+    card: Callable[[RunRecord], str],
+    *,
+    tower: Tower | None = None,
+) -> None:
+    """Writes the patched model as an adapter, whole or not at all.
+
+    Args:
+        folder: Folder to write; an earlier adapter there is replaced.
+        backbone: The patched model.
+        base: What it was made from.
+        base_state: The base's tensors under their on-disk names.
+        run: How the run went; None where there was none.
+        card: Writes the model card, given the whole record.
+        tower: The base's vision tower; without, the adapter goes onto the whole base alone.
+
+    Raises:
+        OSError, SafetensorError: The disk does not take it; an earlier adapter there is still whole.
+    """
+    changed = {
+        name: tensor.detach().cpu().contiguous().clone()
+        for name, tensor in backbone.disk_state().items()
+        if name not in base_state or not torch.equal(tensor.cpu(), base_state[name].cpu())
+    }
+    record = RunRecord(
+        format=ADAPTER_FORMAT,
+        format_version=FORMAT_VERSION,
+        model_class=type(backbone.model).__name__,
+        base=base,
+        tower=tower,
+        family=backbone.spec.family,
+        registers=backbone.num_registers,
+        insertion="after position embedding, before any norm",
+        input_size=backbone.spec.input_size,
+        mean=backbone.spec.mean,
+        std=backbone.spec.std,
+        readout=run.readout if run else "plain",
+        test_time=test_time.installed(backbone),
+        test_time_size=test_time.calibrated_size(backbone),
+        versions=versions(),
+        run=run,
+    ).with_sums(changed)
+    with replacing(folder) as temporary:
+        save_file(changed, temporary / ADAPTER_TENSORS, metadata={"format": "pt"})
+        let_others_read(temporary / ADAPTER_TENSORS)
+        flush(temporary / ADAPTER_TENSORS)
+        write_record(temporary / ADAPTER_FILE, record)
+        write_text(temporary / "README.md", card(record))
+
+
+def read_adapter(folder: Path) -> RunRecord:
+    """Reads the record of an adapter.
+
+    Raises:
+        LoadError: It is none, says too little, or is of a newer version.
+    """
+    try:
+        record = read_record(folder / ADAPTER_FILE)
+    except RecordError as error:
+        raise LoadError(f"asked for the adapter in {folder}, whose {error}") from error
+    if record.format != ADAPTER_FORMAT:
+        raise LoadError(
+            f"asked for the adapter in {folder}, found format {record.format!r}; give a run or an adapter"
+        )
+    return record
+
+
 def apply_adapter(folder: Path, backbone: Backbone) -> None:
     """Turns an unpatched base model, or a model built around its vision tower, into a patched one, in place.
 
@@ -40,39 +139,71 @@ def apply_adapter(folder: Path, backbone: Backbone) -> None:
 
     Raises:
         LoadError: The base's weights are not those the adapter was made from, or the adapter's tensors are
-            unreadable or not those of the model. The model is left as it was.
+            unreadable or not those of the model. The model has not been touched then.
     """
     record = read_adapter(folder)
-    tensors = read_own_tensors(folder / "adapter.safetensors", record)
+    tensors = read_own_tensors(folder / ADAPTER_TENSORS, record)
     kind = fit(record, backbone)
     if kind is None:
-        raise LoadError(_other_base(folder, record["base"], backbone))
-    target = backbone if kind == "whole" else backbone.vision_tower()
-    wanted = tuple(record["input_size"])
+        raise LoadError(_other_base(folder, record, backbone))
+    try:
+        tensors = _tried(record, tensors, backbone, kind)
+    except PhregError as error:
+        raise LoadError(f"the adapter in {folder} does not fit: {error}") from error
+    # Nothing is refused from here on; an interruption leaves the model as it was all the same.
     with rollback_on_error(backbone) as state:
         state.work_on_copies()
-        before = target.disk_state()
-        try:
-            if wanted != backbone.spec.input_size:
-                backbone.set_input_size(wanted)
-            if record["registers"]:
-                backbone.insert_registers(torch.zeros(record["registers"], backbone.spec.width))
-            own = target.disk_state()
-            if kind == "tower":
-                tensors = _of_the_tower(tensors, record["tower"]["prefix"], own, backbone)
-            _check_tensors(tensors, own, before, same_dtype=kind == "whole")
-            target.load_disk_state(tensors)
-            if record.get("test_time"):
-                test_time.attach(backbone, record["test_time"], record.get("test_time_size"))
-        except PhregError as error:
-            raise LoadError(f"the adapter in {folder} does not fit: {error}") from error
+        target = _part(backbone, kind)
+        take_shape(backbone, record)
+        target.load_disk_state(tensors)
         if kind == "whole":
             backbone.adapter = folder
 
 
-def _other_base(folder: Path, base: Mapping[str, Any], backbone: Backbone) -> str:
+def take_shape(backbone: Backbone, record: RunRecord) -> None:
+    """Gives an unpatched model the size, the registers and the hooks that a record tells of, and no weights.
+
+    Raises:
+        PhregError: It cannot have them.
+    """
+    if record.input_size is not None and record.input_size != backbone.spec.input_size:
+        backbone.set_input_size(record.input_size)
+    if record.registers:
+        backbone.insert_registers(torch.zeros(record.registers, backbone.spec.width))
+    if record.test_time:
+        test_time.attach(backbone, record.test_time, record.test_time_size)
+
+
+def _tried(
+    record: RunRecord, tensors: Mapping[str, Tensor], backbone: Backbone, kind: Fit
+) -> dict[str, Tensor]:
+    """Tries an adapter on a twin of its model.
+
+    Returns:
+        The tensors that go into that part of the model.
+
+    Raises:
+        PhregError: The model cannot take its shape, or the tensors are not those of the model in that shape.
+    """
+    twin = shallow_twin(backbone)
+    target = _part(twin, kind)
+    before = target.disk_state()
+    take_shape(twin, record)
+    own = target.disk_state()
+    if kind == "tower" and record.tower is not None:
+        tensors = _of_the_tower(tensors, record.tower.prefix, own, backbone)
+    _check_tensors(tensors, own, before, same_dtype=kind == "whole")
+    return dict(tensors)
+
+
+def _part(backbone: Backbone, kind: Fit) -> Backbone:
+    return backbone if kind == "whole" else backbone.vision_tower()
+
+
+def _other_base(folder: Path, record: RunRecord, backbone: Backbone) -> str:
     """Words why an adapter was not made for a model."""
-    made = f"the adapter in {folder} was made for {base['source']}"
+    base = base_of(record)
+    made = f"the adapter in {folder} was made for {base.source}"
     packed = packed_types(backbone.model)
     if packed:
         return (
@@ -81,15 +212,10 @@ def _other_base(folder: Path, base: Mapping[str, Any], backbone: Backbone) -> st
             "quantise it then"
         )
     return (
-        f"{made} with weights sha256 {base['sha256'][:12]}…, but {backbone.describe()} has "
+        f"{made} with weights sha256 {base.sha256[:12]}…, but {backbone.describe()} has "
         f"{weights_sha256(backbone.disk_state())[:12]}…, and neither is its vision tower the same; load it "
-        "onto that base" + (f" (revision {base['revision']})" if base["revision"] else "")
+        "onto that base" + (f" (revision {base.revision})" if base.revision else "")
     )
-
-
-def fits(folder: Path, backbone: Backbone) -> bool:
-    """Tells whether an adapter was made for a model's weights, or for those of its vision tower."""
-    return fit(read_adapter(folder), backbone) is not None
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
@@ -115,7 +241,7 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def read_own_tensors(file: Path, record: Mapping[str, Any]) -> dict[str, Tensor]:
+def read_own_tensors(file: Path, record: RunRecord) -> dict[str, Tensor]:
     """Reads the tensors of one of phreg's own formats, and checks that they are those that were written.
 
     A record of an earlier phreg does not tell: they are then read with a warning.
@@ -124,15 +250,15 @@ def read_own_tensors(file: Path, record: Mapping[str, Any]) -> dict[str, Tensor]
         LoadError: As `read_tensors`, or they are not those of the record.
     """
     tensors = read_tensors(file)
-    if "tensors_sha256" not in record or "settings_sha256" not in record:
+    if record.tensors_sha256 is None or record.settings_sha256 is None:
         logger.warning(
             "%s has no sha256 of its tensors and settings, as earlier versions of phreg wrote none: damage "
             "to them would go unnoticed; save it again to have them checked", file.parent,
         )  # fmt: skip
-    expected, found = record.get("tensors_sha256"), weights_sha256(tensors)
+    expected, found = record.tensors_sha256, weights_sha256(tensors)
     if expected is not None and found != expected:
         raise LoadError(
-            f"asked for the tensors in {file}, which have sha256 {found[:12]}…, and {str(expected)[:12]}… "
+            f"asked for the tensors in {file}, which have sha256 {found[:12]}…, and {expected[:12]}… "
             "were written; they were damaged or changed since: fetch or train them again"
         )
     return tensors
@@ -154,19 +280,25 @@ def _cast(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor
     return {name: tensor.to(dtype) for name, tensor in tensors.items()}
 
 
-def fit(record: Mapping[str, Any], backbone: Backbone) -> Literal["whole", "tower"] | None:
+def fit(record: RunRecord, backbone: Backbone) -> Fit | None:
     """Says what of an unpatched model an adapter was made for: the whole, its vision tower, or neither."""
-    tower = record.get("tower")
-    same_class = type(backbone.model).__name__ == record["class"]
+    tower = record.tower
+    same_class = type(backbone.model).__name__ == record.model_class
     # A whole vision-language model takes long to hash, and cannot be the base.
-    if (same_class or not tower) and weights_sha256(backbone.disk_state()) == record["base"]["sha256"]:
+    if (same_class or not tower) and weights_sha256(backbone.disk_state()) == base_of(record).sha256:
         return "whole"
     if tower is not None:
         state = backbone.tower_state()
         precision = str(next(iter(state.values())).dtype).removeprefix("torch.")
-        if tower["sha256"].get(precision) == weights_sha256(state):
+        if tower.sha256.get(precision) == weights_sha256(state):
             return "tower"
     return None
+
+
+def base_of(record: RunRecord) -> Base:
+    """Names the base of an adapter, which every record of one tells."""
+    assert record.base is not None  # `read_record` sees to it
+    return record.base
 
 
 def _of_the_tower(
@@ -190,12 +322,20 @@ def _check_tensors(
     *,
     same_dtype: bool,
 ) -> None:
-    """Refuses tensors of another kind than the model's, and registers without values."""
+    """Refuses tensors that the model has not or has of another kind, and registers without values."""
     new = [name for name in own if name not in before or own[name].shape != before[name].shape]
     lacking = sorted(name for name in new if name not in tensors)
     if lacking:
         raise PhregError(f"it lacks {lacking[:3]}; fetch or train it again")
-    for name in tensors.keys() & own.keys():
-        found, expected = tensors[name].dtype, own[name].dtype
+    unknown = sorted(tensors.keys() - own.keys())
+    if unknown:
+        raise PhregError(f"its tensors name {unknown[:3]}, which the model lacks; give its own base")
+    for name, tensor in tensors.items():
+        if tensor.shape != own[name].shape:
+            raise PhregError(
+                f"{name} has shape {tuple(tensor.shape)}, the model's {tuple(own[name].shape)}; fetch or "
+                "train it again"
+            )
+        found, expected = tensor.dtype, own[name].dtype
         if found != expected if same_dtype else not found.is_floating_point:
             raise PhregError(f"{name} is of {found}, the model's of {expected}; fetch or train it again")

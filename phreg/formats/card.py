@@ -7,15 +7,15 @@ Face hub reads. A card is written when a run ends, and written anew, knowing mor
              └── use, origin, method, data, before/after, pictures, equality, versions, citation
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import ModelCardData
 
 from phreg.evaluation.before_after import table
-from phreg.storage import ADAPTER_FORMAT, MODEL_FORMAT
+from phreg.formats.export.spec import FormatSpec, find_spec
+from phreg.record import Equality, RunRecord, RunSummary
 
 CITATION = """```bibtex
 @inproceedings{chen2025phreg,
@@ -54,36 +54,6 @@ SETTINGS = (
 )
 """Settings that a card tells, as far as the run has them."""
 
-STOCK: dict[str, tuple[str, str]] = {
-    "timm": (
-        "timm",
-        'import timm\n\nmodel = timm.create_model("hf-hub:{repository}", pretrained=True)',
-    ),
-    "transformers": (
-        "transformers",
-        "from transformers import AutoImageProcessor, AutoModel\n\n"
-        'model = AutoModel.from_pretrained("{repository}")\n'
-        'processor = AutoImageProcessor.from_pretrained("{repository}")',
-    ),
-    "open_clip": (
-        "open_clip",
-        "import open_clip\n\n"
-        'model, _, preprocess = open_clip.create_model_and_transforms("hf-hub:{repository}")',
-    ),
-    "remote-code": (
-        "transformers",
-        "from transformers import AutoModel\n\n"
-        'model = AutoModel.from_pretrained("{repository}", trust_remote_code=True)',
-    ),
-    "onnx": (
-        "onnxruntime",
-        'import onnxruntime\n\nsession = onnxruntime.InferenceSession("model.onnx")  # of {repository}\n'
-        "# images: normalised, float32, (batch, 3, height, width)\n"
-        'patches, pooled = session.run(["patches", "pooled"], {{"images": images}})',
-    ),
-}
-"""Format -> the library that loads it without phreg, and how."""
-
 JOINT = ("CLIPModel", "SiglipModel", "Siglip2Model", "MetaClip2Model", "Aimv2Model", "CLIP", "CustomTextCLIP")
 """Classes of image-text models."""
 
@@ -117,7 +87,7 @@ class Illustration:
 
 
 def model_card(
-    record: Mapping[str, Any],
+    record: RunRecord,
     *,
     repository: str | None = None,
     license: License | None = None,
@@ -131,21 +101,19 @@ def model_card(
         license: The base's licence; None where nobody looked, and the card then claims nothing.
         pictures: Pictures of the run's report.
     """
-    run = record.get("run") or record
-    base = record.get("base") or {"source": record.get("class", "a model"), "revision": None, "sha256": None}
-    name = _name(base)
+    name, spec = _name(record), find_spec(record.format)
     sections = [
-        _front_matter(record, base, license),
-        f"# {name} with {record['registers']} registers",
-        f"`{name}` with {record['registers']} register tokens, retrofitted by self-distillation: tokens that "
+        _front_matter(record, spec, license),
+        f"# {name} with {record.registers} registers",
+        f"`{name}` with {record.registers} register tokens, retrofitted by self-distillation: tokens that "
         "take over the artifacts which a large vision transformer otherwise writes over its patches.",
-        *_use(record, repository or "path/of/this/folder", name),
-        *_origin(record, base, name, license),
-        *_method(run),
-        *_results(run, pictures),
-        *_equality(record.get("equality") or []),
+        *_use(spec, repository or "path/of/this/folder", name),
+        *_origin(record, name, license),
+        *_method(record.run or RunSummary()),
+        *_results(record, pictures),
+        *_equality(record.equality),
         "## Versions",
-        ", ".join(f"{package} {number}" for package, number in record["versions"].items()) + ".",
+        ", ".join(f"{package} {number}" for package, number in record.versions.items()) + ".",
         "## Citation",
         CITATION,
     ]
@@ -157,57 +125,51 @@ def figure(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
 
 
-def _front_matter(record: Mapping[str, Any], base: Mapping[str, Any], license: License | None) -> str:
-    format, model_class = record["format"], str(record.get("class"))
-    adapter = format == ADAPTER_FORMAT
+def _front_matter(record: RunRecord, spec: FormatSpec, license: License | None) -> str:
     task = "image-feature-extraction"
-    if "ForImageClassification" in model_class:
+    if "ForImageClassification" in record.model_class:
         task = "image-classification"
-    elif model_class in JOINT:
+    elif record.model_class in JOINT:
         task = "zero-shot-image-classification"
-    from_hub = base["revision"] is not None
-    recipe = (record.get("run") or record).get("recipe") or {}
+    base = record.base if record.base and record.base.revision is not None else None
+    images = record.run.setting("images") if record.run else None
     data = ModelCardData(
-        base_model=base["source"].removeprefix("hf-hub:") if from_hub else None,
-        base_model_relation=("adapter" if adapter else "finetune") if from_hub else None,
-        library_name="phreg" if format in (ADAPTER_FORMAT, MODEL_FORMAT) else STOCK[format][0],
+        base_model=base.source.removeprefix("hf-hub:") if base else None,
+        base_model_relation=("adapter" if spec.needs_base else "finetune") if base else None,
+        library_name=spec.card.library,
         pipeline_tag=task,
         license=license.identifier if license else None,
         license_name=license.name if license else None,
         license_link=license.link if license else None,
-        datasets=recipe.get("images") if _is_dataset(recipe.get("images")) else None,
+        datasets=images if _is_dataset(images) else None,
         tags=["phreg", "registers", "vision-transformer"],
     )
     return f"---\n{data.to_yaml()}\n---"
 
 
-def _use(record: Mapping[str, Any], place: str, name: str) -> Iterator[str]:
+def _use(spec: FormatSpec, place: str, name: str) -> Iterator[str]:
     yield "## Use"
-    library, code = STOCK.get(record["format"], ("", ""))
-    if code:
-        yield f"Without phreg, in {library} as it is:"
-        yield f"```python\n{code.format(repository=place)}\n```"
-        if record["format"] == "onnx":
-            yield "The graph ends with the features; a classifier or a text tower is not in it."
-            return
+    card = spec.card
+    if card.code:
+        yield f"Without phreg, in {card.library} as it is:"
+        yield f"```python\n{card.code.format(repository=place)}\n```"
+    if card.note:
+        yield card.note
+    if spec.open is None:
+        return
+    if card.code:
         yield "With phreg:"
-    if record["format"] == ADAPTER_FORMAT:
-        yield "An adapter: the registers and the weights retrained with them, put onto the base by phreg."
     yield f'```python\nimport phreg\n\nmodel = phreg.load("{place}")\n```'
-    if record["format"] == ADAPTER_FORMAT:
-        yield (
-            f'`phreg.load("{place}", into=model)` patches a `{name}` at hand, or a model built around it, '
-            "such as a vision-language model."
-        )
+    if card.into:
+        yield card.into.format(place=place, base=name)
 
 
-def _origin(
-    record: Mapping[str, Any], base: Mapping[str, Any], name: str, license: License | None
-) -> Iterator[str]:
+def _origin(record: RunRecord, name: str, license: License | None) -> Iterator[str]:
     yield "## Origin and licence"
-    at = f", revision `{base['revision']}`" if base["revision"] else ""
-    weights = f", weights sha256 `{base['sha256']}`" if base["sha256"] else ""
-    yield f"Made from `{name}` ({record.get('class')}{at}{weights})."
+    base = record.base
+    at = f", revision `{base.revision}`" if base and base.revision else ""
+    weights = f", weights sha256 `{base.sha256}`" if base and base.sha256 else ""
+    yield f"Made from `{name}` ({record.model_class}{at}{weights})."
     if license is None:
         yield "The licence is that of the base model."
     elif license.identifier == "unknown":
@@ -223,61 +185,68 @@ def _pixels(size: int | Sequence[int]) -> str:
     return str(size) if isinstance(size, int) else "x".join(map(str, size))
 
 
-def _method(run: Mapping[str, Any]) -> Iterator[str]:
+def _method(run: RunSummary) -> Iterator[str]:
     yield "## How it was made"
-    recipe, outcome = run.get("recipe") or {}, run.get("outcome") or {}
-    if not (recipe and outcome):
+    method, batch_size, images = (run.setting(key) for key in ("method", "batch_size", "images"))
+    if run.outcome is None or run.size is None or None in (method, batch_size, images):
         yield "By [phreg](https://arxiv.org/abs/2505.21501); the record of the run is not at hand."
         return
     yield (
-        f"By [phreg](https://arxiv.org/abs/2505.21501), method `{recipe['method']}`: {outcome['steps']} "
-        f"steps of {recipe['batch_size']} images per process at {_pixels(run['size'])} pixels; "
-        f"{outcome['trained']:,} weights trained."
+        f"By [phreg](https://arxiv.org/abs/2505.21501), method `{method}`: {run.outcome.steps} "
+        f"steps of {batch_size} images per process at {_pixels(run.size)} pixels; "
+        f"{run.outcome.trained:,} weights trained."
     )
-    found = {key: value for key in SETTINGS if (value := _at(recipe, key)) is not None}
-    yield "\n".join(["| setting | value |", "| --- | --- |", *(f"| {key} | {found[key]} |" for key in found)])
+    found = {key: run.setting(key) for key in SETTINGS}
+    rows = [f"| {key} | {_listed(value)} |" for key, value in found.items() if value is not None]
+    yield "\n".join(["| setting | value |", "| --- | --- |", *rows])
     yield "## Data"
-    where = f"the dataset `{recipe['images']}`" if _is_dataset(recipe["images"]) else "images of its maker"
-    skipped = len(outcome["skipped"])
+    where = f"the dataset `{images}`" if _is_dataset(images) else "images of its maker"
+    skipped = len(run.outcome.skipped)
     yield f"No labels. Trained on {where}" + (f"; {skipped} unreadable images skipped." if skipped else ".")
 
 
-def _results(run: Mapping[str, Any], pictures: Sequence[Illustration]) -> Iterator[str]:
+def _results(record: RunRecord, pictures: Sequence[Illustration]) -> Iterator[str]:
     yield "## Before and after"
-    figures = run.get("figures")
+    figures = record.run.figures if record.run else None
     if figures:
-        rows = [f"| {row.name} | {figure(row.before)} | {figure(row.after)} |" for row in table(figures)]
+        rows = [
+            f"| {row.name} | {figure(row.before)} | {figure(row.after)} |"
+            for row in table(figures.model_dump())
+        ]
         yield "\n".join(["| figure | before | after |", "| --- | --- | --- |", *rows])
-        apart = "not trained on" if figures["held_out"] else "that were trained on too"
-        yield f"On {figures['images']} images {apart}."
+        apart = "not trained on" if figures.held_out else "that were trained on too"
+        yield f"On {figures.images} images {apart}."
     else:
         yield "Not measured."
-    if (run.get("gates") or {}).get("failures"):
-        yield f"**Failed its checks:** {'; '.join(run['gates']['failures'])}."
-    if run.get("readout", "plain") != "plain":
+    if record.failures:
+        yield f"**Failed its checks:** {'; '.join(record.failures)}."
+    run = record.run_or_readout
+    if run is not None and run.readout != "plain":
         yield (
-            f"Its dense features are meant to be read through the last block's {run['readout']} read-out; "
+            f"Its dense features are meant to be read through the last block's {run.readout} read-out; "
             "the model's ordinary pooled output was not trained, and the table says how far it drifted."
         )
     if pictures:
         yield "\n".join(f"![{picture.alt}]({picture.path.as_posix()})" for picture in pictures)
 
 
-def _equality(sizes: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+def _equality(sizes: Sequence[Equality]) -> Iterator[str]:
     if not sizes:
         return
     yield "## Equality to the trained model"
     rows = [
-        f"| {size['size'][0]}x{size['size'][1]} | {size['relative']:.1e} | "
-        f"{'yes' if size['claimed'] else 'no: differs at this size'} |"
+        f"| {_pixels(size.size)} | {size.relative:.1e} | "
+        f"{'yes' if size.claimed else 'no: differs at this size'} |"
         for size in sizes
     ]
     yield "\n".join(["| pixels | largest relative difference | equal |", "| --- | --- | --- |", *rows])
 
 
-def _name(base: Mapping[str, Any]) -> str:
+def _name(record: RunRecord) -> str:
     """Names a base as others know it: without the path that it has on its maker's disk."""
-    source = str(base["source"]).removeprefix("hf-hub:")
+    if record.base is None:
+        return record.model_class
+    source = record.base.source.removeprefix("hf-hub:")
     return Path(source).name if Path(source).is_absolute() else source
 
 
@@ -288,8 +257,6 @@ def _is_dataset(images: str | None) -> bool:
     return not images.endswith((".txt", ".tar", "/")) and not Path(images).exists()
 
 
-def _at(recipe: Mapping[str, Any], key: str) -> Any:
-    value: Any = recipe
-    for part in key.split("."):
-        value = value.get(part) if isinstance(value, Mapping) else None
-    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else value
+def _listed(value: object) -> str:
+    """Writes a setting, the parts of a list one after another."""
+    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)

@@ -18,9 +18,10 @@ from phreg.backbones import hub, resolve
 from phreg.backbones.resolve import Base
 from phreg.errors import LoadError
 from phreg.evaluation.before_after import Row, table
-from phreg.formats.adapter import fit
-from phreg.formats.load import open_model, reading_record, record_of
-from phreg.storage import ADAPTER_FORMAT
+from phreg.formats.adapter import base_of, fit
+from phreg.formats.export.spec import needs_base
+from phreg.formats.load import open_model, record_of
+from phreg.record import RunRecord, RunSummary
 
 Model = str | os.PathLike[str] | nn.Module
 Fit = Literal["whole", "tower", "no", "unknown"]
@@ -94,30 +95,23 @@ def info(source: str | os.PathLike[str], *, revision: str | None = None, base: M
             f"asked what {source} is: it is a {found.library} model that phreg did not write; "
             "`phreg inspect` looks into such a model"
         )
-    with reading_record(source):
-        return _shown(source, record, found.folder, base)
-
-
-def _shown(
-    source: str | os.PathLike[str], record: Mapping[str, Any], folder: Path, base: Model | None
-) -> Shown:
-    run = record.get("run") or record
-    tensors, num_bytes = _count(folder)
+    run = record.run or RunSummary()
+    tensors, num_bytes = _count(found.folder)
     return Shown(
         source=str(source),
-        format=record["format"],
-        format_version=record.get("format_version", 1),
-        model_class=record["class"],
-        base=Base(**record["base"]) if record.get("base") else None,
-        registers=record["registers"],
-        method=(run.get("recipe") or {}).get("method"),
-        steps=(run.get("outcome") or {}).get("steps"),
-        figures=tuple(table(run["figures"])) if run.get("figures") else (),
-        failures=tuple((run.get("gates") or {}).get("failures", ())),
-        sizes=tuple((tuple(size["size"]), size["claimed"]) for size in record.get("equality") or ()),
+        format=record.format,
+        format_version=record.format_version,
+        model_class=record.model_class,
+        base=record.base,
+        registers=record.registers,
+        method=run.setting("method"),
+        steps=run.outcome.steps if run.outcome else None,
+        figures=tuple(table(run.figures.model_dump())) if run.figures else (),
+        failures=tuple(record.failures),
+        sizes=tuple((size.size, size.claimed) for size in record.equality),
         tensors=tensors,
         num_bytes=num_bytes,
-        versions=record["versions"],
+        versions=record.versions,
         fits=_fits(record, base),
     )
 
@@ -136,10 +130,10 @@ def _count(folder: Path) -> tuple[int, int]:
     return tensors, num_bytes
 
 
-def _fits(record: Mapping[str, Any], base: Model | None) -> Fit:
-    if record["format"] != ADAPTER_FORMAT:
+def _fits(record: RunRecord, base: Model | None) -> Fit:
+    if not needs_base(record.format):
         return "unknown"
-    at_hand = _at_hand(Base(**record["base"])) if base is None else (base, None)
+    at_hand = _at_hand(base_of(record)) if base is None else (base, None)
     if at_hand is None:
         return "unknown"
     return fit(record, open_model(*at_hand)[0]) or "no"

@@ -1,74 +1,62 @@
-"""Reading back whatever phreg wrote: one table of formats, each with what reads it.
+"""Reading back whatever phreg wrote: its record names the format, and the format builds the model.
 
     run, adapter, merged ──phreg.json──────┐
-    any other export ──phreg_export.json───┴► format ──FORMATS──► Backbone + Base
+    any other export ──phreg_export.json───┴► RunRecord ──format──► FormatSpec.open ──► Backbone + Base
     any of them on the hub ──resolve.locate──► folder
 
-A model that was saved whole is built again of its library's config, and never by code from its folder:
-
-    config ──library──► model of random weights ──registers of zeros──► ──every tensor──► the patched model
-
-A new format is a row of `FORMATS` and a reader. What phreg did not write is a base model: see
-`phreg.backbones.resolve`.
+What phreg did not write is a base model: see `phreg.backbones.resolve`.
 """
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from phreg import demo
+from phreg import __version__, demo
 from phreg.backbones import resolve
 from phreg.backbones.base import Backbone
-from phreg.backbones.resolve import Base, Located, adapt, weights_sha256
-from phreg.errors import LoadError, PhregError, UnsupportedModelError
-from phreg.formats.adapter import apply_adapter, fits, read_own_tensors, read_tensors
-from phreg.sinks import test_time
-from phreg.storage import ADAPTER_FILE, ADAPTER_FORMAT, EXPORT_FILE, MODEL_FORMAT
-from phreg.training.checkpoint import read_adapter, read_record
-
-Reader = Callable[[Located], tuple[Backbone, Base]]
+from phreg.backbones.readout import set_readout
+from phreg.backbones.resolve import Located, adapt
+from phreg.errors import LoadError, PhregError
+from phreg.formats.adapter import apply_adapter, fit
+from phreg.formats.export.spec import find_spec, needs_base, recorded_names
+from phreg.record import Base, RecordError, RunRecord, read_record, weights_sha256
+from phreg.storage import ADAPTER_FILE, EXPORT_FILE, OWN_FORMATS
 
 logger = logging.getLogger(__name__)
 
 
-def record_of(found: Located) -> dict[str, Any] | None:
+def record_of(found: Located) -> RunRecord | None:
     """Reads what phreg wrote beside a model; None where the model is none of phreg's.
 
     Raises:
         LoadError: It is broken, of a newer version, or of a format that this phreg does not know.
     """
-    if (found.folder / ADAPTER_FILE).is_file():
-        return read_adapter(found.folder)
-    if not (found.folder / EXPORT_FILE).is_file():
+    own = (found.folder / ADAPTER_FILE).is_file()
+    file = found.folder / (ADAPTER_FILE if own else EXPORT_FILE)
+    if not file.is_file():
         return None
-    record = read_record(found.folder / EXPORT_FILE)
-    if record["format"] not in FORMATS:
+    try:
+        record = read_record(file)
+    except RecordError as error:
+        raise LoadError(f"asked for what is in {found.folder}, whose {error}") from error
+    if own and record.format not in OWN_FORMATS:
         raise LoadError(
-            f"asked for {found.source}, an export of the format {record['format']!r}; phreg loads back "
-            f"{', '.join(FORMATS)}: upgrade phreg, or load it with the library it was made for"
+            f"asked for the adapter in {found.folder}, found format {record.format!r}; this phreg, "
+            f"{__version__}, knows {' and '.join(OWN_FORMATS)}: upgrade phreg, or load the folder with what "
+            "wrote it"
+        )
+    if record.format not in recorded_names():
+        raise LoadError(
+            f"asked for {found.source}, an export of the format {record.format!r}; phreg loads back "
+            f"{', '.join(recorded_names())}: upgrade phreg, or load it with the library it was made for"
         )
     return record
-
-
-@contextmanager
-def reading_record(source: Any) -> Iterator[None]:
-    """Words as one error whatever fails in what a record tells people, which is not checked as it is read.
-
-    Raises:
-        LoadError: It says too little, or other things than phreg writes.
-    """
-    try:
-        yield
-    except (LookupError, TypeError, AttributeError, ValueError) as error:
-        raise LoadError(
-            f"asked for {source}, whose record is not whole ({type(error).__name__}: {error}); fetch it again"
-        ) from error
 
 
 def open_model(
@@ -89,12 +77,15 @@ def open_model(
         LoadError: It cannot be found, fetched or trusted.
         UnsupportedModelError: phreg cannot patch it.
     """
-    backbone, base = _open(source, revision)
+    backbone, base = open_as_it_is(source, revision)
     resolve.settle_normalisation(backbone, mean, std)
     return backbone, base
 
 
-def _open(source: str | os.PathLike[str] | nn.Module, revision: str | None) -> tuple[Backbone, Base]:
+def open_as_it_is(
+    source: str | os.PathLike[str] | nn.Module, revision: str | None = None
+) -> tuple[Backbone, Base]:
+    """Opens a model as `open_model` does, but does not settle how its images are normalised."""
     if isinstance(source, nn.Module):
         return resolve.load(source)
     if os.fspath(source) == "demo":
@@ -119,10 +110,17 @@ def open_saved(found: Located) -> tuple[Backbone, Base]:
             f"asked for the patched model in {found.source}, which is a {found.library} model without "
             f"registers of phreg; load it with {found.library}"
         )
-    backbone, base = FORMATS[record["format"]](found)
+    spec = find_spec(record.format)
+    if spec.open is None:
+        raise LoadError(
+            f"asked for the model in {found.source}, which is a graph ({spec.name}) and no model of a "
+            f"library any more: run it with {spec.card.library}, or load the run or adapter that it was made "
+            "from"
+        )
+    backbone, base = spec.open(found, record)
     if hasattr(backbone.model, "name_or_path"):  # which PEFT notes as the model that its adapter goes onto
         vars(backbone.model)["name_or_path"] = found.source
-    backbone.trained_readout = record.get("readout", "plain")
+    backbone.trained_readout = record.readout
     _normalise_as(record, backbone, found)
     broken = [name for name, tensor in backbone.disk_state().items() if not torch.isfinite(tensor).all()]
     if broken:
@@ -133,6 +131,13 @@ def open_saved(found: Located) -> tuple[Backbone, Base]:
     return backbone, base
 
 
+def open_as_trained(folder: Path) -> Backbone:
+    """Opens what phreg wrote to a folder of this disk, and sets the read-out that it was trained with."""
+    backbone, _ = open_saved(resolve.locate(folder))
+    set_readout(backbone, backbone.trained_readout)
+    return backbone
+
+
 def open_into(found: Located, model: nn.Module) -> Backbone:
     """Applies an adapter to a model at hand, or to the vision tower inside of it.
 
@@ -141,17 +146,15 @@ def open_into(found: Located, model: nn.Module) -> Backbone:
         UnsupportedModelError: There is no vision tower in the model that phreg can patch.
     """
     record = record_of(found)
-    if record is None or record["format"] != ADAPTER_FORMAT:
-        what = (
-            "a model without registers of phreg" if record is None else f"a whole model ({record['format']})"
-        )
+    if record is None or not needs_base(record.format):
+        what = "a model without registers of phreg" if record is None else f"a whole model ({record.format})"
         raise LoadError(
             f"asked to load {found.source} into a {type(model).__name__}, and it is {what}; only an adapter "
             "goes into a model at hand, so leave `into` out, or give the run or adapter"
         )
     towers = resolve.adapt_inside(model)
     if len(towers) > 1:
-        towers = [tower for tower in towers if fits(found.folder, tower)]
+        towers = [tower for tower in towers if fit(record, tower)]
         if len(towers) != 1:
             raise LoadError(
                 f"asked to load {found.source} into a {type(model).__name__}, in which the adapter fits "
@@ -159,7 +162,7 @@ def open_into(found: Located, model: nn.Module) -> Backbone:
             )
     (tower,) = towers
     apply_adapter(found.folder, tower)
-    tower.trained_readout = record.get("readout", "plain")
+    tower.trained_readout = record.readout
     _normalise_as(record, tower, found)
     for around in model.modules():
         if tower.model in around.modules() and around not in tower.model.modules():
@@ -167,22 +170,21 @@ def open_into(found: Located, model: nn.Module) -> Backbone:
     return tower
 
 
-def _normalise_as(record: dict[str, Any], backbone: Backbone, found: Located) -> None:
+def _normalise_as(record: RunRecord, backbone: Backbone, found: Located) -> None:
     """Takes over the normalisation that a record tells, and notes it on the model; older ones tell none."""
-    if "mean" in record and "std" in record:
+    if record.mean is not None and record.std is not None:
         try:
-            resolve.settle_normalisation(backbone, record["mean"], record["std"])
+            resolve.settle_normalisation(backbone, record.mean, record.std)
         except PhregError as error:
             raise LoadError(f"asked for {found.source}, whose record is damaged: {error}") from error
         backbone.note_normalisation()
 
 
 def warn_failed_checks(found: Located) -> None:
-    """Warns of a model whose run failed its gates, and names them."""
-    record = record_of(found) or {}
-    gates = (record.get("run") or record).get("gates") or {}
-    if gates.get("failures"):
-        logger.warning("%s failed its checks: %s", found.source, "; ".join(gates["failures"]))
+    """Warns of a model whose run failed its checks, and names them."""
+    record = record_of(found)
+    if record is not None and record.failures:
+        logger.warning("%s failed its checks: %s", found.source, "; ".join(record.failures))
 
 
 @dataclass(frozen=True, repr=False)
@@ -213,110 +215,3 @@ class RefuseSaving:
 def _guard(around: nn.Module, tower: Backbone) -> None:
     if hasattr(around, "save_pretrained"):
         vars(around)["save_pretrained"] = RefuseSaving(around, tower)
-
-
-# -- readers -------------------------------------------------------------------------------------------------
-
-
-def _read_adapter(found: Located) -> tuple[Backbone, Base]:
-    """Finds the base again and patches it."""
-    base = Base(**read_adapter(found.folder)["base"])
-    if base.source == "instance":
-        raise LoadError(
-            f"the adapter in {found.folder} was made from a model instance, which cannot be found again; "
-            "build that model and pass it: phreg.load(path, into=model), which phreg.export takes too"
-        )
-    try:
-        backbone, _ = _open(base.source, base.revision)
-    except (LoadError, UnsupportedModelError) as error:
-        raise type(error)(
-            f"the base of the adapter in {found.folder} cannot be opened: {error}. With that base at hand: "
-            "phreg.load(path, into=model)"
-        ) from error
-    apply_adapter(found.folder, backbone)
-    return backbone, base
-
-
-def _read_patched(found: Located) -> tuple[Backbone, Base]:
-    """Builds a model that the `merged` export or a transformers model's own `save_pretrained` wrote whole."""
-    record = read_adapter(found.folder)
-    tensors = read_own_tensors(found.folder / "phreg.safetensors", record)
-    try:
-        backbone = resolve.build(record["library"], record["class"], record["config"])
-        if tuple(record.get("input_size", backbone.spec.input_size)) != backbone.spec.input_size:
-            backbone.set_input_size(tuple(record["input_size"]))
-        if record["registers"]:
-            backbone.insert_registers(torch.zeros(record["registers"], backbone.spec.width))
-        missing = sorted(backbone.disk_state().keys() - tensors.keys())
-        if missing:
-            raise LoadError(f"it lacks {missing[:3]}")
-        backbone.load_disk_state(tensors)
-        if record.get("test_time"):
-            test_time.attach(backbone, record["test_time"], record.get("test_time_size"))
-    except (TypeError, ValueError, LookupError, AttributeError, RuntimeError, PhregError) as error:
-        raise LoadError(
-            f"patched model in {found.folder} cannot be loaded ({error}); save or copy it again"
-        ) from error
-    backbone.eval()
-    return backbone, _whole(backbone, found)
-
-
-def _read_remote_code(found: Located) -> tuple[Backbone, Base]:
-    """Builds the stock class under the code of the folder, which is not run."""
-    from phreg.backbones.transformers import load_remote_code
-
-    # The class in the folder, unlike the stock class, has no other names on disk than in memory.
-    _check_unchanged(found, weights_sha256(read_tensors(found.folder / "model.safetensors")))
-    backbone = load_remote_code(found.folder)
-    backbone.eval()
-    return backbone, _whole(backbone, found)
-
-
-def _refuse_graph(found: Located) -> tuple[Backbone, Base]:
-    raise LoadError(
-        f"asked for the model in {found.source}, which is a graph (onnx) and no model of a library any "
-        "more: run it with onnxruntime, or load the run or adapter that it was made from"
-    )
-
-
-def _whole(backbone: Backbone, found: Located) -> Base:
-    sha256 = weights_sha256(backbone.disk_state())
-    return Base(found.source, backbone.spec.library, found.revision, sha256)
-
-
-def _read_stock(found: Located) -> tuple[Backbone, Base]:
-    """Builds a stock model, and checks that it is the one that was exported."""
-    if not any(path.suffix == ".safetensors" for path in found.folder.iterdir()):
-        raise LoadError(
-            f"asked for the export in {found.source}, which has no .safetensors file; phreg exports write no "
-            "other kind, and a pickle may hold code: fetch it again, whole"
-        )
-    backbone, base = resolve.load(found)
-    _check_unchanged(found, base.sha256)
-    return backbone, base
-
-
-def _check_unchanged(found: Located, sha256: str) -> None:
-    expected = read_record(found.folder / EXPORT_FILE).get("sha256")
-    if expected is None:
-        logger.warning(
-            "%s has no sha256 of its weights: damage to them would go unnoticed; export it again to have "
-            "them checked", found.source,
-        )  # fmt: skip
-    elif sha256 != expected:
-        raise LoadError(
-            f"asked for the export in {found.source}, whose weights have sha256 {sha256[:12]}…, and "
-            f"{str(expected)[:12]}… were written; it was changed since: fetch or export it again"
-        )
-
-
-FORMATS: dict[str, Reader] = {
-    ADAPTER_FORMAT: _read_adapter,
-    MODEL_FORMAT: _read_patched,
-    "timm": _read_stock,
-    "transformers": _read_stock,
-    "open_clip": _read_stock,
-    "remote-code": _read_remote_code,
-    "onnx": _refuse_graph,
-}
-"""What reads each format, by the name in phreg.json or phreg_export.json."""

@@ -11,7 +11,7 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,12 @@ from phreg.backbones import hub
 from phreg.backbones.resolve import Located
 from phreg.errors import LoadError, PushError
 from phreg.formats.card import Illustration, License, model_card
-from phreg.formats.load import reading_record, record_of
+from phreg.formats.export.spec import COMMON, all_specs, find_spec
+from phreg.formats.load import record_of
 from phreg.parsing import parse_json
+from phreg.record import Base, RunRecord, RunSummary, write_record
 from phreg.report.html import read_pictures
-from phreg.storage import ADAPTER_FILE, ADAPTER_FORMAT, EXPORT_FILE, MODEL_FORMAT, replacing, write_text
+from phreg.storage import ADAPTER_FILE, EXPORT_FILE, replacing, write_text
 from phreg.training.checkpoint import RunFolder
 
 logger = logging.getLogger(__name__)
@@ -33,17 +35,11 @@ logger = logging.getLogger(__name__)
 OURS = (ADAPTER_FILE, EXPORT_FILE)
 """Files by which a repository is known as pushed by phreg."""
 
-REPLACED = ("*.safetensors", "*.json", "*.py", "*.onnx", "report/*.png")
-"""What an earlier push may have left that another format does not write."""
-
-OWN_FILES = {ADAPTER_FORMAT: "adapter.safetensors", MODEL_FORMAT: "phreg.safetensors"}
-"""The file of tensors of phreg's own formats."""
-
 MAPS = re.compile(r"(norms|features) of image [1-4], ")
 """Maps of images beside a card, by what a report says that they show: two layers of the first four images."""
 
 
-def assemble(found: Located, folder: Path, repository: str) -> dict[str, Any]:
+def assemble(found: Located, folder: Path, repository: str) -> RunRecord:
     """Writes the folder that is pushed, whole or not at all.
 
     Args:
@@ -65,19 +61,19 @@ def assemble(found: Located, folder: Path, repository: str) -> dict[str, Any]:
         )
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise PushError(f"asked to write {folder}, which is not empty; give a new or an empty folder")
-    exported = (found.folder / EXPORT_FILE).is_file()
-    names = _visible(found.folder) if exported else [Path(OWN_FILES[record["format"]])]
-    license = base_license(record.get("base") or {})
-    _tell_of_base(record)
+    spec = find_spec(record.format)
+    names = _visible(found.folder) if spec.pushed is None else [Path(name) for name in spec.pushed]
+    license = base_license(record.base)
+    if spec.needs_base:
+        _tell_of_base(record)
     try:
-        with reading_record(found.source), replacing(folder.resolve()) as unfinished:
+        with replacing(folder.resolve()) as unfinished:
             record = public(record)
             for name in names:
                 (unfinished / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(found.folder / name, unfinished / name)
-            if exported:
-                _point_to(repository, unfinished, found.folder)
-            write_text(unfinished / (EXPORT_FILE if exported else ADAPTER_FILE), json.dumps(record, indent=2))
+            _point_to(repository, unfinished, found.folder)
+            write_record(unfinished / spec.record_file, record)
             pictures = _write_pictures(RunFolder(found.folder.parent), unfinished / "report")
             card = model_card(record, repository=repository, license=license, pictures=pictures)
             write_text(unfinished / "README.md", card)
@@ -86,31 +82,39 @@ def assemble(found: Located, folder: Path, repository: str) -> dict[str, Any]:
     return record
 
 
-def public(record: Mapping[str, Any]) -> dict[str, Any]:
+def replaced() -> list[str]:
+    """Lists what an earlier push may have left that another format does not write, as patterns."""
+    return [*COMMON, *(pattern for spec in all_specs() for pattern in spec.leaves)]
+
+
+def public(record: RunRecord) -> RunRecord:
     """Takes paths of this disk out of a record; what is left of one is its last part."""
-    shown = dict(record)
-    base = shown.get("base")
-    if base and Path(base["source"]).is_absolute():
-        shown["base"] = base | {"source": Path(base["source"]).name}
-    if shown.get("run"):
-        shown["run"] = public(shown["run"])
-    if shown.get("recipe"):
-        recipe = {name: value for name, value in shown["recipe"].items() if name not in ("output", "device")}
+    changed: dict[str, Any] = {}
+    if record.base and Path(record.base.source).is_absolute():
+        changed["base"] = replace(record.base, source=Path(record.base.source).name)
+    if record.run:
+        changed["run"] = record.run.model_copy(update=_public_run(record.run))
+    return record.model_copy(update=changed)
+
+
+def _public_run(run: RunSummary) -> dict[str, Any]:
+    changed: dict[str, Any] = {}
+    if run.recipe:
+        recipe = {name: value for name, value in run.recipe.items() if name not in ("output", "device")}
         recipe |= {name: _bare(recipe[name]) for name in ("model", "images") if name in recipe}
-        if recipe.get("measure", {}).get("source"):
+        if run.setting("measure.source"):
             recipe["measure"] = recipe["measure"] | {"source": _bare(recipe["measure"]["source"])}
-        shown["recipe"] = recipe
-    if shown.get("outcome"):
-        shown["outcome"] = shown["outcome"] | {
-            "skipped": [_bare(name) for name in shown["outcome"]["skipped"]]
-        }
-    return shown
+        changed["recipe"] = recipe
+    if run.outcome:
+        skipped = [_bare(name) for name in run.outcome.skipped]
+        changed["outcome"] = run.outcome.model_copy(update={"skipped": skipped})
+    return changed
 
 
-def _tell_of_base(record: Mapping[str, Any]) -> None:
+def _tell_of_base(record: RunRecord) -> None:
     """Says what an adapter's base is to others, where it is no repository."""
-    source = str((record.get("base") or {}).get("source", ""))
-    if record["format"] == ADAPTER_FORMAT and Path(source).is_absolute():
+    source = record.base.source if record.base else ""
+    if Path(source).is_absolute():
         logger.warning(
             "the base is a folder here, %s: others find it where timm or a hub has the same weights by that "
             "name, and else load the adapter by phreg.load(…, into=model)",
@@ -118,9 +122,11 @@ def _tell_of_base(record: Mapping[str, Any]) -> None:
         )
 
 
-def base_license(base: Mapping[str, Any]) -> License:
+def base_license(base: Base | None) -> License:
     """Reads a base's licence in its own card or config; unknown where neither says it or is at hand."""
-    source, revision = str(base.get("source", "")).removeprefix("hf-hub:"), base.get("revision")
+    if base is None:
+        return License()
+    source, revision = base.source.removeprefix("hf-hub:"), base.revision
     folder = Path(source)
     if revision:
         try:

@@ -49,7 +49,7 @@ def resolve(
     if "steps" in given:  # which set the length too
         implied.pop("epochs", None)
     try:
-        config = validate(_blocks_or_lora(implied, given), source=source)
+        config = validate(_lora_for_blocks(implied, given), source=source)
     except ConfigError as error:
         raise ConfigError(source, [*problems, *error.problems]) from error
     if problems:
@@ -57,16 +57,13 @@ def resolve(
     return config
 
 
-def _blocks_or_lora(implied: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Joins settings. Blocks that are named train whole, without adapters, unless both are asked for.
+def _lora_for_blocks(implied: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Joins settings. LoRA replaces the blocks, unless the user named roles.
 
-    The result names roles and rank, so that a run which is resumed, or repeated from its recipe, trains the
-    same.
+    The result names all roles, so that a run which is resumed, or repeated from its recipe, trains the same.
     """
     settings = {**implied, **given}
-    roles = settings.get("unlock.roles", UnlockConfig.model_fields["roles"].default)
-    if given.get("unlock.lora.rank") and "unlock.roles" not in given:
+    if settings.get("unlock.lora.rank") and "unlock.roles" not in given:
+        roles = settings.get("unlock.roles", UnlockConfig.model_fields["roles"].default)
         settings["unlock.roles"] = tuple(role for role in roles if not role.startswith("block"))
-    elif "unlock.lora.rank" not in given and any(role.startswith("block") for role in roles):
-        settings["unlock.lora.rank"] = 0
     return settings

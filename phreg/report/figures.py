@@ -13,6 +13,7 @@ from phreg.analysis.inspection import Inspection
 from phreg.analysis.norms import QUANTILES
 from phreg.analysis.probes import ReconstructionFigures, TokenProbe
 from phreg.report import charts
+from phreg.report.norm_charts import norm_histograms, norm_quantiles, norm_series
 from phreg.report.sink_chart import sink_chart
 from phreg.report.verdict import causes
 
@@ -58,13 +59,13 @@ def _norm_figures(models: Sequence[Inspection], names: Sequence[str]) -> Iterato
     tokens = [{token.name: _medians(token.quantiles) for token in report.tokens} for report in reports]
     normed = [{token.name: _medians(token.normed) for token in report.tokens} for report in reports]
     yield DrawnChart(
-        "Norms", "norms", charts.norm_quantiles(*reports, names=names, tokens=tokens),
+        "Norms", "norms", norm_quantiles(*reports, names=names, tokens=tokens),
         "Chart of norms from block to block",
         f"Norms from block to block, before the final norm: {fans}, crosses separate outliers from the rest; "
         "CLS and registers are lines of their own (medians over images).",
     )  # fmt: skip
     yield DrawnChart(
-        "Norms", "norms-after-norm", charts.norm_quantiles(*reports, names=names, tokens=normed, normed=True),
+        "Norms", "norms-after-norm", norm_quantiles(*reports, names=names, tokens=normed, normed=True),
         "Chart of norms from block to block, after the final norm",
         "The same, every block's tokens passed through the final norm.",
     )  # fmt: skip
@@ -72,13 +73,13 @@ def _norm_figures(models: Sequence[Inspection], names: Sequence[str]) -> Iterato
         histograms = [[getattr(block, scale) for block in report.blocks] for report in reports]
         yield DrawnChart(
             "Norms", f"norm-histograms-{scale}",
-            charts.norm_histograms(*histograms, names=names, tokens=tokens, log=scale == "log"),
+            norm_histograms(*histograms, names=names, tokens=tokens, log=scale == "log"),
             f"Histograms of norms in each block, {scale} scale",
             f"How many patch tokens have which norm ({scale} scale), block by block.",
         )  # fmt: skip
     if len(models) > 1:
         yield DrawnChart(
-            "Norms", "norm-series", charts.norm_series(*reports, names=names),
+            "Norms", "norm-series", norm_series(*reports, names=names),
             "Chart of norms and outlier rates, model by model",
             f"The models side by side, each in the block where its outliers are clearest: {fans}.",
         )  # fmt: skip

@@ -27,7 +27,7 @@ from jinja2 import Environment, StrictUndefined
 from matplotlib import colormaps
 from PIL import Image
 
-from phreg.evaluation.results import versions
+from phreg.evaluation.record import versions
 from phreg.report.canvas import png
 from phreg.storage import write_text, writing
 

@@ -27,7 +27,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from phreg.analysis.attention import attention_weights
-from phreg.analysis.norms import NormReport, outlier_mask, outliers
+from phreg.analysis.gap import outlier_mask
+from phreg.analysis.norms import NormReport, outliers
 from phreg.analysis.positions import fixed_share
 from phreg.backbones.base import Backbone
 from phreg.deprecated import current_attribute
@@ -46,9 +47,6 @@ OWN = 0.5
 
 ROUNDS = 8
 """Most rounds of the search. A round takes two passes over the images: one names units, one tests them."""
-
-GONE = 0.99
-"""The search ends when this share of the outliers is gone."""
 
 WORTH_IT = 0.05
 """Smallest share of the outliers that a round has to remove for its units to count as a cause."""
@@ -138,7 +136,7 @@ def find_sinks(
         if found.count - tried.count < WORTH_IT * every.count:
             break
         found = tried
-        if found.count <= (1 - GONE) * every.count:
+        if found.count < WORTH_IT * every.count:  # no further round can remove enough
             break
     units, members = sink_clusters(
         backbone, batches, every.masks, _with_pre_activation(backbone, batches, every, found.units)
@@ -215,7 +213,9 @@ def _name_units(backbone: Backbone, batches: Sequence[ImageBatch], found: _Outli
     excess = means.outlier - means.baseline
     down = mlp.down.weight.cpu().double()
     write = down @ excess
-    shares = excess * (down.T @ write) / write.square().sum().clamp_min(1e-30)
+    if not write.any():  # the MLP writes into outliers what it writes elsewhere
+        return ()
+    shares = excess * (down.T @ write) / write.square().sum()
     shares = torch.where(means.baseline.abs() < OWN * means.peak.abs(), shares, 0).clamp_min(0)
     if not shares.any():
         return ()
@@ -359,8 +359,8 @@ def _chain(
             objective = (at_causes[:, list(weights)] * scale).sum()
             gradients = torch.autograd.grad(objective, list(hidden.values()))
         for index, gradient in zip(hidden, gradients, strict=True):
-            excess = layout.patches(hidden[index]).float()[mask].cpu().double() - means[index].baseline
-            share = (excess * layout.patches(gradient).float()[mask].cpu().double()).sum(0)
+            excess = layout.patches(hidden[index])[mask].cpu().double() - means[index].baseline
+            share = (excess * layout.patches(gradient)[mask].cpu().double()).sum(0)
             shares[index] = shares.get(index, 0) + share
         count += int(mask.sum())
     whole = sum(weights[unit.index] * (unit.sink_level - unit.baseline) for unit in causes if unit.sink_level)

@@ -1,4 +1,4 @@
-"""What a run writes: state to resume from, and the adapter that comes out.
+"""The folder of a run, and the state in it to resume from.
 
     runs/<name>/  recipe.toml   the resolved configuration
                   log.jsonl     one object a step
@@ -6,9 +6,8 @@
                   model/        the adapter: {adapter.safetensors, phreg.json, README.md}
                   report/       report.html and its pictures
 
-The adapter holds the tensors that differ from the base checkpoint, whole, under the names that the base's own
-library uses on disk, and the sha256 of the base they belong to. Everything is safetensors and JSON; nothing
-is ever unpickled. Every write goes to a temporary name first, is flushed to the disk and then renamed, so a
+The adapter is written by `phreg.formats.adapter`. Everything is safetensors and JSON; nothing is ever
+unpickled. Every write goes to a temporary name first, is flushed to the disk and then renamed, so a
 crash leaves the old file or the new one.
 """
 
@@ -16,51 +15,27 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    NonNegativeInt,
-    PositiveInt,
-    TypeAdapter,
-    ValidationError,
-)
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from phreg import __version__
-from phreg.backbones.base import Backbone, Readout
-from phreg.backbones.resolve import Base, record_sums, settings_sha256, weights_sha256
 from phreg.config import ChecksConfig, DistillConfig, flatten, read_settings, to_toml, validate
-from phreg.errors import CheckpointError, LoadError
+from phreg.errors import CheckpointError
 from phreg.parsing import parse_json
-from phreg.storage import (
-    ADAPTER_FILE,
-    ADAPTER_FORMAT,
-    FORMAT_VERSION,
-    MODEL_FORMAT,
-    flush,
-    let_others_read,
-    replacing,
-    resume_command,
-    write_text,
-    writing,
-)
+from phreg.record import weights_sha256
+from phreg.storage import flush, replacing, resume_command, write_text, writing
 from phreg.training.trust_region import RoleRate
 
 logger = logging.getLogger(__name__)
 
-LIBRARIES = ("torch", "timm", "transformers", "open_clip_torch")
-"""Packages whose versions an adapter records."""
 KEPT_STATES = 2
 """Checkpoints kept per run."""
 
@@ -314,171 +289,6 @@ def load_state(
             tensor.copy_(saved[name])
     optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
     return meta.step
-
-
-@dataclass(frozen=True)
-class Tower:
-    """The vision tower of a base, by which it is known again inside another model, such as a LLaVA.
-
-    Attributes:
-        prefix: What the names of its tensors open with in the base.
-        sha256: `weights_sha256` of `Backbone.tower_state()`, by precision.
-    """
-
-    prefix: str
-    sha256: dict[str, str]
-
-
-class Gates(BaseModel):
-    """What a run asked of its result."""
-
-    failures: list[str] = []
-
-
-class RunRecord(BaseModel):
-    """What a record says of the run that made the model."""
-
-    model_config = ConfigDict(strict=True)
-
-    recipe: dict[str, Any] | None = None
-    outcome: dict[str, Any] | None = None
-    gates: Gates | None = None
-
-
-class Record(RunRecord):
-    """What is read of phreg.json or phreg_export.json, as far as it is there; it says more, for people."""
-
-    format: str
-    class_name: str = Field("", alias="class")
-    base: Base | None = None
-    registers: NonNegativeInt = 0
-    input_size: tuple[PositiveInt, PositiveInt] | None = None
-    mean: tuple[float, float, float] | None = None
-    std: tuple[float, float, float] | None = None
-    readout: Readout = "plain"
-    test_time: dict[NonNegativeInt, list[tuple[NonNegativeInt, int]]] | None = None
-    test_time_size: tuple[PositiveInt, PositiveInt] | None = None
-    tower: Tower | None = None
-    versions: dict[str, str] = {}
-    library: str = ""
-    config: dict[str, Any] | None = None
-    run: RunRecord | None = None
-
-
-NEEDED: dict[str, tuple[str, ...]] = {
-    ADAPTER_FORMAT: ("class", "base", "registers", "input_size"),
-    MODEL_FORMAT: ("class", "registers", "library", "config"),
-}
-"""What a record must say of its model, by format; those of others are read by people and by stock loaders."""
-
-
-def save_adapter(
-    folder: Path,
-    backbone: Backbone,
-    base: Base,
-    base_state: Mapping[str, Tensor],
-    record: Mapping[str, Any],
-    card: Callable[[Mapping[str, Any]], str],
-    *,
-    tower: Tower | None = None,
-) -> None:
-    """Writes the patched model as an adapter, whole or not at all.
-
-    Args:
-        folder: Folder to write; an earlier adapter there is replaced.
-        backbone: The patched model.
-        base: What it was made from.
-        base_state: The base's tensors under their on-disk names.
-        record: Recipe, figures and whatever else should be told of the run, as JSON.
-        card: Writes the model card, given all that phreg.json says.
-        tower: The base's vision tower; without, the adapter goes onto the whole base alone.
-
-    Raises:
-        OSError, SafetensorError: The disk does not take it; an earlier adapter there is still whole.
-    """
-    state = backbone.disk_state()
-    changed = {
-        name: tensor.detach().cpu().contiguous().clone()
-        for name, tensor in state.items()
-        if name not in base_state or not torch.equal(tensor.cpu(), base_state[name].cpu())
-    }
-    description = {
-        "format": ADAPTER_FORMAT,
-        "format_version": FORMAT_VERSION,
-        "base": asdict(base),
-        "tower": asdict(tower) if tower else None,
-        "class": type(backbone.model).__name__,
-        "family": backbone.spec.family,
-        "registers": backbone.num_registers,
-        "insertion": "after position embedding, before any norm",
-        "input_size": list(backbone.spec.input_size),
-        "mean": list(backbone.spec.mean),
-        "std": list(backbone.spec.std),
-        "versions": {"phreg": __version__} | {name: version(name) for name in LIBRARIES},
-        **record,
-    }
-    with replacing(folder) as temporary:
-        save_file(changed, temporary / "adapter.safetensors", metadata={"format": "pt"})
-        let_others_read(temporary / "adapter.safetensors")
-        flush(temporary / "adapter.safetensors")
-        description |= record_sums(description, changed)
-        write_text(temporary / "phreg.json", json.dumps(description, indent=2))
-        write_text(temporary / "README.md", card(description))
-
-
-def read_record(file: Path) -> dict[str, Any]:
-    """Reads phreg.json or phreg_export.json, whatever its format.
-
-    Raises:
-        LoadError: It cannot be read, says too little, was changed since, or is of a version that this phreg
-            does not read.
-    """
-    try:
-        text = file.read_bytes()
-        record = parse_json(text)
-        kind, number = record["format"], record.get("format_version", 1)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise LoadError(
-            f"asked for what is in {file.parent}, whose {file.name} cannot be read "
-            f"({type(error).__name__}: {error}); copy or fetch it again"
-        ) from error
-    if type(number) is not int or not 1 <= number <= FORMAT_VERSION:
-        raise LoadError(
-            f"asked for what is in {file.parent}, found format {kind!r} of version {number!r}; this phreg, "
-            f"{__version__}, reads versions 1 to {FORMAT_VERSION}: "
-            + ("upgrade phreg" if type(number) is int and number > 0 else "copy or fetch it again")
-        )
-    asked = f"asked for what is in {file.parent}, whose {file.name}"
-    try:
-        Record.model_validate_json(text)
-    except ValidationError as error:
-        problems = [f"{'.'.join(map(str, found['loc']))}: {found['msg']}" for found in error.errors()]
-    else:
-        problems = [f"{name}: missing" for name in NEEDED.get(kind, ()) if record.get(name) is None]
-    if problems:
-        raise LoadError(f"{asked} is not whole ({'; '.join(problems)}); fetch it again")
-    if record.get("settings_sha256", found := settings_sha256(record)) != found:
-        raise LoadError(
-            f"{asked} says other things of the model than were written: it was damaged or changed since; "
-            "fetch it again. What is told of its base and its run may be changed"
-        )
-    return record
-
-
-def read_adapter(folder: Path) -> dict[str, Any]:
-    """Reads the description of an adapter, or of a patched model saved whole.
-
-    Raises:
-        LoadError: It is neither, says too little, or is of a newer format.
-    """
-    record = read_record(folder / ADAPTER_FILE)
-    if record["format"] not in (ADAPTER_FORMAT, MODEL_FORMAT):
-        raise LoadError(
-            f"asked for the adapter in {folder}, found format {record['format']!r}; this phreg, "
-            f"{__version__}, knows {ADAPTER_FORMAT} and {MODEL_FORMAT}: upgrade phreg, or load the folder "
-            "with what wrote it"
-        )
-    return record
 
 
 def truncate_log(log: Path, steps: int) -> None:

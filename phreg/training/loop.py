@@ -35,6 +35,7 @@ from phreg.backbones.base import Backbone
 from phreg.config import DistillConfig
 from phreg.data.crops import BrokenImages, Crops, Order, as_input, loader
 from phreg.errors import Interrupted, PhregError, TrainingError
+from phreg.record import Outcome
 from phreg.seeding import keyed_generator
 from phreg.storage import resume_command
 from phreg.training.checkpoint import (
@@ -75,19 +76,6 @@ class StepRecord:
     images_per_second: float
     held_out: dict[str, float] | None = None
     """The student's figures on held-out images after the step, where it was measured."""
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """Facts about a finished run."""
-
-    steps: int
-    images: int
-    seconds: float
-    trained: int
-    skipped: list[str]
-    best_step: int | None = None
-    """Step whose state was kept, 0 where it is the original; None where the last state was."""
 
 
 UNTRAINED = Outcome(steps=0, images=0, seconds=0.0, trained=0, skipped=[])

@@ -30,9 +30,6 @@ VECTORS = "vectors"
 LORA_SHARE = 0.08
 """Share of the model's weights that adapters of automatic rank may have at most."""
 
-FINAL_SHARE = 50
-"""The last learning rate is the first one divided by this, unless `optim.final_lr` is set."""
-
 
 def unlock(backbone: Backbone, config: UnlockConfig) -> dict[str, nn.Parameter]:
     """Freezes a model except its registers and the configured roles, and injects LoRA if configured.
@@ -233,12 +230,11 @@ def learning_rate(config: OptimConfig, step: int, steps: int, steps_per_epoch: f
         progress = ((step - 1) // steps_per_epoch + 1) / epochs if step else 0.0
     else:
         progress = (step - config.warmup_steps) / max(1, steps - 1 - config.warmup_steps)
-    final = config.lr / FINAL_SHARE if config.final_lr is None else config.final_lr
     match config.schedule:
         case "exponential":
-            return config.lr * (final / config.lr) ** progress
+            return config.lr * (config.final_lr / config.lr) ** progress
         case "cosine":
-            return final + (config.lr - final) * (1 + math.cos(math.pi * progress)) / 2
+            return config.final_lr + (config.lr - config.final_lr) * (1 + math.cos(math.pi * progress)) / 2
         case "constant":
             return config.lr
 
@@ -287,7 +283,9 @@ def _inject_lora(backbone: Backbone, config: LoraConfig) -> None:
     from peft import inject_adapter_in_model
 
     names = {id(module): name for name, module in backbone.model.named_modules()}
-    blocks = list(backbone.blocks)[-config.blocks :] if config.blocks else list(backbone.blocks)
+    blocks = list(backbone.blocks)
+    if config.blocks != "all":
+        blocks = blocks[-config.blocks :]
     inside = [module for block in blocks for module in block.modules()]
     fused = [module for module in inside if isinstance(module, nn.MultiheadAttention)]
     covered = {id(part) for module in fused for part in module.modules()}

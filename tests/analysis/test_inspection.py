@@ -9,11 +9,12 @@ from looking import BLOCK, CLASSES, UNIT, from_all_sides, larger, looked_at, noi
 from sinking import photographs
 
 from phreg import demo
+from phreg.analysis.class_probe import global_probe
 from phreg.analysis.complexity import complexity
 from phreg.analysis.inspection import PROBED, LabelledImages, look
 from phreg.analysis.interpolation import interpolation_effect, stripes
 from phreg.analysis.norms import outliers
-from phreg.analysis.probes import global_probe, position_probe, reconstruction_probe, sample_tokens
+from phreg.analysis.probes import position_probe, reconstruction_probe, sample_tokens
 from phreg.analysis.survey import survey
 from phreg.backbones.readout import use_readout
 from phreg.backbones.resolve import adapt

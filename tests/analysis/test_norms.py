@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from planted import CORNERS, DEPTH, Planted, pictures
 
-from phreg.analysis.norms import bimodality, outlier_mask, outlier_threshold, outliers
+from phreg.analysis.gap import bimodality, outlier_mask, outlier_threshold
+from phreg.analysis.norms import outliers
 from phreg.errors import DataError, PhregError
 
 REAL = Path(__file__).parents[3] / "shared" / "data"

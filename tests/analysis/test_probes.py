@@ -7,12 +7,10 @@ import torch
 from planted import CORNERS, DEPTH, PATCH, WIDTH, Planted, pictures
 from torch import nn
 
+from phreg.analysis.class_probe import ORDINARY, OUTLIER, global_probe
 from phreg.analysis.norms import outliers
 from phreg.analysis.probes import (
-    ORDINARY,
-    OUTLIER,
     TokenSample,
-    global_probe,
     position_probe,
     reconstruction_probe,
     sample_tokens,

@@ -188,7 +188,8 @@ def test_no_images_and_images_of_two_sizes_are_refused():
 
 @pytest.mark.real
 def test_the_corner_sinks_of_a_real_model_draw_attention(real_model, real_data):
-    from phreg.data.crops import centre_crops, subsample
+    from phreg.data.crops import centre_crops
+    from phreg.data.sampling import subsample
     from phreg.data.sources import open_images
     from phreg.formats.load import open_model
 

@@ -13,7 +13,7 @@ from phreg.backbones.base import first_unpacked
 from phreg.backbones.readout import set_readout
 from phreg.backbones.resolve import Base, adapt, weights_sha256
 from phreg.errors import LoadError, PhregError
-from phreg.training.checkpoint import save_adapter
+from phreg.formats.adapter import save_adapter
 
 LIBRARY_READS_PACKED_WEIGHTS = ("timm/eva", "timm/dinov3", "timm/vit-rope")
 """Their attention takes `qkv.weight` itself, so that they do not run quantised without phreg either."""
@@ -95,7 +95,7 @@ def test_an_adapter_says_why_it_does_not_go_onto_a_packed_base(tmp_path):
     before = {name: tensor.clone() for name, tensor in backbone.disk_state().items()}
     base = Base("me/clip", "transformers", None, weights_sha256(before))
     phreg.add_registers(backbone, 3)
-    save_adapter(tmp_path / "adapter", backbone, base, before, {}, lambda _: "")
+    save_adapter(tmp_path / "adapter", backbone, base, before, None, lambda _: "")
     with pytest.raises(LoadError, match=r"me/clip.* are quantised \(int8\).*quantise it then"):
         phreg.load(tmp_path / "adapter", into=quantised)
 

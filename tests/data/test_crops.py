@@ -7,26 +7,26 @@ import numpy as np
 import pytest
 import skimage.data
 import torch
+from families import FAMILIES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pictures import noise, saved_dataset, tar_of
 from PIL import Image
 from torchvision.transforms import v2 as transforms
 
+from phreg.backbones.resolve import adapt
 from phreg.data.crops import (
+    MEASURED_AT_ONCE,
     BrokenImages,
     Crops,
-    Order,
     Skipped,
     center_crop,
     denormalise,
-    holdout,
+    larger,
     loader,
     normalise,
-    split,
-    subsample,
-    subsample_indices,
 )
+from phreg.data.sampling import Order, holdout, split, subsample, subsample_indices
 from phreg.data.sources import Subset, open_images
 from phreg.errors import DataError
 from phreg.methods import resolve
@@ -181,6 +181,35 @@ def test_a_jpeg_beyond_pils_limit_is_trained_on(tmp_path):
     column = batch.images[0, 0, :, 20]
     assert column[:3].max() < 20  # 4 of 40 rows are black; the bicubic kernel blurs the one beside the edge
     assert (column[5:].int() - 128).abs().max() < 20
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif", "webp", "bmp", "ppm"])
+def test_large_images_of_other_formats_are_trained_and_measured_on_at_a_reduced_size(tmp_path, suffix):
+    tile = noise((40, 40))
+    options = {"lossless": True} if suffix == "webp" else {}
+    tile.resize((80, 80), Image.Resampling.NEAREST).save(tmp_path / f"a.{suffix}", **options)
+    source = open_images(tmp_path, max_megapixels=(80 * 80 - 1) / 1e6)
+    for crop in ("random", "centre"):
+        batch = Crops(source, 40, crop=crop).batch([(0, 0)])
+        assert not batch.skipped
+        assert (batch.images[0].permute(1, 2, 0).numpy() == np.asarray(tile)).all()
+
+
+def test_images_beyond_the_memory_allowed_are_skipped_and_counted(tmp_path):
+    tile = noise((40, 40))
+    for number in range(3):
+        tile.resize((160, 160)).save(tmp_path / f"{number}.webp")
+        tile.save(tmp_path / f"{number}.png")
+    # 24 bytes for each of 1700 pixels: those of 160x160 pixels take 16 each in a WEBP.
+    batch = Crops(open_images(tmp_path, max_megapixels=0.0017), 40).batch([(0, 1), (0, 3)])
+    assert batch.names == (str(tmp_path / "1.png"), str(tmp_path / "2.png"))
+    assert [Path(one.name).name for one in batch.skipped] == ["0.webp", "1.webp"]
+    assert all("it has 0.0256 megapixels (160x160) as WEBP" in one.reason for one in batch.skipped)
+    broken = BrokenImages(6, max_broken=0.4)
+    broken.add(batch)
+    assert len(broken.reasons) == 2
+    with pytest.raises(DataError, match=r"too many unreadable images: 3 of 6"):
+        broken.add(Crops(open_images(tmp_path, max_megapixels=0.0017), 40).batch([(0, 5)]))
 
 
 def test_a_run_reads_its_images_within_the_limit_asked_for(tmp_path):
@@ -437,3 +466,29 @@ def test_a_photo_looks_as_it_did_before_normalisation():
         torch.from_numpy(pixels / 255).permute(2, 0, 1).float() - torch.tensor(mean)[:, None, None]
     ) / (torch.tensor(std)[:, None, None])
     np.testing.assert_array_equal(denormalise(normalised, mean, std), pixels)
+
+
+def test_larger_images_are_half_as_large_again_and_few(photos):
+    backbone = adapt(FAMILIES["timm/vit"]())
+    (batch,) = larger(backbone, open_images(str(photos)))
+    assert batch.shape[1:] == (3, 48, 48)
+    assert 1 <= len(batch) <= MEASURED_AT_ONCE
+    backbone.check_size((48, 48))
+
+
+def test_larger_images_hold_whole_patches(photos):
+    backbone = adapt(FAMILIES["timm/dinov2"]())  # 56 pixels, patches of 14
+    (batch,) = larger(backbone, open_images(str(photos)))
+    assert batch.shape[-1] == 84
+
+
+def test_larger_images_have_the_models_own_shape(tiny, photos):
+    (batch,) = larger(adapt(tiny(img_size=(16, 64))), open_images(str(photos)))
+    assert batch.shape[1:] == (3, 24, 96)
+
+
+def test_a_model_of_fixed_size_is_shown_none(photos):
+    backbone = adapt(FAMILIES["transformers/aimv2-vision"]())
+    fixed = [adapt(build()) for name, build in FAMILIES.items() if name.startswith("transformers/siglip-vis")]
+    for model in [backbone, *fixed]:
+        assert bool(larger(model, open_images(str(photos)))) == model.spec.any_size

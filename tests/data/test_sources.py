@@ -175,18 +175,115 @@ def test_an_animation_gives_its_first_frame():
     assert decode(data).getpixel((0, 0)) == (255, 0, 0)
 
 
-@pytest.mark.parametrize(
-    ("format", "options"), [("PNG", {}), ("WEBP", {}), ("TIFF", {}), ("JPEG", {"progressive": True})]
-)
-def test_too_large_an_image_is_refused_before_it_is_decoded(monkeypatch, format, options):
-    data = encoded(plain(size=(100, 100)), format, **options)
-    assert decode(data, max_megapixels=0.01).size == (100, 100)
+GREY_16 = Image.fromarray(np.full((100, 100), 40_000, dtype=np.uint16))
+PROGRESSIVE = {"progressive": True}
+DECODED_WHOLE = [
+    # Image, format, options, and the bytes that its decoder holds for each pixel.
+    (plain(size=(100, 100)), "PNG", {}, 4),
+    (plain((10, 200, 30, 40), (100, 100), "RGBA"), "PNG", {}, 4),
+    (plain(9, (100, 100), "L"), "PNG", {}, 1),
+    (GREY_16, "PNG", {}, 2),
+    (plain(1, (100, 100), "1"), "PNG", {}, 1),
+    (plain(3, (100, 100), "P"), "GIF", {}, 1),
+    (plain(size=(100, 100)), "BMP", {}, 4),
+    (plain(size=(100, 100)), "PPM", {}, 4),
+    (plain(size=(100, 100)), "TIFF", {}, 4),
+    (plain(size=(100, 100)), "TIFF", {"compression": "tiff_lzw"}, 12),
+    (GREY_16, "TIFF", {"compression": "tiff_deflate"}, 6),
+    (plain(size=(100, 100)), "WEBP", {}, 16),
+    (plain(size=(100, 100)), "AVIF", {}, 16),
+    (plain(size=(100, 100)), "JPEG", PROGRESSIVE, 6),
+    (plain(9, (100, 100), "L"), "JPEG", PROGRESSIVE, 2),
+    (plain((9, 9, 9, 9), (100, 100), "CMYK"), "JPEG", PROGRESSIVE, 8),
+]
+
+
+@pytest.mark.parametrize(("image", "format", "options", "bytes_a_pixel"), DECODED_WHOLE)
+def test_an_image_too_large_for_the_memory_is_refused_before_it_is_decoded(
+    monkeypatch, image, format, options, bytes_a_pixel
+):
+    data = encoded(image, format, **options)
+    # 24 bytes for each pixel of the limit are allowed; an eighth is 13x13 pixels, of 12 bytes.
+    needed = (bytes_a_pixel * 100 * 100 + 12 * 13 * 13) / 24
+    assert decode(data, max_megapixels=(needed + 0.1) / 1e6).size == (13, 13)
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda self: pytest.fail("was decoded"))
-    # A progressive JPEG may have twice as many pixels, as it is decoded at half its size.
-    limit = 0.004_999 if options else 0.009_999
-    message = rf"it has 0\.01 megapixels \(100x100\) as {format}, .* of {limit:g} at most; .*max-megapixels"
+    message = (
+        rf"^cannot read it: it has 0\.01 megapixels \(100x100\) as {format}, .* memory .*; make it smaller"
+    )
     with pytest.raises(DataError, match=message):
-        decode(data, max_megapixels=limit)
+        decode(data, "it", max_megapixels=(needed - 0.1) / 1e6)
+
+
+def with_width_and_height(png, width, height):
+    """Changes what a PNG's header says of its size, and makes its checksum right."""
+    header = png[12:16] + struct.pack(">II", width, height) + png[24:29]
+    return png[:12] + header + struct.pack(">I", zlib.crc32(header)) + png[33:]
+
+
+def test_a_small_file_of_a_huge_image_is_refused_by_its_header():
+    with pytest.raises(
+        DataError, match=r"3600 megapixels \(60000x60000\) .* than 2\.14 GB, .* 89 megapixels"
+    ):
+        decode(with_width_and_height(encoded(plain()), 60_000, 60_000))
+
+
+PEAKS = """
+import multiprocessing, sys
+from pathlib import Path
+from phreg.data.sources import decode
+
+def memory(kind):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(kind))
+
+def peak(path, limit, answer):
+    Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
+    before = memory("VmRSS")
+    size = decode(Path(path), max_megapixels=limit).size
+    answer.put(f"{(memory('VmHWM') - before) / limit / 1e6} {size[0]}")
+
+fork = multiprocessing.get_context("fork")
+answer = fork.Queue()
+decode(Path(sys.argv[2]), max_megapixels=float(sys.argv[1]))  # what is loaded once is no image's memory
+for path in sys.argv[2:]:
+    reader = fork.Process(target=peak, args=(path, float(sys.argv[1]), answer))
+    reader.start()
+    print(answer.get())
+    reader.join()
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux tells the peak of memory")
+def test_reading_takes_24_bytes_a_pixel_of_the_limit_at_most(tmp_path):
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    one_strip = {"compression": "tiff_lzw", "tiffinfo": {278: 10_000, 274: 6}}
+    exact = {"lossless": True, "quality": 0, "method": 0, "exif": turned}
+    # As large as may be: whole, at a half, of which 12 bytes are held for each pixel, and at an eighth.
+    cases = [
+        ("PNG", "RGB", {"exif": turned, "compress_level": 1}, 4),
+        ("PNG", "L", {"exif": turned, "compress_level": 1}, 1),
+        ("TIFF", "RGBA", one_strip, 12),
+        ("WEBP", "RGBA", exact, 16),
+        ("JPEG", "RGB", {"progressive": True, "subsampling": "4:4:4", "exif": turned}, 6),
+    ]
+    limit, paths, expected = 1e6, [], []
+    for format, mode, options, bytes_a_pixel in cases:
+        for factor in (1, 2, 8):
+            most = limit if factor == 1 else 24 * limit / (bytes_a_pixel + 12 / factor**2)
+            most = min(most, factor**2 * limit)
+            side = int(most**0.5) // 8 * 8
+            paths.append(tmp_path / f"{len(paths)}")
+            colour = Image.new(mode, (side, side), (200, 90, 10, 50)[: len(mode)] if mode != "L" else 90)
+            colour.save(paths[-1], format, **options)
+            expected.append(side // factor)
+    command = [sys.executable, "-c", PEAKS, str(limit / 1e6), *map(str, paths)]
+    at_once = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}  # memory is given back as soon as it is free
+    told = subprocess.run(command, capture_output=True, text=True, check=True, env=at_once).stdout
+    peaks, sides = zip(*(map(float, line.split()) for line in told.splitlines()), strict=True)
+    assert list(sides) == expected
+    assert max(peaks) < 26, peaks  # 2 MB are for the decoder's tables, and a band that is converted
+    assert max(peaks) > 20, peaks
 
 
 @pytest.mark.parametrize("pils", [None, 1])
@@ -194,7 +291,7 @@ def test_pils_own_limit_of_pixels_is_not_heeded(monkeypatch, pils):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", pils)
     assert decode(encoded(plain())).size == (6, 4)
     with pytest.raises(DataError, match="megapixels"):
-        decode(encoded(plain()), max_megapixels=20e-6)
+        decode(encoded(plain()), max_megapixels=4e-6)
 
 
 def smooth(width, height):
@@ -236,9 +333,83 @@ def test_an_eighth_is_the_smallest_size():
         decode(data, max_megapixels=199e-6)
 
 
-def test_an_image_with_a_mask_is_read_at_full_size_or_not_at_all(tmp_path):
-    smooth(160, 80).save(tmp_path / "a.jpg")
-    files = Files((str(tmp_path / "a.jpg"),), whole=True)
+def box_means(values, factor):
+    """Averages squares of `factor` pixels a side, cut off at the right and at the bottom."""
+    rows, cols = (range(0, side, factor) for side in values.shape[:2])
+    return np.array([[values[y : y + factor, x : x + factor].mean((0, 1)) for x in cols] for y in rows])
+
+
+def with_alpha(image):
+    return Image.merge("RGBA", (*image.split(), noise(image.size, seed=1).getchannel(0)))
+
+
+CHEQUERED = noise((83, 61))
+GREY = CHEQUERED.getchannel(0)
+SIXTEEN_BITS = Image.fromarray(257 * pixels(GREY).astype(np.uint16))
+TURNED = Image.Exif()
+TURNED[0x0112] = 6
+LARGE = [
+    ("PNG", CHEQUERED, {"exif": TURNED}),
+    ("PNG", with_alpha(CHEQUERED), {}),
+    ("PNG", with_alpha(CHEQUERED).convert("LA"), {}),
+    ("PNG", CHEQUERED.quantize(50), {"transparency": 7}),
+    ("PNG", CHEQUERED, {"transparency": CHEQUERED.getpixel((5, 5))}),
+    ("PNG", GREY, {}),
+    ("PNG", GREY.convert("1"), {}),
+    ("PNG", SIXTEEN_BITS, {}),
+    ("GIF", CHEQUERED.quantize(50), {}),
+    ("BMP", CHEQUERED, {}),
+    ("PPM", CHEQUERED, {}),
+    ("TIFF", CHEQUERED, {"tiffinfo": {274: 6}}),
+    ("TIFF", CHEQUERED, {"compression": "tiff_lzw"}),
+    ("TIFF", CHEQUERED.convert("CMYK"), {}),
+    ("TIFF", SIXTEEN_BITS.convert("I;16B"), {}),
+    ("WEBP", CHEQUERED, {"lossless": True}),
+    ("WEBP", with_alpha(CHEQUERED), {"lossless": True, "exif": TURNED}),
+    ("AVIF", CHEQUERED, {}),
+]
+
+
+@pytest.mark.parametrize(("format", "image", "options"), LARGE)
+@pytest.mark.parametrize("factor", [2, 4, 8])
+def test_each_pixel_of_a_reduced_image_is_the_mean_of_a_square(monkeypatch, format, image, options, factor):
+    monkeypatch.setattr(images, "BYTES_PER_PIXEL", 10_000)  # so that the number of pixels decides
+    data = encoded(image, format, **options)
+    whole = pixels(decode(data))
+    # What EXIF turns is reduced as it is stored, so that squares are cut off where the stored image ends.
+    turned = 1 if options.get("exif") else 0
+    expected = np.rot90(box_means(np.rot90(whole, turned), factor), -turned)
+    fits = expected.shape[0] * expected.shape[1] / 1e6
+    for band in (1, 1000, 10**6):  # pixels that are converted at a time
+        monkeypatch.setattr(images, "BAND", band)
+        read = pixels(decode(data, max_megapixels=fits))
+        assert read.shape == expected.shape
+        assert np.abs(read - expected).max() < 0.67  # PIL rounds means of few pixels by up to two thirds
+
+
+@pytest.mark.parametrize(("format", "image", "options"), LARGE)
+def test_a_truncated_large_image_is_an_error(format, image, options):
+    data = encoded(image, format, **options)
+    limit = 42 * 31 * 4 / 1e6
+    with pytest.raises(DataError):
+        decode(data[: len(data) // 2], max_megapixels=limit)
+
+
+def test_the_range_of_16_bit_values_is_that_of_the_whole_image(monkeypatch, dim_told, caplog):
+    monkeypatch.setattr(images, "BAND", 8)  # two rows
+    values = np.arange(24).reshape(6, 4)
+    bright_below = np.where(values < 16, values, 20_000).astype(np.uint16)
+    decode(encoded(Image.fromarray(bright_below), "PNG"))
+    assert not caplog.records
+    too_bright_below = np.where(values < 16, values, 70_000).astype(np.int32)
+    with pytest.raises(DataError, match="its values, 0 to 70000, do not say what is white"):
+        decode(encoded(Image.fromarray(too_bright_below), "TIFF"))
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "tif", "webp"])
+def test_an_image_with_a_mask_is_read_at_full_size_or_not_at_all(tmp_path, suffix):
+    smooth(160, 80).save(tmp_path / f"a.{suffix}")
+    files = Files((str(tmp_path / f"a.{suffix}"),), whole=True)
     assert files.read(0).size == (160, 80)
     with pytest.raises(DataError, match=r"0\.01 are read at most where a mask.*; make both smaller"):
         replace(files, max_megapixels=0.01).read(0)

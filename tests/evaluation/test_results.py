@@ -9,13 +9,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from phreg.errors import PhregError
-from phreg.evaluation.results import Metrics, Results, Summary, hardware, summarise
+from phreg.evaluation.record import Metrics, MetricSpec, Summary, hardware, summarise
+from phreg.evaluation.results import Results
+
+DECLARED = (
+    *(MetricSpec(name) for name in ("miou", "iou", "top1", "cls_top1", "top5", "artifact_accuracy")),
+    MetricSpec("rmse", "m", better="lower"),
+)
 
 
 def record(model, values, figure="miou", detail=None):
     runs = [Metrics({figure: value}, {"iou": detail or {"road": value}}) for value in values]
     return summarise(
         runs,
+        DECLARED,
         task="linear-segmentation",
         model=model,
         sha256="0",
@@ -111,9 +118,9 @@ def test_the_gate_lets_a_small_drop_pass_and_stops_a_larger_one():
 def test_the_gate_guards_what_the_task_names_beside_the_headline():
     def measured(model, **figures):
         facts = dataclasses.asdict(record(model, [0.5]))
-        for own in ("figures", "guarded", "detail", "notes", "versions", "counts"):
+        for own in ("figures", "guarded", "detail", "notes", "versions", "counts", "metrics"):
             del facts[own]
-        return summarise([Metrics({"top1": 0.5, **figures}, guarded=("top1", "cls_top1"))], **facts)
+        return summarise([Metrics({"top1": 0.5, **figures}, guarded=("top1", "cls_top1"))], DECLARED, **facts)
 
     base = measured("a", cls_top1=0.9, top5=1.0)
     assert base.guarded == ("top1", "cls_top1")
@@ -150,9 +157,9 @@ def counted(model, *counts):
     """A record of `miou` and `rmse`, a run for each of what they were computed over."""
     runs = [Metrics({"miou": 0.5, "rmse": 0.5}, counts=count) for count in counts]
     facts = dataclasses.asdict(record(model, [0.5] * len(counts)))
-    for own in ("figures", "guarded", "detail", "notes", "versions", "counts"):
+    for own in ("figures", "guarded", "detail", "notes", "versions", "counts", "metrics"):
         del facts[own]
-    return summarise(runs, **facts)
+    return summarise(runs, DECLARED, **facts)
 
 
 def over(classes, images=2):

@@ -17,7 +17,7 @@ from phreg import api, cli
 from phreg.backbones.resolve import adapt
 from phreg.config import Config
 from phreg.errors import MaxDropError, PhregError
-from phreg.evaluation.results import Metrics
+from phreg.evaluation.record import Metrics, MetricSpec
 from phreg.evaluation.tasks import classification
 from phreg.evaluation.tasks.table import TASKS, draws, find_task, resolve_settings
 from phreg.sinks.test_time import install
@@ -48,7 +48,8 @@ class Settings(Config):
 def stand_in(monkeypatch):
     """Puts a task in place that reads nothing, and counts how often it is run."""
     task = ModuleType("stand_in")
-    task.Settings, task.runs = Settings, []
+    task.Settings, task.METRICS, task.runs = Settings, [MetricSpec("score")], []
+    task.DATA = "none"
 
     def run(reader, _data, _settings, seed):
         task.runs.append(seed)
@@ -263,7 +264,7 @@ def test_ctrl_c_ends_in_a_line_and_the_same_command_goes_on(saved, photos, tmp_p
     assert evaluate(*asked, "--device", "cpu") == 130
     said = " ".join(capsys.readouterr().err.split())
     assert said.startswith("phreg: stopped")
-    assert "kept in" in said
+    assert "finished runs and features are in" in said
     stand_in.run = done
     assert evaluate(*asked, "--device", "cpu") == 0
     assert stand_in.runs == [0, 1]

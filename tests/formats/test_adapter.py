@@ -10,10 +10,11 @@ from safetensors.torch import load_file, save_file
 
 from phreg.backbones.resolve import Base, adapt, weights_sha256
 from phreg.errors import LoadError
-from phreg.formats.adapter import apply_adapter, describe_tower, fit, fits, read_tensors
+from phreg.formats import adapter
+from phreg.formats.adapter import apply_adapter, describe_tower, fit, read_adapter, read_tensors, save_adapter
+from phreg.record import RunRecord, write_record
 from phreg.registers import add_registers
 from phreg.sinks import test_time
-from phreg.training import checkpoint
 
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
@@ -29,18 +30,27 @@ def made(base, tmp_path):
     return make(base, tmp_path / "adapter")
 
 
-def make(base, folder, revision=None, size=(32, 32), **record):
+def make(base, folder, revision=None, size=(32, 32), units=None):
     backbone = adapt(copy.deepcopy(base))
     before = {name: tensor.clone() for name, tensor in backbone.disk_state().items()}
     source = Base("the base", backbone.spec.library, revision, weights_sha256(before))
     tower = describe_tower(backbone)
     if size != (32, 32):
         backbone.set_input_size(size)
-    add_registers(backbone, 3)
+    if units:
+        test_time.install(backbone, units, 3, size)
+    else:
+        add_registers(backbone, 3)
     with torch.no_grad():
         backbone.model.norm.weight.mul_(1.5)
-    checkpoint.save_adapter(folder, backbone, source, before, record, lambda _: "# card", tower=tower)
+    save_adapter(folder, backbone, source, before, None, lambda _: "# card", tower=tower)
     return folder, backbone
+
+
+def described(model_class, sha256, tower=None):
+    """The record of an adapter, as far as it tells what the adapter fits."""
+    base = Base("the base", "timm", None, sha256)
+    return RunRecord(format="phreg-adapter", model_class=model_class, base=base, tower=tower, registers=3)
 
 
 def state_of(model):
@@ -56,7 +66,7 @@ def assert_unchanged(model, before):
 def test_it_turns_its_base_into_the_model_it_was_made_from(base, made):
     folder, patched = made
     backbone = adapt(base)
-    assert fits(folder, backbone)
+    assert fit(read_adapter(folder), backbone) == "whole"
     apply_adapter(folder, backbone)
     assert torch.equal(base(IMAGES), patched.model(IMAGES))
     assert backbone.num_registers == 3
@@ -70,7 +80,7 @@ def test_other_weights_are_refused_with_both_hashes_and_what_to_do(base, tmp_pat
     with torch.no_grad():
         base.blocks[0].mlp.fc1.bias[0] += 1
     before, backbone = state_of(base), adapt(base)
-    assert not fits(folder, backbone)
+    assert fit(read_adapter(folder), backbone) is None
     found = weights_sha256(backbone.disk_state())
     message = (
         f"sha256 {expected[:12]}…, but .* has {found[:12]}…, .*; load it onto that base{re.escape(said)}$"
@@ -82,9 +92,7 @@ def test_other_weights_are_refused_with_both_hashes_and_what_to_do(base, tmp_pat
 
 @pytest.mark.parametrize("precision", ["float32", "float16", "bfloat16"])
 def test_a_tower_is_known_again_in_each_precision_but_not_with_other_weights(base, precision):
-    record = {"class": "Another", "base": {"sha256": ""}}
-    tower = describe_tower(adapt(base))
-    record["tower"] = {"prefix": tower.prefix, "sha256": tower.sha256}
+    record = described("Another", "", describe_tower(adapt(base)))
     cast = copy.deepcopy(base).to(getattr(torch, precision))
     assert fit(record, adapt(cast)) == "tower"
     with torch.no_grad():
@@ -94,18 +102,15 @@ def test_a_tower_is_known_again_in_each_precision_but_not_with_other_weights(bas
 
 def test_the_whole_base_is_known_by_its_hash_whatever_its_tower_says(base):
     sha256 = weights_sha256(adapt(base).disk_state())
-    record = {"class": type(base).__name__, "base": {"sha256": sha256}}
-    assert fit(record, adapt(base)) == "whole"
-    assert fit(record | {"tower": None}, adapt(base)) == "whole"
-    assert fit(record | {"class": "Another"}, adapt(base)) == "whole", (
-        "without a tower only the hash can tell"
-    )
-    assert fit(record | {"base": {"sha256": sha256[::-1]}}, adapt(base)) is None
+    own = type(base).__name__
+    assert fit(described(own, sha256), adapt(base)) == "whole"
+    assert fit(described("Another", sha256), adapt(base)) == "whole", "without a tower only the hash can tell"
+    assert fit(described(own, sha256[::-1]), adapt(base)) is None
 
 
 def test_test_time_registers_come_back_with_the_units_that_they_move(base, tmp_path):
     units = {1: [(5, 1), (9, -1)]}
-    folder, _ = make(base, tmp_path / "adapter", test_time=units, test_time_size=(32, 32))
+    folder, _ = make(base, tmp_path / "adapter", units=units)
     backbone = adapt(base)
     apply_adapter(folder, backbone)
     assert test_time.installed(backbone) == units
@@ -153,6 +158,28 @@ def test_tensors_that_do_not_fit_leave_the_base_as_it_was(base, made, wrong):
     assert backbone.num_registers == 0
     assert_unchanged(base, before)
     assert torch.equal(base(IMAGES), output)
+
+
+@pytest.mark.parametrize("wrong", ["size", "registers", "units", "tensors"])
+def test_whatever_does_not_fit_is_refused_before_the_model_is_touched(base, tmp_path, monkeypatch, wrong):
+    folder, _ = make(base, tmp_path / "adapter", units={1: [(5, 1)]})
+    record, changes, file = read_adapter(folder), {}, folder / "adapter.safetensors"
+    match wrong:
+        case "size":
+            changes["input_size"] = (30, 32)
+        case "registers":
+            changes["registers"] = 4
+        case "units":
+            changes["test_time"] = {1: [(5000, 1)]}
+        case "tensors":
+            save_file({"norm.weight": torch.ones(32)}, file)
+    record = record.model_copy(update=changes).with_sums(load_file(file))
+    write_record(folder / "phreg.json", record)
+    backbone, before = adapt(base), state_of(base)
+    monkeypatch.setattr(adapter, "rollback_on_error", None)  # with which all that changes the model begins
+    with pytest.raises(LoadError, match="does not fit"):
+        apply_adapter(folder, backbone)
+    assert_unchanged(base, before)
 
 
 def test_a_file_that_is_not_there_says_which_pickles_are_in_its_place(tmp_path):

@@ -4,7 +4,7 @@ import json
 import os
 import random
 import shutil
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import families
 import families_open_clip
@@ -22,11 +22,11 @@ import phreg
 from phreg.backbones import resolve
 from phreg.backbones.resolve import Base, adapt, weights_sha256
 from phreg.errors import LoadError, PhregError, UnsupportedModelError
-from phreg.formats.adapter import describe_tower, fit
+from phreg.formats.adapter import describe_tower, fit, save_adapter
 from phreg.formats.export import export
 from phreg.formats.load import open_model
+from phreg.record import RunRecord
 from phreg.sinks import test_time
-from phreg.training import checkpoint
 
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 DINOV2 = {"mlp_ratio": 2, **TINY}
@@ -54,7 +54,7 @@ def adapted(model, folder, source="instance", revision=None):
         for name in ("block.2", "registers", "pos_embed", "norm"):
             for parameter in backbone.roles()[name]:
                 backbone.model.get_parameter(parameter).mul_(1.5)
-    checkpoint.save_adapter(folder, backbone, base, before, {}, lambda record: "# card", tower=tower)
+    save_adapter(folder, backbone, base, before, None, lambda record: "# card", tower=tower)
     return backbone
 
 
@@ -588,7 +588,10 @@ def test_a_base_that_is_gone_says_how_to_go_on(adapter, saved):
 @pytest.mark.parametrize("family", families.FAMILIES)
 def test_every_family_s_tower_is_known_again_without_what_stands_around_it(family):
     backbone = adapt(families.FAMILIES[family]())
-    record = {"class": "", "base": {"sha256": ""}, "tower": asdict(describe_tower(backbone))}
+    base = Base("its base", "timm", None, "")
+    record = RunRecord(
+        format="phreg-adapter", model_class="", base=base, tower=describe_tower(backbone), registers=3
+    )
     assert fit(record, backbone) == "tower"
     alone = backbone.vision_tower()
     assert fit(record, alone) == "tower"
@@ -618,14 +621,9 @@ def saved_as(kind, folder, saved):
         case "test-time adapter":
             backbone, base = resolve.load(saved)
             before = {name: tensor.clone() for name, tensor in backbone.disk_state().items()}
-            test_time.install(backbone, {1: [(5, 1), (9, -1)]}, 2)
-            told = {
-                "test_time": test_time.installed(backbone),
-                "test_time_size": [32, 32],
-                "readout": "plain",
-            }
+            test_time.install(backbone, {1: [(5, 1), (9, -1)]}, 2, (32, 32))
             tower = describe_tower(adapt(timm.create_model(f"local-dir:{saved}", pretrained=True)))
-            checkpoint.save_adapter(folder, backbone, base, before, told, lambda _: "# card", tower=tower)
+            save_adapter(folder, backbone, base, before, None, lambda _: "# card", tower=tower)
         case "merged":
             phreg.export(phreg.add_registers(families_timm.FAMILIES["vit"](), 3), folder, format="merged")
         case "saved whole":

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 import phreg
 from phreg import api
-from phreg.backbones.resolve import Located
+from phreg.backbones.resolve import Base, Located
 from phreg.errors import LoadError, PhregError, PushError
 from phreg.formats.card import License
 from phreg.formats.publish import assemble, base_license
@@ -231,7 +231,7 @@ def test_a_licence_is_read_where_the_base_tells_it_and_else_unknown(card, config
         (tmp_path / "README.md").write_text(card)
     if config is not None:
         (tmp_path / "config.json").write_text(json.dumps(config))
-    assert base_license({"source": str(tmp_path), "revision": None}) == found
+    assert base_license(Base(str(tmp_path), "timm", None, "")) == found
 
 
 def test_a_base_that_cannot_be_asked_for_its_licence_is_told_and_said_to_be_unknown(
@@ -240,7 +240,7 @@ def test_a_base_that_cannot_be_asked_for_its_licence_is_told_and_said_to_be_unkn
     hub.repositories.pop("maker/vit")
     hub.commit("maker/other", tmp_path / "photos")
     commit = json.loads((run.run / "model" / "phreg.json").read_text())["base"]["revision"]
-    assert base_license({"source": "maker/gone", "revision": commit}) == License()
+    assert base_license(Base("maker/gone", "timm", commit, "")) == License()
     assert "the licence of maker/gone is not known" in caplog.text
 
 

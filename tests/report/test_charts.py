@@ -16,6 +16,7 @@ from phreg.analysis.norms import QUANTILES, NormReport, outliers
 from phreg.report import charts
 from phreg.report.canvas import LINE_LENGTH, png, save_png, wrapped
 from phreg.report.maps import norm_map
+from phreg.report.norm_charts import norm_histograms, norm_quantiles, norm_series
 from phreg.report.sink_chart import MAX_UNITS, sink_chart
 from phreg.sinks.locate import Sinks, Unit
 
@@ -47,9 +48,9 @@ TOKENS = {
 BLOCKS = [Histogram((1.0, 2.0, 4.0), (90, 10))] * DEPTH
 
 CHARTS = {
-    "norm_quantiles": lambda r, n, **names: charts.norm_quantiles(*[r] * n, tokens=[TOKENS] * n, **names),
-    "norm_histograms": lambda _, n, **names: charts.norm_histograms(*[BLOCKS] * n, **names),
-    "norm_series": lambda r, n, **names: charts.norm_series(*[r] * n, **names),
+    "norm_quantiles": lambda r, n, **names: norm_quantiles(*[r] * n, tokens=[TOKENS] * n, **names),
+    "norm_histograms": lambda _, n, **names: norm_histograms(*[BLOCKS] * n, **names),
+    "norm_series": lambda r, n, **names: norm_series(*[r] * n, **names),
     "position_map": lambda r, n, **names: charts.position_map(*[r.position_histogram] * n, **names),
     "stripes": lambda r, n, **names: charts.stripes(*[r.position_histogram] * n, **names),
     "attention_focus": lambda r, n, **names: charts.attention_focus(
@@ -108,14 +109,17 @@ def test_a_chart_shows_itself_in_a_notebook_without_background(report: NormRepor
 def test_pictures_are_saved_as_png(tmp_path: Path, report: NormReport):
     drawn = norm_map(report.maps[0, -1], 1.0, 100.0)
     save_png(tmp_path / "map.png", drawn)
-    save_png(tmp_path / "chart.png", charts.norm_quantiles(report))
+    save_png(tmp_path / "chart.png", norm_quantiles(report))
     with Image.open(tmp_path / "map.png") as read, Image.open(tmp_path / "chart.png") as chart:
         np.testing.assert_array_equal(np.asarray(read), drawn)
         assert chart.format == "PNG"
 
 
 def test_charts_of_two_models_are_twice_as_wide(report: NormReport):
-    for chart, given in ((charts.position_map, report.position_histogram), (charts.norm_quantiles, report)):
+    for chart, given in (
+        (charts.position_map, report.position_histogram),
+        (norm_quantiles, report),
+    ):
         one, two = (Image.open(io.BytesIO(png(chart(*[given] * count)))) for count in (1, 2))
         assert two.size == (2 * one.width, one.height)
 
@@ -146,19 +150,19 @@ def lines(figure: Figure, marker: str) -> list[list[float]]:
 def test_the_fan_marks_the_threshold_in_blocks_with_outliers_alone(report: NormReport):
     expected = [[block.block, block.gap.threshold] for block in report.blocks if block.gap]
     assert [point[0] for point in expected] == [2, 3]
-    assert lines(charts.norm_quantiles(report), "x") == [expected]
-    assert lines(charts.norm_quantiles(outliers(Planted(), [pictures()])), "x") == []
+    assert lines(norm_quantiles(report), "x") == [expected]
+    assert lines(norm_quantiles(outliers(Planted(), [pictures()])), "x") == []
 
 
 def test_the_fan_can_be_read_after_the_final_norm(report: NormReport):
-    figure = charts.norm_quantiles(report, normed=True)
+    figure = norm_quantiles(report, normed=True)
     median = figure.axes[0].lines[0].get_ydata().tolist()
     assert median == [block.median for block in report.normed]
     assert "norm, after the final norm" in texts(figure)
 
 
 def test_cls_and_registers_are_lines_of_their_own_each_kind_explained_once(report: NormReport):
-    figure = charts.norm_quantiles(report, tokens=[TOKENS])
+    figure = norm_quantiles(report, tokens=[TOKENS])
     drawn = [line.get_ydata() for line in figure.axes[0].lines]
     assert all(any(list(norms) == list(line) for line in drawn) for norms in TOKENS.values())
     legend = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
@@ -168,7 +172,7 @@ def test_cls_and_registers_are_lines_of_their_own_each_kind_explained_once(repor
 def test_histograms_have_a_panel_a_block_and_densities_that_add_up_to_one():
     blocks = [BLOCKS[0], Histogram((1.0, 10.0, 1000.0), (3, 1)), *BLOCKS[2:]]
     for log, widths in ((True, [1.0, 2.0]), (False, [9.0, 990.0])):
-        figure = charts.norm_histograms(blocks, log=log)
+        figure = norm_histograms(blocks, log=log)
         assert [axes.get_title() for axes in figure.axes] == [f"block {number}" for number in range(DEPTH)]
         values = figure.axes[1].patches[0].get_data().values
         np.testing.assert_allclose(values * widths, [0.75, 0.25])
@@ -176,14 +180,14 @@ def test_histograms_have_a_panel_a_block_and_densities_that_add_up_to_one():
 
 
 def test_histograms_explain_models_and_tokens_of_all_of_them():
-    figure = charts.norm_histograms(BLOCKS, BLOCKS, tokens=[{"CLS": TOKENS["CLS"]}, TOKENS], names=("a", "b"))
+    figure = norm_histograms(BLOCKS, BLOCKS, tokens=[{"CLS": TOKENS["CLS"]}, TOKENS], names=("a", "b"))
     explained = {text.get_text() for text in figure.legends[0].get_texts()}
     assert explained == {"a", "b", "CLS", "register"}
 
 
 def test_a_series_shows_the_rate_of_each_model_in_order(report: NormReport):
     clean = outliers(Planted(), [pictures()])
-    figure = charts.norm_series(report, clean, report, names=("S", "B", "L"))
+    figure = norm_series(report, clean, report, names=("S", "B", "L"))
     rates = figure.axes[1].lines[0].get_ydata()
     np.testing.assert_allclose(rates, [6.25, 0, 6.25])  # 4 of 64 patches
     labels = [label.get_text() for label in figure.axes[1].get_xticklabels()]

@@ -10,6 +10,7 @@ from phreg import demo
 from phreg.backbones.resolve import adapt
 from phreg.errors import DataError
 from phreg.sinks.locate import find_sinks
+from phreg.sinks.units import ahead_of
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +132,40 @@ def test_two_clusters_of_sinks_in_two_blocks_are_both_found(images):
     assert len(found.triggers[found.by_block()[4][0].cluster]) == 1, "it answers to one patch"
 
 
+def searches(caplog):
+    """How often units were named and tried."""
+    return sum("trying whether" in record.message for record in caplog.records)
+
+
+@pytest.mark.parametrize("smallest", [0.05, 0.5])  # a half is what each of them makes
+def test_the_search_goes_on_until_the_sinks_of_every_block_are_gone(tiny, monkeypatch, caplog, smallest):
+    caplog.set_level("INFO", "phreg.sinks.locate")
+    monkeypatch.setattr("phreg.sinks.locate.WORTH_IT", smallest)
+    backbone = adapt(tiny(depth=4))
+    images = faint(backbone)
+    plant(backbone, 1, 5, images)
+    write = 100 * torch.randn(backbone.spec.width, generator=torch.Generator().manual_seed(3))
+    plant(backbone, 2, 9, images, patch=6, write=write)
+    found = find_sinks(backbone, images.split(8))
+    assert names(found.units) == {(1, 5), (2, 9)}
+    assert found.explained == 1.0
+    assert searches(caplog) == 2
+
+
+def test_the_search_ends_when_too_few_sinks_are_left_to_matter(tiny, monkeypatch, caplog):
+    caplog.set_level("INFO", "phreg.sinks.locate")
+    monkeypatch.setattr("phreg.sinks.locate.WORTH_IT", 0.6)
+    backbone = adapt(tiny())
+    images = faint(backbone)
+    pushed(backbone.model.blocks[1].attn, token=1)  # of each image one sink is attention's, two are of units
+    plant(backbone, 1, 5, images, patch=10)
+    plant(backbone, 1, 9, images, patch=6)
+    found = find_sinks(backbone, images.split(8))
+    assert names(found.units) == {(1, 5), (1, 9)}
+    assert found.explained == pytest.approx(2 / 3)
+    assert searches(caplog) == 1
+
+
 def test_units_that_share_their_outliers_are_one_cluster_whose_triggers_are_those_of_all():
     backbone = adapt(FAMILIES["timm/vit"]())
     images = faint(backbone)
@@ -232,6 +267,32 @@ def test_sinks_that_no_unit_makes_are_blamed_on_none(tiny, cause):
     assert found.attention is not None
 
 
+@pytest.mark.parametrize(("smallest", "named"), [(0.5, {(1, 9)}), (0.51, set())])
+def test_units_count_from_the_smallest_share_of_the_sinks_that_is_worth_it(
+    tiny, monkeypatch, smallest, named
+):
+    monkeypatch.setattr("phreg.sinks.locate.WORTH_IT", smallest)
+    backbone = adapt(tiny())
+    images = faint(backbone)
+    pushed(backbone.model.blocks[1].attn, token=1)  # of each image one sink is attention's, one is the unit's
+    plant(backbone, 1, 9, images, patch=6)
+    found = find_sinks(backbone, images.split(8))
+    assert found.norms.position_histogram.sum() == 2
+    assert names(found.units) == named
+    assert found.explained == (0.5 if named else 0)
+
+
+def test_an_mlp_that_writes_nothing_is_not_blamed(tiny, caplog):
+    backbone = adapt(tiny())
+    pushed(backbone.model.blocks[1].attn, token=1)
+    torch.nn.init.zeros_(backbone.mlp(1).down.weight)
+    images = torch.randn(24, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with caplog.at_level("INFO", "phreg.sinks.locate"):
+        found = find_sinks(backbone, images.split(8))
+    assert found.units == ()
+    assert "in block 1: trying whether 0 hidden units cause them" in caplog.text
+
+
 @pytest.mark.real
 def test_one_unit_makes_the_corner_sinks_of_a_real_vit(real_model, real_data):
     from phreg import api
@@ -295,6 +356,60 @@ def test_sink_level_baseline_share_and_pre_activation_of_a_cause_are_those_measu
     pre_activation = (sink[:, 5] * pre[:, SINK, 5]).sum() / sink[:, 5].sum()
     assert cause.pre_activation == pytest.approx((pre_activation.item(),), rel=1e-5)
     assert (cause.cluster, cause.block, found.explained) == (0, 1, 1.0)
+
+
+def test_shares_are_of_the_write_however_short_it_is(tiny):
+    backbone = adapt(tiny())
+    images = faint(backbone)
+    short = 0.015 * torch.randn(backbone.spec.width, generator=torch.Generator().manual_seed(2))
+    plant(backbone, 1, 5, images, write=short)
+    read = []
+    with torch.no_grad(), ahead_of(backbone.mlp(1).down, lambda _, args: read.append(args[0].double())):
+        backbone.run(images)
+    excess = read[0][:, SINK].mean(0) - read[0][:, OTHERS].mean((0, 1))
+    down = backbone.mlp(1).down.weight.detach().double()
+    write = down @ excess
+    assert write.norm() < 1
+    (cause,) = find_sinks(backbone, images.split(8)).units
+    assert cause.share == pytest.approx((excess[5] * (down[:, 5] @ write) / (write @ write)).item(), rel=1e-5)
+
+
+def test_what_a_half_precision_model_shows_is_summed_in_more_than_its_own_precision():
+    backbone = adapt(FAMILIES["transformers/dinov2"]())
+    images = faint(backbone, count=20)
+    plant(backbone, 1, 5, images)
+    backbone.model.bfloat16()
+    images = images.bfloat16()
+    mlp, before, read, pre, entry = backbone.mlp(1), [], [], [], []
+    hooks = [mlp.up[0].register_forward_hook(lambda _, __, out: pre.append(out.double()))]
+    with (
+        torch.no_grad(),
+        ahead_of(backbone.mlp(0).down, lambda _, args: before.append(args[0].double())),
+        ahead_of(mlp.down, lambda _, args: read.append(args[0].double())),
+        ahead_of(backbone.first_block_input, lambda _, args: entry.append(args[0].double())),
+    ):
+        tokens = torch.cat([backbone.block_tokens(part, [1])[1] for part in images.split(8)])
+    hooks[0].remove()
+    patches = backbone.layout(images).patches
+    norms = patches(tokens).double().norm(dim=-1)
+    sinks = norms > 3 * norms.median()  # far beyond whatever bf16 rounds
+    hidden, fed, entered = (patches(torch.cat(parts)) for parts in (read, pre, entry))
+    found = find_sinks(backbone, images.split(8))
+    (cause,) = found.units
+    answers = hidden[sinks][:, 5]
+    # A sum rounded to bf16 would be off by up to 4e-3.
+    assert (cause.block, cause.index) == (1, 5)
+    assert cause.sink_level == pytest.approx((answers.square().sum() / answers.sum()).item(), rel=1e-5)
+    assert cause.baseline == pytest.approx(hidden[~sinks][:, 5].mean().item(), rel=1e-5)
+    ordinary = patches(torch.cat(before))[~sinks].mean(0)
+    assert found.chain
+    assert all(one.baseline == pytest.approx(ordinary[one.index].item(), rel=1e-4) for one in found.chain)
+    assert cause.pre_activation == pytest.approx(
+        ((answers * fed[sinks][:, 5]).sum().item() / answers.sum().item(),), rel=1e-5
+    )
+    most = sinks.sum(0).argmax()
+    trigger = entered[sinks[:, most], most].mean(0, keepdim=True)
+    torch.testing.assert_close(found.triggers[0].double(), trigger, rtol=1e-5, atol=1e-6)
 
 
 def test_the_trigger_is_the_mean_of_what_enters_the_blocks_at_the_sinks(planted):

@@ -7,6 +7,7 @@ import torch
 from phreg import api
 from phreg.backbones.resolve import Base, adapt, weights_sha256
 from phreg.errors import CheckpointError, LoadError
+from phreg.formats.adapter import save_adapter
 from phreg.methods import resolve
 from phreg.registers import add_registers
 from phreg.training import checkpoint
@@ -125,7 +126,7 @@ def adapter(tmp_path, tiny):
         backbone.model.blocks[-1].mlp.fc1.weight.mul_(1.5)
         backbone.model.pos_embed.add_(0.1)
     folder = tmp_path / "adapter"
-    checkpoint.save_adapter(folder, backbone, base, base_state, {"recipe": {}}, lambda record: "# card")
+    save_adapter(folder, backbone, base, base_state, None, lambda record: "# card")
     return folder, backbone
 
 

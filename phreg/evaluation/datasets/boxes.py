@@ -14,25 +14,21 @@ Annotations are read at once, images one by one; what is wrong with one is an er
 import csv
 import os
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from jaxtyping import Float
 from scipy.ndimage import find_objects, label
-from torch import Tensor
 
-from phreg.data.sources import Files, read_text, some
+from phreg.data.sources import read_text, some
 from phreg.errors import DataError
-from phreg.evaluation.datasets.labelled import read_index_mask
+from phreg.evaluation.datasets.boxed_images import Boxed, Choice, Entry, list_boxed
 from phreg.evaluation.datasets.layouts import Layout, find_layout
+from phreg.evaluation.datasets.masks import read_index_mask
 from phreg.evaluation.datasets.pairs import (
     base_name,
     find_files,
-    open_annotated,
     read_names,
     without_suffix,
 )
@@ -40,68 +36,6 @@ from phreg.parsing import parse_json
 
 COCO_LIST = "coco_20k_filenames.txt"
 """The list of COCO20k, as LOST calls it."""
-
-
-@dataclass(frozen=True, eq=False)
-class Boxed:
-    """Images with the boxes of their objects.
-
-    Attributes:
-        images: Images that have a box.
-        boxes: Boxes of each, (objects, 4).
-        annotations: The file that each one's boxes come from.
-        sizes: Height and width each was annotated at; None where it is not said.
-        without: Images left out because they have no box.
-    """
-
-    images: Files
-    boxes: tuple[Float[Tensor, "_ 4"], ...]
-    annotations: tuple[str, ...]
-    sizes: tuple[tuple[int, int] | None, ...]
-    without: int
-
-    def __len__(self) -> int:
-        return len(self.boxes)
-
-    def check(self, number: int, size: tuple[int, int]) -> None:
-        """Checks that boxes fit their picture.
-
-        Args:
-            number: Which one.
-            size: Height and width of the picture.
-
-        Raises:
-            DataError: It was annotated at another size, or a box lies outside.
-        """
-        whose = f"{self.annotations[number]} on {self.images.name(number)}"
-        annotated = self.sizes[number]
-        if annotated is not None and annotated != size:
-            raise DataError(
-                f"{whose}: made for {annotated[1]}x{annotated[0]} pixels, the picture has "
-                f"{size[1]}x{size[0]}; pair them anew, or resize one"
-            )
-        boxes = self.boxes[number]
-        limits = torch.tensor([size[1], size[0], size[1], size[0]]) + 1  # COCO's are rounded
-        if (boxes < -1).any() or (boxes > limits).any() or (boxes[:, 2:] <= boxes[:, :2]).any():
-            raise DataError(
-                f"{whose}: boxes {boxes.tolist()} are not all within {size[1]}x{size[0]} pixels as left, "
-                "top, right, bottom; correct them"
-            )
-
-
-@dataclass(frozen=True)
-class Choice:
-    """Which images and boxes of a dataset count.
-
-    Attributes:
-        names: File of the images to use, a name or number a line; None means the layout's own choice.
-        hard: Whether VOC's objects marked difficult or truncated count.
-        components: Whether each connected part of a mask has a box of its own.
-    """
-
-    names: Path | None = None
-    hard: bool = True
-    components: bool = False
 
 
 def open_boxed(root: str | os.PathLike[str], choice: Choice | None = None, *, layout: str = "auto") -> Boxed:
@@ -117,40 +51,6 @@ def open_boxed(root: str | os.PathLike[str], choice: Choice | None = None, *, la
     """
     known = find_layout(root, layout, BOX_LAYOUTS, lacking="is of no known layout with boxes")
     return known.read(Path(root), choice or Choice())
-
-
-@dataclass(frozen=True)
-class _Entry:
-    """An image, its boxes, the file they come from, and the height and width that they were made for."""
-
-    image: Path
-    boxes: Sequence[Sequence[float]]
-    annotation: Path
-    size: tuple[int, int] | None = None
-
-
-def _boxed(root: Path, entries: Iterable[_Entry]) -> Boxed:
-    """Opens the images as their boxes lie, and leaves out those without a box, where nothing can be hit."""
-    entries = list(entries)
-    missing = [os.fspath(entry.image) for entry in entries if not entry.image.is_file()]
-    if missing or not entries:
-        raise DataError(
-            f"{root} has boxes of {len(entries)} images, {len(missing)} of which are missing: "
-            f"{some(missing) or 'none is listed'}; unpack the whole dataset, images too"
-        )
-    kept = [entry for entry in entries if len(entry.boxes)]
-    if not kept:
-        raise DataError(
-            f"none of the {len(entries)} images of {root} has a box (first annotation: "
-            f"{entries[0].annotation}); check the annotations"
-        )
-    return Boxed(
-        open_annotated(root, [entry.image for entry in kept], "boxes", lambda number: kept[number].size),
-        tuple(torch.tensor(entry.boxes, dtype=torch.float32) for entry in kept),
-        tuple(os.fspath(entry.annotation) for entry in kept),
-        tuple(entry.size for entry in kept),
-        len(entries) - len(kept),
-    )
 
 
 def _read_json(path: Path, example: str) -> Any:
@@ -184,10 +84,10 @@ def _read_voc(root: Path, choice: Choice) -> Boxed:
         return year / "Annotations" / f"{base_name(line)}.xml"
 
     names = read_names(listed, "VOC's images to use", lambda line: annotation(line).is_file())
-    return _boxed(year, (_voc_entry(year, base_name(name), hard=choice.hard) for name in names))
+    return list_boxed(year, (_voc_entry(year, base_name(name), hard=choice.hard) for name in names))
 
 
-def _voc_entry(year: Path, stem: str, *, hard: bool) -> _Entry:
+def _voc_entry(year: Path, stem: str, *, hard: bool) -> Entry:
     """Reads an image's boxes; VOC counts pixels from 1 and includes the last."""
     path = year / "Annotations" / f"{stem}.xml"
     boxes = []
@@ -206,7 +106,7 @@ def _voc_entry(year: Path, stem: str, *, hard: bool) -> _Entry:
             f"cannot read boxes from {path}: {error}; expected VOC's XML, an <object> with a <bndbox> of "
             "xmin, ymin, xmax, ymax; unpack the dataset anew"
         ) from error
-    return _Entry(year / "JPEGImages" / f"{stem}.jpg", boxes, path, size)
+    return Entry(year / "JPEGImages" / f"{stem}.jpg", boxes, path, size)
 
 
 def _told_size(height: Any, width: Any) -> tuple[int, int] | None:
@@ -264,10 +164,10 @@ def _read_coco(root: Path, choice: Choice) -> Boxed:
             f"{listed} lists {len(numbers)} images, {len(unknown)} of which are not in {path}: "
             f"{some(unknown)}; take the annotations that the list was made for (COCO20k: train2014)"
         )
-    return _boxed(
+    return list_boxed(
         root,
         (
-            _Entry(
+            Entry(
                 _coco_image(root, images[number]["file_name"]),
                 [box for box in boxes[number] if box[2] > box[0] and box[3] > box[1]],
                 path,
@@ -321,7 +221,7 @@ def _read_boxes(root: Path, choice: Choice) -> Boxed:
     if crooked:
         raise DataError(f"{path} has boxes that are not four numbers: {some(crooked)}; expected {EXAMPLE}")
     chosen = _chosen(found, choice, path)
-    return _boxed(root, (_Entry(root / name, found[name], path) for name in chosen))
+    return list_boxed(root, (Entry(root / name, found[name], path) for name in chosen))
 
 
 def _read_masks(root: Path, choice: Choice) -> Boxed:
@@ -335,7 +235,7 @@ def _read_masks(root: Path, choice: Choice) -> Boxed:
             f"in {folders[1]}: {some(unpaired)}; add masks, or remove the images"
         )
     chosen = _chosen(images, choice, folders[0])
-    return _boxed(
+    return list_boxed(
         root, (_mask_entry(images[name], masks[name], components=choice.components) for name in chosen)
     )
 
@@ -360,7 +260,7 @@ def _chosen(found: Mapping[str, Any], choice: Choice, where: Path) -> list[str]:
     return [name for name in known if name is not None]
 
 
-def _mask_entry(image: Path, mask: Path, *, components: bool) -> _Entry:
+def _mask_entry(image: Path, mask: Path, *, components: bool) -> Entry:
     """Draws the box of a mask, or of each of its parts that hang together by edges."""
     values = read_index_mask(mask, lossy=True)  # soft edges are cut at half, and so are JPEG's
     if 1 < values.max() < 128:
@@ -376,7 +276,7 @@ def _mask_entry(image: Path, mask: Path, *, components: bool) -> _Entry:
         [float(side) for side in (cols.start, rows.start, cols.stop, rows.stop)]
         for rows, cols in find_objects(parts)
     ]
-    return _Entry(image, boxes, mask, (values.shape[0], values.shape[1]))
+    return Entry(image, boxes, mask, (values.shape[0], values.shape[1]))
 
 
 BOX_LAYOUTS: Mapping[str, Layout[Callable[[Path, Choice], Boxed]]] = {

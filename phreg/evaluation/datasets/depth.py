@@ -28,8 +28,7 @@ from torch import Tensor
 
 from phreg.data.sources import SUFFIXES, ImageSource, Subset, some
 from phreg.errors import DataError
-from phreg.evaluation.datasets.labelled import SPLIT_NAMES, Split
-from phreg.evaluation.datasets.layouts import Layout, find_layout
+from phreg.evaluation.datasets.layouts import SPLIT_NAMES, Layout, Split, find_layout
 from phreg.evaluation.datasets.pairs import Pairs, find_files, pair_files, read_lines
 
 EIGEN_CROP = (slice(45, 471), slice(41, 601))

@@ -1,4 +1,4 @@
-"""How datasets lie on disk, and how the layout of a folder is told."""
+"""How datasets lie on disk: how the layout of a folder is told, and where the parts of a split are."""
 
 import logging
 import os
@@ -6,12 +6,23 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 from phreg.data.sources import some
 from phreg.errors import DataError
 
 logger = logging.getLogger(__name__)
+
+Split = Literal["train", "val"]
+
+SPLIT_NAMES: Mapping[Split, tuple[str, ...]] = {
+    "train": ("train", "training"),
+    "val": ("val", "validation", "valid", "test"),
+}
+"""Folders and files that stand for a split, best first."""
+
+IMAGE_NAMES = "names of images"
+"""What is in the lists of splits, for messages."""
 
 Reader = TypeVar("Reader", bound=Callable[..., Any])
 
@@ -67,3 +78,24 @@ def find_layout(
 def _tell(root: Path, layout: str) -> None:
     """Says, once, as what a folder is read."""
     logger.info("%s is read in the layout %r", root, layout)
+
+
+def split_folder(root: Path, split: Split) -> Path | None:
+    """Finds the folder of a split; None where there is none."""
+    return next((root / name for name in SPLIT_NAMES[split] if (root / name).is_dir()), None)
+
+
+def split_file(folder: Path, split: Split) -> Path:
+    """Finds the file of a split's names.
+
+    Raises:
+        DataError: There is none.
+    """
+    names = [f"{name}.txt" for name in SPLIT_NAMES[split]]
+    found = next((folder / name for name in names if (folder / name).is_file()), None)
+    if found is None:
+        raise DataError(
+            f"no {split} split of {folder}: expected a folder of that name under images and masks, or a file "
+            f"{' or '.join(names)} of one name a line; add one"
+        )
+    return found

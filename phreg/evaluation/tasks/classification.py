@@ -19,7 +19,8 @@ classification, which takes the class whose name, in 80 prompts, is nearest (Rad
 
 import re
 from collections.abc import Callable
-from typing import Annotated, Literal, NamedTuple
+from itertools import product
+from typing import Annotated, Literal, NamedTuple, get_args
 
 import torch
 from jaxtyping import Float, Int64
@@ -36,10 +37,26 @@ from phreg.evaluation.datasets.labelled import Labelled, open_labelled
 from phreg.evaluation.datasets.vocabulary import Vocabulary, embed_vocabulary, find_vocabulary
 from phreg.evaluation.features import FeatureReader, Reading
 from phreg.evaluation.metrics.scores import top_k
-from phreg.evaluation.results import Metrics
+from phreg.evaluation.record import Metrics, MetricSpec
 from phreg.seeding import keyed_generator
 
 Feature = Literal["cls", "pooled", "patch-mean"]
+UNTRAINED = frozenset({"head", "zero-shot"})
+"""Methods that need no training images."""
+
+
+def _name(*parts: str) -> str:
+    """Names a classifier or its figure: `knn_patch_mean_top1`."""
+    return "_".join(parts).replace("-", "_")
+
+
+DATA = "images with a class each: class folders, a file of labels, or a Hugging Face dataset"
+METRICS = tuple(
+    MetricSpec(_name(*classifier, figure))
+    for classifier in ((), *product(("knn", "linear"), get_args(Feature)), ("head",), ("zero-shot",))
+    for figure in ("top1", "top5")
+)
+"""Of the first classifier without its name, then of each."""
 
 
 class Settings(Config):
@@ -67,10 +84,6 @@ class Settings(Config):
     """Temperature of votes."""
     penalty: NonNegativeFloat = 1e-3
     """L2 penalty of the probe, times half the squared weights, beside the mean cross-entropy."""
-
-
-UNTRAINED = frozenset({"head", "zero-shot"})
-"""Methods that need no training images."""
 
 
 class Globals(NamedTuple):
@@ -110,7 +123,7 @@ def run(reader: FeatureReader, data: str, settings: Settings, seed: int) -> Metr
             continue
         if method == "zero-shot":
             scores = zero_shot_scores(reader, seen.features["pooled"], test.classes, settings)
-            _add(figures, "zero_shot", scores, test.labels)
+            _add(figures, _name(method), scores, test.labels)
             if not detail:
                 detail["top1"] = _per_class(scores, test)
             continue
@@ -121,7 +134,7 @@ def run(reader: FeatureReader, data: str, settings: Settings, seed: int) -> Metr
             scores = score(
                 learned.features[feature], train.labels, seen.features[feature], len(test.classes), settings
             )
-            _add(figures, f"{method}_{feature.replace('-', '_')}", scores, test.labels)
+            _add(figures, _name(method, feature), scores, test.labels)
             if not detail:
                 detail["top1"] = _per_class(scores, test)
     counts = {"train": len(train.labels) if train else 0, "test": len(test.labels)}

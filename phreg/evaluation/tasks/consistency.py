@@ -19,20 +19,32 @@ from jaxtyping import Float
 from pydantic import PositiveInt
 from torch import Tensor
 
-from phreg.analysis.norms import outlier_mask, outliers
+from phreg.analysis.gap import outlier_mask
+from phreg.analysis.norms import outliers
 from phreg.backbones.base import Backbone, Readout
 from phreg.backbones.readout import use_readout
 from phreg.config import Config, Size, ViewsConfig
-from phreg.data.crops import subsample
+from phreg.data.sampling import subsample
 from phreg.data.sources import ImageSource, open_images
 from phreg.errors import PhregError
 from phreg.evaluation.features import FeatureReader, Reading
 from phreg.evaluation.metrics.agreement import Agreement, AgreementMeter, incomparable_reason
-from phreg.evaluation.results import Metrics
+from phreg.evaluation.record import Metrics, MetricSpec
 from phreg.seeding import keyed_generator
 from phreg.teacher import Teacher
 
 logger = logging.getLogger(__name__)
+
+DATA = "any images: a folder, a list, tar shards or a Hugging Face dataset"
+METRICS = (
+    MetricSpec("shift_agreement"),
+    MetricSpec("flip_agreement"),
+    MetricSpec("reference_agreement"),
+    MetricSpec("reference_worst_percent"),
+    MetricSpec("outlier_rate", better="lower"),
+    MetricSpec("artifact_agreement"),
+    MetricSpec("worst_percent"),
+)
 
 
 class Settings(Config):

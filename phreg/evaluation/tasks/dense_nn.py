@@ -16,31 +16,29 @@ from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from phreg.config import Config
 from phreg.errors import DataError
-from phreg.evaluation.datasets.labelled import MaskIndex, Segmentation, open_segmentation
+from phreg.evaluation.datasets.masks import Segmentation
 from phreg.evaluation.dense import Dense
-from phreg.evaluation.features import FeatureReader, Reading
-from phreg.evaluation.results import Metrics
-from phreg.evaluation.tasks.segmentation import measure_segmentation, patch_shares
+from phreg.evaluation.features import FeatureReader
+from phreg.evaluation.record import Metrics
+from phreg.evaluation.tasks.segmentation import (
+    SEGMENTATION_METRICS,
+    SegmentationSettings,
+    measure_segmentation,
+    patch_shares,
+)
 from phreg.seeding import keyed_generator
+
+DATA = "images with masks of classes, for training and testing: a folder in one of the layouts"
+METRICS = SEGMENTATION_METRICS
 
 AT_ONCE = 4096
 """Patches that are looked up at a time."""
 
 
-class Settings(Config):
+class Settings(SegmentationSettings):
     """Segmentation by nearest neighbours of patches."""
 
-    layout: str = "auto"
-    """Layout of the dataset: camvid, voc21, voc20, pascal-context-60 or -59, coco-stuff, coco-object,
-    ade20k, cityscapes or folder (images/, masks/ of class indices, 255 uncounted, classes.txt); auto tells it
-    by its folders."""
-    ignore_index: MaskIndex | None = None
-    """Index that is not counted in the masks of a folder; unset means 255, which is refused where it occurs
-    and a class of classes.txt does not."""
-    reading: Reading = Reading(size=448)
-    """Canvas of the pictures."""
     bank_size: PositiveInt = 50_000
     """Patches in the memory bank."""
     neighbours: PositiveInt = 30
@@ -55,10 +53,7 @@ def run(reader: FeatureReader, data: str, settings: Settings, seed: int) -> Metr
     Raises:
         DataError: The dataset is of no known layout, or a file of it is wrong.
     """
-    train, test = (
-        open_segmentation(data, split, layout=settings.layout, ignore_index=settings.ignore_index)
-        for split in ("train", "val")
-    )
+    train, test = settings.open(data, "train"), settings.open(data, "val")
     bank, shares = _fill(reader, train, settings, seed)
 
     def score(dense: Dense) -> Tensor:

@@ -35,10 +35,21 @@ from phreg.evaluation.datasets.depth import DepthMaps, open_depths
 from phreg.evaluation.dense import Dense
 from phreg.evaluation.features import FeatureReader, Reading
 from phreg.evaluation.metrics.scores import DepthErrors, depth_errors
-from phreg.evaluation.results import Metrics
+from phreg.evaluation.record import Metrics, MetricSpec
 from phreg.seeding import keyed_generator
 
 logger = logging.getLogger(__name__)
+
+DATA = "images with depth maps, for training and testing: a folder in one of the layouts"
+METRICS = (
+    MetricSpec("rmse", "m", better="lower"),
+    MetricSpec("abs_rel", "ratio", better="lower"),
+    MetricSpec("log10", "decades", better="lower"),
+    MetricSpec("delta1"),
+    MetricSpec("delta2"),
+    MetricSpec("delta3"),
+    MetricSpec("artifact_rmse", "m", better="lower"),
+)
 
 FINER = 4
 """Scores are resampled so many times finer than patches, before they become depths."""

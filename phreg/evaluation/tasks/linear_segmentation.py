@@ -20,27 +20,28 @@ from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveIn
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, interpolate
 
-from phreg.config import Config
 from phreg.errors import DataError
 from phreg.evaluation.datasets.augmentation import CropConfig, PairedCrops
-from phreg.evaluation.datasets.labelled import IGNORE, MaskIndex, Segmentation, open_segmentation
+from phreg.evaluation.datasets.masks import Segmentation
 from phreg.evaluation.dense import Dense
 from phreg.evaluation.features import FeatureReader, Reading
-from phreg.evaluation.results import Metrics
-from phreg.evaluation.tasks.segmentation import measure_segmentation, patch_shares
+from phreg.evaluation.metrics.scores import IGNORE
+from phreg.evaluation.record import Metrics
+from phreg.evaluation.tasks.segmentation import (
+    SEGMENTATION_METRICS,
+    SegmentationSettings,
+    measure_segmentation,
+    patch_shares,
+)
 from phreg.seeding import keyed_generator
 
+DATA = "images with masks of classes, for training and testing: a folder in one of the layouts"
+METRICS = SEGMENTATION_METRICS
 
-class Settings(Config):
+
+class Settings(SegmentationSettings):
     """A linear head on frozen patch tokens."""
 
-    layout: str = "auto"
-    """Layout of the dataset: camvid, voc21, voc20, pascal-context-60 or -59, coco-stuff, coco-object,
-    ade20k, cityscapes or folder (images/, masks/ of class indices, 255 uncounted, classes.txt); auto tells it
-    by its folders."""
-    ignore_index: MaskIndex | None = None
-    """Index that is not counted in the masks of a folder; unset means 255, which is refused where it occurs
-    and a class of classes.txt does not."""
     reading: Reading = Reading(size=448)
     """Canvas of the pictures when testing, and when training without crops."""
     augment: bool = False
@@ -91,10 +92,7 @@ def run(reader: FeatureReader, data: str, settings: Settings, seed: int) -> Metr
     Raises:
         DataError: The dataset is of no known layout, or a file of it is wrong.
     """
-    train, test = (
-        open_segmentation(data, split, layout=settings.layout, ignore_index=settings.ignore_index)
-        for split in ("train", "val")
-    )
+    train, test = settings.open(data, "train"), settings.open(data, "val")
     batches = (_crops if settings.augment else _kept)(reader, train, settings, seed)
     head = train_head(batches, len(train.classes), settings, seed, reader)
 

@@ -28,14 +28,23 @@ from torch import Tensor
 from phreg.config import Config
 from phreg.data.sources import Subset
 from phreg.evaluation.artifacts import artifact_places
-from phreg.evaluation.datasets.boxes import Boxed, Choice, open_boxed
+from phreg.evaluation.datasets.boxed_images import Boxed, Choice
+from phreg.evaluation.datasets.boxes import open_boxed
 from phreg.evaluation.dense import Placement
+from phreg.evaluation.examples import Box, Example, Mark, Panel
 from phreg.evaluation.features import FeatureReader, Reading
 from phreg.evaluation.metrics.scores import is_localised
-from phreg.evaluation.results import Metrics
+from phreg.evaluation.record import Metrics, MetricSpec
 from phreg.evaluation.tasks.lost import Discovery, lost
 from phreg.evaluation.tasks.tokencut import tokencut
 from phreg.seeding import keyed_generator
+
+DATA = "images with boxes or masks of their objects: a folder in one of the layouts"
+METRICS = (
+    MetricSpec("corloc"),
+    MetricSpec("corloc_first"),
+    MetricSpec("artifact_seeds", better="lower"),
+)
 
 Source = Literal["tokens", "queries", "keys", "values"]
 
@@ -91,17 +100,6 @@ class Combination(NamedTuple):
         return f"{self.source} of block {self.layer}{bias}"
 
 
-class Example(NamedTuple):
-    """What was found in one picture, and how, to be looked at (`phreg.report.discoveries`)."""
-
-    picture: UInt8[np.ndarray, "height width 3"]
-    truth: Float[Tensor, "objects 4"]
-    """True boxes in pixels: left, top, right, bottom."""
-    box: Float[Tensor, " 4"]
-    """The box that was found, likewise."""
-    discovery: Discovery
-
-
 def draws(_data: str, settings: Settings) -> bool:
     """Pictures are, where there are to be fewer."""
     return settings.count is not None
@@ -135,26 +133,50 @@ def run(reader: FeatureReader, data: str, settings: Settings, seed: int) -> Metr
 
 
 def examples(
-    reader: FeatureReader, data: str, settings: Settings, seed: int, best: str, *, count: int = 8
+    reader: FeatureReader,
+    data: str,
+    settings: Settings,
+    seed: int,
+    notes: Mapping[str, Any],
+    *,
+    count: int = 8,
 ) -> list[Example]:
-    """Looks for an object in the first pictures again, with one combination, and keeps the steps.
+    """Looks for an object in the first pictures again, with the best combination, and keeps the steps.
+
+    The patch that an object was grown from is marked in each map: where it lies in the background at a patch
+    that resembles nothing, an artifact was taken for the object.
 
     Args:
         reader: The model.
         data: As in `run`, like the next two.
         settings: Of the task.
         seed: Decides which pictures there are, where `count` is set.
-        best: The combination, as `run` notes it.
+        notes: What `run` noted, the best combination too.
         count: Pictures, at most.
+
+    Returns:
+        Of each picture the picture itself with true and found boxes, and the maps that led to them.
     """
     boxed, chosen = _open(data, settings, seed)
-    source, layer, bias = next(which for which in sweep(settings) if str(which) == best)
+    source, layer, bias = next(which for which in sweep(settings) if str(which) == notes["best"])
     alone = {"sources": (source,), "layers": (layer,), "biases": settings.biases if bias is None else (bias,)}
     found = _search(reader, boxed, chosen[:count], settings.model_copy(update=alone))
     return [
-        Example(np.array(boxed.images.read(number)), boxed.boxes[number], box, discovery)
+        _example(np.array(boxed.images.read(number)), boxed.boxes[number], box, discovery)
         for number, ((box, discovery),) in zip(chosen, found, strict=False)
     ]
+
+
+def _example(
+    picture: UInt8[np.ndarray, "height width 3"],
+    truth: Float[Tensor, "objects 4"],
+    box: Float[Tensor, " 4"],
+    discovery: Discovery,
+) -> Example:
+    boxes = [*(Box(sides, "true box", found=False) for sides in truth), Box(box, "box found", found=True)]
+    seed = Mark(*discovery.seed, "patch it was grown from")
+    maps = [Panel(step, title, marks=[seed]) for title, step in discovery.maps.items()]
+    return [Panel(picture, boxes=boxes), *maps]
 
 
 def sweep(settings: Settings) -> Iterator[Combination]:

@@ -24,10 +24,18 @@ from torch import Tensor, fake_quantize_per_channel_affine, nn
 
 from phreg.config import Config
 from phreg.evaluation.features import FeatureReader
-from phreg.evaluation.results import Metrics
+from phreg.evaluation.record import Metrics, MetricSpec
 from phreg.evaluation.tasks import classification, zero_shot_segmentation
 from phreg.evaluation.tasks.classification import Settings as Classification
 from phreg.evaluation.tasks.zero_shot_segmentation import Settings as ZeroShotSegmentation
+
+DATA = "those of the task that is measured"
+METRICS = (
+    *(MetricSpec(f"int8_{name}") for name in ("top1", "miou")),
+    *(MetricSpec(f"lost_{name}", better="lower") for name in ("top1", "miou")),
+    *classification.METRICS,
+    *zero_shot_segmentation.METRICS,
+)
 
 
 class Settings(Config):

@@ -13,14 +13,49 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from phreg.config import Config
 from phreg.evaluation.artifacts import artifact_places
-from phreg.evaluation.datasets.labelled import IGNORE, Segmentation, class_shares
+from phreg.evaluation.datasets.layouts import Split
+from phreg.evaluation.datasets.masks import MaskIndex, Segmentation, class_shares
+from phreg.evaluation.datasets.segmentation import open_segmentation
 from phreg.evaluation.dense import Dense, Placement
 from phreg.evaluation.features import FeatureReader, Reading
-from phreg.evaluation.metrics.scores import ConfusionMeter
-from phreg.evaluation.results import Metrics
+from phreg.evaluation.metrics.scores import IGNORE, ConfusionMeter
+from phreg.evaluation.record import Metrics, MetricSpec
 
 logger = logging.getLogger(__name__)
+
+SEGMENTATION_METRICS = (
+    MetricSpec("miou"),
+    MetricSpec("mean_accuracy"),
+    MetricSpec("pixel_accuracy"),
+    MetricSpec("artifact_accuracy"),
+    MetricSpec("iou"),
+    MetricSpec("accuracy"),
+)
+"""What `measure_segmentation` measures, in all and of each class."""
+
+
+class SegmentationSettings(Config):
+    """The dataset of a segmentation task, and how its pictures are read."""
+
+    layout: str = "auto"
+    """Layout of the dataset: camvid, voc21, voc20, pascal-context-60 or -59, coco-stuff, coco-object,
+    ade20k, cityscapes or folder (images/, masks/ of class indices, 255 uncounted, classes.txt); auto tells it
+    by its folders."""
+    ignore_index: MaskIndex | None = None
+    """Index that is not counted in the masks of a folder; unset means 255, which is refused where it occurs
+    and a class of classes.txt does not."""
+    reading: Reading = Reading(size=448)
+    """Canvas of the pictures."""
+
+    def open(self, data: str, split: Split) -> Segmentation:
+        """Lists the images and masks of a split.
+
+        Raises:
+            DataError: The dataset is of no known layout, or a file of it is wrong.
+        """
+        return open_segmentation(data, split, layout=self.layout, ignore_index=self.ignore_index)
 
 
 @torch.no_grad()

@@ -2,10 +2,14 @@
 
 A task is a module of this package with
 
+    DATA: str                                 what it needs, for `phreg tasks`
+    METRICS: Sequence[MetricSpec]             what it measures: unit, which way is better, heading in tables
     class Settings(Config)                    every number it depends on, each with a default and a docstring
     PROTOCOLS: Mapping[str, Mapping]          named sets of settings, e.g. of a paper (optional)
     draws(data, settings) -> bool             whether the seed decides anything (optional: it does)
     run(reader, data, settings, seed) -> Metrics
+    examples(reader, data, settings, seed, notes) -> Sequence[Example]
+                                              what the model made of a few pictures (optional: no pictures)
 
 `run` reads a model through the `FeatureReader` alone, draws from generators made of `seed` alone
 (`phreg.seeding.keyed_generator`), tells `reader.observe(what, done, total)` how far it is, and puts its
@@ -17,13 +21,14 @@ and name it here.
 """
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, cast, runtime_checkable
 
 from phreg.config import Config, build, flatten
 from phreg.errors import ConfigError, PhregError
+from phreg.evaluation.examples import Example
 from phreg.evaluation.features import FeatureReader
-from phreg.evaluation.results import Metrics
+from phreg.evaluation.record import Metrics, MetricSpec
 
 TASKS = {
     "classification": "phreg.evaluation.tasks.classification",
@@ -42,6 +47,8 @@ TASKS = {
 class Task(Protocol):
     """What a task's module offers."""
 
+    DATA: str
+    METRICS: Sequence[MetricSpec]
     Settings: type[Config]
 
     def run(self, reader: FeatureReader, data: str, settings: Any, seed: int) -> Metrics:
@@ -74,6 +81,27 @@ def draws(name: str, data: str, settings: Config) -> bool:
     """
     told = getattr(find_task(name), "draws", None)
     return True if told is None else told(data, settings)
+
+
+def examples(
+    name: str, reader: FeatureReader, data: str, settings: Config, seed: int, notes: Mapping[str, Any]
+) -> Sequence[Example]:
+    """Looks again at a few pictures of a task that has pictures to show; else there are none.
+
+    Args:
+        name: The task.
+        reader: The model.
+        data: As the task's `run` takes it, like the next two.
+        settings: Of the task.
+        seed: Of a run.
+        notes: What that run noted.
+
+    Raises:
+        DataError: The data cannot be read.
+        PhregError: There is no such task.
+    """
+    show = getattr(find_task(name), "examples", None)
+    return () if show is None else show(reader, data, settings, seed, notes)
 
 
 def resolve_settings(name: str, given: Mapping[str, Any], protocol: str | None = None) -> Config:

@@ -27,12 +27,15 @@ from torch.nn.functional import one_hot
 from phreg.config import Config
 from phreg.data.sources import Files, natural_order, some
 from phreg.errors import DataError
-from phreg.evaluation.datasets.labelled import read_index_mask
+from phreg.evaluation.datasets.masks import read_index_mask
 from phreg.evaluation.datasets.pairs import find_files, pair_files, read_lines
 from phreg.evaluation.dense import Dense
 from phreg.evaluation.features import FeatureReader, Reading
 from phreg.evaluation.metrics.scores import IGNORE, boundary_accuracy, region_similarity
-from phreg.evaluation.results import Metrics
+from phreg.evaluation.record import Metrics, MetricSpec
+
+DATA = "videos with masks of objects: a folder in the layout of DAVIS 2017"
+METRICS = (MetricSpec("j_and_f"), MetricSpec("j"), MetricSpec("f"))
 
 AT_ONCE = 1024
 """Patches that are looked up at a time."""

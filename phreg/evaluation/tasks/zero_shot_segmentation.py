@@ -30,16 +30,22 @@ from torch import Tensor
 from phreg.backbones.base import Readout
 from phreg.backbones.readout import check_readout
 from phreg.backbones.text import text_encoder
-from phreg.config import Config, Fraction
-from phreg.evaluation.datasets.labelled import IGNORE, MaskIndex, open_segmentation
+from phreg.config import Fraction
 from phreg.evaluation.datasets.vocabulary import Queries, embed_vocabulary, find_vocabulary
 from phreg.evaluation.dense import Dense
 from phreg.evaluation.features import FeatureReader, Reading
-from phreg.evaluation.metrics.scores import pearson
-from phreg.evaluation.results import Metrics
-from phreg.evaluation.tasks.segmentation import measure_segmentation
+from phreg.evaluation.metrics.scores import IGNORE, pearson
+from phreg.evaluation.record import Metrics, MetricSpec
+from phreg.evaluation.tasks.segmentation import (
+    SEGMENTATION_METRICS,
+    SegmentationSettings,
+    measure_segmentation,
+)
 
 logger = logging.getLogger(__name__)
+
+DATA = "images with masks of named classes, for testing: a folder in one of the layouts"
+METRICS = (*SEGMENTATION_METRICS, MetricSpec("pearson", "correlation"))
 
 Head = Literal["plain", "maskclip", "sclip", "clearclip", "naclip", "student"]
 
@@ -53,16 +59,9 @@ READOUTS: Mapping[Head, Readout] = {
 """How each head reads the last block; `student`, which is not here, is the model's own way."""
 
 
-class Settings(Config):
+class Settings(SegmentationSettings):
     """Segmentation by the names of classes."""
 
-    layout: str = "auto"
-    """Layout of the dataset: camvid, voc21, voc20, pascal-context-60 or -59, coco-stuff, coco-object,
-    ade20k, cityscapes or folder (images/, masks/ of class indices, 255 uncounted, classes.txt); auto tells it
-    by its folders."""
-    ignore_index: MaskIndex | None = None
-    """Index that is not counted in the masks of a folder; unset means 255, which is refused where it occurs
-    and a class of classes.txt does not."""
     reading: Reading = Reading(size=448, window=336, stride=112)
     """Canvas of the pictures, and windows; source, layer, readout, norm and unit are set by the task."""
     head: Head = "maskclip"
@@ -106,7 +105,7 @@ def run(reader: FeatureReader, data: str, settings: Settings, seed: int) -> Metr
         DataError: The dataset is of no known layout, or a file of it is wrong; or a class has no words.
         PhregError: The model has no text tower, or cannot be read by the head.
     """
-    test = open_segmentation(data, "val", layout=settings.layout, ignore_index=settings.ignore_index)
+    test = settings.open(data, "val")
     vocabulary = find_vocabulary(test.classes, settings.words)
     readout = READOUTS.get(settings.head)
     check_readout(reader.backbone, readout or "plain")

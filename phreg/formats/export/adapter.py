@@ -9,17 +9,16 @@ import shutil
 from functools import partial
 from pathlib import Path
 
-from torch import Tensor
-
-from phreg.backbones import resolve
 from phreg.backbones.base import Backbone
-from phreg.backbones.readout import set_readout
-from phreg.formats.export.base import Contents
-from phreg.formats.load import open_saved
-from phreg.storage import ADAPTER_FILE
-from phreg.training.checkpoint import read_adapter
+from phreg.backbones.resolve import Located
+from phreg.errors import LoadError, UnsupportedModelError
+from phreg.formats.adapter import apply_adapter, base_of, read_adapter
+from phreg.formats.export.spec import Card, Contents, FormatSpec, dense_features
+from phreg.formats.load import open_as_it_is, open_as_trained
+from phreg.record import Base, RunRecord
+from phreg.storage import ADAPTER_TENSORS
 
-FILES = ("adapter.safetensors", "README.md")
+FILES = (ADAPTER_TENSORS, "README.md")
 """What is copied as it is; the card may be missing."""
 
 
@@ -37,16 +36,45 @@ def contents(backbone: Backbone) -> Contents:
     folder = backbone.adapter or Path()
     present = [folder / name for name in FILES if (folder / name).is_file()]
     copied = {file.name: partial(shutil.copyfile, file) for file in present}
-    return Contents({}, {ADAPTER_FILE: read_adapter(folder)}, copied)
+    return Contents({}, {}, copied, record=read_adapter(folder))
 
 
-def load(folder: Path) -> Backbone:
-    """Reads the base again, puts the adapter onto it, and sets the read-out."""
-    backbone, _ = open_saved(resolve.locate(folder))
-    set_readout(backbone, backbone.trained_readout)
-    return backbone
+def open_adapter(found: Located, record: RunRecord) -> tuple[Backbone, Base]:
+    """Finds the base again and patches it."""
+    base = base_of(record)
+    if base.source == "instance":
+        raise LoadError(
+            f"the adapter in {found.folder} was made from a model instance, which cannot be found again; "
+            "build that model and pass it: phreg.load(path, into=model), which phreg.export takes too"
+        )
+    try:
+        backbone, _ = open_as_it_is(base.source, base.revision)
+    except (LoadError, UnsupportedModelError) as error:
+        raise type(error)(
+            f"the base of the adapter in {found.folder} cannot be opened: {error}. With that base at hand: "
+            "phreg.load(path, into=model)"
+        ) from error
+    apply_adapter(found.folder, backbone)
+    return backbone, base
 
 
-def answer(backbone: Backbone, images: Tensor) -> Tensor:
-    """Reads dense features, by the read-out that the model has."""
-    return backbone(images).patches
+SPEC = FormatSpec(
+    name="adapter",
+    unsupported_reason=unsupported_reason,
+    contents=contents,
+    read_back=open_as_trained,
+    answer=dense_features,
+    open=open_adapter,
+    carries_hooks=True,
+    carries_packed=True,  # its tensors are copied from the one that the model was loaded from
+    needs_base=True,
+    pushed=(ADAPTER_TENSORS,),
+    load_line='phreg.load("{folder}")',
+    card=Card(
+        note="An adapter: the registers and the weights retrained with them, put onto the base by phreg.",
+        into=(
+            '`phreg.load("{place}", into=model)` patches a `{base}` at hand, or a model built around it, '
+            "such as a vision-language model."
+        ),
+    ),
+)

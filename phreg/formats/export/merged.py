@@ -1,37 +1,41 @@
 """The merged format: the whole patched model, for `phreg.load` without its base.
 
 All tensors, named as the model's library names them on disk, and that library's own config, of which its
-class is built again (`phreg.formats.load`). A patched transformers model's `save_pretrained` writes the same.
-The names of the files are no stock library's, so none takes such a folder for a model without registers.
+class is built again, never by code from the folder. A patched transformers model's `save_pretrained` writes
+the same. The names of the files are no stock library's, so none takes such a folder for a model without
+registers.
 
     phreg.json         library, class, config, registers, size, normalisation, read-out, test-time units
     phreg.safetensors  every tensor
+
+    config ──library──► model of random weights ──registers of zeros──► ──every tensor──► the patched model
 """
 
 import copy
 import json
-from pathlib import Path
 from typing import Any
-
-from torch import Tensor
 
 from phreg.backbones import resolve
 from phreg.backbones.base import Backbone
-from phreg.backbones.readout import set_readout
-from phreg.backbones.resolve import record_sums
-from phreg.formats.export import timm as timm_format
-from phreg.formats.export.base import Contents
-from phreg.formats.load import open_saved
+from phreg.backbones.resolve import Located
+from phreg.errors import LoadError, PhregError
+from phreg.formats.adapter import read_own_tensors, take_shape
+from phreg.formats.export.opening import whole_base
+from phreg.formats.export.spec import Card, Contents, FormatSpec, dense_features
+from phreg.formats.load import open_as_trained
+from phreg.record import Base, RunRecord
 from phreg.registers import remove_registers
 from phreg.sinks import test_time
-from phreg.storage import ADAPTER_FILE, MODEL_FORMAT
+from phreg.storage import MODEL_FORMAT, MODEL_TENSORS
 
 
 def unsupported_reason(backbone: Backbone) -> str | None:
     """Says why a model cannot take this format; None where it can."""
     match backbone.spec.library:
         case "timm":
-            return timm_format.unsupported_reason(backbone)
+            from phreg.formats.export import timm  # which imports timm, and not every model is one of timm's
+
+            return timm.unsupported_reason(backbone)
         case "open_clip" if getattr(backbone, "config", None) is None:
             return (
                 "an open_clip instance does not say what it was built from; name the model by its folder, "
@@ -42,34 +46,39 @@ def unsupported_reason(backbone: Backbone) -> str | None:
 
 def contents(backbone: Backbone) -> Contents:
     """Puts together what the folder holds."""
-    description = {
-        "format": MODEL_FORMAT,
-        "library": backbone.spec.library,
-        "class": type(backbone.model).__name__,
-        "config": _config(backbone),
-        "registers": backbone.num_registers,
-        "input_size": list(backbone.spec.input_size),
-        "mean": list(backbone.spec.mean),
-        "std": list(backbone.spec.std),
-        "readout": backbone.readout,
-        "test_time": test_time.installed(backbone),
-        "test_time_size": test_time.calibrated_size(backbone),
-    }
     tensors = backbone.disk_state()
-    description |= record_sums(description, tensors)
-    return Contents({"phreg.safetensors": tensors}, {ADAPTER_FILE: description})
+    record = RunRecord(
+        format=MODEL_FORMAT,
+        model_class=type(backbone.model).__name__,
+        registers=backbone.num_registers,
+        input_size=backbone.spec.input_size,
+        mean=backbone.spec.mean,
+        std=backbone.spec.std,
+        library=backbone.spec.library,
+        config=_config(backbone),
+        readout=backbone.readout,
+        test_time=test_time.installed(backbone),
+        test_time_size=test_time.calibrated_size(backbone),
+    )
+    return Contents({MODEL_TENSORS: tensors}, {}, record=record.with_sums(tensors))
 
 
-def load(folder: Path) -> Backbone:
-    """Reads the folder as `phreg.load` does, and sets the read-out."""
-    backbone, _ = open_saved(resolve.locate(folder))
-    set_readout(backbone, backbone.trained_readout)
-    return backbone
-
-
-def answer(backbone: Backbone, images: Tensor) -> Tensor:
-    """Reads dense features, by the read-out that the model has."""
-    return backbone(images).patches
+def open_merged(found: Located, record: RunRecord) -> tuple[Backbone, Base]:
+    """Builds a model that the `merged` export or a transformers model's own `save_pretrained` wrote whole."""
+    tensors = read_own_tensors(found.folder / MODEL_TENSORS, record)
+    try:
+        backbone = resolve.build(str(record.library), record.model_class, record.config or {})
+        take_shape(backbone, record)
+        missing = sorted(backbone.disk_state().keys() - tensors.keys())
+        if missing:
+            raise LoadError(f"it lacks {missing[:3]}")
+        backbone.load_disk_state(tensors)
+    except (TypeError, ValueError, LookupError, AttributeError, RuntimeError, PhregError) as error:
+        raise LoadError(
+            f"patched model in {found.folder} cannot be loaded ({error}); save or copy it again"
+        ) from error
+    backbone.eval()
+    return backbone, whole_base(backbone, found)
 
 
 def _config(backbone: Any) -> dict[str, Any]:
@@ -78,7 +87,23 @@ def _config(backbone: Any) -> dict[str, Any]:
         case "transformers":
             return json.loads(backbone.model.config.to_json_string(use_diff=False))
         case "timm":
+            from phreg.formats.export import timm
+
             plain = remove_registers(copy.deepcopy(backbone))
-            return dict(timm_format.contents(plain).settings["config.json"])
+            return dict(timm.contents(plain).settings["config.json"])
         case _:
             return backbone.config
+
+
+SPEC = FormatSpec(
+    name="merged",
+    unsupported_reason=unsupported_reason,
+    contents=contents,
+    read_back=open_as_trained,
+    answer=dense_features,
+    open=open_merged,
+    carries_hooks=True,
+    pushed=(MODEL_TENSORS,),
+    load_line='phreg.load("{folder}")',
+    card=Card(),
+)

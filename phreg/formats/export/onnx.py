@@ -7,7 +7,6 @@ written down, and else its own size alone. Both are tried, in this order, and th
     images (batch, 3, height, width) ──model.onnx──► patches (batch, rows, cols, dim), pooled (batch, dim)
 """
 
-import importlib.util
 import logging
 import warnings
 from collections.abc import Iterator
@@ -26,12 +25,9 @@ from torch.onnx.errors import OnnxExporterError
 
 from phreg.backbones.base import Backbone, Features
 from phreg.errors import LoadError, PhregError
-from phreg.formats.export.base import Contents
+from phreg.formats.export.spec import Card, Contents, FormatSpec, dense_features
 
 logger = logging.getLogger(__name__)
-
-PACKAGES = ("onnx", "onnxscript", "onnxruntime")
-"""What writing and checking a graph takes: the extra `phreg[onnx]`."""
 
 OPSET = 20
 """Version of ONNX's operators; antialiased resizing came with 18."""
@@ -49,9 +45,6 @@ UNTRACEABLE = (TorchDynamoException, OnnxExporterError, RuntimeError, ValueError
 
 def unsupported_reason(backbone: Backbone) -> str | None:
     """Says why a model cannot take this format; None where it can."""
-    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
-    if missing:
-        return f"that takes {', '.join(missing)}, not installed here (pip install 'phreg[onnx]')"
     others = {str(weight.dtype) for weight in backbone.model.parameters()} - {str(torch.float32)}
     if others:
         found = ", ".join(sorted(others))
@@ -145,11 +138,6 @@ def load(folder: Path) -> Session:
     return Session(folder / "model.onnx")
 
 
-def answer(backbone: Backbone, images: Tensor) -> Tensor:
-    """Reads dense features, by the read-out that the model has."""
-    return backbone(images).patches
-
-
 class _Read(nn.Module):
     """The model as a function of images alone."""
 
@@ -222,3 +210,27 @@ def _quietly() -> Iterator[None]:
     finally:
         for logger, level in levels:
             logger.setLevel(level)
+
+
+SPEC = FormatSpec(
+    name="onnx",
+    unsupported_reason=unsupported_reason,
+    contents=contents,
+    read_back=load,
+    answer=dense_features,
+    open=None,
+    packages=("onnx", "onnxscript", "onnxruntime"),
+    extra="onnx",
+    carries_hooks=True,
+    leaves=("*.onnx",),
+    load_line='onnxruntime.InferenceSession("{folder}/model.onnx")',
+    card=Card(
+        library="onnxruntime",
+        code=(
+            'import onnxruntime\n\nsession = onnxruntime.InferenceSession("model.onnx")  # of {repository}\n'
+            "# images: normalised, float32, (batch, 3, height, width)\n"
+            'patches, pooled = session.run(["patches", "pooled"], {{"images": images}})'
+        ),
+        note="The graph ends with the features; a classifier or a text tower is not in it.",
+    ),
+)

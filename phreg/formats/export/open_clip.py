@@ -28,8 +28,9 @@ from phreg.backbones import open_clip as adapter
 from phreg.backbones.base import Backbone
 from phreg.backbones.open_clip import NativeTower, TimmTower
 from phreg.formats.export import timm
-from phreg.formats.export.base import FOLDER, WEIGHTS, Contents, Write
 from phreg.formats.export.from_open_clip import activation
+from phreg.formats.export.opening import open_stock
+from phreg.formats.export.spec import FOLDER, WEIGHTS, Card, Contents, FormatSpec, Write
 from phreg.formats.export.towers import ratio
 from phreg.seeding import keyed_generator
 
@@ -226,3 +227,21 @@ def _tokenizer(backbone: Backbone) -> tuple[dict[str, Any], dict[str, Write]]:
         folder = hub.snapshot(settings["hf_tokenizer_name"], None, TOKENIZER_FILES)
         found = [path for pattern in TOKENIZER_FILES for path in folder.glob(pattern)]
     return settings, {path.name: partial(shutil.copyfile, path) for path in found}
+
+
+SPEC = FormatSpec(
+    name="open_clip",
+    unsupported_reason=unsupported_reason,
+    contents=contents,
+    read_back=load,
+    answer=answer,
+    open=open_stock,
+    load_line='open_clip.create_model_and_transforms("local-dir:{folder}")',
+    card=Card(
+        library="open_clip",
+        code=(
+            "import open_clip\n\n"
+            'model, _, preprocess = open_clip.create_model_and_transforms("hf-hub:{repository}")'
+        ),
+    ),
+)

@@ -26,10 +26,14 @@ from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPI
 from phreg import __version__
 from phreg.backbones import transformers_registers as hooks
 from phreg.backbones.base import Backbone
-from phreg.backbones.transformers import TransformersBackbone, adapt
+from phreg.backbones.resolve import Located
+from phreg.backbones.transformers import TransformersBackbone, adapt, load_remote_code
 from phreg.backbones.transformers_registers import REMOTE_CLASS, REMOTE_MODEL_TYPE
 from phreg.errors import LoadError
-from phreg.formats.export.base import WEIGHTS, Contents
+from phreg.formats.adapter import read_tensors
+from phreg.formats.export.opening import check_unchanged, whole_base
+from phreg.formats.export.spec import WEIGHTS, Card, Contents, FormatSpec
+from phreg.record import Base, RunRecord, weights_sha256
 
 MODULE = "modeling_registers"
 """The module that the folder brings."""
@@ -162,6 +166,15 @@ def answer(backbone: Backbone, images: Tensor) -> Tensor:
     return backbone.run(images)
 
 
+def open_remote_code(found: Located, record: RunRecord) -> tuple[Backbone, Base]:
+    """Builds the stock class under the code of the folder, which is not run."""
+    # The class in the folder, unlike the stock class, has no other names on disk than in memory.
+    check_unchanged(found, record, weights_sha256(read_tensors(found.folder / WEIGHTS)))
+    backbone = load_remote_code(found.folder)
+    backbone.eval()
+    return backbone, whole_base(backbone, found)
+
+
 # -- the module ----------------------------------------------------------------------------------------------
 
 
@@ -237,3 +250,22 @@ def _processor(backbone: TransformersBackbone) -> dict[str, dict[str, Any]]:
         rows, cols = (height // backbone.spec.patch_size[0], width // backbone.spec.patch_size[1])
         processor.patch_size, processor.max_num_patches = backbone.spec.patch_size[0], rows * cols
     return {"preprocessor_config.json": json.loads(processor.to_json_string())}
+
+
+SPEC = FormatSpec(
+    name="remote-code",
+    unsupported_reason=unsupported_reason,
+    contents=contents,
+    read_back=load,
+    answer=answer,
+    open=open_remote_code,
+    leaves=("*.py",),
+    load_line='transformers.AutoModel.from_pretrained("{folder}", trust_remote_code=True)',
+    card=Card(
+        library="transformers",
+        code=(
+            "from transformers import AutoModel\n\n"
+            'model = AutoModel.from_pretrained("{repository}", trust_remote_code=True)'
+        ),
+    ),
+)

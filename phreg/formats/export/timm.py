@@ -25,7 +25,8 @@ from phreg.backbones import timm as adapter
 from phreg.backbones.base import Backbone
 from phreg.backbones.timm import TimmBackbone
 from phreg.formats.export import towers
-from phreg.formats.export.base import TOLERANCE, WEIGHTS, Contents
+from phreg.formats.export.opening import open_stock
+from phreg.formats.export.spec import TOLERANCE, WEIGHTS, Card, Contents, FormatSpec
 from phreg.formats.export.towers import Tower
 
 PROVENANCE = {"tag", "license", "description", "origin_url", "paper_name", "paper_ids", "notes"}
@@ -156,3 +157,18 @@ def _is_plain(value: Any) -> bool:
     except (TypeError, ValueError):
         return False
     return True
+
+
+SPEC = FormatSpec(
+    name="timm",
+    unsupported_reason=unsupported_reason,
+    contents=contents,
+    read_back=load,
+    answer=answer,
+    open=open_stock,
+    load_line='timm.create_model("local-dir:{folder}", pretrained=True)',
+    card=Card(
+        library="timm",
+        code='import timm\n\nmodel = timm.create_model("hf-hub:{repository}", pretrained=True)',
+    ),
+)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from phreg.backbones.base import Spec
 from phreg.backbones.timm import TimmBackbone
-from phreg.formats.export.base import TOLERANCE
+from phreg.formats.export.spec import TOLERANCE
 
 SIZES = {192: "tiny", 384: "small", 768: "base", 1024: "large", 1152: "so400m", 1280: "huge", 1536: "giant"}
 """Width -> what timm calls models of that width."""

@@ -19,9 +19,9 @@ import transformers
 from torch import Tensor
 
 from phreg.backbones.base import Backbone
-from phreg.backbones.transformers import TransformersBackbone
-from phreg.backbones.transformers import load as load
-from phreg.formats.export.base import WEIGHTS, Contents
+from phreg.backbones.transformers import TransformersBackbone, load
+from phreg.formats.export.opening import open_stock
+from phreg.formats.export.spec import WEIGHTS, Card, Contents, FormatSpec
 
 STOCK: dict[type, type[transformers.PreTrainedModel]] = {
     transformers.Dinov2Model: transformers.Dinov2WithRegistersModel,
@@ -115,3 +115,22 @@ def _processor(backbone: Backbone) -> dict[str, Any]:
         resample=3,  # bicubic
     )
     return json.loads(processor.to_json_string())
+
+
+SPEC = FormatSpec(
+    name="transformers",
+    unsupported_reason=unsupported_reason,
+    contents=contents,
+    read_back=load,
+    answer=answer,
+    open=open_stock,
+    load_line='transformers.AutoModel.from_pretrained("{folder}")',
+    card=Card(
+        library="transformers",
+        code=(
+            "from transformers import AutoImageProcessor, AutoModel\n\n"
+            'model = AutoModel.from_pretrained("{repository}")\n'
+            'processor = AutoImageProcessor.from_pretrained("{repository}")'
+        ),
+    ),
+)

@@ -8,7 +8,8 @@ from pictures import noise
 from PIL import Image
 
 from phreg.errors import DataError
-from phreg.evaluation.datasets.boxes import COCO_LIST, Choice, open_boxed
+from phreg.evaluation.datasets.boxed_images import Choice
+from phreg.evaluation.datasets.boxes import COCO_LIST, open_boxed
 
 SIZE = (40, 30)
 

@@ -5,7 +5,7 @@ import torch
 from torch.nn.functional import normalize
 
 from phreg.errors import DataError, PhregError
-from phreg.evaluation.datasets.labelled import CAMVID, CITYSCAPES, VOC
+from phreg.evaluation.datasets.segmentation import CAMVID, CITYSCAPES, VOC
 from phreg.evaluation.datasets.vocabulary import (
     Queries,
     Vocabulary,

@@ -136,12 +136,26 @@ def test_a_box_is_laid_onto_the_picture_and_cut_off_at_the_padding(reader):
 def test_examples_are_what_the_best_combination_found_in_the_first_pictures(reader, squares, algorithm):
     settings = SMALL.model_copy(update={"algorithm": algorithm})
     found = object_discovery.run(reader, squares, settings, seed=0)
-    every = object_discovery.examples(reader, squares, settings, 0, found.notes["best"])
-    hits = [is_localised(example.box, example.truth) for example in every]
+    every = object_discovery.examples(reader, squares, settings, 0, found.notes)
+    pictures = [example[0] for example in every]
+    truths, boxes = (
+        [torch.stack([box.sides for box in picture.boxes if box.found is side]) for picture in pictures]
+        for side in (False, True)
+    )
+    hits = [is_localised(box[0], truth) for box, truth in zip(boxes, truths, strict=True)]
     assert sum(hits) / 3 == pytest.approx(found.figures["corloc"])
-    assert [example.picture.shape for example in every] == [(32, 32, 3), (40, 32, 3), (48, 32, 3)]
-    assert every[1].truth.tolist() == [[8, 8, 24, 24]]
-    assert len(object_discovery.examples(reader, squares, settings, 0, found.notes["best"], count=2)) == 2
+    assert [picture.image.shape for picture in pictures] == [(32, 32, 3), (40, 32, 3), (48, 32, 3)]
+    assert truths[1].tolist() == [[8, 8, 24, 24]]
+    assert len(object_discovery.examples(reader, squares, settings, 0, found.notes, count=2)) == 2
+
+
+def test_the_maps_of_an_example_lead_to_its_box_from_the_marked_patch(reader, squares):
+    found = object_discovery.run(reader, squares, SMALL, seed=0)
+    for _, *maps in object_discovery.examples(reader, squares, SMALL, 0, found.notes):
+        assert [panel.title for panel in maps] == ["degree", "expansion", "similarity"]
+        (row, col, _), *others = (mark for panel in maps for mark in panel.marks)
+        assert {mark[:2] for mark in others} == {(row, col)}, "the same patch in each"
+        assert maps[0].image[row, col] == maps[0].image.min(), "LOST starts where the degree is lowest"
 
 
 def size_of(path):

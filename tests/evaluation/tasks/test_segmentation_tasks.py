@@ -14,9 +14,9 @@ from torch.nn.functional import cross_entropy, normalize
 from phreg.backbones.resolve import adapt
 from phreg.errors import DataError
 from phreg.evaluation.datasets.augmentation import CropConfig, PairedCrops
-from phreg.evaluation.datasets.labelled import IGNORE
 from phreg.evaluation.feature_cache import FeatureCache
 from phreg.evaluation.features import FeatureReader, Reading
+from phreg.evaluation.metrics.scores import IGNORE
 from phreg.evaluation.tasks import dense_nn, linear_segmentation
 from phreg.evaluation.tasks.linear_segmentation import PROTOCOLS, head_loss
 from phreg.evaluation.tasks.table import resolve_settings

@@ -12,10 +12,11 @@ from phreg.backbones import resolve
 from phreg.backbones.resolve import Base, weights_sha256
 from phreg.demo import demo_model
 from phreg.errors import PhregError
+from phreg.formats.adapter import save_adapter
 from phreg.formats.export import export
 from phreg.formats.load import open_model
+from phreg.record import RunSummary
 from phreg.registers import add_registers
-from phreg.training.checkpoint import save_adapter
 
 
 @pytest.fixture
@@ -27,8 +28,8 @@ def run(saved, tmp_path):
     with torch.no_grad():
         backbone.model.norm.weight.mul_(2)
     folder = tmp_path / "run"
-    record = {"readout": "plain", "recipe": {}}
-    save_adapter(folder / "model", backbone, base, original.disk_state(), record, lambda _: "# A card\n")
+    run = RunSummary(readout="plain", recipe={})
+    save_adapter(folder / "model", backbone, base, original.disk_state(), run, lambda _: "# A card\n")
     return folder
 
 
@@ -79,8 +80,8 @@ def test_the_read_out_is_in_the_description(tmp_path):
     original, base = resolve.load(tmp_path / "base")
     backbone, _ = resolve.load(tmp_path / "base")
     add_registers(backbone, 3)
-    record = {"readout": "value-only", "recipe": {}}
-    save_adapter(tmp_path / "run" / "model", backbone, base, original.disk_state(), record, lambda _: "")
+    run = RunSummary(readout="value-only", recipe={})
+    save_adapter(tmp_path / "run" / "model", backbone, base, original.disk_state(), run, lambda _: "")
     figures = phreg.export(tmp_path / "run", tmp_path / "out", format="adapter")
     assert all(figure.claimed for figure in figures)
     assert json.loads((tmp_path / "out" / "phreg.json").read_text())["readout"] == "value-only"
@@ -96,7 +97,5 @@ def test_a_run_on_the_demonstration_model_finds_it_again(tmp_path):
     backbone = resolve.adapt(demo_model())
     add_registers(backbone, 2)
     base = Base("demo", "timm", None, weights_sha256(original.disk_state()))
-    save_adapter(
-        tmp_path / "run" / "model", backbone, base, original.disk_state(), {"readout": "plain"}, lambda _: ""
-    )
+    save_adapter(tmp_path / "run" / "model", backbone, base, original.disk_state(), None, lambda _: "")
     assert phreg.export(tmp_path / "run", tmp_path / "out", format="adapter")[0].difference == 0.0

@@ -15,15 +15,14 @@ from families_transformers import STAGES, TINY, WIDE, build
 from safetensors.torch import load_file
 from torch import nn
 
-import phreg.formats.export
 from phreg.backbones import resolve
 from phreg.backbones.readout import set_readout
 from phreg.errors import LoadError, PhregError
+from phreg.formats.adapter import read_adapter
 from phreg.formats.export import export
 from phreg.formats.load import open_model
 from phreg.registers import add_registers
 from phreg.storage import EXPORT_FILE
-from phreg.training.checkpoint import read_adapter
 
 DINOV2 = [name for name in TRANSFORMERS if name.startswith("dinov2")]
 COUNT = 3
@@ -398,12 +397,12 @@ def test_values_that_are_no_numbers_are_never_equal(vit, tmp_path):
         export(vit[0], tmp_path / "out", "timm", base=vit[1])
 
 
-@pytest.mark.parametrize("name", ["save_file", "_measure"])
+@pytest.mark.parametrize("name", ["folder.save_file", "measure"])
 def test_a_full_disk_leaves_nothing_behind(vit, name, tmp_path, monkeypatch):
     def fail(*_args, **_kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(phreg.formats.export, name, fail)
+    monkeypatch.setattr(f"phreg.formats.export.{name}", fail)
     with pytest.raises(PhregError, match=r"cannot be written \(.*No space left on device"):
         export(vit[0], tmp_path / "out", "timm", base=vit[1])
     assert not list(tmp_path.iterdir())

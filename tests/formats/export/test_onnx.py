@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import jaxtyping
@@ -108,7 +109,8 @@ def test_a_graph_that_is_not_equal_at_other_sizes_is_made_for_one_and_says_so(tm
 
 
 def test_missing_packages_are_named_with_the_extra_that_brings_them(tmp_path, monkeypatch):
-    monkeypatch.setattr(onnx, "PACKAGES", ("onnx", "no_such_package"))
+    spec = replace(onnx.SPEC, packages=("onnx", "no_such_package"))
+    monkeypatch.setattr(onnx, "SPEC", spec)
     backbone, base = patched("timm/vit")
     with pytest.raises(
         PhregError, match=r"takes no_such_package, not installed.*pip install 'phreg\[onnx\]'"

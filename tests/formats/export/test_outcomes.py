@@ -1,7 +1,6 @@
 """Every family in every format: equal as the table says, or refused for the reason that it gives."""
 
 import re
-from typing import get_args
 
 import jaxtyping
 import pytest
@@ -24,8 +23,8 @@ from families import FAMILIES
 
 from phreg.backbones import resolve
 from phreg.errors import LoadError
+from phreg.formats import FORMATS
 from phreg.formats.load import open_saved
-from phreg.storage import Format
 
 QUICK = {
     "transformers/dinov2",
@@ -80,7 +79,7 @@ def test_a_family_is_exported_as_the_table_says_and_phreg_reads_it_back(
 
 def test_the_table_has_every_format_and_no_family_that_is_not_there():
     libraries = {family[: family.index("/") + 1] for family in FAMILIES}
-    assert set(EXPECTED) == set(get_args(Format))
+    assert set(EXPECTED) == set(FORMATS)
     for outcomes in EXPECTED.values():
         assert outcomes.keys() <= FAMILIES.keys() | libraries
         assert {type(should) for should in outcomes.values()} <= {str, Refused}

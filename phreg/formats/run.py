@@ -1,18 +1,15 @@
-"""What is recorded of a run, beside the adapter that it made."""
+"""What a finished run hands in: the adapter, with a record of how it was made, and a card."""
 
 import logging
-from dataclasses import asdict
 
 from phreg.backbones.base import Backbone
-from phreg.backbones.resolve import Base
 from phreg.config import DistillConfig
 from phreg.evaluation.before_after import Comparison, failed_gates
-from phreg.formats.adapter import describe_tower
+from phreg.formats.adapter import describe_tower, save_adapter
 from phreg.formats.card import model_card
-from phreg.sinks import test_time
+from phreg.record import Base, Figures, Gates, Outcome, RunSummary
 from phreg.sinks.locate import Sinks
-from phreg.training.checkpoint import RunFolder, save_adapter, writing_run
-from phreg.training.loop import Outcome
+from phreg.training.checkpoint import RunFolder, writing_run
 
 logger = logging.getLogger(__name__)
 
@@ -33,17 +30,15 @@ def save_run(
         logger.warning("not measured, so nothing was checked: measure.images is 0")
     elif failures:
         logger.warning("checks failed, and the adapter is marked so: %s", "; ".join(failures))
-    record = {
-        "size": config.size,
-        "readout": config.target.student_readout,
-        "test_time": test_time.installed(student),
-        "test_time_size": test_time.calibrated_size(student),
-        "recipe": config.model_dump(mode="json", exclude_none=True),
-        "outcome": asdict(outcome),
-        "sinks": sinks.to_json() if sinks else None,
-        "gates": {"passed": not failures if comparison else None, "failures": failures},
-        "figures": comparison.to_json() if comparison else None,
-    }
+    summary = RunSummary(
+        size=config.size,
+        readout=config.target.student_readout,
+        recipe=config.model_dump(mode="json", exclude_none=True),
+        outcome=outcome,
+        sinks=sinks.to_json() if sinks else None,
+        gates=Gates(passed=not failures if comparison else None, failures=failures),
+        figures=Figures.model_validate(comparison.to_json()) if comparison else None,
+    )
     tower = describe_tower(original)
     with writing_run(run):
-        save_adapter(run.model, student, base, original.disk_state(), record, model_card, tower=tower)
+        save_adapter(run.model, student, base, original.disk_state(), summary, model_card, tower=tower)
