@@ -14,7 +14,7 @@ from phreg.backbones.resolve import adapt
 from phreg.config import LoraConfig, UnlockConfig
 from phreg.registers import add_registers, initial_registers
 from phreg.sinks.locate import Sinks, Unit, find_sinks
-from phreg.sinks.relocation import Relocation, assign_registers, starting_tokens
+from phreg.sinks.relocation import Relocation, add_starting_registers, assign_registers, starting_tokens
 from phreg.sinks.units import UnitActivations
 from phreg.training.trainable import merge_lora, unlock
 
@@ -95,6 +95,25 @@ def test_registers_start_from_triggers_of_their_clusters_the_most_frequent_first
     assert tokens[:5, 0].tolist() == [0, 10, 1, 11, 12]
     assert torch.equal(tokens[5:], initial_registers(7, 32, seed=3)[5:])
     assert starting_tokens(two, 1, seed=3)[:, 0].tolist() == [5], "halfway between the first of both"
+
+
+@pytest.mark.parametrize("init", ["triggers", "randn", "trunc-normal", "zeros"])
+@pytest.mark.parametrize("known", [True, False])
+def test_registers_start_as_asked_and_at_random_where_no_trigger_is_known(tiny, init, known):
+    backbone = adapt(tiny())
+    found = replace(sinks((1, 5, 10.0)), triggers=(torch.full((1, 32), 7.0),)) if known else None
+    add_starting_registers(backbone, found, 2, init, seed=3)
+    without_cluster = "randn" if init == "triggers" else init
+    expected = initial_registers(2, 32, without_cluster, seed=3)
+    if init == "triggers" and known:
+        expected[0] = 7.0
+    assert torch.equal(backbone.registers[0], expected)
+
+
+def test_no_registers_are_added_where_none_are_asked_for(tiny):
+    backbone = adapt(tiny())
+    add_starting_registers(backbone, sinks((1, 5, 10.0)), 0, "triggers", seed=3)
+    assert backbone.num_registers == 0
 
 
 def test_a_register_is_asked_for_the_units_of_its_own_cluster_and_patches_for_none_of_any(patched):
