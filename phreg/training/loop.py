@@ -185,7 +185,7 @@ def train(  # noqa: C901 (the loop reads straight down)
             if config.optim.clip_norm is not None:
                 nn.utils.clip_grad_norm_(trained.values(), config.optim.clip_norm)
             optim.step()
-            optim.zero_grad(set_to_none=True)
+            optim.zero_grad()
             if average is not None:
                 average.update()
 

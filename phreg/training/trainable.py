@@ -130,7 +130,7 @@ def freeze_unused(
     unused = [name for name, parameter in trained.items() if parameter.grad is None]
     for name in unused:
         trained[name].requires_grad_(False)
-    task.student.zero_grad(set_to_none=True)
+    task.student.zero_grad()
     if unused:
         logger.info(
             "the loss does not reach %d unlocked tensors, which stay frozen: %s",

@@ -14,7 +14,13 @@ from phreg.backbones.resolve import adapt
 from phreg.config import LoraConfig, UnlockConfig
 from phreg.registers import add_registers, initial_registers
 from phreg.sinks.locate import Sinks, Unit, find_sinks
-from phreg.sinks.relocation import Relocation, assign_registers, mean_patch, starting_tokens
+from phreg.sinks.relocation import (
+    Relocation,
+    add_starting_registers,
+    assign_registers,
+    mean_patch,
+    starting_tokens,
+)
 from phreg.sinks.units import UnitActivations
 from phreg.training.trainable import merge_lora, unlock
 
@@ -106,6 +112,31 @@ def test_the_mean_patch_is_the_mean_of_what_enters_the_first_block(patched):
     model = patched.model
     embedded = model.patch_embed(images) + model.pos_embed[:, -16:]
     assert torch.allclose(mean_patch(patched, images.split(3)), embedded.mean((0, 1)), atol=1e-6)
+
+
+BATCHES = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(1)).split(2)
+
+
+@pytest.mark.parametrize("init", ["triggers", "mean-patch", "randn", "trunc-normal", "zeros"])
+@pytest.mark.parametrize("known", [True, False])
+def test_registers_start_as_asked_and_near_the_mean_patch_where_no_trigger_is_known(tiny, init, known):
+    backbone = adapt(tiny())
+    mean = mean_patch(backbone, BATCHES)
+    found = replace(sinks((1, 5, 10.0)), triggers=(torch.full((1, 32), 7.0),)) if known else None
+    add_starting_registers(backbone, found, BATCHES, 2, init, seed=3)
+    if init in ("triggers", "mean-patch"):
+        expected = mean + initial_registers(2, 32, "randn", seed=3) / 10
+    else:
+        expected = initial_registers(2, 32, init, seed=3)
+    if init == "triggers" and known:
+        expected[0] = 7.0
+    assert torch.allclose(backbone.registers[0], expected, atol=1e-6)
+
+
+def test_no_registers_are_added_where_none_are_asked_for(tiny):
+    backbone = adapt(tiny())
+    add_starting_registers(backbone, sinks((1, 5, 10.0)), BATCHES, 0, "triggers", seed=3)
+    assert backbone.num_registers == 0
 
 
 def test_a_register_is_asked_for_the_units_of_its_own_cluster_and_patches_for_none_of_any(patched):

@@ -289,7 +289,11 @@ def test_a_checkpoint_is_written_every_so_many_steps_and_at_the_end(distilled, t
         4: ["step-000002"],
         5: ["step-000002", "step-000004"],
     }
-    assert [state.name for state in RunFolder(tmp_path / "run").states] == ["step-000004", "step-000005"]
+    states = RunFolder(tmp_path / "run").states
+    assert [state.name for state in states] == ["step-000004", "step-000005"]
+    told = json.loads((states[1] / "state.json").read_text())
+    assert told["step"] == 5
+    assert told["facts"] == {"processes": 1, "images": COUNT, "precision": "no"}
 
 
 @pytest.mark.parametrize("weight", [0.5, 2.0])

@@ -76,7 +76,7 @@ def test_without_a_margin_images_are_seen_and_taught_whole(tiny):
 
 
 def test_the_target_is_the_teachers_of_the_images_with_their_context(tiny):
-    task = task_of(adapt(tiny()), count=4, max_shift=0.25, fill="surroundings", margin=(8, 8))
+    task = task_of(adapt(tiny()), count=4, max_shift=0.25, fill="context", margin=(8, 8))
     target = task.target(images(48), generator(3))
     expected = task.teacher(images(48), generator(3), (8, 8))
     assert torch.equal(target.patches, expected.patches)
