@@ -109,4 +109,4 @@ def test_a_write_that_fails_during_a_run_says_how_to_go_on(tmp_path, monkeypatch
     assert [path.name for path in run.states] == ["step-000001"]
     with pytest.raises(CheckpointError, match="choose another --output") as error:
         checkpoint.start_run(tmp_path / "other", resolve(None, {}), resume=False)
-    assert "--resume" not in str(told.value), "there is nothing to go on with"
+    assert "--resume" not in str(error.value), "there is nothing to go on with"
