@@ -161,7 +161,7 @@ class DriftFigures(Part):
     min: float
 
 
-class Figures(Part):
+class RecordedFigures(Part):
     """Figures before and after, as `phreg.evaluation.before_after` writes them and lays them out."""
 
     images: int
@@ -192,7 +192,7 @@ class RunSummary(Part):
     outcome: Outcome | None = None
     sinks: dict[str, Any] | None = None
     gates: Gates | None = None
-    figures: Figures | None = None
+    figures: RecordedFigures | None = None
 
     def setting(self, key: str) -> Any:
         """Looks up a setting by its dotted key; None where the run has none such."""

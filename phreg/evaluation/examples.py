@@ -12,7 +12,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 
-class Box(NamedTuple):
+class LabelledBox(NamedTuple):
     """A box on a picture."""
 
     sides: Float[Tensor, " 4"]
@@ -45,7 +45,7 @@ class Panel:
 
     image: UInt8[np.ndarray, "height width 3"] | Float[Tensor, "rows cols"]
     title: str = ""
-    boxes: Sequence[Box] = ()
+    boxes: Sequence[LabelledBox] = ()
     marks: Sequence[Mark] = ()
 
 

@@ -24,7 +24,7 @@ from phreg.formats.load import open_model, record_of
 from phreg.record import RunRecord, RunSummary
 
 Model = str | os.PathLike[str] | nn.Module
-Fit = Literal["whole", "tower", "no", "unknown"]
+Fits = Literal["whole", "tower", "no", "unknown"]
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Shown:
     tensors: int
     num_bytes: int
     versions: Mapping[str, str]
-    fits: Fit
+    fits: Fits
 
     def to_json(self) -> dict[str, Any]:
         """The same as JSON."""
@@ -130,7 +130,7 @@ def _count(folder: Path) -> tuple[int, int]:
     return tensors, num_bytes
 
 
-def _fits(record: RunRecord, base: Model | None) -> Fit:
+def _fits(record: RunRecord, base: Model | None) -> Fits:
     if not needs_base(record.format):
         return "unknown"
     at_hand = _at_hand(base_of(record)) if base is None else (base, None)

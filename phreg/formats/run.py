@@ -7,7 +7,7 @@ from phreg.config import DistillConfig
 from phreg.evaluation.before_after import Comparison, failed_gates
 from phreg.formats.adapter import describe_tower, save_adapter
 from phreg.formats.card import model_card
-from phreg.record import Base, Figures, Gates, Outcome, RunSummary
+from phreg.record import Base, Gates, Outcome, RecordedFigures, RunSummary
 from phreg.sinks.locate import Sinks
 from phreg.training.checkpoint import RunFolder, writing_run
 
@@ -37,7 +37,7 @@ def save_run(
         outcome=outcome,
         sinks=sinks.to_json() if sinks else None,
         gates=Gates(passed=not failures if comparison else None, failures=failures),
-        figures=Figures.model_validate(comparison.to_json()) if comparison else None,
+        figures=RecordedFigures.model_validate(comparison.to_json()) if comparison else None,
     )
     tower = describe_tower(original)
     with writing_run(run):

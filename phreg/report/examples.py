@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor
 
-from phreg.evaluation.examples import Box, Example, Panel
+from phreg.evaluation.examples import Example, LabelledBox, Panel
 from phreg.evaluation.results import ADVICE
 from phreg.report.canvas import COLOURS, FONT_SIZE, INK, legend_above, panels, save_png, wrapped
 from phreg.storage import writing
@@ -75,7 +75,7 @@ def _draw(axes: Axes, panel: Panel, title: str) -> None:
     axes.set_title(wrapped(title, LINE_LENGTH), color=INK, fontsize=FONT_SIZE)
 
 
-def _draw_box(axes: Axes, box: Box) -> None:
+def _draw_box(axes: Axes, box: LabelledBox) -> None:
     left, top, right, bottom = box.sides.tolist()
     place = (left - 0.5, top - 0.5)  # the middle of a pixel is at a whole number
     look = {"fill": False, "color": FOUND if box.found else TRUE, "lw": 2, "label": box.label}

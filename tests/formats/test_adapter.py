@@ -1,6 +1,7 @@
 """An adapter goes onto the weights that it was made for, and onto no others."""
 
 import copy
+import json
 import re
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from families_timm import FAMILIES
 from safetensors.torch import load_file, save_file
 
+from phreg import api
 from phreg.backbones.resolve import Base, adapt, weights_sha256
 from phreg.errors import LoadError
 from phreg.formats import adapter
@@ -211,3 +213,78 @@ def test_a_file_that_is_cut_short_is_refused(tmp_path):
     file.write_bytes(file.read_bytes()[:-8])
     with pytest.raises(LoadError, match=r"cannot read .*adapter\.safetensors as safetensors"):
         read_tensors(file)
+
+
+# -- by phreg.load ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def trained(tmp_path, tiny):
+    """An adapter of a trained-looking patched model, its folder and the patched model."""
+    backbone = adapt(tiny())
+    base_state = {name: tensor.clone() for name, tensor in backbone.disk_state().items()}
+    base = Base("instance", "timm", None, weights_sha256(base_state))
+    add_registers(backbone, 3)
+    with torch.no_grad():
+        backbone.model.blocks[-1].mlp.fc1.weight.mul_(1.5)
+        backbone.model.pos_embed.add_(0.1)
+    folder = tmp_path / "adapter"
+    save_adapter(folder, backbone, base, base_state, None, lambda record: "# card")
+    return folder, backbone
+
+
+def test_an_adapter_holds_only_what_changed_and_gives_the_patched_model_back_exactly(trained, tiny):
+    folder, patched = trained
+    names = set(load_file(folder / "adapter.safetensors"))
+    assert "blocks.2.mlp.fc1.weight" in names
+    assert "reg_token" in names
+    assert "blocks.0.mlp.fc1.weight" not in names
+    loaded = api.load(folder, into=tiny())
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.equal(loaded(images), patched.model(images))
+
+
+def test_whoever_may_read_a_new_file_may_read_an_adapter(trained, tmp_path):
+    (tmp_path / "new").touch()
+    assert (trained[0] / "adapter.safetensors").stat().st_mode == (tmp_path / "new").stat().st_mode
+
+
+def test_an_adapter_on_another_base_is_refused_with_both_hashes(trained, tiny):
+    folder, _ = trained
+    other = tiny()
+    with torch.no_grad():
+        other.blocks[0].mlp.fc1.weight[0, 0] += 1e-6
+    with pytest.raises(LoadError, match="sha256"):
+        api.load(folder, into=other)
+    assert other.reg_token is None, "a refused base stays as it was"
+
+
+def test_an_adapter_made_from_an_instance_says_how_to_load_it(trained):
+    with pytest.raises(LoadError, match="into=model"):
+        api.load(trained[0])
+
+
+@pytest.mark.parametrize("damage", ["truncate", "nan", "shape", "extra", "newer", "not-json"])
+def test_a_tampered_adapter_is_one_clear_error_and_changes_nothing(trained, tiny, damage):
+    folder, _ = trained
+    weights, description = folder / "adapter.safetensors", folder / "phreg.json"
+    tensors = load_file(weights)
+    if damage == "truncate":
+        weights.write_bytes(weights.read_bytes()[:-100])
+    elif damage == "nan":
+        tensors["reg_token"][0, 0, 0] = float("nan")
+        save_file(tensors, weights)
+    elif damage == "shape":
+        tensors["reg_token"] = tensors["reg_token"][:, :, :5].contiguous()
+        save_file(tensors, weights)
+    elif damage == "extra":
+        save_file(tensors | {"intruder": torch.zeros(1)}, weights)
+    elif damage == "newer":
+        description.write_text(json.dumps(json.loads(description.read_text()) | {"format_version": 99}))
+    else:
+        description.write_text("{")
+    model = tiny()
+    before = model(torch.ones(1, 3, 32, 32))
+    with pytest.raises(LoadError):
+        api.load(folder, into=model)
+    assert torch.equal(model(torch.ones(1, 3, 32, 32)), before)

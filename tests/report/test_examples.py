@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from phreg.evaluation.examples import Box, Example, Mark, Panel
+from phreg.evaluation.examples import Example, LabelledBox, Mark, Panel
 from phreg.report.canvas import png
 from phreg.report.examples import FOUND, TRUE, examples_figure, write_examples
 
@@ -12,9 +12,9 @@ MAPS = ("degree", "similarity")
 def example(seed: int) -> Example:
     picture = np.full((32, 40, 3), 90, dtype=np.uint8)
     boxes = [
-        Box(torch.tensor([0.0, 0, 8, 8]), "true box", found=False),
-        Box(torch.tensor([8.0, 8, 16, 24]), "true box", found=False),
-        Box(torch.tensor([8.0, 8, 24, 32]), "box found", found=True),
+        LabelledBox(torch.tensor([0.0, 0, 8, 8]), "true box", found=False),
+        LabelledBox(torch.tensor([8.0, 8, 16, 24]), "true box", found=False),
+        LabelledBox(torch.tensor([8.0, 8, 24, 32]), "box found", found=True),
     ]
     generator = torch.Generator().manual_seed(seed)
     maps = [Panel(torch.randn(4, 5, generator=generator), name, marks=[Mark(1, 3, "seed")]) for name in MAPS]

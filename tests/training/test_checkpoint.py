@@ -5,11 +5,8 @@ import pytest
 import torch
 
 from phreg import api
-from phreg.backbones.resolve import Base, adapt, weights_sha256
-from phreg.errors import CheckpointError, LoadError
-from phreg.formats.adapter import save_adapter
+from phreg.errors import CheckpointError
 from phreg.methods import resolve
-from phreg.registers import add_registers
 from phreg.training import checkpoint
 from phreg.training.checkpoint import RunFolder
 
@@ -113,79 +110,3 @@ def test_a_write_that_fails_during_a_run_says_how_to_go_on(tmp_path, monkeypatch
     with pytest.raises(CheckpointError, match="choose another --output") as error:
         checkpoint.start_run(tmp_path / "other", resolve(None, {}), resume=False)
     assert "--resume" not in str(error.value), "there is nothing to go on with"
-
-
-@pytest.fixture
-def adapter(tmp_path, tiny):
-    """An adapter of a trained-looking patched model, its folder and the patched model."""
-    backbone = adapt(tiny())
-    base_state = {name: tensor.clone() for name, tensor in backbone.disk_state().items()}
-    base = Base("instance", "timm", None, weights_sha256(base_state))
-    add_registers(backbone, 3)
-    with torch.no_grad():
-        backbone.model.blocks[-1].mlp.fc1.weight.mul_(1.5)
-        backbone.model.pos_embed.add_(0.1)
-    folder = tmp_path / "adapter"
-    save_adapter(folder, backbone, base, base_state, None, lambda record: "# card")
-    return folder, backbone
-
-
-def test_an_adapter_holds_only_what_changed_and_gives_the_patched_model_back_exactly(adapter, tiny):
-    from safetensors.torch import load_file
-
-    folder, patched = adapter
-    names = set(load_file(folder / "adapter.safetensors"))
-    assert "blocks.2.mlp.fc1.weight" in names
-    assert "reg_token" in names
-    assert "blocks.0.mlp.fc1.weight" not in names
-    loaded = api.load(folder, into=tiny())
-    images = torch.randn(2, 3, 32, 32)
-    assert torch.equal(loaded(images), patched.model(images))
-
-
-def test_whoever_may_read_a_new_file_may_read_an_adapter(adapter, tmp_path):
-    (tmp_path / "new").touch()
-    assert (adapter[0] / "adapter.safetensors").stat().st_mode == (tmp_path / "new").stat().st_mode
-
-
-def test_an_adapter_on_another_base_is_refused_with_both_hashes(adapter, tiny):
-    folder, _ = adapter
-    other = tiny()
-    with torch.no_grad():
-        other.blocks[0].mlp.fc1.weight[0, 0] += 1e-6
-    with pytest.raises(LoadError, match="sha256"):
-        api.load(folder, into=other)
-    assert other.reg_token is None, "a refused base stays as it was"
-
-
-def test_an_adapter_made_from_an_instance_says_how_to_load_it(adapter):
-    with pytest.raises(LoadError, match="into=model"):
-        api.load(adapter[0])
-
-
-@pytest.mark.parametrize("damage", ["truncate", "nan", "shape", "extra", "newer", "not-json"])
-def test_a_tampered_adapter_is_one_clear_error_and_changes_nothing(adapter, tiny, damage):
-    from safetensors.torch import load_file, save_file
-
-    folder, _ = adapter
-    weights, description = folder / "adapter.safetensors", folder / "phreg.json"
-    tensors = load_file(weights)
-    if damage == "truncate":
-        weights.write_bytes(weights.read_bytes()[:-100])
-    elif damage == "nan":
-        tensors["reg_token"][0, 0, 0] = float("nan")
-        save_file(tensors, weights)
-    elif damage == "shape":
-        tensors["reg_token"] = tensors["reg_token"][:, :, :5].contiguous()
-        save_file(tensors, weights)
-    elif damage == "extra":
-        save_file(tensors | {"intruder": torch.zeros(1)}, weights)
-    elif damage == "newer":
-        description.write_text(json.dumps(json.loads(description.read_text()) | {"format_version": 99}))
-    else:
-        description.write_text("{")
-    model = tiny()
-    before = model(torch.ones(1, 3, 32, 32))
-    with pytest.raises(LoadError):
-        api.load(folder, into=model)
-    assert torch.equal(model(torch.ones(1, 3, 32, 32)), before)

@@ -31,7 +31,7 @@ from phreg.evaluation.artifacts import artifact_places
 from phreg.evaluation.datasets.boxed_images import Boxed, Choice
 from phreg.evaluation.datasets.boxes import open_boxed
 from phreg.evaluation.dense import Placement
-from phreg.evaluation.examples import Box, Example, Mark, Panel
+from phreg.evaluation.examples import Example, LabelledBox, Mark, Panel
 from phreg.evaluation.features import FeatureReader, Reading
 from phreg.evaluation.metrics.scores import is_localised
 from phreg.evaluation.record import Metrics, MetricSpec
@@ -173,7 +173,10 @@ def _example(
     box: Float[Tensor, " 4"],
     discovery: Discovery,
 ) -> Example:
-    boxes = [*(Box(sides, "true box", found=False) for sides in truth), Box(box, "box found", found=True)]
+    boxes = [
+        *(LabelledBox(sides, "true box", found=False) for sides in truth),
+        LabelledBox(box, "box found", found=True),
+    ]
     seed = Mark(*discovery.seed, "patch it was grown from")
     maps = [Panel(step, title, marks=[seed]) for title, step in discovery.maps.items()]
     return [Panel(picture, boxes=boxes), *maps]

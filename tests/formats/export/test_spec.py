@@ -50,7 +50,7 @@ def test_a_format_that_is_added_is_exported_measured_and_loaded(plain, tmp_path)
     names = {"plain.safetensors", "registers.json", "read.lua", "phreg_export.json"}
     assert {path.name for path in (tmp_path / "out").iterdir()} == names
     assert torch.equal(phreg.load(tmp_path / "out")(IMAGES), model(IMAGES))
-    shown = phreg.show(tmp_path / "out")
+    shown = phreg.info(tmp_path / "out")
     assert (shown.format, shown.registers, shown.fits) == ("plain", 3, "unknown")
     assert [claimed for _, claimed in shown.sizes] == [True] * 3
 
@@ -121,7 +121,7 @@ def test_the_command_line_takes_it_and_says_what_loads_it(tmp_path):
 
 def test_showing_an_export_imports_no_model_library():
     code = (
-        "import sys, phreg; phreg.show(sys.argv[1]); "
+        "import sys, phreg; phreg.info(sys.argv[1]); "
         "print([name for name in ('timm', 'transformers', 'open_clip') if name in sys.modules])"
     )
     export = ROOT / "tests" / "golden" / "0.1" / "vit" / "timm"
