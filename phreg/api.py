@@ -299,7 +299,8 @@ def _train(
     teacher = Teacher(original, config.views, config.target, bf16=bf16)
     terms = [*distillation_terms(config.loss), *terms]
     task = RetrofitTask(student, teacher, terms, config.target, run.margin)
-    validator = Validator(original, held_out, config.target) if held_out else None
+    keep_best = held_out is not None and config.measure.keep_best
+    validator = Validator(original, held_out, config.target) if keep_best else None
     return train(task, run.crops, config, run.folder, run.accelerator, observe, validator)
 
 

@@ -226,9 +226,9 @@ class MeasureConfig(Config):
     every: PositiveInt | None = None
     """Steps between measurements on these images during training. Unset means a sixteenth of the run, and at
     least 10 steps."""
-    keep_best: bool = True
-    """Hand out the state that measured best during training, or the original model if none is better than
-    it. Off, the last state is handed out, and a run that makes the model worse says so early."""
+    keep_best: bool = False
+    """Measure during training too, and hand out the state that measured best, or the original model if none
+    is better than it. Off, the last state is handed out."""
 
 
 class DistillConfig(Config):
@@ -249,10 +249,10 @@ class DistillConfig(Config):
     """Train even if there is nothing to repair."""
     registers: Annotated[int, Field(ge=0)] = 4
     """Register tokens to add. 0 distils without registers (an ablation)."""
-    register_init: Literal["triggers", "mean-patch", "randn", "trunc-normal", "zeros"] = "triggers"
-    """Initial values of the registers. triggers: the tokens that trigger the sinks; registers without a sink
-    start as mean-patch. mean-patch: the mean of all patch tokens that enter the blocks, which changes the
-    model least. randn: a normal distribution of std 1 / sqrt(width). trunc-normal: a truncated one of std
+    register_init: Literal["triggers", "neutral", "randn", "trunc-normal", "zeros"] = "triggers"
+    """Initial values of the registers. triggers: the tokens that trigger the sinks, or randn without a sink.
+    neutral: the same, but without a sink the mean of all patch tokens that enter the blocks, which changes
+    the model least. randn: a normal distribution of std 1 / sqrt(width). trunc-normal: a truncated one of std
     0.02. zeros: zeros."""
     steps: PositiveInt | None = None
     """Optimizer steps. Unset means that epochs decides."""

@@ -24,7 +24,6 @@ DINOV2: dict[str, Any] = {
     "loss.pooled": 0.0,
     "unlock.roles": ("pos_embed", "patch_embed", "block.-1"),
     "optim.final_lr": 5e-6,
-    "measure.keep_best": False,
     "optim.schedule": "exponential",
     "optim.schedule_unit": "epoch",
 }

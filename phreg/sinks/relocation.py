@@ -78,19 +78,31 @@ def mean_patch(backbone: Backbone, batches: Iterable[Float[Tensor, "_ 3 _ _"]]) 
     return (torch.stack([total for total, _ in sums]).sum(0) / sum(count for _, count in sums)).float()
 
 
-def starting_tokens(
+def starting_tokens(sinks: Sinks, num_registers: int, seed: int) -> Float[Tensor, "registers width"]:
+    """Starts registers from triggers of their clusters, the most frequent first; at random without a cluster.
+
+    A register of several clusters starts at the mean of their triggers.
+    """
+    return _with_triggers(initial_registers(num_registers, sinks.triggers[0].shape[1], seed=seed), sinks)
+
+
+def neutral_tokens(
     sinks: Sinks | None, mean: Float[Tensor, " width"], num_registers: int, seed: int
 ) -> Float[Tensor, "registers width"]:
-    """Starts registers from triggers of their clusters, the most frequent first.
+    """Starts registers as `starting_tokens` does, and those without a cluster at the mean patch token.
 
-    A register of several clusters starts at the mean of their triggers. One without a cluster starts at the
-    mean patch token, and a little beside it, so that no two are alike.
+    These lie a little beside it, so that no two are alike.
     """
     tokens = mean + BESIDE * initial_registers(num_registers, len(mean), seed=seed)
-    if sinks is None:
-        return tokens
+    return tokens if sinks is None else _with_triggers(tokens, sinks)
+
+
+def _with_triggers(
+    tokens: Float[Tensor, "registers width"], sinks: Sinks
+) -> Float[Tensor, "registers width"]:
+    """Replaces the tokens of registers that have a cluster by its triggers."""
     unused = [iter(own) for own in sinks.triggers]
-    assigned = assign_registers(num_registers, [len(own) for own in sinks.triggers])
+    assigned = assign_registers(len(tokens), [len(own) for own in sinks.triggers])
     for register, clusters in enumerate(assigned):
         if clusters:
             tokens[register] = torch.stack([next(unused[cluster]) for cluster in clusters]).mean(0)
@@ -102,7 +114,7 @@ def add_starting_registers(
     sinks: Sinks | None,
     batches: Iterable[Float[Tensor, "_ 3 _ _"]],
     count: int,
-    init: Literal["triggers", "mean-patch", "randn", "trunc-normal", "zeros"],
+    init: Literal["triggers", "neutral", "randn", "trunc-normal", "zeros"],
     seed: int,
 ) -> None:
     """Adds registers that start as `init` says.
@@ -112,14 +124,17 @@ def add_starting_registers(
         sinks: Its sinks, where they are known.
         batches: Normalised images, for the mean patch token.
         count: Registers.
-        init: How they start. From triggers, those without a sink start as with `mean-patch`.
+        init: How they start. From triggers, those without a sink start at random.
         seed: Seed of what is random.
     """
-    if init not in ("triggers", "mean-patch"):
+    if init == "triggers" and sinks is None:
+        init = "randn"
+    if init not in ("triggers", "neutral"):
         add_registers(student, count, init, seed)
+    elif count and init == "triggers" and sinks is not None:
+        student.insert_registers(starting_tokens(sinks, count, seed))
     elif count:
-        known = sinks if init == "triggers" else None
-        student.insert_registers(starting_tokens(known, mean_patch(student, batches), count, seed))
+        student.insert_registers(neutral_tokens(sinks, mean_patch(student, batches), count, seed))
 
 
 class Relocation:

@@ -128,7 +128,7 @@ def train(  # noqa: C901 (the loop reads straight down)
     if average is not None:
         saved_tensors |= {f"ema.{name}": value for name, value in average.average.items()}
     best = None
-    if validator is not None and config.measure.keep_best:
+    if validator is not None:
         best = BestState(trained, validator.original, config.checks.drift)
         saved_tensors |= best.tensors
     every = config.measure.every or max(10, steps // 16)

@@ -19,6 +19,7 @@ from phreg.sinks.relocation import (
     add_starting_registers,
     assign_registers,
     mean_patch,
+    neutral_tokens,
     starting_tokens,
 )
 from phreg.sinks.units import UnitActivations
@@ -94,15 +95,15 @@ def test_clusters_are_assigned_in_turn_and_each_as_often_as_an_image_has_it(regi
     assert assign_registers(registers, an_image) == assigned
 
 
-def test_registers_start_from_triggers_the_most_frequent_first_and_free_ones_near_the_mean():
+def test_registers_start_from_triggers_the_most_frequent_first_and_free_ones_as_asked():
     two, mean = sinks((1, 5, 10.0, 0), (1, 6, 10.0, 1)), torch.full((32,), 100.0)
     # Cluster 0 has triggers 0 and 1, cluster 1 has 10, 11 and 12.
-    tokens = starting_tokens(two, mean, 7, seed=3)
-    assert tokens[:5, 0].tolist() == [0, 10, 1, 11, 12]
-    noise = (tokens[5:] - 100) * 10
-    assert torch.allclose(noise, initial_registers(7, 32, seed=3)[5:], atol=1e-4)
-    assert starting_tokens(two, mean, 1, seed=3)[:, 0].tolist() == [5], "halfway between the first of both"
-    assert (starting_tokens(None, mean, 3, seed=3) - 100).abs().max() < 0.1
+    tokens, neutral = starting_tokens(two, 7, seed=3), neutral_tokens(two, mean, 7, seed=3)
+    assert tokens[:5, 0].tolist() == neutral[:5, 0].tolist() == [0, 10, 1, 11, 12]
+    assert torch.equal(tokens[5:], initial_registers(7, 32, seed=3)[5:])
+    assert torch.allclose((neutral[5:] - 100) * 10, initial_registers(7, 32, seed=3)[5:], atol=1e-4)
+    assert starting_tokens(two, 1, seed=3)[:, 0].tolist() == [5], "halfway between the first of both"
+    assert (neutral_tokens(None, mean, 3, seed=3) - 100).abs().max() < 0.1
 
 
 def test_the_mean_patch_is_the_mean_of_what_enters_the_first_block(patched):
@@ -117,18 +118,18 @@ def test_the_mean_patch_is_the_mean_of_what_enters_the_first_block(patched):
 BATCHES = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(1)).split(2)
 
 
-@pytest.mark.parametrize("init", ["triggers", "mean-patch", "randn", "trunc-normal", "zeros"])
+@pytest.mark.parametrize("init", ["triggers", "neutral", "randn", "trunc-normal", "zeros"])
 @pytest.mark.parametrize("known", [True, False])
-def test_registers_start_as_asked_and_near_the_mean_patch_where_no_trigger_is_known(tiny, init, known):
+def test_registers_start_as_asked_where_triggers_are_known_and_where_not(tiny, init, known):
     backbone = adapt(tiny())
     mean = mean_patch(backbone, BATCHES)
     found = replace(sinks((1, 5, 10.0)), triggers=(torch.full((1, 32), 7.0),)) if known else None
     add_starting_registers(backbone, found, BATCHES, 2, init, seed=3)
-    if init in ("triggers", "mean-patch"):
+    if init == "neutral":
         expected = mean + initial_registers(2, 32, "randn", seed=3) / 10
     else:
-        expected = initial_registers(2, 32, init, seed=3)
-    if init == "triggers" and known:
+        expected = initial_registers(2, 32, "randn" if init == "triggers" else init, seed=3)
+    if init in ("triggers", "neutral") and known:
         expected[0] = 7.0
     assert torch.allclose(backbone.registers[0], expected, atol=1e-6)
 
@@ -193,7 +194,7 @@ def test_a_unit_counts_as_held_from_half_its_level_by_any_one_register(patched):
 
 
 def test_registers_of_a_single_cluster_start_from_its_triggers():
-    assert starting_tokens(sinks((1, 5, 10.0)), torch.zeros(32), 2, seed=3)[:, 0].tolist() == [0, 1]
+    assert starting_tokens(sinks((1, 5, 10.0)), 2, seed=3)[:, 0].tolist() == [0, 1]
 
 
 def test_gradients_reach_the_registers_and_the_units_rows_and_no_other_rows(patched):
@@ -292,7 +293,7 @@ def test_the_loss_is_in_fp32_whatever_the_model_runs_in(patched, dtype, part):
 def test_training_moves_the_demonstrations_sinks_into_registers_and_keeps_them_there():
     backbone, images = adapt(demo.demo_model()), photographs(every=12)
     found = find_sinks(backbone, images.split(8))
-    backbone.insert_registers(starting_tokens(found, mean_patch(backbone, images.split(8)), 2, seed=0))
+    backbone.insert_registers(starting_tokens(found, 2, seed=0))
     relocation = Relocation(backbone, found)
     rows = backbone.model.blocks[demo.SINK_BLOCK].mlp.fc1
     optimizer = torch.optim.Adam(
@@ -333,7 +334,7 @@ def test_a_real_sink_moves_into_a_register_however_many_there_are(real_model, re
     source = open_images(real_data / "imagenet_samples")
     (images,) = centre_crops(backbone, Subset(source, range(8)), 224)
     found = find_sinks(backbone, [images])
-    backbone.insert_registers(starting_tokens(found, mean_patch(backbone, [images]), registers, seed=0))
+    backbone.insert_registers(starting_tokens(found, registers, seed=0))
     relocation = Relocation(backbone, found)
     optimizer = torch.optim.AdamW(backbone.parameters(), lr=1e-4)
     for _ in range(10):
