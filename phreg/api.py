@@ -299,8 +299,9 @@ def _train(
     teacher = Teacher(original, config.views, config.target, bf16=bf16)
     terms = [*distillation_terms(config.loss), *terms]
     task = RetrofitTask(student, teacher, terms, config.target, run.margin)
-    keep_best = held_out is not None and config.measure.keep_best
-    validator = Validator(original, held_out, config.target) if keep_best else None
+    validator = None
+    if held_out is not None and config.measure.keep_best:
+        validator = Validator(original, held_out, config.target)
     return train(task, run.crops, config, run.folder, run.accelerator, observe, validator)
 
 

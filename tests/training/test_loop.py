@@ -126,6 +126,44 @@ def test_sinks_that_end_up_in_no_register_are_named(tiny, photos, tmp_path, sink
     assert "no register took over hidden units 1:5" in caplog.text
 
 
+KEEP_BEST = {"images": 4, "views": 4, "every": 2, "keep_best": True}
+
+
+def test_a_run_that_only_damages_hands_out_the_original(tiny, photos, tmp_path):
+    model = tiny()
+    result = run(model, photos, tmp_path / "run", measure=KEEP_BEST, optim={"lr": 1.0}, steps=6)
+    assert result.outcome.best_step == 0
+    assert equal(model.state_dict(), tiny().state_dict()), "registers are gone too"
+    assert not (tmp_path / "run" / "model").exists()
+
+
+def test_the_best_state_is_kept_and_a_resumed_run_keeps_the_same(tiny, photos, tmp_path, monkeypatch):
+    settings = {"measure": KEEP_BEST, "optim": {"trust_region": True, "lr": 1e-2, "max_movement": 1e-4}}
+    settings |= {"steps": 8, "checkpoint_every": 3}
+    straight = run(tiny(), photos, tmp_path / "straight", **settings)
+    lines = [json.loads(line) for line in (tmp_path / "straight" / "log.jsonl").read_text().splitlines()]
+    measured = {line["step"]: line["held_out"]["agreement"] for line in lines if "held_out" in line}
+    assert measured.keys() == {2, 4, 6, 8}
+    assert straight.outcome.best_step == max(measured, key=measured.__getitem__)
+    assert straight.comparison.agreement[1].mean == pytest.approx(max(measured.values()), abs=1e-5)
+
+    monkeypatch.setattr(trainer.StepLogger, "write", stopping_at(5, trainer.StepLogger.write))
+    with pytest.raises(Interrupted):
+        run(tiny(), photos, tmp_path / "resumed", **settings)
+    monkeypatch.undo()
+    run(tiny(), photos, tmp_path / "resumed", resume=True, **settings)
+    assert equal(weights(tmp_path / "resumed"), weights(tmp_path / "straight"))
+
+
+def stopping_at(step, write):
+    """Writes log lines as before, and asks to stop after one step's."""
+
+    def writing(self, metrics):
+        return write(self, metrics) or metrics.step == step
+
+    return writing
+
+
 def test_only_what_was_unlocked_changes(tiny, photos, tmp_path):
     run(tiny(), photos, tmp_path / "run", unlock={"roles": ["pos_embed"]})
     # cls_token: timm keeps the class position inside it once registers are there; it did not train.
