@@ -66,7 +66,7 @@ def mean_patch(backbone: Backbone, batches: Iterable[Float[Tensor, "_ 3 _ _"]]) 
     """Returns the mean of all patch tokens that enter the blocks, over images and positions, before any norm.
 
     Such a token draws the attention of an average patch and adds what an average patch adds. Copies of it
-    change a model less than random tokens do (benchmarks/methods).
+    change a model less than random tokens do.
     """
     entered: list[Tensor] = []
     sums = []

@@ -1,7 +1,7 @@
 """How large a step may be: learning rates from what a step does to the features, not to the weights.
 
 Adam's first step moves each weight by the learning rate, whatever the weight's scale. The same rate that is
-gentle on one model ruins another (benchmarks/methods, "Learning rates"). So a step is measured before
+gentle on one model ruins another. So a step is measured before
 training: the gradient's sign, times a rate, is what Adam's first step will be. Each role gets the rate at
 which its step alone moves the features by `max_movement`; then one factor on all rates makes their joint
 step do so.
