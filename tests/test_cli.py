@@ -272,7 +272,7 @@ def returning(value):
 
 def outcome(path):
     """What a run says that skipped a picture and failed a check."""
-    done = SimpleNamespace(images=3, steps=1, seconds=1.0, skipped=[f"{path}/1.png"])
+    done = SimpleNamespace(images=3, steps=1, seconds=1.0, skipped=[f"{path}/1.png"], best_step=None)
     norms = SimpleNamespace(outlier_rate=0.0)
     comparison = SimpleNamespace(rows=list, held_out=True, images=2, norms=(norms, norms))
     return SimpleNamespace(
