@@ -157,7 +157,8 @@ def distill(
                 student.set_input_size(run.size)
             student.trained_readout = config.target.student_readout
             terms = method.add(student, sinks, seen, config)
-            held_out = run.references(original, base) if len(run.measured_images) else None
+            # All processes choose the best state by them. Otherwise only the main one needs them, at the end.
+            held_out = run.references(original, base) if config.measure.keep_best else None
             outcome = UNTRAINED
             if method.trains:
                 outcome = _train(run, original, student, terms, held_out, observe)
@@ -266,8 +267,10 @@ class _Run:
         return Crops(self.train_images, self.size, self.config.seed, where, self.margin)
 
     def references(self, original: Backbone, base: Base) -> HeldOut | None:
-        """Makes what the model is measured against; None where no image is readable."""
-        logger.info("averaging %d held-out images over views", len(self.measured_images))
+        """Makes what the model is measured against; None where there is no image, or none is readable."""
+        if not len(self.measured_images):
+            return None
+        logger.info("averaging %d images to measure on over views", len(self.measured_images))
         images = self.read(original, self.measured_images, self.margin)
         return make_references(original, images, self.margin, self.config, base) if images else None
 
@@ -299,9 +302,7 @@ def _train(
     teacher = Teacher(original, config.views, config.target, bf16=bf16)
     terms = [*distillation_terms(config.loss), *terms]
     task = RetrofitTask(student, teacher, terms, config.target, run.margin)
-    validator = None
-    if held_out is not None and config.measure.keep_best:
-        validator = Validator(original, held_out, config.target)
+    validator = Validator(original, held_out, config.target) if held_out is not None else None
     return train(task, run.crops, config, run.folder, run.accelerator, observe, validator)
 
 
@@ -319,10 +320,12 @@ def _measure_and_save(
     before.restore_precision()
     to_fp32(student)  # rounded as it is handed out, and measured so
     comparison = None
-    if run.accelerator.is_main_process and held_out is not None:
-        logger.info("measuring before and after, then writing the report")
-        comparison = compare(original, student, held_out, config.target, held_out=run.held_out)
-        write_comparison(run.folder, student, original, base, config, sinks, comparison)
+    if run.accelerator.is_main_process:
+        held_out = held_out or run.references(original, base)
+        if held_out is not None:
+            logger.info("measuring before and after, then writing the report")
+            comparison = compare(original, student, held_out, config.target, held_out=run.held_out)
+            write_comparison(run.folder, student, original, base, config, sinks, comparison)
     before.restore_precision()
     before.restore_precision(original)
     if run.accelerator.is_main_process:

@@ -129,6 +129,24 @@ def test_sinks_that_end_up_in_no_register_are_named(tiny, photos, tmp_path, sink
 KEEP_BEST = {"images": 4, "views": 4, "every": 2, "keep_best": True}
 
 
+@pytest.mark.parametrize("keep_best", [False, True])
+def test_references_are_made_before_training_only_where_it_is_guided_by_them(
+    tiny, photos, tmp_path, monkeypatch, keep_best
+):
+    """They cost as much as many steps, and lie in memory: a run that is measured at its end has them then."""
+    order = []
+    for name in ("make_references", "train"):
+        called = getattr(api, name)
+
+        def noting(*args, name=name, called=called, **settings):
+            order.append(name)
+            return called(*args, **settings)
+
+        monkeypatch.setattr(api, name, noting)
+    run(tiny(), photos, tmp_path / "run", measure=KEEP_BEST | {"keep_best": keep_best})
+    assert order == (["make_references", "train"] if keep_best else ["train", "make_references"])
+
+
 def test_a_run_that_only_damages_hands_out_the_original(tiny, photos, tmp_path):
     model = tiny()
     result = run(model, photos, tmp_path / "run", measure=KEEP_BEST, optim={"lr": 1.0}, steps=6)
