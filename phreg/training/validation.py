@@ -9,18 +9,18 @@ the first state: where no later one agrees better and leaves the pooled output a
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn.functional import cosine_similarity
 
-from phreg.analysis.consistency import worst_percent
-from phreg.backbones.base import Backbone
+from phreg.backbones.base import Backbone, Readout
 from phreg.backbones.readout import use_readout
 from phreg.config import TargetConfig
 from phreg.evaluation.before_after import HeldOut
+from phreg.evaluation.metrics.agreement import Agreement, AgreementMeter, drift
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ class Measurement(NamedTuple):
 
     Attributes:
         agreement: Mean cosine of patch features to the references.
-        worst_percent: Mean over the worst 1 % of patches.
+        worst_percent: The cosine that 99 % of the patches reach.
         pooled: Mean cosine of the pooled output to the original's.
     """
 
@@ -49,7 +49,7 @@ class Measurement(NamedTuple):
 
 
 class Validator:
-    """Measures models on held-out images.
+    """Measures models on held-out images, in fp32 whatever precision they train in.
 
     Args:
         original: The model as it was.
@@ -59,40 +59,28 @@ class Validator:
 
     def __init__(self, original: Backbone, held_out: HeldOut, target: TargetConfig) -> None:
         self.held_out, self.target = held_out, target
-        self._pooled: list[Tensor] = []
-        features, self._pooled = self._read(original, target.teacher_readout)
-        self.original = self._measure(features, self._pooled)
+        agreement, self._pooled = self._read(original, target.teacher_readout)
+        self.original = Measurement(agreement.mean, agreement.worst_percent, pooled=1.0)
 
     def __call__(self, student: Backbone) -> Measurement:
         """Measures the student; its read-out is left as it was."""
-        return self._measure(*self._read(student, self.target.student_readout))
+        agreement, pooled = self._read(student, self.target.student_readout)
+        return Measurement(agreement.mean, agreement.worst_percent, drift(pooled, self._pooled).mean)
 
     @torch.no_grad()
-    def _read(self, backbone: Backbone, readout: str) -> tuple[list[Tensor], list[Tensor]]:
-        patches, pooled = [], []
-        for images in self.held_out.images:
-            with use_readout(backbone, readout):  # pyright: ignore
-                features = backbone(images, self.target.layer, self.target.norm)
+    def _read(self, backbone: Backbone, readout: Readout) -> tuple[Agreement, Float[Tensor, "images dim"]]:
+        """Returns a model's agreement with the references, and its pooled output plainly read."""
+        meter, pooled = AgreementMeter(), []
+        for images, reference in zip(self.held_out.images, self.held_out.references, strict=True):
+            with use_readout(backbone, readout):
+                # Not by calling the model: accelerate wraps the call of one that trains in autocast.
+                features = Backbone.forward(backbone, images, self.target.layer, self.target.norm)
+            meter.update(features.patches, reference)
             if readout != "plain":  # whose pooled output means nothing
                 with use_readout(backbone, "plain"):
                     features = features._replace(pooled=backbone.run(images))
-            patches.append(features.patches.float())
             pooled.append(features.pooled.float())
-        return patches, pooled
-
-    def _measure(self, patches: Sequence[Tensor], pooled: Sequence[Tensor]) -> Measurement:
-        cosines = torch.cat(
-            [
-                cosine_similarity(features, reference.to(features), dim=-1).flatten()
-                for features, reference in zip(patches, self.held_out.references, strict=True)
-            ]
-        )
-        drifts = torch.cat(
-            [cosine_similarity(new, old, dim=-1) for new, old in zip(pooled, self._pooled, strict=True)]
-        )
-        return Measurement(
-            float(cosines.double().mean()), worst_percent(cosines.cpu()), float(drifts.double().mean())
-        )
+        return meter.compute(), torch.cat(pooled)
 
 
 class BestState:
@@ -109,7 +97,7 @@ class BestState:
     def __init__(
         self, parameters: Mapping[str, nn.Parameter], original: Measurement, min_pooled: float
     ) -> None:
-        self.parameters, self.original, self.min_pooled = parameters, original, min_pooled
+        self.parameters, self.min_pooled = parameters, min_pooled
         self.weights = {name: parameter.detach().clone() for name, parameter in parameters.items()}
         # Step and agreement of the best state, and measurements in a row since training turned.
         self.figures = torch.tensor([0.0, original.agreement, 0.0], dtype=torch.float64)

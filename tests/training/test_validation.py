@@ -4,6 +4,8 @@ import math
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 
 from phreg.backbones.resolve import adapt
 from phreg.config import TargetConfig
@@ -89,6 +91,18 @@ def test_the_validator_measures_agreement_by_the_references_and_drift_by_the_ori
     turned = validator(student)
     assert turned.agreement == pytest.approx(-1 + 2 / 64, abs=1e-6)
     assert turned.pooled == pytest.approx(torch.cosine_similarity(student.run(images), pooled).mean().item())
+
+
+def test_a_student_that_trains_in_bf16_is_measured_in_fp32_as_the_original_is(tiny):
+    backbone, images = adapt(tiny()), torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        held_out = HeldOut([images], [backbone(images).patches], "")
+    validator = Validator(backbone, held_out, TargetConfig())
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+    accelerator.prepare_model(backbone)
+    assert backbone(images).patches.sub(held_out.references[0]).abs().max() > 1e-3, "bf16 shows"
+    assert validator(backbone) == validator.original == Measurement(*[pytest.approx(1, abs=1e-6)] * 3)
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.mark.parametrize(("agreement", "warns"), [(0.87, True), (0.89, False), (math.nan, True)])
