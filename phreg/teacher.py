@@ -16,7 +16,7 @@ from torch import Tensor
 from phreg.backbones.base import Backbone, Features
 from phreg.config import TargetConfig, ViewsConfig
 from phreg.errors import PhregError
-from phreg.views import context_margin, sample_views
+from phreg.views import aligned_sum, context_margin, sample_views
 
 logger = logging.getLogger(__name__)
 
@@ -115,9 +115,8 @@ class Teacher:
             total = count = 0
             for chunk in chunks:
                 features = self._forward(chunk.apply(images[part]))
-                aligned, seen = chunk.undo(features.patches)
-                total = total + (aligned * seen.unsqueeze(-1)).sum(1)
-                count = count + seen.sum(1)
+                summed, seen = aligned_sum(chunk, features.patches)
+                total, count = total + summed, count + seen
                 if chunk is chunks[0]:
                     pooled.append(features.pooled[:, 0])
             totals.append(total)

@@ -58,6 +58,18 @@ class ViewGroup(Protocol):
         ...
 
 
+def aligned_sum(
+    views: ViewGroup, grids: Float[Tensor, "batch views rows cols dim"]
+) -> tuple[Float[Tensor, "batch grid_rows grid_cols dim"], Int[Tensor, "batch grid_rows grid_cols"]]:
+    """Moves the views' token grids back and sums them over the views that saw each cell.
+
+    Returns:
+        The sums, and how many views saw each cell.
+    """
+    aligned, seen = views.undo(grids)
+    return (aligned * seen.unsqueeze(-1)).sum(1), seen.sum(1)
+
+
 @dataclass(frozen=True)
 class Views:
     """Exact views: whole-patch shifts and mirrorings.

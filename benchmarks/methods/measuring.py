@@ -36,7 +36,7 @@ from phreg.data.sources import SUFFIXES, open_images
 from phreg.evaluation.metrics.agreement import AgreementMeter, drift
 from phreg.methods import resolve
 from phreg.seeding import keyed_generator
-from phreg.views import Views, sample_views
+from phreg.views import Views, aligned_sum, sample_views
 
 MEASURED = 5
 """Images whose number is a multiple of this are measured on, and never trained on."""
@@ -106,9 +106,8 @@ def average(
     for first in range(0, views.count, at_once):
         part = views.part(slice(None), slice(first, first + at_once))
         seen_by = backbone(part.apply(images).flatten(0, 1)).patches.float().unflatten(0, (len(images), -1))
-        aligned, seen = part.undo(seen_by)
-        total = total + (aligned * seen.unsqueeze(-1)).sum(1)
-        count = count + seen.sum(1)
+        summed, seen = aligned_sum(part, seen_by)
+        total, count = total + summed, count + seen
     return total / count.unsqueeze(-1)
 
 

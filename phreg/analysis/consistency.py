@@ -23,9 +23,10 @@ from torch.nn.functional import cosine_similarity, normalize
 
 from phreg.backbones.base import Backbone
 from phreg.config import ViewsConfig
+from phreg.data.crops import center_crop
 from phreg.errors import PhregError
 from phreg.seeding import keyed_generator
-from phreg.views import Views, context_margin, distinct_views
+from phreg.views import Views, aligned_sum, context_margin, distinct_views
 
 AT_ONCE = 16
 """Views in one forward pass."""
@@ -43,9 +44,9 @@ class ConsistencyReport:
 
     Attributes:
         mean: Agreement of the model with the average over all views, mean over all patches.
-        worst_percent: Mean over the worst 1 % of all patches.
+        worst_mean: Mean over the worst 1 % of all patches.
         floor: Agreement of two averages over disjoint halves of the views, mean over all patches.
-        floor_worst_percent: Mean over the worst 1 % of all patches.
+        floor_worst_mean: Mean over the worst 1 % of all patches.
         headroom: Mean over images of an image's floor less its agreement.
         headroom_error: Standard error of that mean; None where there is one image.
         frame_fixed: Share of the disagreement that is the same in all images: it belongs to the frame.
@@ -56,9 +57,9 @@ class ConsistencyReport:
     """
 
     mean: float
-    worst_percent: float
+    worst_mean: float
     floor: float
-    floor_worst_percent: float
+    floor_worst_mean: float
     headroom: float
     headroom_error: float | None
     frame_fixed: float
@@ -121,8 +122,7 @@ def consistency(
                 f"asked how a model agrees with its moved views; views.max_shift = {views.max_shift:g} "
                 f"allows {group.count} at {size[0]}x{size[1]} pixels, which cannot be halved; raise it"
             )
-        images = whole[..., margin[0] : margin[0] + size[0], margin[1] : margin[1] + size[1]]
-        features = backbone(images).patches.float()
+        features = backbone(center_crop(whole, margin)).patches.float()
         (first, seen_first), (second, seen_second) = (
             _sum(backbone, whole, group.part(slice(None), part))
             for part in (slice(0, drawn // 2), slice(drawn // 2, drawn))
@@ -140,9 +140,9 @@ def consistency(
     headroom = (floor - agreement).double().flatten(1).nanmean(1)
     return ConsistencyReport(
         mean=float(agreement.double().nanmean()),
-        worst_percent=worst_percent(agreement),
+        worst_mean=worst_mean(agreement),
         floor=float(floor.double().nanmean()),
-        floor_worst_percent=worst_percent(floor),
+        floor_worst_mean=worst_mean(floor),
         headroom=float(headroom.mean()),
         headroom_error=float(headroom.std() / len(headroom) ** 0.5) if len(headroom) > 1 else None,
         frame_fixed=float(
@@ -155,7 +155,7 @@ def consistency(
     )
 
 
-def worst_percent(cosines: Float[Tensor, "..."]) -> float:
+def worst_mean(cosines: Float[Tensor, "..."]) -> float:
     """Returns the mean of the lowest 1 % of all values that are numbers, at least one."""
     values = cosines[~cosines.isnan()].double().sort().values
     return float(values[: max(1, len(values) // 100)].mean())
@@ -172,7 +172,7 @@ def _sum(backbone: Backbone, images: Tensor, group: Views) -> tuple[Tensor, Tens
     for first in range(0, group.count, at_once):
         part = group.part(slice(None), slice(first, first + at_once))
         read = backbone(part.apply(images).flatten(0, 1)).patches.float().unflatten(0, (len(images), -1))
-        aligned, seen = part.undo(read)
-        totals.append((aligned * seen.unsqueeze(-1)).sum(1))
-        counts.append(seen.sum(1).unsqueeze(-1))
+        total, seen = aligned_sum(part, read)
+        totals.append(total)
+        counts.append(seen.unsqueeze(-1))
     return torch.stack(totals).sum(0), torch.stack(counts).sum(0)

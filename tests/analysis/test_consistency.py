@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from phreg.analysis.consistency import consistency, worst_percent
+from phreg.analysis.consistency import consistency, worst_mean
 from phreg.backbones.resolve import adapt
 from phreg.config import ViewsConfig
 from phreg.errors import PhregError
@@ -37,7 +37,7 @@ def measure(backbone, **changes):
 def test_a_model_that_reads_each_patch_alone_agrees_wholly_and_has_nothing_to_gain(local):
     report = measure(local)
     assert report.mean == pytest.approx(1, abs=1e-6)
-    assert report.worst_percent == pytest.approx(1, abs=1e-5)
+    assert report.worst_mean == pytest.approx(1, abs=1e-5)
     assert report.headroom == pytest.approx(0, abs=1e-6)
     assert not report.worthwhile
 
@@ -77,8 +77,8 @@ def test_no_images_and_views_that_cannot_be_halved_are_errors_that_say_what_to_d
 
 def test_the_worst_per_cent_is_the_mean_of_the_lowest_of_a_hundred():
     values = torch.arange(300, dtype=torch.float32)
-    assert worst_percent(values[torch.randperm(300)]) == 1.0
-    assert worst_percent(torch.tensor([3.0, 2.0])) == 2.0
+    assert worst_mean(values[torch.randperm(300)]) == 1.0
+    assert worst_mean(torch.tensor([3.0, 2.0])) == 2.0
 
 
 def test_distinct_views_never_repeat_and_never_leave_the_image_as_it_is(tiny):
