@@ -301,9 +301,8 @@ def sample_views(
         PhregError: More views are asked for than there are different ones.
     """
     grid = (size[0] // spec.patch_size[0], size[1] // spec.patch_size[1])
-    reach = _reach(config, grid)
     crop = config.fill == "valid-crop"
-    low, high = ((0, 0), reach) if crop else ((-reach[0], -reach[1]), reach)
+    low, high, window = _shifts(config, grid)
     different = count_different(config, grid)
     if different is not None and config.count > different:
         raise PhregError(
@@ -323,7 +322,7 @@ def sample_views(
         return [unmoved]
     moved = exact.part(everything, slice(1, None))
     if crop:
-        return [unmoved, replace(moved, window=(grid[0] - reach[0], grid[1] - reach[1]))]
+        return [unmoved, replace(moved, window=window)]
     shifts = moved.offsets.float()
     if config.subpatch:
         shifts = shifts + torch.rand(shifts.shape, generator=generator) - 0.5
@@ -350,16 +349,15 @@ def distinct_views(
         generator: A CPU generator; nothing else decides the draw.
     """
     grid = (size[0] // spec.patch_size[0], size[1] // spec.patch_size[1])
-    exact = config.model_copy(update={"subpatch": False, "scale": 0.0})
-    down, right = (torch.arange(-far, far + 1) for far in _reach(exact, grid))
-    mirrored = torch.tensor([0, 1] if 0 < exact.flip < 1 else [round(exact.flip)])
+    low, high, window = _shifts(config, grid)
+    down, right = (torch.arange(low[axis], high[axis] + 1) for axis in (0, 1))
+    mirrored = torch.tensor([0, 1] if 0 < config.flip < 1 else [round(config.flip)])
     every = torch.cartesian_prod(down, right, mirrored)
-    moved = every[every.abs().sum(1) > 0]
-    drawn = moved[
-        torch.stack([torch.randperm(len(moved), generator=generator)[:count] for _ in range(batch)])
-    ]
-    fill, margin = _fill_value(exact, spec), _margin(exact, grid)
-    return Views(drawn[..., :2], drawn[..., 2].bool(), grid, grid, margin, fill)
+    moved = every if window != grid else every[every.abs().sum(1) > 0]
+    order = [torch.randperm(len(moved), generator=generator)[:count] for _ in range(batch)]
+    drawn = moved[torch.stack(order)]
+    fill, margin = _fill_value(config, spec), _margin(config, grid)
+    return Views(drawn[..., :2], drawn[..., 2].bool(), grid, window, margin, fill)
 
 
 def context_margin(config: ViewsConfig, spec: Spec, size: tuple[int, int]) -> tuple[int, int]:
@@ -421,6 +419,16 @@ def count_different(config: ViewsConfig, grid: tuple[int, int]) -> int | None:
 def _reach(config: ViewsConfig, grid: tuple[int, int]) -> tuple[int, int]:
     # Shifts are a share of the grid side, rounded to whole patches (PH-Reg code: 4 of 28, 6 of 37).
     return (round(config.max_shift * grid[0]), round(config.max_shift * grid[1]))
+
+
+def _shifts(
+    config: ViewsConfig, grid: tuple[int, int]
+) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
+    """Says between which shifts views lie, both inclusive, and how large a moved view is, in patches."""
+    rows, cols = _reach(config, grid)
+    if config.fill == "valid-crop":
+        return (0, 0), (rows, cols), (grid[0] - rows, grid[1] - cols)
+    return (-rows, -cols), (rows, cols), grid
 
 
 def _margin(config: ViewsConfig, grid: tuple[int, int]) -> tuple[int, int]:

@@ -9,7 +9,7 @@ from phreg.backbones.resolve import adapt
 from phreg.config import ViewsConfig
 from phreg.errors import PhregError
 from phreg.seeding import keyed_generator
-from phreg.views import distinct_views
+from phreg.views import context_margin, distinct_views
 
 VIEWS = ViewsConfig(max_shift=0.25, fill="white")
 
@@ -40,6 +40,21 @@ def test_a_model_that_reads_each_patch_alone_agrees_wholly_and_has_nothing_to_ga
     assert report.worst_mean == pytest.approx(1, abs=1e-5)
     assert report.headroom == pytest.approx(0, abs=1e-6)
     assert not report.worthwhile
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"fill": fill} for fill in ("black", "mean", "reflect", "replicate", "context", "valid-crop")]
+    + [{"fill": "context", "subpatch": True}, {"fill": "context", "scale": 0.5}],
+    ids=str,
+)
+def test_such_a_model_agrees_wholly_whatever_views_show_outside_the_image(local, changes):
+    config = VIEWS.model_copy(update={"flip": 0.0} | changes)
+    margin = context_margin(config, local.spec, (32, 32))
+    whole = torch.randn(2, 3, 32 + 2 * margin[0], 32 + 2 * margin[1])
+    report = consistency(local, [whole], config, (32, 32), count=8)
+    assert report.mean == pytest.approx(1, abs=1e-6)
+    assert report.worst_mean == pytest.approx(1, abs=1e-5)
 
 
 def test_a_pattern_that_keeps_to_the_frame_is_found_where_it_is_and_is_fixed_to_it(local):
