@@ -58,7 +58,7 @@ from phreg.seeding import keyed_generator
 from phreg.sinks import test_time
 from phreg.sinks.locate import Sinks, find_sinks
 from phreg.teacher import Teacher
-from phreg.training.checkpoint import RunFolder, check_free, starting_run
+from phreg.training.checkpoint import RunFolder, check_free, close_without_model, starting_run
 from phreg.training.loop import (
     UNTRAINED,
     StepRecord,
@@ -108,6 +108,11 @@ class Distilled:
     main_process: bool
     norms: NormReport | None = field(default=None, repr=False)
 
+    @property
+    def unchanged(self) -> bool:
+        """Whether the model is as it was: there was nothing to repair, or no state of the run was better."""
+        return self.outcome is None or self.outcome.best_step == 0
+
 
 def distill(
     model: Model | None = None,
@@ -151,7 +156,7 @@ def distill(
             norms = outliers(original, seen)
             sinks = find_sinks(original, seen, norms) if method.needs_sinks else None
             if norms.emergence_block is None and not config.force:
-                return _nothing_to_repair(run, before, base, seen, norms)
+                return _nothing_to_repair(run, before, original, base, seen, norms)
             logger.info("retrofitting on %s", run.divided)
             if config.target.native_size:
                 student.set_input_size(run.size)
@@ -163,7 +168,7 @@ def distill(
             if method.trains:
                 outcome = _train(run, original, student, terms, held_out, observe)
             if outcome.best_step == 0:
-                return _nothing_gained(run, before, base, seen, outcome)
+                return _nothing_gained(run, before, original, base, seen, outcome)
         comparison = _measure_and_save(run, before, original, base, sinks, outcome, held_out)
         before.restore_settings()
         return Distilled(
@@ -337,21 +342,33 @@ def _measure_and_save(
 
 
 def _nothing_gained(
-    run: _Run, before: ModelState[Backbone], base: Base, seen: Sequence[Tensor], outcome: Outcome
+    run: _Run,
+    before: ModelState[Backbone],
+    original: Backbone,
+    base: Base,
+    seen: Sequence[Tensor],
+    outcome: Outcome,
 ) -> Distilled:
     """Hands out the model as it was, as no state of the run measured better than it."""
-    verdict = _nothing_to_repair(run, before, base, seen, None)
+    verdict = _nothing_to_repair(run, before, original, base, seen, None)
+    if run.accelerator.is_main_process:
+        close_without_model(run.folder)
     return replace(verdict, outcome=outcome)
 
 
 def _nothing_to_repair(
-    run: _Run, before: ModelState[Backbone], base: Base, seen: Sequence[Tensor], norms: NormReport | None
+    run: _Run,
+    before: ModelState[Backbone],
+    original: Backbone,
+    base: Base,
+    seen: Sequence[Tensor],
+    norms: NormReport | None,
 ) -> Distilled:
     """Leaves the model as it was, and shows it in the run's report."""
     student, main_process = before.model, run.accelerator.is_main_process
     if main_process:
         shown = [seen[number] for number in subsample_indices(len(seen), LOOKED_AT)]
-        write_inspection(run.folder.report, look(student, display_name(base.source), shown))
+        write_inspection(run.folder.report, look(original, display_name(base.source), shown))
     run.accelerator.wait_for_everyone()
     before.restore()
     return Distilled(student.model, run.folder.path, None, None, None, [], main_process, norms)

@@ -141,7 +141,7 @@ def distill(
     if result.main_process:
         _show(result)
         _say(f"\nRun folder: {result.run}")
-        if result.outcome is not None:
+        if not result.unchanged:
             _say(f'In Python:  model = phreg.load("{_inside_quotes(result.run)}")')
     if result.failures:
         sys.exit(CHECK_FAILED)
@@ -529,7 +529,7 @@ def _show(result: Any) -> None:
     from phreg.report.verdict import causes, nothing_gained, nothing_to_repair
 
     outcome = result.outcome
-    if outcome is None or outcome.best_step == 0:
+    if result.unchanged:
         console.print(nothing_gained(outcome.steps) if outcome else nothing_to_repair(result.norms))
         return
     if result.sinks is not None:

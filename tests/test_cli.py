@@ -218,7 +218,9 @@ def test_nothing_to_repair_is_a_verdict_and_no_failure(saved, photos, tmp_path, 
     assert "Nothing to repair. No artifacts found" in printed
     assert "phreg.load" not in printed, "there is nothing to load"
     assert not (tmp_path / "run" / "model").exists()
-    with pytest.raises(LoadError, match="holds no model, since it found nothing to repair; use its base"):
+    with pytest.raises(
+        LoadError, match="holds no model, since it found nothing to repair or to gain; use its base"
+    ):
         load(tmp_path / "run")
 
 
@@ -272,12 +274,13 @@ def returning(value):
 
 def outcome(path):
     """What a run says that skipped a picture and failed a check."""
-    done = SimpleNamespace(images=3, steps=1, seconds=1.0, skipped=[f"{path}/1.png"], best_step=None)
+    done = SimpleNamespace(images=3, steps=1, seconds=1.0, skipped=[f"{path}/1.png"])
     norms = SimpleNamespace(outlier_rate=0.0)
     comparison = SimpleNamespace(rows=list, held_out=True, images=2, norms=(norms, norms))
     return SimpleNamespace(
         run=path,
         outcome=done,
+        unchanged=False,
         sinks=None,
         comparison=comparison,
         failures=[f"{path} drifted"],

@@ -392,8 +392,8 @@ def _locate_folder(folder: Path) -> Located:
     if (folder / "recipe.toml").is_file():
         if (folder / "report" / "inspect.json").is_file() and not (folder / "log.jsonl").exists():
             raise LoadError(
-                f"run '{folder}' holds no model, since it found nothing to repair; use its base, which "
-                f"{folder / 'recipe.toml'} names, or distil it all the same: "
+                f"run '{folder}' holds no model, since it found nothing to repair or to gain; use its base, "
+                f"which {folder / 'recipe.toml'} names, or distil it all the same: "
                 f"{resume_command(folder)} --force"
             )
         raise LoadError(

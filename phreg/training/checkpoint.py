@@ -101,7 +101,7 @@ class RunFolder:
 
     @property
     def is_verdict(self) -> bool:
-        """Whether the run found nothing to repair: all it left is what it saw."""
+        """Whether the run found nothing to repair or to gain: all it left is what it saw."""
         return (self.report / "inspect.json").is_file() and not self.begun
 
 
@@ -122,6 +122,14 @@ def start_run(path: Path, config: DistillConfig, *, resume: bool) -> RunFolder:
         path.mkdir(parents=True, exist_ok=True)
         write_text(run.recipe, to_toml(config))
     return run
+
+
+def close_without_model(run: RunFolder) -> None:
+    """Ends a run of which the original is the result: its log goes into the report, its state goes."""
+    with writing_run(run):
+        run.log.replace(run.report / run.log.name)
+    shutil.rmtree(run.path / "state", ignore_errors=True)
+    run.rates.unlink(missing_ok=True)
 
 
 def write_rates(run: RunFolder, rates: Mapping[str, RoleRate]) -> None:
@@ -199,7 +207,7 @@ def starting_run(run: RunFolder, config: DistillConfig, accelerator: Any, *, res
 def check_free(path: Path, *, resume: bool) -> None:
     """Checks, before anything is loaded, that a run may be written to a folder.
 
-    A run that found nothing to repair gives way to another: nothing was made that could be lost.
+    A run that found nothing to repair or to gain gives way to another: nothing was made that could be lost.
 
     Raises:
         CheckpointError: The folder holds another run and `resume` is off, or it holds something else.

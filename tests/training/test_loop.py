@@ -21,7 +21,15 @@ from phreg import api
 from phreg.backbones import resolve
 from phreg.backbones.readout import set_readout
 from phreg.config import DistillConfig
-from phreg.errors import CheckpointError, ConfigError, DataError, Interrupted, PhregError, TrainingError
+from phreg.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    Interrupted,
+    LoadError,
+    PhregError,
+    TrainingError,
+)
 from phreg.sinks.locate import Sinks, Unit
 from phreg.training import loop as trainer
 from phreg.training.checkpoint import RunFolder
@@ -152,7 +160,17 @@ def test_a_run_that_only_damages_hands_out_the_original(tiny, photos, tmp_path):
     result = run(model, photos, tmp_path / "run", measure=KEEP_BEST, optim={"lr": 1.0}, steps=6)
     assert result.outcome.best_step == 0
     assert equal(model.state_dict(), tiny().state_dict()), "registers are gone too"
-    assert not (tmp_path / "run" / "model").exists()
+    assert result.unchanged
+    with pytest.raises(LoadError, match="nothing to repair or to gain; use its base"):
+        phreg.load(tmp_path / "run")
+    report = tmp_path / "run" / "report"
+    assert len((report / "log.jsonl").read_text().splitlines()) == 6, "what happened can be looked up"
+    looked_at = json.loads((report / "inspect.json").read_text())
+    assert [token["name"] for token in looked_at["tokens"]] == ["CLS"], (
+        "the original is shown, not the student"
+    )
+    kept = run(tiny(), photos, tmp_path / "run", steps=1)
+    assert not kept.unchanged, "the folder gives way to another run"
 
 
 def test_the_best_state_is_kept_and_a_resumed_run_keeps_the_same(tiny, photos, tmp_path, monkeypatch):
