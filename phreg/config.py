@@ -252,8 +252,8 @@ class DistillConfig(Config):
     register_init: Literal["triggers", "neutral", "randn", "trunc-normal", "zeros"] = "triggers"
     """Initial values of the registers. triggers: the tokens that trigger the sinks, or randn without a sink.
     neutral: the same, but without a sink the mean of all patch tokens that enter the blocks, which changes
-    the model least. randn: a normal distribution of std 1 / sqrt(width). trunc-normal: a truncated one of std
-    0.02. zeros: zeros."""
+    the model little. randn: a normal distribution of std 1 / sqrt(width). trunc-normal: a truncated one of
+    std 0.02. zeros: zeros."""
     steps: PositiveInt | None = None
     """Optimizer steps. Unset means that epochs decides."""
     epochs: PositiveInt | None = None

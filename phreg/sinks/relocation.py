@@ -65,8 +65,8 @@ def assign_registers(num_registers: int, sinks_an_image: Sequence[int]) -> list[
 def mean_patch(backbone: Backbone, batches: Iterable[Float[Tensor, "_ 3 _ _"]]) -> Float[Tensor, " width"]:
     """Returns the mean of all patch tokens that enter the blocks, over images and positions, before any norm.
 
-    Such a token draws the attention of an average patch and adds what an average patch adds. Copies of it
-    change a model less than random tokens do.
+    Such a token draws the attention of an average patch and adds what an average patch adds. Sixteen near it
+    change a real DINOv2 less than four random ones do (tests/sinks/test_relocation.py).
     """
     entered: list[Tensor] = []
     sums = []

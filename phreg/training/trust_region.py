@@ -1,10 +1,9 @@
 """How large a step may be: learning rates from what a step does to the features, not to the weights.
 
-Adam's first step moves each weight by the learning rate, whatever the weight's scale. The same rate that is
-gentle on one model ruins another. So a step is measured before
-training: the gradient's sign, times a rate, is what Adam's first step will be. Each role gets the rate at
-which its step alone moves the features by `max_movement`; then one factor on all rates makes their joint
-step do so.
+Adam's first step moves each weight by the learning rate, whatever the weight's scale. A rate can be gentle on
+one model and ruin another. So a step is measured before training: the gradient's sign, times a rate, is what
+Adam's first step will be. Each role gets the rate at which its step alone moves the features by
+`max_movement`; then one factor on all rates makes their joint step do so.
 
     one batch ──loss──► signs of gradients ──┬─ role by role: rate ──► features ──► cosine distance moved
                                              └─ all roles together ──► one factor
@@ -25,6 +24,9 @@ from phreg.backbones.base import Features
 
 TOLERANCE = 1.5
 """A movement within this factor of the one asked for is near enough: a rate is then within a quarter."""
+
+START = 1e-5
+"""Rate that is tried first."""
 
 TRIALS = 8
 """Most steps tried for one rate."""
@@ -57,7 +59,6 @@ def calibrate(
     roles: Mapping[str, Mapping[str, nn.Parameter]],
     features: Callable[[], Features],
     max_movement: float,
-    start: float = 1e-5,
 ) -> dict[str, RoleRate]:
     """Finds each role's learning rate.
 
@@ -65,7 +66,6 @@ def calibrate(
         roles: The parameters that train, by role and name; their gradients are those of one batch.
         features: Runs the model as it is on a few images.
         max_movement: Mean cosine distance that the first step may move patch features or pooled outputs by.
-        start: Rate that is tried first.
 
     Returns:
         The rate of each role. Roles whose gradient is zero get the largest that was found.
@@ -77,7 +77,7 @@ def calibrate(
             return movement(before, features())
 
     alone = {
-        role: _solve(lambda rate, role=role: moved_by({role: rate}), max_movement, start) for role in roles
+        role: _solve(lambda rate, role=role: moved_by({role: rate}), max_movement, START) for role in roles
     }
     factor = _solve(
         lambda scale: moved_by({role: scale * rate for role, rate in alone.items()}),

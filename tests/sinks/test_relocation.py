@@ -344,3 +344,25 @@ def test_a_real_sink_moves_into_a_register_however_many_there_are(real_model, re
         optimizer.step()
         optimizer.zero_grad()
     assert relocation.silenced(hidden) == []
+
+
+@pytest.mark.real
+def test_sixteen_neutral_registers_change_a_real_dinov2_less_than_four_random_ones(real_data):
+    from phreg import api
+    from phreg.data.crops import centre_crops
+    from phreg.data.sources import Subset, open_images
+
+    backbone, _ = api.open_model(str(real_data / "models" / "dinov2-small"))
+    source = open_images(real_data / "imagenet_samples")
+    (images,) = centre_crops(backbone, Subset(source, range(8)), 224)
+
+    def changed_by(init, count):
+        before = backbone(images).patches
+        add_starting_registers(backbone, None, [images], count, init, seed=0)
+        after = backbone(images).patches
+        backbone.remove_registers()
+        return 1 - torch.cosine_similarity(before, after, dim=-1).mean().item()
+
+    with torch.no_grad():
+        assert changed_by("neutral", 16) < 0.6 * changed_by("randn", 4)
+        assert changed_by("neutral", 4) < 0.002, "of .001 asked for; one costs .0006"
