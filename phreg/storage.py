@@ -38,7 +38,7 @@ ADAPTER_TENSORS, MODEL_TENSORS = "adapter.safetensors", "phreg.safetensors"
 OWN_FORMATS: dict[str, str] = {ADAPTER_FORMAT: "adapter", MODEL_FORMAT: "merged"}
 """phreg's own formats: what a record calls them -> what `phreg.formats.FORMATS` does."""
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Newest version of either file that this phreg reads, and the one that it writes."""
 
 

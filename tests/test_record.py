@@ -81,8 +81,8 @@ def test_what_a_record_says_beyond_what_this_phreg_knows_is_kept(more):
 def test_a_record_without_a_version_is_of_the_first_and_a_newer_one_says_what_to_do(tmp_path):
     said = {name: value for name, value in ADAPTER.items() if name != "format_version"}
     assert read_record(written(tmp_path / "phreg.json", said)).format_version == 1
-    written(tmp_path / "phreg.json", ADAPTER | {"format_version": 2})
-    with pytest.raises(RecordError, match=r"phreg\.json is of .* version 2; .* 1 to 1: upgrade"):
+    written(tmp_path / "phreg.json", ADAPTER | {"format_version": 3})
+    with pytest.raises(RecordError, match=r"phreg\.json is of .* version 3; .* 1 to 2: upgrade"):
         read_record(tmp_path / "phreg.json")
 
 

@@ -26,6 +26,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from phreg.errors import PhregError
+from phreg.low_rank import Factors
 from phreg.tokens import TokenLayout
 
 Library = Literal["transformers", "timm", "open_clip"]
@@ -367,6 +368,9 @@ class Backbone(nn.Module, ABC):
 
     adapter: Path | None = None
     """The adapter that made the model what it is; set by `phreg.formats.adapter.apply_adapter`."""
+
+    low_rank: Mapping[str, Factors] = {}
+    """What training added to weights at low rank, by their names in the model; an adapter holds that alone."""
 
     def tower_state(self) -> dict[str, Tensor]:
         """Returns the tensors of the embeddings and the blocks, as the tower alone names them on disk.

@@ -1,7 +1,7 @@
 """An adapter: written beside its record, read, and put onto the model that it belongs to.
 
-It holds the tensors that differ from the base checkpoint, whole, under the names that the base's own library
-uses on disk. It belongs to exact weights. They are known by the hash of the whole base or, where a LLaVA, a
+It holds the tensors that differ from the base checkpoint, under the names that the base's own library uses on
+disk: whole, or as two factors where they changed at low rank (`phreg.low_rank`). It belongs to exact weights. They are known by the hash of the whole base or, where a LLaVA, a
 depth model or a detector stands around it, by that of the base's tower.
 
     adapter.safetensors ──hash──► tensors ──(renamed for the tower)─┐
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from phreg.backbones.base import Backbone, packed_types
 from phreg.errors import LoadError, PhregError
+from phreg.low_rank import DOWN, UP, Factors, changed
 from phreg.record import (
     Base,
     RecordError,
@@ -84,11 +85,7 @@ def save_adapter(
     Raises:
         OSError, SafetensorError: The disk does not take it; an earlier adapter there is still whole.
     """
-    changed = {
-        name: tensor.detach().cpu().contiguous().clone()
-        for name, tensor in backbone.disk_state().items()
-        if name not in base_state or not torch.equal(tensor.cpu(), base_state[name].cpu())
-    }
+    tensors = _differing(backbone, base_state)
     record = RunRecord(
         format=ADAPTER_FORMAT,
         format_version=FORMAT_VERSION,
@@ -106,13 +103,34 @@ def save_adapter(
         test_time_size=test_time.calibrated_size(backbone),
         versions=versions(),
         run=run,
-    ).with_sums(changed)
+    ).with_sums(tensors)
     with replacing(folder) as temporary:
-        save_file(changed, temporary / ADAPTER_TENSORS, metadata={"format": "pt"})
+        save_file(tensors, temporary / ADAPTER_TENSORS, metadata={"format": "pt"})
         let_others_read(temporary / ADAPTER_TENSORS)
         flush(temporary / ADAPTER_TENSORS)
         write_record(temporary / ADAPTER_FILE, record)
         write_text(temporary / "README.md", card(record))
+
+
+def _differing(backbone: Backbone, base_state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Lists the tensors that differ from the base's, as factors where these give the same bits."""
+    own, state = backbone.model.state_dict(), backbone.disk_state()
+    factors = {own[name].data_ptr(): factors for name, factors in backbone.low_rank.items()}
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        before, added = base_state.get(name), factors.get(tensor.data_ptr())
+        if before is not None and torch.equal(tensor.cpu(), before.cpu()):
+            continue
+        # A weight that was joined with others on disk, or rounded in another way, has no factors here.
+        if (
+            added is not None
+            and before is not None
+            and torch.equal(tensor.cpu(), changed(before, added).cpu())
+        ):
+            tensors |= {name + DOWN: added.down, name + UP: added.up}
+        else:
+            tensors[name] = tensor.detach().cpu().contiguous().clone()
+    return tensors
 
 
 def read_adapter(folder: Path) -> RunRecord:
@@ -190,10 +208,49 @@ def _tried(
     before = target.disk_state()
     take_shape(twin, record)
     own = target.disk_state()
+    changes = _joined(tensors)
     if kind == "tower" and record.tower is not None:
-        tensors = _of_the_tower(tensors, record.tower.prefix, own, backbone)
-    _check_tensors(tensors, own, before, same_dtype=kind == "whole")
-    return dict(tensors)
+        changes = _of_the_tower(changes, record.tower.prefix, own, backbone)
+    whole = {name: _whole(name, change, before) for name, change in changes.items()}
+    _check_tensors(whole, own, before, same_dtype=kind == "whole")
+    return whole
+
+
+def _joined(tensors: Mapping[str, Tensor]) -> dict[str, Tensor | Factors]:
+    """Puts the two factors of a change together, under the name of its weight.
+
+    Raises:
+        PhregError: One of them is missing.
+    """
+    joined: dict[str, Tensor | Factors] = {}
+    for name, tensor in tensors.items():
+        weight = name.removesuffix(DOWN).removesuffix(UP)
+        if weight == name:
+            joined[name] = tensor
+        elif not {weight + DOWN, weight + UP} <= tensors.keys():
+            raise PhregError(f"it has one factor of {weight} and lacks the other; fetch or train it again")
+        else:
+            joined[weight] = Factors(tensors[weight + DOWN], tensors[weight + UP])
+    return joined
+
+
+def _whole(name: str, change: Tensor | Factors, before: Mapping[str, Tensor]) -> Tensor:
+    """Returns a tensor that is whole, or the base's with its factors added.
+
+    Raises:
+        PhregError: The model has no such tensor, or it has another shape.
+    """
+    if isinstance(change, Tensor):
+        return change
+    if name not in before:
+        raise PhregError(f"its tensors name [{name!r}], which the model lacks; give its own base")
+    (outputs, rank), (ranks, inputs) = change.up.shape, change.down.shape
+    if rank != ranks or before[name].shape != (outputs, inputs):
+        raise PhregError(
+            f"the factors of {name} make a change of shape {(outputs, inputs)}, the model's tensor has "
+            f"{tuple(before[name].shape)}; fetch or train it again"
+        )
+    return changed(before[name], change)
 
 
 def _part(backbone: Backbone, kind: Fit) -> Backbone:
@@ -302,8 +359,8 @@ def base_of(record: RunRecord) -> Base:
 
 
 def _of_the_tower(
-    tensors: Mapping[str, Tensor], prefix: str, own: Mapping[str, Tensor], backbone: Backbone
-) -> dict[str, Tensor]:
+    tensors: Mapping[str, Tensor | Factors], prefix: str, own: Mapping[str, Tensor], backbone: Backbone
+) -> dict[str, Tensor | Factors]:
     """Takes the tensors of the tower, named as it names them alone, and tells which are left out."""
     found = {name: tensor for name, tensor in tensors.items() if name.removeprefix(prefix) in own}
     left_out = sorted(tensors.keys() - found.keys())

@@ -233,7 +233,7 @@ def train(  # noqa: C901 (the loop reads straight down)
         best.restore()
     elif average is not None:
         average.apply()
-    merge_lora(student)
+    student.low_rank = merge_lora(student)
     return Outcome(
         steps=done,
         images=(done - started_at) * step_logger.images_per_step,

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from phreg.backbones.base import Backbone
 from phreg.config import DistillConfig, LoraConfig, OptimConfig, UnlockConfig
 from phreg.data.crops import Order
-from phreg.errors import ConfigError
+from phreg.errors import ConfigError, TrainingError
+from phreg.low_rank import Factors, changed
 from phreg.training.task import RetrofitTask
 
 logger = logging.getLogger(__name__)
@@ -140,24 +141,52 @@ def freeze_unused(
     return {name: parameter for name, parameter in trained.items() if parameter.requires_grad}
 
 
-def merge_lora(backbone: Backbone) -> None:
-    """Merges LoRA into the weights and removes it. Models without LoRA stay unchanged."""
+@torch.no_grad()
+def merge_lora(backbone: Backbone) -> dict[str, Factors]:
+    """Merges LoRA into the weights and removes it. Models without LoRA stay unchanged.
+
+    Returns:
+        What was added to each weight, by its name in the model, to the bit.
+
+    Raises:
+        TrainingError: An adapter holds NaN or infinite values.
+    """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    def outermost() -> tuple[str, BaseTunerLayer] | None:
+    def outermost() -> tuple[str, Any] | None:
         named = backbone.model.named_modules()
         return next(((name, module) for name, module in named if isinstance(module, BaseTunerLayer)), None)
 
+    merged: dict[str, Factors] = {}
     while (found := outermost()) is not None:
         name, layer = found
+        plain = layer.get_base_layer()
+        adapted = {"weight": layer}
         # Fused attention is unwrapped by PEFT itself: its output projection is wrapped a second time inside.
-        unload = getattr(layer, "unload_and_optionally_merge_module", None)
-        if unload is not None:
-            plain = unload(merge=True, safe_merge=True, adapter_names=None)
-        else:
-            layer.merge(safe_merge=True)
-            plain = layer.get_base_layer()
+        if isinstance(plain, nn.MultiheadAttention):
+            adapted = {"in_proj_weight": layer, "out_proj.weight": plain.out_proj}
+            plain = layer.unload_and_optionally_merge_module(
+                merge=False, safe_merge=False, adapter_names=None
+            )
+        for weight, lora in adapted.items():
+            down, up, scale = (_only(part) for part in (lora.lora_A, lora.lora_B, lora.scaling))
+            factors = Factors(down.weight, scale * up.weight)
+            if not all(factor.isfinite().all() for factor in factors):
+                raise TrainingError(
+                    f"the low-rank change of {name}.{weight} holds NaN or infinite values, and is not "
+                    "merged; lower optim.lr, or set optim.clip_norm"
+                )
+            factors = merged[f"{name}.{weight}"] = factors.rounded()
+            parameter = plain.get_parameter(weight)
+            parameter.copy_(changed(parameter, factors))
         backbone.model.set_submodule(name, plain)
+    return merged
+
+
+def _only(adapters: Any) -> Any:
+    """Returns the one adapter that phreg injects, whatever PEFT calls it."""
+    (name,) = adapters
+    return adapters[name]
 
 
 def parameter_roles(backbone: Backbone, trained: Mapping[str, nn.Parameter]) -> dict[str, str]:

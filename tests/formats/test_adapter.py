@@ -4,6 +4,8 @@ import copy
 import json
 import re
 
+import families_open_clip
+import families_transformers
 import pytest
 import torch
 from families_timm import FAMILIES
@@ -11,12 +13,15 @@ from safetensors.torch import load_file, save_file
 
 from phreg import api
 from phreg.backbones.resolve import Base, adapt, weights_sha256
+from phreg.config import LoraConfig, UnlockConfig
 from phreg.errors import LoadError
 from phreg.formats import adapter
 from phreg.formats.adapter import apply_adapter, describe_tower, fit, read_adapter, read_tensors, save_adapter
 from phreg.record import RunRecord, write_record
 from phreg.registers import add_registers
 from phreg.sinks import test_time
+from phreg.training import trainable
+from phreg.training.trainable import merge_lora, unlock
 
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
@@ -216,6 +221,113 @@ def test_a_file_that_is_cut_short_is_refused(tmp_path):
 
 
 # -- by phreg.load ------------------------------------------------------------------------------------------
+
+
+# -- low-rank changes ----------------------------------------------------------------------------------------
+
+
+def low_rank(model, folder, rank=2):
+    """A folder with an adapter of a model that changed at low rank, as training leaves it, and the model."""
+    backbone = adapt(copy.deepcopy(model))
+    before = {name: tensor.clone() for name, tensor in backbone.disk_state().items()}
+    add_registers(backbone, 3)
+    lora = LoraConfig(rank=rank, blocks="all")
+    trained = unlock(backbone, UnlockConfig(roles=("vectors",), lora=lora))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in trained.values():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    backbone.low_rank = merge_lora(backbone)
+    source = Base("the base", backbone.spec.library, None, weights_sha256(before))
+    save_adapter(folder, backbone, source, before, None, lambda _: "", tower=describe_tower(adapt(model)))
+    return folder, backbone
+
+
+BUILDS = {
+    "timm": lambda: FAMILIES["vit"](),
+    "fused": lambda: families_open_clip.FAMILIES["clip"](),
+    "transformers": lambda: families_transformers.FAMILIES["dinov2"](),
+}
+
+
+@pytest.mark.parametrize("build", BUILDS)
+def test_a_low_rank_change_is_kept_as_factors_and_comes_back_to_the_bit(build, tmp_path):
+    model = BUILDS[build]()
+    matrices = {
+        name for name, tensor in adapt(model).disk_state().items()
+        if tensor.ndim == 2 and name.startswith(("blocks.", "encoder.layer.", "dinov2.", "visual.transformer"))
+    }  # fmt: skip
+    folder, patched = low_rank(model, tmp_path / "adapter")
+    kept = load_file(folder / "adapter.safetensors")
+    assert {name.removesuffix(".lora_A") for name in kept if name.endswith(".lora_A")} == matrices
+    assert not matrices & kept.keys(), "and not whole as well"
+    backbone = adapt(model)
+    apply_adapter(folder, backbone)
+    assert_unchanged(backbone.model, patched.model.state_dict())
+
+
+def test_a_low_rank_change_of_a_half_precision_model_comes_back_to_the_bit(tmp_path):
+    model = FAMILIES["vit"]()
+    folder, patched = low_rank(model.bfloat16(), tmp_path / "adapter")
+    assert any(name.endswith(".lora_A") for name in load_file(folder / "adapter.safetensors"))
+    backbone = adapt(model)
+    apply_adapter(folder, backbone)
+    assert_unchanged(backbone.model, patched.model.state_dict())
+
+
+def test_a_low_rank_change_goes_onto_the_same_tower_in_another_model(tmp_path):
+    folder, patched = low_rank(FAMILIES["vit"](), tmp_path / "adapter")
+    other = FAMILIES["vit"]()
+    other.reset_classifier(7)
+    backbone = adapt(other)
+    assert fit(read_adapter(folder), backbone) == "tower"
+    apply_adapter(folder, backbone)
+    assert torch.equal(backbone.model.forward_features(IMAGES), patched.model.forward_features(IMAGES))
+
+
+def test_a_weight_that_changed_after_it_was_merged_is_kept_whole(tmp_path, monkeypatch):
+    def changed_later(backbone):
+        merged = trainable.merge_lora(backbone)
+        backbone.model.blocks[0].mlp.fc1.weight.data += 0.5
+        return merged
+
+    monkeypatch.setitem(globals(), "merge_lora", changed_later)
+    folder, patched = low_rank(FAMILIES["vit"](), tmp_path / "adapter")
+    kept = load_file(folder / "adapter.safetensors")
+    assert torch.equal(kept["blocks.0.mlp.fc1.weight"], patched.model.blocks[0].mlp.fc1.weight)
+    assert "blocks.0.mlp.fc1.weight.lora_A" not in kept
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (lambda kept: kept.pop("blocks.0.mlp.fc1.weight.lora_B"), "one factor of blocks.0.mlp.fc1.weight"),
+        (
+            lambda kept: kept.update({"blocks.0.mlp.fc1.weight.lora_A": torch.zeros(2, 31)}),
+            r"a change of shape \(128, 31\), the model's tensor has \(128, 32\)",
+        ),
+        (
+            lambda kept: kept.update({"blocks.0.mlp.fc1.weight.lora_A": torch.zeros(3, 32)}),
+            "a change of shape",
+        ),
+        (
+            lambda kept: kept.update({"odd.lora_A": torch.zeros(2, 8), "odd.lora_B": torch.zeros(8, 2)}),
+            "name .'odd'., which the model lacks",
+        ),
+    ],
+)
+def test_factors_that_do_not_fit_leave_the_base_as_it_was(tmp_path, wrong, said):
+    folder, _ = low_rank(FAMILIES["vit"](), tmp_path / "adapter")
+    file = folder / "adapter.safetensors"
+    kept = load_file(file)
+    wrong(kept)
+    save_file(kept, file)
+    write_record(folder / "phreg.json", read_adapter(folder).with_sums(kept))
+    backbone = adapt(FAMILIES["vit"]())
+    before = state_of(backbone.model)
+    with pytest.raises(LoadError, match=said):
+        apply_adapter(folder, backbone)
+    assert_unchanged(backbone.model, before)
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import torch
 from phreg.backbones.readout import set_readout
 from phreg.backbones.resolve import adapt
 from phreg.config import LoraConfig, LossConfig, OptimConfig, TargetConfig, UnlockConfig, ViewsConfig
-from phreg.errors import ConfigError
+from phreg.errors import ConfigError, TrainingError
 from phreg.registers import add_registers
 from phreg.teacher import Teacher
 from phreg.training import trainable as unlock
@@ -179,7 +179,7 @@ def test_broken_lora_is_never_merged(tiny, build):
     trained = unlock.unlock(backbone, UnlockConfig(roles=(), lora=LoraConfig(rank=2, blocks=1)))
     with torch.no_grad():
         next(parameter for name, parameter in trained.items() if "lora_B" in name).fill_(float("nan"))
-    with pytest.raises(ValueError, match="NaN"):
+    with pytest.raises(TrainingError, match="NaN"):
         unlock.merge_lora(backbone)
 
 
