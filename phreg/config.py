@@ -108,6 +108,9 @@ class LossConfig(Config):
     """Weight of 1 - mean cosine similarity between student and target patch tokens."""
     mse: NonNegativeFloat = 1.0
     """Weight of the mean squared error between student and target patch tokens."""
+    relative_mse: NonNegativeFloat = 0.0
+    """Weight of that error divided by the target's mean square, so that the scale of a model's features does
+    not decide."""
     pooled: NonNegativeFloat = 1.0
     """Weight of the same two terms on the pooled output (CLS). Its target is the teacher's unmoved view."""
     relocation: NonNegativeFloat = 0.3
@@ -243,7 +246,7 @@ class DistillConfig(Config):
     here or in a recipe."""
     output: str | None = None
     """Run folder to write. Required, here or in a recipe."""
-    method: str = "relocate"
+    method: str = "auto"
     """How registers are retrofitted (phreg.methods)."""
     force: bool = False
     """Train even if there is nothing to repair."""

@@ -96,7 +96,7 @@ def test_a_decay_rate_of_one_is_refused_before_anything_is_trained(betas):
 @pytest.mark.parametrize("name", sorted(config.recipes()))
 def test_every_shipped_recipe_resolves(name):
     resolved = methods.resolve(name, clip="clip" in name)
-    assert resolved.model or name == "gentle", "which is for any model"
+    assert resolved.model or name == "relocate-0.1", "which is for any model"
     assert resolved.size or not name.startswith("paper")
 
 

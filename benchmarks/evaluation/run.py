@@ -38,10 +38,11 @@ from phreg.data.sources import SUFFIXES
 from phreg.evaluation.record import Metrics, summarise, versions
 from phreg.evaluation.results import Results
 from phreg.evaluation.tasks.table import find_task
+from phreg.methods import resolve
 from phreg.training.checkpoint import write_text
 from phreg.training.loop import keep_freed_memory
 
-METHODS = ("raw", "test-time", "paper", "before", "relocate")
+METHODS = ("raw", "test-time", "paper", "before", "relocate-0.1", "auto")
 Row = result_file.Row
 
 
@@ -294,7 +295,9 @@ class Bench:
         """Finds the model of a method, trained with the seed where it is not there yet."""
         if method == "raw":
             return self.model
-        settings = methods.settings(method, None, 0) | {"measure.images": 0, "seed": seed} | self.changes
+        settings = methods.settings(method, None, 0) | {"seed": seed} | self.changes
+        if not resolve(overrides=settings).measure.keep_best:
+            settings = {"measure.images": 0} | settings
         asked = json.dumps([self.model, settings, list(map(str, self.training))], sort_keys=True, default=str)
         run = self.work / "models" / f"{method}-{seed}-{hashlib.sha256(asked.encode()).hexdigest()[:8]}"
         if not (run / "model" / "phreg.json").is_file():

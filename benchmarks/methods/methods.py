@@ -1,4 +1,4 @@
-"""The methods that are compared, as settings of `phreg.distill`, and variants of the default.
+"""The methods that are compared, as settings of `phreg.distill`, and variants of two of them.
 
 A method without settings needs no distillation: `raw` is the model as it is, `teacher` its average over 10
 fresh views. Every row but those two says what it changes from `phreg distill`'s defaults, and nothing else.
@@ -8,19 +8,25 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from phreg.config import read_settings
+
 Settings = Mapping[str, Any]
 """Settings of `phreg.distill`, by dotted key."""
 
 UNTRAINED = ("raw", "teacher")
 """Rows that distil nothing."""
 
+OLD: Settings = read_settings("relocate-0.1")[1]
+"""The default of phreg 0.1."""
+
 METHODS: dict[str, Settings] = {
     "test-time": {"method": "test-time"},
     "paper": {"method": "paper", "epochs": 1},  # as many views of the teacher as 8 epochs of kept targets
-    "no-registers": {"registers": 0},
+    "no-registers": {**OLD, "registers": 0},
     # Its pooled term wants the unmoved view alone, so a target is one forward.
-    "relocation-only": {"loss.cosine": 0.0, "loss.mse": 0.0, "views.count": 1},
-    "relocate": {},
+    "relocation-only": {**OLD, "loss.cosine": 0.0, "loss.mse": 0.0, "views.count": 1},
+    "relocate-0.1": OLD,
+    "auto": {},
 }
 """Methods: settings that differ from the defaults."""
 
@@ -28,44 +34,45 @@ METHODS: dict[str, Settings] = {
 def from_block(first: int | None, depth: int) -> Settings:
     """Unlocks embeddings as the defaults do, but blocks only from `first` on (None: all of them)."""
     blocks = (f"block.{index}" for index in range(first or 0, depth))
-    return {"unlock.roles": ("pos_embed", "patch_embed", *blocks)}
+    return {**OLD, "unlock.roles": ("pos_embed", "patch_embed", *blocks)}
 
 
 def low_rank(_first: int | None, depth: int) -> Settings:
     """Unlocks embeddings as the defaults do, and LoRA on all blocks in their place."""
     roles = ("pos_embed", "patch_embed")
-    return {"unlock.roles": roles, "unlock.lora.rank": 16, "unlock.lora.blocks": depth}
+    return {**OLD, "unlock.roles": roles, "unlock.lora.rank": 16, "unlock.lora.blocks": depth}
 
 
 VARIANTS: dict[str, Settings | Callable[[int | None, int], Settings]] = {
-    "views-5": {"views.count": 5},
-    "views-20": {"views.count": 20},
-    "registers-1": {"registers": 1},
-    "registers-16": {"registers": 16},
-    "registers-randn": {"register_init": "randn"},
-    "images-125": {"data.limit": 125},
-    "images-250": {"data.limit": 250},
-    "epochs-2": {"epochs": 2},
-    "epochs-4": {"epochs": 4},
-    "epochs-16": {"epochs": 16},
-    "fill-white": {"views.fill": "white"},
-    "fill-reflect": {"views.fill": "reflect"},
-    "fill-mean": {"views.fill": "mean"},
-    "fill-valid-crop": {"views.fill": "valid-crop"},
-    "unlock-paper": {"unlock.roles": ("pos_embed", "patch_embed", "block.-1")},
+    "views-5": {**OLD, "views.count": 5},
+    "views-20": {**OLD, "views.count": 20},
+    "registers-1": {**OLD, "registers": 1},
+    "registers-16": {**OLD, "registers": 16},
+    "registers-randn": {**OLD, "register_init": "randn"},
+    "images-125": {**OLD, "data.limit": 125},
+    "images-250": {**OLD, "data.limit": 250},
+    "epochs-2": {**OLD, "epochs": 2},
+    "epochs-4": {**OLD, "epochs": 4},
+    "epochs-16": {**OLD, "epochs": 16},
+    "fill-white": {**OLD, "views.fill": "white"},
+    "fill-reflect": {**OLD, "views.fill": "reflect"},
+    "fill-mean": {**OLD, "views.fill": "mean"},
+    "fill-valid-crop": {**OLD, "views.fill": "valid-crop"},
+    "unlock-paper": {**OLD, "unlock.roles": ("pos_embed", "patch_embed", "block.-1")},
     "unlock-from-emergence": from_block,
     "lora-16": low_rank,
-    "pooled-0": {"loss.pooled": 0.0},
-    "pooled-2": {"loss.pooled": 2.0},
-    "ema": {"optim.ema": 0.98},  # 248 steps: an average over the last 50
-    "relocation-1.0": {"loss.relocation": 1.0},
-    "relocation-0.1": {"loss.relocation": 0.1},
-    "relocation-0": {"loss.relocation": 0.0},  # registers and distillation alone
-    "before": {"loss.relocation": 1.0, "views.fill": "white"},
-    "paper-4": {"method": "paper", "epochs": 4},  # takes as long as `relocate`
+    "pooled-0": {**OLD, "loss.pooled": 0.0},
+    "pooled-2": {**OLD, "loss.pooled": 2.0},
+    "ema": {**OLD, "optim.ema": 0.98},  # 248 steps: an average over the last 50
+    "relocation-1.0": {**OLD, "loss.relocation": 1.0},
+    "relocation-0.1": {**OLD, "loss.relocation": 0.1},
+    "relocation-0": {**OLD, "loss.relocation": 0.0},  # registers and distillation alone
+    "before": {**OLD, "loss.relocation": 1.0, "views.fill": "white"},
+    "paper-4": {"method": "paper", "epochs": 4},  # takes as long as `relocate-0.1`
+    "auto-forced": {"force": True},
 }
-"""Ablations of `relocate`, each one setting away; `before`, its defaults until two of them changed; and a
-longer `paper`. Two need to know the emergence block or the depth."""
+"""Ablations of `relocate-0.1`, each one setting away; `before`, its defaults until two changed; a longer
+`paper`; and ablations of `auto`. Two need to know the emergence block or the depth."""
 
 ROWS = (*UNTRAINED, *METHODS, *VARIANTS)
 """Everything that `--methods` takes, in the order of the table."""

@@ -34,6 +34,7 @@ from phreg.backbones.base import Backbone
 from phreg.backbones.resolve import adapt
 from phreg.config import TargetConfig
 from phreg.errors import PhregError
+from phreg.methods import resolve
 from phreg.training.loop import keep_freed_memory
 
 DEFAULT = ("raw", "teacher", *methods.METHODS)
@@ -120,9 +121,11 @@ class Bench:
         model: Any = self.open().model if self.kind else self.source
         with tempfile.TemporaryDirectory() as folder, measuring.metering() as cost:
             images = measuring.training_list(self.training, seed, Path(folder) / "images.txt")
-            measure = {"measure.images": 0, "size": self.size, "seed": seed}
+            settings = {"size": self.size, "seed": seed} | settings
+            if not resolve(overrides=settings).measure.keep_best:
+                settings = {"measure.images": 0} | settings  # nothing but the table here would look at them
             try:
-                result = phreg.distill(model, images, Path(folder) / "run", **measure | settings)
+                result = phreg.distill(model, images, Path(folder) / "run", **settings)
             except PhregError as error:
                 return {"refused": str(error)}
         cost["steps"] = result.outcome.steps if result.outcome else 0

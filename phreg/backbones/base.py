@@ -370,7 +370,7 @@ class Backbone(nn.Module, ABC):
     """The adapter that made the model what it is; set by `phreg.formats.adapter.apply_adapter`."""
 
     low_rank: Mapping[str, Factors] = {}
-    """What training added to weights at low rank, by their names in the model; an adapter holds that alone."""
+    """What training added to weights at low rank, by their names in the model."""
 
     def tower_state(self) -> dict[str, Tensor]:
         """Returns the tensors of the embeddings and the blocks, as the tower alone names them on disk.

@@ -1,8 +1,9 @@
 """An adapter: written beside its record, read, and put onto the model that it belongs to.
 
 It holds the tensors that differ from the base checkpoint, under the names that the base's own library uses on
-disk: whole, or as two factors where they changed at low rank (`phreg.low_rank`). It belongs to exact weights. They are known by the hash of the whole base or, where a LLaVA, a
-depth model or a detector stands around it, by that of the base's tower.
+disk: whole, or as two factors where they changed at low rank (`phreg.low_rank`). It belongs to exact weights.
+They are known by the hash of the whole base or, where a LLaVA, a depth model or a detector stands around it,
+by that of the base's tower.
 
     adapter.safetensors ──hash──► tensors ──(renamed for the tower)─┐
     phreg.json ──hashes── same base? ──yes──► tried on a twin ──────┴── fits? ──yes──► model, patched in place

@@ -6,11 +6,12 @@ from typing import Any
 
 from phreg.config import DistillConfig, UnlockConfig, read_settings, validate
 from phreg.errors import ConfigError
-from phreg.methods import paper, relocate, test_time
+from phreg.methods import auto, denoise, paper, relocate, test_time
 from phreg.methods.base import Method
 
 METHODS: dict[str, Method] = {
-    method.name: method for method in (relocate.METHOD, paper.METHOD, test_time.METHOD)
+    method.name: method
+    for method in (auto.METHOD, relocate.METHOD, denoise.METHOD, paper.METHOD, test_time.METHOD)
 }
 
 
@@ -58,12 +59,16 @@ def resolve(
 
 
 def _lora_for_blocks(implied: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Joins settings. LoRA replaces the blocks, unless the user named roles.
+    """Joins settings; LoRA and whole blocks exclude each other, unless the user named both.
 
+    LoRA that the user asks for replaces the blocks. LoRA that a method implies gives way to roles.
     The result names all roles, so that a run which is resumed, or repeated from its recipe, trains the same.
     """
     settings = {**implied, **given}
-    if settings.get("unlock.lora.rank") and "unlock.roles" not in given:
+    if "unlock.roles" in given:
+        if "unlock.lora.rank" not in given:
+            settings["unlock.lora.rank"] = 0
+    elif settings.get("unlock.lora.rank"):
         roles = settings.get("unlock.roles", UnlockConfig.model_fields["roles"].default)
         settings["unlock.roles"] = tuple(role for role in roles if not role.startswith("block"))
     return settings

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from phreg.config import DistillConfig
 
@@ -14,6 +14,11 @@ if TYPE_CHECKING:
     from phreg.backbones.base import Backbone
     from phreg.sinks.locate import Sinks
     from phreg.training.losses import LossTerm
+
+
+Reason = Literal["outliers", "headroom"]
+"""Why to train. outliers: norms of patch tokens with a gap. headroom: averages over moved views agree better
+with each other than with the model."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +34,7 @@ class Method:
         clip_settings: The same for CLIP-type models; None means no difference.
         needs_sinks: Whether it looks for the hidden units that cause sinks.
         trains: Whether it trains. If not, `add` is all it does.
+        reasons: What gives it something to do. Without any of them, the model is returned as it is.
     """
 
     name: str
@@ -38,6 +44,7 @@ class Method:
     clip_settings: Mapping[str, Any] | None = None
     needs_sinks: bool = True
     trains: bool = True
+    reasons: tuple[Reason, ...] = ("outliers",)
 
     def implied(self, *, clip: bool) -> Mapping[str, Any]:
         """Lists the settings that it implies for a model, CLIP-type or not."""

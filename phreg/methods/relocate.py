@@ -1,9 +1,10 @@
-"""The default: moves the sinks into registers and, at the same time, distils the model from its views."""
+"""Moves the sinks into registers and, at the same time, distils the model from its views."""
 
 import logging
 from typing import TYPE_CHECKING
 
 from phreg.config import DistillConfig
+from phreg.methods import denoise
 from phreg.methods.base import Method
 
 if TYPE_CHECKING:
@@ -41,5 +42,5 @@ METHOD = Method(
     name="relocate",
     summary="find the sinks, move them into the registers, and distil at the same time",
     add=add,
-    settings={"epochs": 8, "views.fill": "context"},
+    settings=denoise.SETTINGS,
 )

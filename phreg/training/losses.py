@@ -2,6 +2,7 @@
 
     cosine       1 - mean cosine of patches to the target                     (PH-Reg)
     mse          mean squared error of patches                                (PH-Reg)
+    relative_mse the same over the target's mean square: a model's scale does not decide
     pooled       both on the global output, which the paper does not guard
     relocation   sinks are active on registers and not on patches (`phreg.sinks.relocation`)
 
@@ -79,6 +80,16 @@ class SquaredError(LossTerm):
         return F.mse_loss(outputs.student.patches.float(), outputs.target.patches.float())
 
 
+class RelativeSquaredError(LossTerm):
+    """Mean squared error of patch features, divided by the target's mean square."""
+
+    name = "relative_mse"
+
+    def __call__(self, outputs: Outputs) -> Float[Tensor, ""]:
+        """Computes the term."""
+        return relative_squared_error(outputs.student.patches, outputs.target.patches)
+
+
 class Pooled(LossTerm):
     """Cosine distance of the global output, plus its squared error divided by the target's mean square."""
 
@@ -127,7 +138,12 @@ class RelocationTerm(LossTerm):
 
 def distillation_terms(config: LossConfig) -> list[LossTerm]:
     """Lists the terms between student and target, without those of weight 0."""
-    terms = [Cosine(config.cosine), SquaredError(config.mse), Pooled(config.pooled)]
+    terms = [
+        Cosine(config.cosine),
+        SquaredError(config.mse),
+        RelativeSquaredError(config.relative_mse),
+        Pooled(config.pooled),
+    ]
     return [term for term in terms if term.weight]
 
 
@@ -151,7 +167,12 @@ def cosine_distance(
 
 def pooled_loss(student: Float[Tensor, "batch dim"], target: Float[Tensor, "batch dim"]) -> Float[Tensor, ""]:
     """Cosine distance plus squared error over the target's mean square. It ignores a model's scale."""
+    return cosine_distance(student, target) + relative_squared_error(student, target)
+
+
+def relative_squared_error(
+    student: Float[Tensor, "*any dim"], target: Float[Tensor, "*any dim"]
+) -> Float[Tensor, ""]:
+    """Mean squared error over the target's mean square."""
     student, target = student.float(), target.float()
-    return cosine_distance(student, target) + F.mse_loss(student, target) / target.square().mean().clamp_min(
-        1e-8
-    )
+    return F.mse_loss(student, target) / target.square().mean().clamp_min(1e-8)

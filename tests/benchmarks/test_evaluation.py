@@ -108,9 +108,9 @@ def test_every_task_has_its_row_and_nothing_is_done_twice(saved, data, small, tm
         "--set", "force=true", "--set", "size=32", "--set", "data.workers=0", "--set", "views.count=1",
         "--set", "batch_size=9",
     ]  # fmt: skip
-    run.main([*flags, "--methods", "raw,relocate", "--seed", "0"])
+    run.main([*flags, "--methods", "raw,relocate-0.1", "--seed", "0"])
     rows = json.loads(output.read_text())["rows"]
-    assert list(rows) == [f"{task}/{method}/0" for task in run.TASKS for method in ("raw", "relocate")]
+    assert list(rows) == [f"{task}/{method}/0" for task in run.TASKS for method in ("raw", "relocate-0.1")]
     for key, row in rows.items():
         assert row["seconds"] > 0
         first = run.TASKS[key.split("/")[0]].figures[0]
@@ -122,7 +122,7 @@ def test_every_task_has_its_row_and_nothing_is_done_twice(saved, data, small, tm
 
     monkeypatch.setattr(run.phreg, "distill", refuse)
     monkeypatch.setattr(run.phreg, "evaluate", refuse)
-    run.main([*flags, "--methods", "raw,relocate", "--seed", "0"])
+    run.main([*flags, "--methods", "raw,relocate-0.1", "--seed", "0"])
 
 
 def test_a_difference_is_marked_where_it_is_within_the_spread():
@@ -134,7 +134,7 @@ def test_a_difference_is_marked_where_it_is_within_the_spread():
 
     # LOST has no seed of its own, so that the raw model has one row and no spread.
     made = rows("tokencut", "raw", [0.5]) | rows("tokencut", "paper", [0.51, 0.49, 0.515])
-    made |= rows("tokencut", "relocate", [0.6, 0.61, 0.62])
+    made |= rows("tokencut", "relocate-0.1", [0.6, 0.61, 0.62])
     lines = run.table("tokencut", made).splitlines()
     assert lines[2].startswith("| raw | 50.00 ± 0.00 |")
     assert "(+0.50 ± 1.32~)" in lines[3]

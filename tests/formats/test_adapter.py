@@ -255,7 +255,8 @@ def test_a_low_rank_change_is_kept_as_factors_and_comes_back_to_the_bit(build, t
     model = BUILDS[build]()
     matrices = {
         name for name, tensor in adapt(model).disk_state().items()
-        if tensor.ndim == 2 and name.startswith(("blocks.", "encoder.layer.", "dinov2.", "visual.transformer"))
+        if tensor.ndim == 2
+        and name.startswith(("blocks.", "encoder.layer.", "dinov2.", "visual.transformer"))
     }  # fmt: skip
     folder, patched = low_rank(model, tmp_path / "adapter")
     kept = load_file(folder / "adapter.safetensors")
