@@ -7,58 +7,25 @@
 No model library is imported before a model of it is used.
 """
 
+import ast
 import importlib
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 from phreg.deprecated import current_attribute
 
 __version__ = "0.1.0"
 
-if TYPE_CHECKING:
-    from phreg.api import add_test_time_registers as add_test_time_registers
-    from phreg.api import denoise as denoise
-    from phreg.api import distill as distill
-    from phreg.api import evaluate as evaluate
-    from phreg.api import export as export
-    from phreg.api import inspect as inspect
-    from phreg.api import load as load
-    from phreg.api import push as push
-    from phreg.api import quickstart as quickstart
-    from phreg.errors import PhregError as PhregError
-    from phreg.formats.info import info as info
-    from phreg.registers import add_registers as add_registers
-    from phreg.registers import remove_registers as remove_registers
 
-_LAZY_EXPORTS = {
-    "PhregError": "phreg.errors",
-    "add_registers": "phreg.registers",
-    "add_test_time_registers": "phreg.api",
-    "denoise": "phreg.api",
-    "distill": "phreg.api",
-    "evaluate": "phreg.api",
-    "export": "phreg.api",
-    "info": "phreg.formats.info",
-    "inspect": "phreg.api",
-    "load": "phreg.api",
-    "push": "phreg.api",
-    "quickstart": "phreg.api",
-    "remove_registers": "phreg.registers",
-}
-__all__ = [
-    "PhregError",
-    "add_registers",
-    "add_test_time_registers",
-    "denoise",
-    "distill",
-    "evaluate",
-    "export",
-    "info",
-    "inspect",
-    "load",
-    "push",
-    "quickstart",
-    "remove_registers",
-]
+def _read_exports() -> dict[str, str]:
+    """Reads the modules of the public names from `__init__.pyi`, which type checkers read too."""
+    stub = ast.parse(Path(__file__).with_suffix(".pyi").read_text(encoding="utf-8"))
+    imports = [node for node in stub.body if isinstance(node, ast.ImportFrom)]
+    return {name.name: str(node.module) for node in imports for name in node.names}
+
+
+_LAZY_EXPORTS = _read_exports()
+__all__ = sorted(_LAZY_EXPORTS)  # pyright: ignore[reportUnsupportedDunderAll]  # type checkers read the stub
 
 
 def __getattr__(name: str) -> Any:

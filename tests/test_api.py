@@ -9,6 +9,7 @@ from families import LIBRARIES
 import phreg
 from phreg import api
 from phreg.analysis.inspection import Inspection
+from phreg.api.arguments import named_models, short_names
 from phreg.backbones.readout import use_readout
 from phreg.backbones.resolve import adapt
 from phreg.errors import DataError, LoadError, PhregError
@@ -143,7 +144,7 @@ def test_local_folders_are_called_by_their_last_part_as_far_as_that_tells_them_a
     monkeypatch.chdir(tmp_path / "c")
 
     def called(*models):
-        return list(api._short(api._named(models)))
+        return list(short_names(named_models(models)))
 
     assert called(tmp_path / "a" / "vit", "facebook/dinov2-base") == ["vit", "facebook/dinov2-base"]
     assert called(f"{tmp_path}/a/vit/", ".") == ["vit", "c"]

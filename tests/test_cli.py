@@ -15,7 +15,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from phreg import api, cli, config, load, methods
+from phreg import cli, config, load, methods
+from phreg.cli.printing import console
+from phreg.cli.progress import ProgressReporter
 from phreg.errors import LoadError
 from phreg.evaluation.results import RESULTS
 
@@ -189,7 +191,7 @@ def test_the_version_is_told(capsys):
 
 def test_a_run_told_to_stop_before_its_first_step_leaves_nothing(saved, photos, tmp_path, monkeypatch):
     before = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr(api, "find_sinks", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr("phreg.api.distillation.find_sinks", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     asked = ["distill", saved, "--images", photos, "--output", tmp_path / "run", "--steps", 1, *QUICK]
     assert phreg(*asked) == 143
     assert not (tmp_path / "run").exists()
@@ -227,7 +229,7 @@ def test_nothing_to_repair_is_a_verdict_and_no_failure(saved, photos, tmp_path, 
 def test_a_quickstart_that_fails_a_check_exits_with_status_3(tmp_path, monkeypatch):
     result = SimpleNamespace(failures=["the pooled output drifted"])
     monkeypatch.setattr("phreg.api.quickstart", lambda *_, **__: result)
-    monkeypatch.setattr(cli, "_show", lambda _: None)
+    monkeypatch.setattr("phreg.cli.commands.print_run", lambda _: None)
     assert phreg("quickstart", "--output", tmp_path / "run") == 3
     result.failures = []
     assert phreg("quickstart", "--output", tmp_path / "run") == 0
@@ -259,7 +261,7 @@ def output_of(arguments, places, wide=False):
         for place, value in places.items():
             patch.setattr(place, value)
         if wide:  # so that no cell of a table is broken
-            patch.setattr(cli.console, "_width", 1000)
+            patch.setattr(console, "_width", 1000)
         code = phreg(*arguments)
     return code, out.getvalue() + err.getvalue()
 
@@ -357,7 +359,7 @@ def test_a_path_is_printed_whole_by_every_command_that_names_it(name):
         ["info", path],
         {
             "phreg.formats.info.info": returning(SimpleNamespace(figures=())),
-            "phreg.cli._described": returning([("base", str(path))]),
+            "phreg.cli.commands.description": returning([("base", str(path))]),
         },
         wide=True,
     )
@@ -398,18 +400,18 @@ def test_python_that_is_printed_names_the_folder_it_is_about(name):
 @given(NAMES)
 @example("a[/x]b")
 def test_progress_names_what_is_done_as_it_is(name):
-    with contextlib.redirect_stdout(io.StringIO()) as out, cli.ProgressReporter() as doing:
+    with contextlib.redirect_stdout(io.StringIO()) as out, ProgressReporter() as doing:
         doing(name, 1, 2)
     assert out.getvalue().startswith(f"{name} 1/2\n"), "a line where there is no terminal"
     with (
         pytest.MonkeyPatch.context() as patch,
         contextlib.redirect_stdout(io.StringIO()) as out,
-        cli.ProgressReporter() as doing,
+        ProgressReporter() as doing,
     ):
-        patch.setattr(cli.console, "_force_terminal", True)
-        patch.setattr(cli.console, "_width", 1000)
+        patch.setattr(console, "_force_terminal", True)
+        patch.setattr(console, "_width", 1000)
         doing(name, 1, 2)
-        patch.setattr(cli.console, "_force_terminal", False)
+        patch.setattr(console, "_force_terminal", False)
         with contextlib.redirect_stdout(io.StringIO()) as bar:
-            cli.console.print(doing._progress.get_renderable())
+            console.print(doing._progress.get_renderable())
     assert bar.getvalue().startswith(f"{name} ━"), "a bar where there is one"

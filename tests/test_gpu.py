@@ -209,7 +209,7 @@ def test_a_run_that_fails_on_the_gpu_leaves_the_instance_on_the_cpu_with_its_own
     def failing(*_arguments, **_options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("phreg.api.save_run", failing)
+    monkeypatch.setattr("phreg.api.distillation.save_run", failing)
     with pytest.raises(KeyboardInterrupt):
         distil("run", model)
     assert model.state_dict().keys() == before.keys()

@@ -10,6 +10,7 @@ from torch import nn
 
 import phreg
 from phreg import api, rollback
+from phreg.api import distillation, loading, training_free
 from phreg.backbones.resolve import adapt
 from phreg.backbones.timm import TimmBackbone
 from phreg.errors import PhregError, TrainingError
@@ -91,7 +92,7 @@ def then_raise(monkeypatch, owner, name, error):
 
 
 STAGES = {
-    "the search for sinks": (api, "outliers"),
+    "the search for sinks": (distillation, "outliers"),
     "adding registers": (relocation, "add_starting_registers"),
     "a change of read-out": (RetrofitTask, "running"),
     "unlocking": (trainer, "unlock"),
@@ -99,11 +100,11 @@ STAGES = {
     "a step": (tasks, "total_loss"),
     "a checkpoint": (trainer, "save_state"),
     "merging": (trainer, "merge_lora"),
-    "the comparison": (api, "compare"),
-    "the references": (api, "make_references"),
+    "the comparison": (distillation, "compare"),
+    "the references": (distillation, "make_references"),
     "the report": (folder, "of_survey"),
     "the adapter": (run, "save_adapter"),
-    "the very end": (api, "Distilled"),
+    "the very end": (distillation, "Distilled"),
 }
 
 ERRORS = dict(zip(STAGES, itertools.cycle([RuntimeError, KeyboardInterrupt, PhregError]), strict=False))
@@ -129,7 +130,7 @@ def test_a_distillation_that_fails_at_any_stage_leaves_the_instance_as_it_was(
     if STAGES[stage][0] not in (trainer, tasks):
         settings = settings | {"measure": {"images": 2, "views": 2}}
     if stage != "the report":  # which takes seconds
-        monkeypatch.setattr(api, "write_comparison", lambda *_: None)
+        monkeypatch.setattr(distillation, "write_comparison", lambda *_: None)
     before = portrait(model)
     then_raise(monkeypatch, *STAGES[stage], ERRORS[stage])
     with pytest.raises(ERRORS[stage]):
@@ -137,16 +138,21 @@ def test_a_distillation_that_fails_at_any_stage_leaves_the_instance_as_it_was(
     assert_same(portrait(model), before)
 
 
-@pytest.mark.parametrize(("owner", "name"), [(api, "find_sinks"), (test_time, "add_test_time_registers")])
+@pytest.mark.parametrize(
+    ("owners", "name"),
+    [((training_free, distillation), "find_sinks"), ((test_time,), "add_test_time_registers")],
+    ids=("finding sinks", "adding registers"),
+)
 def test_test_time_registers_that_fail_leave_the_instance_as_it_was(
-    owner, name, photos, tmp_path, monkeypatch
+    owners, name, photos, tmp_path, monkeypatch
 ):
     backbone = adapt(LIBRARIES["timm"]["vit"]())
     images = faint(backbone)
     plant(backbone, 1, 5, images)
     model = used(backbone.model)
     before = portrait(model)
-    then_raise(monkeypatch, owner, name, KeyboardInterrupt)
+    for owner in owners:
+        then_raise(monkeypatch, owner, name, KeyboardInterrupt)
     with pytest.raises(KeyboardInterrupt):
         phreg.add_test_time_registers(model, images)
     assert_same(portrait(model), before)
@@ -166,7 +172,9 @@ def test_adding_registers_is_undone_where_it_is_cut_short(library, monkeypatch):
     assert_same(portrait(model), before)
 
 
-@pytest.mark.parametrize("failing", [(TimmBackbone, "load_disk_state"), (api, "warn_failed_checks")], ids=str)
+@pytest.mark.parametrize(
+    "failing", [(TimmBackbone, "load_disk_state"), (loading, "warn_failed_checks")], ids=str
+)
 def test_an_adapter_half_applied_is_undone_whatever_the_reason(failing, tiny, photos, tmp_path, monkeypatch):
     api.distill(tiny(), photos, tmp_path / "run", **QUICK)
     model = used(tiny())
@@ -267,7 +275,7 @@ def test_measuring_an_fp16_instance_in_bf16_is_refused_in_words(tiny, photos):
 def test_a_run_goes_on_from_a_failure_with_the_same_instance(tiny, photos, tmp_path, monkeypatch):
     model, other = tiny(), tiny()
     with monkeypatch.context() as patch:
-        then_raise(patch, api, "save_run", KeyboardInterrupt)
+        then_raise(patch, distillation, "save_run", KeyboardInterrupt)
         with pytest.raises(KeyboardInterrupt):
             api.distill(model, photos, tmp_path / "run", **QUICK)
     api.distill(model, photos, tmp_path / "run", resume=True, **QUICK)

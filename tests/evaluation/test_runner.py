@@ -13,8 +13,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import phreg
-from phreg import api, cli
+from phreg import cli
+from phreg.api.evaluation import _check_names
 from phreg.backbones.resolve import adapt
+from phreg.cli.commands import CHECK_FAILED
+from phreg.cli.commands import evaluate as evaluate_command
+from phreg.cli.flags import task_settings
 from phreg.config import Config
 from phreg.errors import MaxDropError, PhregError
 from phreg.evaluation.record import Metrics, MetricSpec
@@ -328,7 +332,7 @@ def test_a_failed_check_ends_with_a_status_of_its_own_and_shows_the_table(saved,
         "--device", "cpu", "--set", "neighbours=3", "--baseline", saved, "--max-drop", "0.01",
     )  # fmt: skip
     printed = capsys.readouterr()
-    assert code == cli.CHECK_FAILED == 3
+    assert code == CHECK_FAILED == 3
     assert "top1" in printed.out
     assert "max_drop: asked for a drop" in printed.err
 
@@ -405,7 +409,7 @@ def test_settings_may_come_in_several_flags(saved, colours, tmp_path):
     ],
 )
 def test_settings_are_understood_as_they_are_typed(task, given, expected):
-    found = resolve_settings(task, cli._assignments(given))
+    found = resolve_settings(task, task_settings(given, evaluate_command))
     assert {name: getattr(found, name) for name in expected} == expected
 
 
@@ -425,11 +429,11 @@ def test_a_gpu_that_is_not_there_is_said_before_anything_is_run(saved, colours, 
 
 def test_lists_of_models_or_of_data_are_refused(saved, colours):
     with pytest.raises(PhregError, match="are none: list"):
-        api._check_names([["a", "b"]], None, colours)
+        _check_names([["a", "b"]], None, colours)
     with pytest.raises(PhregError, match="no model; name one or more"):
-        api._check_names([], saved, colours)
+        _check_names([], saved, colours)
     with pytest.raises(PhregError, match="data of type list"):
-        api._check_names([saved], None, [colours])
+        _check_names([saved], None, [colours])
 
 
 def test_tasks_and_their_settings_are_listed(capsys):

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 import phreg
 from phreg import api
+from phreg.api import distillation
 from phreg.backbones import resolve
 from phreg.backbones.readout import set_readout
 from phreg.config import DistillConfig
@@ -89,7 +90,7 @@ def sinking(monkeypatch):
         unit = Unit(block=1, index=5, sink_level=10.0, baseline=0.0, share=1.0, pre_activation=(10.0,))
         return Sinks(norms, 1, (unit,), 1.0, (), None, (torch.zeros(1, 32),))
 
-    monkeypatch.setattr(api, "find_sinks", find_sinks)
+    monkeypatch.setattr(distillation, "find_sinks", find_sinks)
     return {"measure": {"images": 0}}
 
 
@@ -144,13 +145,13 @@ def test_references_are_made_before_training_only_where_it_is_guided_by_them(
     """They cost as much as many steps, and lie in memory: a run that is measured at its end has them then."""
     order = []
     for name in ("make_references", "train"):
-        called = getattr(api, name)
+        called = getattr(distillation, name)
 
         def noting(*args, name=name, called=called, **settings):
             order.append(name)
             return called(*args, **settings)
 
-        monkeypatch.setattr(api, name, noting)
+        monkeypatch.setattr(distillation, name, noting)
     run(tiny(), photos, tmp_path / "run", measure=KEEP_BEST | {"keep_best": keep_best})
     assert order == (["make_references", "train"] if keep_best else ["train", "make_references"])
 

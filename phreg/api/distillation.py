@@ -1,0 +1,368 @@
+"""Distils registers into a model, and the quickstart on the demonstration model.
+
+    resolve ► load ► add registers ► train ► compare ► adapter, card, report
+
+A clean model ends early: it is returned unchanged, with the verdict as its report.
+"""
+
+import logging
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from phreg import demo, methods
+from phreg.analysis.inspection import look
+from phreg.analysis.norms import NormReport, outliers
+from phreg.api.arguments import (
+    ImagesPath,
+    Model,
+    usable_device,
+)
+from phreg.backbones.base import Backbone, packed_types
+from phreg.backbones.resolve import Base, display_name
+from phreg.config import DistillConfig
+from phreg.data.crops import Crops, centre_crops
+from phreg.data.sampling import split, subsample, subsample_indices
+from phreg.data.sources import ImageSource, open_images
+from phreg.errors import ConfigError, PhregError
+from phreg.evaluation.before_after import Comparison, HeldOut, compare, failed_gates, make_references
+from phreg.formats.load import open_model
+from phreg.formats.run import save_run
+from phreg.methods import METHODS
+from phreg.record import Outcome
+from phreg.report.folder import write_comparison, write_inspection
+from phreg.rollback import ModelState, rollback_on_error, to_fp32
+from phreg.sinks.locate import Sinks, find_sinks
+from phreg.teacher import Teacher
+from phreg.training.checkpoint import RunFolder, check_free, close_without_model, starting_run
+from phreg.training.loop import (
+    UNTRAINED,
+    StepRecord,
+    deterministic_kernels,
+    start_accelerator,
+    train,
+)
+from phreg.training.losses import LossTerm, distillation_terms
+from phreg.training.task import RetrofitTask
+from phreg.training.trainable import check_trainable
+from phreg.training.validation import Validator
+from phreg.views import context_margin
+
+StepObserver = Callable[[StepRecord, int], None]
+
+logger = logging.getLogger(__name__)
+
+LOOKED_AT = 8
+"""Batches in the report on a model with nothing to repair."""
+
+
+@dataclass(frozen=True, eq=False)
+class Distilled:
+    """What `distill` made.
+
+    Attributes:
+        model: The patched model, of its ordinary class, on the device it was trained on. An instance has the
+            precision, the mode and each parameter's `requires_grad` that it came with; where there was
+            nothing to repair, it is as it was.
+        run: Its run folder.
+        sinks: The sinks that were found; None where there were none, or the method does not look for them.
+        outcome: Steps, images, seconds and skipped files; None where there was nothing to repair.
+        comparison: The before/after figures; None where measuring was switched off, and on other processes.
+        failures: What the run made worse than `config.ChecksConfig` allows, in words. The adapter is marked.
+        main_process: Whether this is the process that writes, of the many there may be.
+        norms: The norms that show nothing to repair, where that is so; None otherwise.
+    """
+
+    model: nn.Module = field(repr=False)
+    run: Path
+    sinks: Sinks | None = field(repr=False)
+    outcome: Outcome | None
+    comparison: Comparison | None = field(repr=False)
+    failures: list[str]
+    main_process: bool
+    norms: NormReport | None = field(default=None, repr=False)
+
+    @property
+    def unchanged(self) -> bool:
+        """Whether the model is as it was: there was nothing to repair, or no state of the run was better."""
+        return self.outcome is None or self.outcome.best_step == 0
+
+
+def distill(
+    model: Model | None = None,
+    images: ImagesPath | None = None,
+    output: str | os.PathLike[str] | None = None,
+    *,
+    recipe: str | os.PathLike[str] | None = None,
+    resume: bool = False,
+    observe: StepObserver | None = None,
+    **settings: Any,
+) -> Distilled:
+    """Retrofits registers onto a model by self-distillation.
+
+    Args:
+        model: A hub id, a timm or open_clip name, a folder, or an instance, which is then patched in place.
+            Whatever ends the call early leaves an instance exactly as it was. This and the next two may come
+            from the recipe instead.
+        images: A folder, a text file of paths, tar shards, or a Hugging Face dataset.
+        output: Run folder to write: recipe.toml, log.jsonl, state/, model/, report/.
+        recipe: Name of a shipped recipe, or path of a TOML file.
+        resume: Continue the run in `output`. Settings that are not given again stay the same.
+        observe: Called with each step's record and the number of steps.
+        settings: Any setting of `DistillConfig`, dotted keys as nested dictionaries:
+            `method="paper", optim={"lr": 1e-3}`.
+
+    Raises:
+        PhregError: Anything asked for does not exist or does not fit; see its subclasses.
+    """
+    student, base, source, config = _open_run(model, images, output, recipe, settings, resume=resume)
+    method = METHODS[config.method]
+    with rollback_on_error(student) as before, deterministic_kernels(wanted=config.deterministic):
+        run = _start(student, source, config)
+        if method.trains:
+            check_trainable(student, len(run.train_images), config, run.accelerator.num_processes)
+        with starting_run(run.folder, config, run.accelerator, resume=resume):
+            original = before.frozen_twin()
+            for backbone in (original, student):
+                to_fp32(backbone.eval().to(run.accelerator.device))
+            logger.info("looking for sinks on up to %d images", config.sinks.images)
+            seen = run.read(original, subsample(run.train_images, config.sinks.images))
+            norms = outliers(original, seen)
+            sinks = find_sinks(original, seen, norms) if method.needs_sinks else None
+            if norms.emergence_block is None and not config.force:
+                return _nothing_to_repair(run, before, original, base, seen, norms)
+            logger.info("retrofitting on %s", run.divided)
+            if config.target.native_size:
+                student.set_input_size(run.size)
+            student.trained_readout = config.target.student_readout
+            terms = method.add(student, sinks, seen, config)
+            # All processes choose the best state by them. Otherwise only the main one needs them, at the end.
+            held_out = run.references(original, base) if config.measure.keep_best else None
+            outcome = UNTRAINED
+            if method.trains:
+                outcome = _train(run, original, student, terms, held_out, observe)
+            if outcome.best_step == 0:
+                return _nothing_gained(run, before, original, base, seen, outcome)
+        comparison = _measure_and_save(run, before, original, base, sinks, outcome, held_out)
+        before.restore_settings()
+        return Distilled(
+            model=student.model,
+            run=run.folder.path,
+            sinks=sinks,
+            outcome=outcome,
+            comparison=comparison,
+            failures=failed_gates(comparison, config.checks) if comparison else [],
+            main_process=run.accelerator.is_main_process,
+        )
+
+
+def _open_run(
+    model: Model | None,
+    images: ImagesPath | None,
+    output: str | os.PathLike[str] | None,
+    recipe: str | os.PathLike[str] | None,
+    settings: dict[str, Any],
+    *,
+    resume: bool,
+) -> tuple[Backbone, Base, ImageSource, DistillConfig]:
+    """Resolves what `distill` was asked for, and opens model and images; nothing is written yet."""
+    asked = {
+        "model": "instance" if isinstance(model, nn.Module) else model,
+        "images": images,
+        "output": output,
+    }
+    given = {key: os.fspath(value) for key, value in asked.items() if value is not None} | settings
+    resumed = resume and recipe is None and output is not None and RunFolder(Path(output)).recipe.is_file()
+    if resumed:
+        recipe = RunFolder(Path(output or "")).recipe  # settings that are not given again stay the same
+    # First without the model, so that a typo costs no download; again when its type (CLIP or not) is known.
+    early = methods.resolve(recipe, given, written_by_phreg=resumed)
+    missing = [key for key in asked if getattr(early, key) is None]
+    if missing:
+        raise ConfigError(
+            "settings", [f"{key}: not given; name it by flag, argument or recipe" for key in missing]
+        )
+    check_free(Path(early.output or ""), resume=resume)
+    if early.device is not None:
+        usable_device(early.device)
+    source = open_images(
+        early.images or "",
+        split=early.data.split,
+        column=early.data.image_column,
+        max_megapixels=early.data.max_megapixels,
+    )
+    student, base = open_model(
+        model if isinstance(model, nn.Module) else early.model or "", early.revision, early.mean, early.std
+    )
+    if student.num_registers:
+        raise PhregError(
+            f"{early.model} has {student.num_registers} registers from phreg already; "
+            f"distil what it was made from: {base.source}"
+        )
+    packed = packed_types(student.model)
+    if packed:
+        raise PhregError(
+            f"asked to distil {student.describe()}, whose weights are quantised ({', '.join(packed)}) "
+            "and cannot train; distil it in fp32, fp16 or bf16, and quantise the result"
+        )
+    is_clip = student.projection is not None
+    config = methods.resolve(recipe, given, clip=is_clip, written_by_phreg=resumed)
+    height, width = student.image_size(config.size)
+    config = config.model_copy(update={"size": height if height == width else (height, width)})
+    return student, base, source, config
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A run that is under way: its folder, processes and images.
+
+    Attributes:
+        size: Height and width of its images.
+        train_images: Those it trains on.
+        measured_images: Those it is measured on.
+        held_out: Whether none of these is trained on.
+        margin: Rows and columns of context that training images and targets come with, in pixels.
+    """
+
+    folder: RunFolder
+    config: DistillConfig
+    accelerator: Any
+    size: tuple[int, int]
+    train_images: ImageSource
+    measured_images: ImageSource
+    held_out: bool
+    margin: tuple[int, int]
+
+    @property
+    def divided(self) -> str:
+        """How many images there are, for the log."""
+        apart = "held out to measure on" if self.held_out else "of them also measured on"
+        return f"{len(self.train_images)} images, {len(self.measured_images)} {apart}"
+
+    @property
+    def crops(self) -> Crops:
+        """The training images, cut."""
+        where = "fixed" if self.config.target.cache else "random"
+        return Crops(self.train_images, self.size, self.config.seed, where, self.margin)
+
+    def references(self, original: Backbone, base: Base) -> HeldOut | None:
+        """Makes what the model is measured against; None where there is no image, or none is readable."""
+        if not len(self.measured_images):
+            return None
+        logger.info("averaging %d images to measure on over views", len(self.measured_images))
+        images = self.read(original, self.measured_images, self.margin)
+        return make_references(original, images, self.margin, self.config, base) if images else None
+
+    def read(self, backbone: Backbone, images: ImageSource, margin: tuple[int, int] = (0, 0)) -> list[Tensor]:
+        """Reads images to look at a model with, as many as are readable."""
+        return list(centre_crops(backbone, images, self.size, margin, self.config.data.max_broken))
+
+
+def _start(student: Backbone, source: ImageSource, config: DistillConfig) -> _Run:
+    """Starts the processes, and splits the images."""
+    folder, size = RunFolder(Path(config.output or "")), student.image_size(config.size)
+    accelerator = start_accelerator(config, folder)
+    train_images, measured_images, held_out = split(source, config)
+    margin = context_margin(config.views, student.spec, size)
+    return _Run(folder, config, accelerator, size, train_images, measured_images, held_out, margin)
+
+
+def _train(
+    run: _Run,
+    original: Backbone,
+    student: Backbone,
+    terms: Sequence[LossTerm],
+    held_out: HeldOut | None,
+    observe: StepObserver | None,
+) -> Outcome:
+    """Trains the student with the original as its teacher, by the method's terms beside those of all."""
+    config = run.config
+    bf16 = run.accelerator.mixed_precision == "bf16"
+    teacher = Teacher(original, config.views, config.target, bf16=bf16)
+    terms = [*distillation_terms(config.loss), *terms]
+    task = RetrofitTask(student, teacher, terms, config.target, run.margin)
+    validator = Validator(original, held_out, config.target) if held_out is not None else None
+    return train(task, run.crops, config, run.folder, run.accelerator, observe, validator)
+
+
+def _measure_and_save(
+    run: _Run,
+    before: ModelState[Backbone],
+    original: Backbone,
+    base: Base,
+    sinks: Sinks | None,
+    outcome: Outcome,
+    held_out: HeldOut | None,
+) -> Comparison | None:
+    """Compares the student with the original, and writes report and adapter; returns the comparison."""
+    student, config = before.model, run.config
+    before.restore_precision()
+    to_fp32(student)  # rounded as it is handed out, and measured so
+    comparison = None
+    if run.accelerator.is_main_process:
+        held_out = held_out or run.references(original, base)
+        if held_out is not None:
+            logger.info("measuring before and after, then writing the report")
+            comparison = compare(original, student, held_out, config.target, held_out=run.held_out)
+            write_comparison(run.folder, student, original, base, config, sinks, comparison)
+    before.restore_precision()
+    before.restore_precision(original)
+    if run.accelerator.is_main_process:
+        save_run(run.folder, student, original, base, config, outcome, sinks, comparison)
+    student.note_normalisation()
+    run.accelerator.wait_for_everyone()
+    run.accelerator.end_training()
+    return comparison
+
+
+def _nothing_gained(
+    run: _Run,
+    before: ModelState[Backbone],
+    original: Backbone,
+    base: Base,
+    seen: Sequence[Tensor],
+    outcome: Outcome,
+) -> Distilled:
+    """Hands out the model as it was, as no state of the run measured better than it."""
+    verdict = _nothing_to_repair(run, before, original, base, seen, None)
+    if run.accelerator.is_main_process:
+        close_without_model(run.folder)
+    return replace(verdict, outcome=outcome)
+
+
+def _nothing_to_repair(
+    run: _Run,
+    before: ModelState[Backbone],
+    original: Backbone,
+    base: Base,
+    seen: Sequence[Tensor],
+    norms: NormReport | None,
+) -> Distilled:
+    """Leaves the model as it was, and shows it in the run's report."""
+    student, main_process = before.model, run.accelerator.is_main_process
+    if main_process:
+        shown = [seen[number] for number in subsample_indices(len(seen), LOOKED_AT)]
+        write_inspection(run.folder.report, look(original, display_name(base.source), shown))
+    run.accelerator.wait_for_everyone()
+    before.restore()
+    return Distilled(student.model, run.folder.path, None, None, None, [], main_process, norms)
+
+
+def quickstart(
+    output: str | os.PathLike[str] = "runs/quickstart", *, observe: StepObserver | None = None
+) -> Distilled:
+    """Distils the demonstration model on photographs that come with scikit-image; needs no network.
+
+    Args:
+        output: Run folder to write; the photographs go to folders beside it.
+        observe: Called with each step's record and the number of steps.
+    """
+    beside = Path(f"{os.fspath(output)}-photos")
+    demo.write_demo_images(beside / "train")
+    demo.write_demo_images(beside / "held-out", held_out=True)
+    held_out = {"source": os.fspath(beside / "held-out")}
+    return distill("demo", beside / "train", output, recipe="quickstart", measure=held_out, observe=observe)

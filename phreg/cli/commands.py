@@ -1,0 +1,353 @@
+"""The commands: flags in, tables out. The work is done in `phreg.api`.
+
+A command imports what it runs when it runs, so that `phreg --help` stays fast.
+"""
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import chain
+from pathlib import Path
+from typing import Annotated, Literal, get_args
+
+from rich.table import Column, Table
+from tyro.conf import Positional, UseAppendAction, arg
+from tyro.extras import SubcommandApp
+
+from phreg import config
+from phreg.cli.flags import Settings, task_settings, unset
+from phreg.cli.printing import (
+    console,
+    description,
+    inside_quotes,
+    print_figures,
+    print_results,
+    print_run,
+    say,
+)
+from phreg.cli.progress import ProgressReporter, TrainingProgress
+from phreg.errors import Interrupted, MaxDropError
+from phreg.formats import Format
+
+app = SubcommandApp()
+
+CHECK_FAILED = 3
+"""Exit status of a run or an evaluation with a failed check."""
+
+
+@app.command
+def quickstart(output: Path = Path("runs/quickstart")) -> None:
+    """Repair a demonstration model with planted artifacts: offline, minutes on a CPU.
+
+    Args:
+        output: Run folder to write.
+    """
+    from phreg import api
+
+    started = time.perf_counter()
+    with TrainingProgress() as steps:
+        result = api.quickstart(output, observe=steps)
+    print_run(result)
+    seconds = time.perf_counter() - started
+    say(f"\nDone in {seconds:.0f} s. Open {output / 'report' / 'report.html'} in a browser.")
+    say("This was a demonstration model. For a real model:")
+    say("  phreg distill facebook/dinov2-small --images photos/ --output runs/dinov2-small-reg")
+    if result.failures:
+        sys.exit(CHECK_FAILED)
+
+
+@app.command
+def distill(
+    model: Annotated[Positional[str | None], unset("[MODEL]")] = None,
+    /,
+    *,
+    settings: Annotated[Settings, arg(name="")],
+    recipe: Annotated[str | None, unset("NAME|FILE")] = None,
+    resume: bool = False,
+) -> None:
+    """Retrofit registers onto a model by self-distillation.
+
+    Args:
+        model: Hub id, timm or open_clip name, or local folder. The recipe can name it instead.
+        settings: The settings of phreg.config.
+        recipe: Name of a shipped recipe (`phreg recipes` lists them), or path of a TOML file.
+        resume: Continue the run in --output.
+    """
+    from phreg import api
+
+    with TrainingProgress() as steps:
+        result = api.distill(model, recipe=recipe, resume=resume, observe=steps, **settings)
+    if result.main_process:
+        print_run(result)
+        say(f"\nRun folder: {result.run}")
+        if not result.unchanged:
+            say(f'In Python:  model = phreg.load("{inside_quotes(result.run)}")')
+    if result.failures:
+        sys.exit(CHECK_FAILED)
+
+
+@app.command
+def inspect(
+    model: Annotated[Positional[str], arg(metavar="MODEL")],
+    /,
+    images: str,
+    output: Path,
+    baseline: Annotated[tuple[str, ...], unset("MODEL…")] = (),
+    size: Annotated[int | tuple[int, int] | None, unset("HEIGHT [WIDTH]")] = None,
+    count: int = 64,
+    labels: Annotated[str | None, unset("PATH")] = None,
+    texts: Annotated[tuple[str, ...], unset("TEXT…")] = (),
+    mean: Annotated[tuple[float, float, float] | None, unset("R G B")] = None,
+    std: Annotated[tuple[float, float, float] | None, unset("R G B")] = None,
+    device: Annotated[str | None, unset("DEVICE")] = None,
+) -> None:
+    """Look for artifacts, and report how many there are, where, what causes them and what they hold.
+
+    Args:
+        model: Hub id, timm or open_clip name, local folder, run or adapter.
+        images: Folder, text file of paths, tar shards or Hugging Face dataset.
+        output: Folder for inspect.json, report.html and pictures: new, empty, or of an earlier inspection.
+        baseline: Models to compare it with, on the same images.
+        size: Size of the images in pixels: one number for a square, or height and width. Unset means each
+            model's own size.
+        count: Images to look at.
+        labels: Labelled images, such as a folder of class folders. They show what single tokens know of a
+            class.
+        texts: Texts whose similarity is mapped over the images, for models with a text tower.
+        mean: Mean that images are normalised with, on a scale of 0 to 1. Unset takes it from each model or
+            its image processor.
+        std: Standard deviation that images are normalised with. Unset works as for mean.
+        device: Device to run on. Unset means a GPU if there is one.
+    """
+    from phreg import api
+    from phreg.report.verdict import causes, verdict
+
+    with ProgressReporter() as doing:
+        inspection = api.inspect(
+            model, images, baseline=baseline, output=output, size=size, count=count, labels=labels,
+            texts=texts, mean=mean, std=std, device=device, observe=doing,
+        )  # fmt: skip
+    for found in inspection.models:
+        table = Table(
+            "block",
+            "median norm",
+            "outliers",
+            "their norm",
+            "outliers after the final norm",
+            title=found.name,
+        )
+        for before, after in zip(found.norms.blocks, found.norms.normed, strict=True):
+            norm = f"{before.outlier_norm:.1f}" if before.outlier_norm is not None else "-"
+            rate, normed = (f"{100 * side.outlier_rate:.2f} %" for side in (before, after))
+            table.add_row(str(before.block), f"{before.median:.1f}", rate, norm, normed)
+        console.print(table)
+        console.print(verdict(found.norms))
+        if found.sinks is not None:
+            console.print(causes(found.sinks))
+    say(f"Written: {output / 'report.html'}, inspect.json and pictures")
+
+
+@app.command
+def export(
+    model: Annotated[Positional[str], arg(metavar="RUN")],
+    /,
+    output: Path,
+    format: Format,
+    revision: Annotated[str | None, unset("COMMIT")] = None,
+) -> None:
+    """Write a patched model in another format, load it back, and compare the two.
+
+    Args:
+        model: Run, adapter folder, or hub id of an adapter.
+        output: Folder to write.
+        format: timm, transformers (DINOv2 becomes DINOv2 with registers) and open_clip load in their own
+            library without phreg. remote-code loads in transformers, with code in the folder. onnx loads in
+            onnxruntime. merged (all weights) and adapter (changed weights) load by phreg.load.
+        revision: Hub commit, branch or tag to pin.
+    """
+    from phreg import api
+    from phreg.formats.export.spec import find_spec
+
+    table = Table("size", "largest difference", "relative", "equal")
+    for size in api.export(model, output, format=format, revision=revision):
+        pixels = f"{size.size[0]}x{size.size[1]}"
+        equal = "yes" if size.claimed else "no: differs at this size"
+        table.add_row(pixels, f"{size.difference:.1e}", f"{size.relative:.1e}", equal)
+    console.print(table)
+    say(f"Written and loaded back by {format}: {output}")
+    load_line = find_spec(format).load_line
+    say(f"In Python:  {load_line.format(folder=inside_quotes(output))}")
+
+
+@app.command
+def evaluate(
+    models: Annotated[Positional[tuple[str, ...]], arg(metavar="MODEL…", help_behavior_hint="(required)")],
+    /,
+    task: str,
+    data: str,
+    output: Path,
+    baseline: Annotated[str | None, unset("MODEL")] = None,
+    seeds: int = 1,
+    protocol: Annotated[str | None, unset("NAME")] = None,
+    set: UseAppendAction[Annotated[tuple[tuple[str, ...], ...], arg(metavar="KEY=VALUE…")]] = (),
+    max_drop: Annotated[float | None, unset("DROP")] = None,
+    mean: Annotated[tuple[float, float, float] | None, unset("R G B")] = None,
+    std: Annotated[tuple[float, float, float] | None, unset("R G B")] = None,
+    device: Annotated[str | None, unset("DEVICE")] = None,
+    precision: Literal["fp32", "bf16"] = "fp32",
+    batch_size: int = 16,
+    seed: int = 0,
+    cache: Annotated[Path | None, unset("DIR")] = None,
+    cache_limit: Annotated[float, arg(metavar="GB")] = 20.0,
+) -> None:
+    """Compare models in a task: segmentation, classification and more.
+
+    Args:
+        models: Hub ids, timm or open_clip names, local folders, runs or adapters.
+        task: Name of the task; `phreg tasks` lists them.
+        data: Images and labels of the task.
+        output: Folder for results.json, results.md and, in object discovery, maps.png. A rerun continues
+            after finished runs. Results of another task, other data or other settings are refused.
+        baseline: Model that the others are compared with; figures at artifacts use its artifacts. Unset
+            compares with the first model, without figures at artifacts.
+        seeds: Runs of each model. Several runs give a standard deviation. A deterministic task runs once.
+        protocol: Named set of the task's settings.
+        set: Settings of the task, such as `neighbours=10 reading.size=448`. `phreg tasks TASK` lists them.
+        max_drop: Largest drop behind the baseline, e.g. 0.01, of the first figure and, in classification, of
+            every top-1. A larger drop exits with status 3.
+        mean: Mean that images are normalised with, on a scale of 0 to 1. Unset takes it from each model or
+            its image processor.
+        std: Standard deviation that images are normalised with. Unset works as for mean.
+        device: Device to run on. Unset means a GPU if there is one.
+        precision: Precision of the models' forward passes.
+        batch_size: Images per forward pass.
+        seed: The first seed.
+        cache: Folder for cached features. Unset means features/ in the output.
+        cache_limit: Largest size of the cache, in gigabytes.
+    """
+    with _evaluating(output), ProgressReporter() as doing:
+        from phreg import api
+
+        results = api.evaluate(
+            *models, task=task, data=data, output=output, baseline=baseline, seeds=seeds, seed=seed,
+            protocol=protocol, max_drop=max_drop, mean=mean, std=std, device=device, precision=precision,
+            batch_size=batch_size, cache=cache, cache_limit=cache_limit, observe=doing,
+            **task_settings([*chain(*set)], evaluate),
+        )  # fmt: skip
+    print_results(results, output)
+    if max_drop is not None:
+        console.print(f"Check passed: no drop of more than {max_drop:g}.")
+
+
+@contextmanager
+def _evaluating(output: Path) -> Iterator[None]:
+    """Shows what was found where a figure dropped too far, and says how to go on where the user stopped."""
+    try:
+        yield
+    except MaxDropError as failed:
+        print_results(failed.results, output)
+        raise
+    except KeyboardInterrupt as stopped:
+        raise Interrupted(
+            f"stopped; finished runs and features are in {output}: give the same command again to continue "
+            "after them"
+        ) from stopped
+
+
+@app.command
+def tasks(task: Annotated[Positional[str | None], unset("[TASK]")] = None, /) -> None:
+    """List the tasks of `phreg evaluate`, or the settings of one.
+
+    Args:
+        task: Task whose settings to list.
+    """
+    from phreg.evaluation.tasks.table import TASKS, find_task, protocols
+
+    if task is None:
+        table = Table("task", "what it measures")
+        for name in TASKS:
+            table.add_row(name, (find_task(name).__doc__ or "").partition("\n")[0])
+        console.print(table)
+        return
+    found = find_task(task)
+    table = Table("setting", "default", "what it is", title=task)
+    defaults = config.flatten(found.Settings().model_dump())
+    for key, field in config.fields(found.Settings).items():
+        table.add_row(key, str(defaults[key]), " ".join((field.description or "").split()))
+    console.print(table)
+    console.print(f"Data: {found.DATA}.")
+    if protocols(found):
+        console.print(f"Protocols: {', '.join(protocols(found))}")
+
+
+@app.command
+def push(
+    model: Annotated[Positional[str], arg(metavar="RUN")],
+    repository: Annotated[Positional[str], arg(metavar="OWNER/NAME")],
+    /,
+    format: Annotated[Format | None, unset("|".join(get_args(Format)))] = None,
+    private: bool = False,
+    revision: Annotated[str | None, unset("BRANCH")] = None,
+    dry_run: Annotated[Path | None, unset("DIR")] = None,
+) -> None:
+    """Upload a run's adapter, or an export, to the Hugging Face hub, with a generated model card.
+
+    Args:
+        model: Run, adapter, or exported folder.
+        repository: Repository to push to. It is created if it does not exist.
+        format: Format of `phreg export` to convert to first. Unset means no conversion.
+        private: Push to a private repository. A public one is refused.
+        revision: Branch to commit to. Unset means the main branch.
+        dry_run: Folder to write instead of pushing.
+    """
+    from phreg import api
+
+    pushed = api.push(model, repository, format=format, private=private, revision=revision, dry_run=dry_run)
+    what = f"{len(pushed.files)} files, {pushed.num_bytes / 1e6:.1f} MB"
+    if pushed.commit is None:
+        say(f"Nothing was pushed. {repository} would hold {pushed.folder}: {what}")
+    else:
+        say(f"Pushed {what}: {pushed.commit}")
+        say(f'In Python:  model = phreg.load("{repository}")')
+
+
+@app.command
+def info(
+    path: Annotated[Positional[str], arg(metavar="PATH")],
+    /,
+    base: Annotated[str | None, unset("MODEL")] = None,
+    revision: Annotated[str | None, unset("COMMIT")] = None,
+    json: bool = False,
+) -> None:
+    """Describe an adapter, a run, an export or a hub id, and check whether its base fits.
+
+    Args:
+        path: Folder, or hub id.
+        base: Model to check as its base. Unset means the base that it names, if that is on this disk.
+        revision: Hub commit, branch or tag to pin.
+        json: Print JSON.
+    """
+    from phreg.formats.info import info as describe
+
+    shown = describe(path, revision=revision, base=base)
+    if json:
+        console.print_json(data=shown.to_json())
+        return
+    table = Table("", Column("", overflow="fold"), show_header=False)
+    for name, value in description(shown):
+        table.add_row(name, value)
+    console.print(table)
+    if shown.figures:
+        print_figures(shown.figures)
+
+
+@app.command
+def recipes() -> None:
+    """List the shipped recipes."""
+    # Names are there to be copied.
+    table = Table(Column("recipe", overflow="fold"), Column("model", overflow="fold"), "method")
+    for name, path in config.recipes().items():
+        settings = config.read_toml(path)
+        table.add_row(name, settings.get("model", "any"), settings.get("method", "relocate"))
+    console.print(table)

@@ -1,0 +1,95 @@
+"""The flags of `phreg distill`, built from `phreg.config`, and the settings of a task given as KEY=VALUE.
+
+Only given flags are passed on, so a flag wins over a recipe, and a recipe over what its method implies.
+"""
+
+from collections.abc import Callable, Sequence
+from inspect import signature
+from types import NoneType, UnionType
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict, Union, get_args, get_origin
+
+from pydantic import BaseModel
+from tyro.conf import arg
+
+from phreg import config
+from phreg.deprecated import current_name
+from phreg.errors import ConfigError
+from phreg.methods import METHODS
+from phreg.parsing import parse_toml
+
+
+def unset(metavar: str) -> Any:
+    """Describes a flag whose help says itself what leaving it out means."""
+    return arg(metavar=metavar, help_behavior_hint="")
+
+
+def _flags(section: type[BaseModel] = config.DistillConfig, prefix: str = "") -> Any:
+    """Builds the type of distill's flags from the settings: a dictionary of given flags, by section."""
+    flags: dict[str, Any] = {}
+    for name, field in section.model_fields.items():
+        kind: Any = field.annotation
+        if prefix + name == "model":
+            continue
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            flags[name] = _flags(kind, f"{prefix}{name}.")
+            continue
+        # A flag that is not given is unset; none needs a way to say None.
+        kinds = tuple(kind for kind in get_args(kind) if kind is not NoneType)
+        kind = Union[kinds] if get_origin(kind) in (Union, UnionType) else kind  # noqa: UP007
+        description = field.description
+        if prefix + name == "method":
+            kind = Literal[tuple(METHODS)]
+            description = f"{description} {' '.join(f'{m.name}: {m.summary}.' for m in METHODS.values())}"
+        text = " ".join(f"{description} {_defaults(prefix + name, field.default)}".split())
+        flags[name] = Annotated[kind, arg(help=text, help_behavior_hint="")]
+    make: Any = TypedDict
+    made = make(section.__name__, flags, total=False)
+    made.__doc__ = section.__doc__
+    return made
+
+
+def _defaults(key: str, default: Any) -> str:
+    """Lists the default of a setting, and the methods that imply another one."""
+
+    def text(value: Any) -> str:
+        return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+    parts = [] if default in (None, ()) else [f"default: {text(default)}"]
+    parts += [
+        f"{name}: {text(method.settings[key])}" for name, method in METHODS.items() if key in method.settings
+    ]
+    return f"({'; '.join(parts)})" if parts else ""
+
+
+if TYPE_CHECKING:
+    Settings = dict[str, Any]
+else:
+    Settings = _flags()
+
+
+def task_settings(given: Sequence[str], command: Callable[..., None]) -> dict[str, Any]:
+    """Reads settings of a task given as KEY=VALUE; those that are flags of the command are refused."""
+    parameters = signature(command).parameters
+    flags = [name for name, flag in parameters.items() if flag.kind != flag.POSITIONAL_ONLY]
+    problems = [f"{text}: expected KEY=VALUE" for text in given if not text.partition("=")[2]]
+    keys = [text.partition("=")[0] for text in given]
+    for key in dict.fromkeys(keys):
+        if (flag := current_name("evaluate", key)) in flags:
+            problems.append(f"{key}: no setting of a task; give it by --{flag.replace('_', '-')}")
+        elif key == "observe":
+            problems.append(f"{key}: unknown key")  # of phreg.evaluate alone
+        if keys.count(key) > 1:
+            problems.append(f"{key}: given {keys.count(key)} times; keep one")
+    if problems:
+        raise ConfigError("--set", problems)
+    return {key: _value(text) for key, _, text in (item.partition("=") for item in given)}
+
+
+def _value(text: str) -> Any:
+    """Reads lists and tables as TOML; all else stays a text, which the setting makes sense of, commas too."""
+    if text[0] not in "[{" or text == "{}":  # which is a template, and no table
+        return text
+    try:
+        return parse_toml(f"value = {text}")["value"]
+    except ValueError:
+        return text

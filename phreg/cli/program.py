@@ -1,0 +1,70 @@
+"""The program around the commands: log lines, signals, errors and the exit status."""
+
+import logging
+import signal
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.logging import RichHandler
+
+from phreg import __version__
+from phreg.cli.commands import CHECK_FAILED, app
+from phreg.cli.printing import PLAIN, console, say
+from phreg.deprecated import OldNameWarning, current_command_line
+from phreg.errors import Interrupted, MaxDropError, PhregError
+
+logger = logging.getLogger("phreg")
+
+INTERRUPTED = 130
+"""Exit status after Ctrl-C, as shells set it."""
+
+TERMINATED = 143
+"""Exit status after SIGTERM, as shells set it."""
+
+
+@contextmanager
+def _old_names_logged() -> Iterator[None]:
+    """Logs each old name that is used, once, in place of Python's warning."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", OldNameWarning)
+        show, logged = warnings.showwarning, set[str]()
+
+        def log(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+            if not issubclass(category, OldNameWarning):
+                show(message, category, *where, **more)
+            elif str(message) not in logged:
+                logged.add(str(message))
+                logger.warning("%s", message)
+
+        warnings.showwarning = log
+        yield
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the command line; a deliberate error is printed without a traceback."""
+    logging.basicConfig(
+        level=logging.WARNING, format="%(message)s", datefmt="[%X]",
+        handlers=[RichHandler(console=Console(stderr=True), show_path=False, show_level=False)],
+    )  # fmt: skip
+    logger.setLevel(logging.INFO)
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # which warns of fonts that no chart needs
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if words == ["--version"]:
+        console.print(f"phreg {__version__}")
+        return
+    # Ends as an exception does, so that what was begun is tidied up.
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
+    try:
+        with _old_names_logged():
+            app.cli(prog="phreg", args=current_command_line(words))
+    except PhregError as error:
+        say(str(error), alarm="phreg: ", to=Console(stderr=True, **PLAIN))
+        if isinstance(error, MaxDropError):
+            sys.exit(CHECK_FAILED)
+        sys.exit(INTERRUPTED if isinstance(error, Interrupted) else 1)
+    finally:
+        signal.signal(signal.SIGTERM, before)
