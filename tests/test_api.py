@@ -5,6 +5,7 @@ import pytest
 import timm
 import torch
 from families import LIBRARIES
+from torch import nn
 
 import phreg
 from phreg import api
@@ -14,12 +15,13 @@ from phreg.backbones.readout import use_readout
 from phreg.backbones.resolve import adapt
 from phreg.errors import DataError, LoadError, PhregError
 from phreg.formats.load import open_model
+from phreg.report.verdict import nothing_to_repair
 from phreg.training.task import RetrofitTask
 
 QUICK = {
     "batch_size": 2,
     "views": {"count": 3, "max_shift": 0.25},
-    "measure": {"images": 2, "views": 3},
+    "measure": {"images": 2, "views": 3, "keep_best": False},
     "device": "cpu",
     "data": {"workers": 0},
     "force": True,  # tiny random models have no artifacts
@@ -446,9 +448,40 @@ def test_a_clean_model_is_returned_untouched_with_the_verdict_unless_forced(meth
     assert forced.model.num_prefix_tokens == 5
 
 
+def test_a_model_without_sinks_is_denoised_where_its_moved_views_agree_better(tiny, photos, tmp_path):
+    model = tiny()
+    torch.manual_seed(0)
+    nn.init.normal_(model.pos_embed, std=2.0)  # what a patch's features show is mostly where it lies
+    asked = QUICK | {"force": False, "steps": 1, "views": {"max_shift": 0.5}}
+    result = api.distill(model, photos, tmp_path / "run", **asked)
+    assert result.outcome.steps == 1
+    assert (result.sinks, result.norms, result.consistency) == (None, None, None)
+
+
+@pytest.mark.parametrize("method", ["auto", "denoise"])
+def test_a_model_that_agrees_with_its_moved_views_is_returned_with_the_figures(
+    method, tiny, photos, tmp_path
+):
+    model = tiny()
+    nn.init.zeros_(model.pos_embed)
+    for block in model.blocks:  # nothing but the patch itself decides a patch's features
+        nn.init.zeros_(block.attn.proj.weight)
+        nn.init.zeros_(block.attn.proj.bias)
+    asked = QUICK | {"force": False, "steps": 1, "method": method}
+    result = api.distill(model, photos, tmp_path / "run", views={"flip": 0.0, "fill": "context"}, **{
+        name: value for name, value in asked.items() if name != "views"
+    })  # fmt: skip
+    assert result.unchanged
+    assert result.outcome is None
+    assert result.consistency.mean == pytest.approx(1, abs=1e-5)
+    assert result.consistency.headroom == pytest.approx(0, abs=1e-5)
+    assert model.num_prefix_tokens == 1
+    assert "agree to 1.000" in nothing_to_repair(result.norms, result.consistency)
+
+
 @pytest.mark.parametrize("resume", [False, True])
 def test_force_goes_on_in_the_folder_of_the_verdict(resume, saved, photos, tmp_path):
-    run, asked = tmp_path / "run", QUICK | {"steps": 1, "force": False}
+    run, asked = tmp_path / "run", QUICK | {"method": "relocate", "steps": 1, "force": False}
     assert api.distill(saved, photos, run, **asked).outcome is None
     looks = {path.name for path in (run / "report").iterdir()}
     with pytest.raises(DataError):
@@ -484,7 +517,8 @@ def test_what_cannot_be_done_leaves_the_output_as_it_was(wrong, saved, photos, t
     assert api.distill(saved, photos, run, steps=1, **QUICK).outcome.steps == 1
 
 
-@pytest.mark.parametrize("failing", [1, 3])
+# The loss is computed once to measure the learning rates, then at each step.
+@pytest.mark.parametrize("failing", [1, 4])
 def test_a_run_that_fails_leaves_nothing_before_its_first_step_and_goes_on_after_it(
     failing, saved, photos, tmp_path, monkeypatch
 ):

@@ -48,6 +48,7 @@ QUICK = [
     "cpu",
     "--registers",
     2,
+    "--measure.no-keep-best",
     "--force",
 ]
 

@@ -16,7 +16,7 @@ def test_all_problems_are_told_at_once_by_dotted_key_with_near_misses():
     assert "num_register: unknown key; did you mean registers?" in text
     assert "views.cuont: unknown key; did you mean views.count?" in text
     assert "optim.lr: should be a valid number, found 'fast'" in text
-    assert "method: should be 'relocate', 'paper' or 'test-time', found 'papr'" in text
+    assert "method: should be 'auto', 'relocate', 'denoise', 'paper' or 'test-time', found 'papr'" in text
 
 
 def test_steps_and_epochs_exclude_each_other():
@@ -34,13 +34,33 @@ def test_flags_win_over_recipe_wins_over_method_wins_over_defaults(tmp_path):
     assert methods.resolve(None).loss.pooled > 0, "phreg's own method guards the global output"
 
 
-def test_the_default_method_relocates_and_runs_for_eight_epochs_unless_told_otherwise():
+def test_the_default_method_looks_first_and_runs_for_eight_epochs_unless_told_otherwise():
     resolved = methods.resolve()
-    assert resolved.method == "relocate"
+    assert resolved.method == "auto"
     assert (resolved.epochs, resolved.steps) == (8, None)
-    assert (resolved.register_init, resolved.views.fill) == ("triggers", "context")
+    assert (resolved.register_init, resolved.views.fill) == ("neutral", "context")
     assert methods.resolve(None, {"steps": 5}).epochs is None
     assert methods.resolve(None, {"method": "test-time"}).registers == 1
+
+
+@pytest.mark.parametrize("method", ["auto", "relocate", "denoise"])
+def test_phregs_own_methods_train_few_weights_at_measured_rates_and_keep_the_best_state(method):
+    resolved = methods.resolve(None, {"method": method})
+    assert resolved == methods.resolve().model_copy(update={"method": method})
+    assert resolved.unlock.roles == ("vectors",)
+    assert (resolved.unlock.lora.rank, resolved.unlock.lora.blocks) == ("auto", "all")
+    assert resolved.optim.trust_region
+    assert resolved.measure.keep_best
+
+
+def test_the_default_of_0_1_is_still_there_as_a_recipe():
+    old = methods.resolve("relocate-0.1")
+    assert old.method == "relocate"
+    assert (old.register_init, old.registers, old.views.fill, old.epochs) == ("triggers", 4, "context", 8)
+    assert old.unlock.roles == ("pos_embed", "patch_embed", "blocks")
+    assert (old.unlock.lora.rank, old.optim.trust_region, old.measure.keep_best) == (0, False, False)
+    assert (old.optim.lr, old.optim.final_lr, old.optim.warmup_steps) == (1e-4, 2e-6, 0)
+    assert (old.loss.cosine, old.loss.mse, old.loss.relative_mse, old.loss.pooled) == (1, 1, 0, 1)
 
 
 @pytest.mark.parametrize("length", ["steps", "epochs"])
@@ -64,15 +84,24 @@ def test_the_paper_means_other_settings_for_clip():
 LORA = {"unlock.lora.rank": 8}
 
 
+def test_roles_that_are_given_train_instead_of_the_lora_that_a_method_implies():
+    given = methods.resolve(None, {"unlock.roles": ("blocks",)}).unlock
+    assert (given.roles, given.lora.rank) == (("blocks",), 0)
+    assert methods.resolve(None, {"registers": 2}).unlock.lora.rank == "auto"
+
+
 def test_lora_alone_trains_instead_of_blocks_and_beside_roles_that_are_given():
-    assert methods.resolve(None, LORA).unlock.roles == ("pos_embed", "patch_embed")
+    alone = methods.resolve(None, LORA).unlock
+    assert (alone.roles, alone.lora.rank, alone.lora.blocks) == (("vectors",), 8, "all")
     paper = LORA | {"method": "paper"}
     plain = {"target.student_readout": "plain", "target.teacher_readout": "plain"}
     assert methods.resolve(None, paper).unlock.roles == ("pos_embed", "patch_embed")
     assert methods.resolve(None, paper | plain, clip=True).unlock.roles == ("pos_embed", "patch_embed")
     both = methods.resolve(None, LORA | {"unlock.roles": ("blocks",)})
     assert both.unlock.roles == ("blocks",)
-    assert "blocks" in methods.resolve(None, {"unlock.lora.blocks": 3}).unlock.roles, "no rank, no LoRA"
+    assert both.unlock.lora.rank == 8
+    paper = methods.resolve(None, {"method": "paper", "unlock.lora.blocks": 3}).unlock
+    assert "block.-1" in paper.roles, "no rank, no LoRA"
 
 
 def test_lora_of_a_recipe_counts_as_that_of_a_flag_and_a_resolved_recipe_stays_as_it_is(tmp_path):

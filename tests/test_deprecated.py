@@ -88,7 +88,7 @@ def test_a_run_that_wrote_old_names_resumes_without_a_warning(tiny, photos, tmp_
         "steps": 2,
         "batch_size": 2,
         "views": {"count": 3, "max_shift": 0.25, "fill": "context"},
-        "measure": {"images": 2, "views": 3},
+        "measure": {"images": 2, "views": 3, "keep_best": False},
         "data": {"workers": 0},
         "device": "cpu",
         "registers": 2,

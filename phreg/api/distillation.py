@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from phreg import demo, methods
+from phreg.analysis.consistency import ConsistencyReport, consistency
 from phreg.analysis.inspection import look
 from phreg.analysis.norms import NormReport, outliers
 from phreg.api.arguments import (
@@ -33,6 +34,7 @@ from phreg.evaluation.before_after import Comparison, HeldOut, compare, failed_g
 from phreg.formats.load import open_model
 from phreg.formats.run import save_run
 from phreg.methods import METHODS
+from phreg.methods.base import Method
 from phreg.record import Outcome
 from phreg.report.folder import write_comparison, write_inspection
 from phreg.rollback import ModelState, rollback_on_error, to_fp32
@@ -59,6 +61,9 @@ logger = logging.getLogger(__name__)
 LOOKED_AT = 8
 """Batches in the report on a model with nothing to repair."""
 
+COMPARED, VIEWS = 32, 20
+"""Images, and moved views of each, by which a model without sinks shows whether it has something to gain."""
+
 
 @dataclass(frozen=True, eq=False)
 class Distilled:
@@ -75,6 +80,7 @@ class Distilled:
         failures: What the run made worse than `config.ChecksConfig` allows, in words. The adapter is marked.
         main_process: Whether this is the process that writes, of the many there may be.
         norms: The norms that show nothing to repair, where that is so; None otherwise.
+        consistency: The agreement with moved views that shows the same, where the method asks for it.
     """
 
     model: nn.Module = field(repr=False)
@@ -85,6 +91,7 @@ class Distilled:
     failures: list[str]
     main_process: bool
     norms: NormReport | None = field(default=None, repr=False)
+    consistency: ConsistencyReport | None = field(default=None, repr=False)
 
     @property
     def unchanged(self) -> bool:
@@ -133,8 +140,10 @@ def distill(
             seen = run.read(original, subsample(run.train_images, config.sinks.images))
             norms = outliers(original, seen)
             sinks = find_sinks(original, seen, norms) if method.needs_sinks else None
-            if norms.emergence_block is None and not config.force:
-                return _nothing_to_repair(run, before, original, base, seen, norms)
+            if not config.force:
+                worth, moved = _worth_training(run, original, norms, method)
+                if not worth:
+                    return _nothing_to_repair(run, before, original, base, seen, norms, moved)
             logger.info("retrofitting on %s", run.divided)
             if config.target.native_size:
                 student.set_input_size(run.size)
@@ -271,6 +280,26 @@ def _start(student: Backbone, source: ImageSource, config: DistillConfig) -> _Ru
     return _Run(folder, config, accelerator, size, train_images, measured_images, held_out, margin)
 
 
+def _worth_training(
+    run: _Run, original: Backbone, norms: NormReport, method: Method
+) -> tuple[bool, ConsistencyReport | None]:
+    """Says whether the method has something to do, and how the model agrees with its moved views if asked."""
+    if "outliers" in method.reasons and norms.emergence_block is not None:
+        return True, None
+    if "headroom" not in method.reasons:
+        return False, None
+    images = subsample(run.train_images, COMPARED)
+    logger.info("comparing the model with its own moved views on %d images", len(images))
+    report = consistency(
+        original, run.read(original, images, run.margin), run.config.views, run.size, count=VIEWS
+    )
+    logger.info(
+        "patch features agree to %.3f with the average of moved views, two such averages to %.3f",
+        report.mean, report.floor,
+    )  # fmt: skip
+    return report.worthwhile, report
+
+
 def _train(
     run: _Run,
     original: Backbone,
@@ -341,6 +370,7 @@ def _nothing_to_repair(
     base: Base,
     seen: Sequence[Tensor],
     norms: NormReport | None,
+    moved: ConsistencyReport | None = None,
 ) -> Distilled:
     """Leaves the model as it was, and shows it in the run's report."""
     student, main_process = before.model, run.accelerator.is_main_process
@@ -349,7 +379,7 @@ def _nothing_to_repair(
         write_inspection(run.folder.report, look(original, display_name(base.source), shown))
     run.accelerator.wait_for_everyone()
     before.restore()
-    return Distilled(student.model, run.folder.path, None, None, None, [], main_process, norms)
+    return Distilled(student.model, run.folder.path, None, None, None, [], main_process, norms, moved)
 
 
 def quickstart(

@@ -46,7 +46,9 @@ def print_run(result: Any) -> None:
 
     outcome = result.outcome
     if result.unchanged:
-        console.print(nothing_gained(outcome.steps) if outcome else nothing_to_repair(result.norms))
+        console.print(
+            nothing_gained(outcome.steps) if outcome else nothing_to_repair(result.norms, result.consistency)
+        )
         return
     if result.sinks is not None:
         console.print(causes(result.sinks))

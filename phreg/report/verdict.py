@@ -1,5 +1,6 @@
 """Puts a report into one sentence."""
 
+from phreg.analysis.consistency import ConsistencyReport
 from phreg.analysis.norms import BlockNorms, NormReport
 from phreg.analysis.positions import describe_positions
 from phreg.evaluation.before_after import Comparison
@@ -31,12 +32,27 @@ def headline(report: NormReport, sinks: Sinks | None) -> str:
     return f"{verdict(report).removesuffix('.')}; {cause}."
 
 
-def nothing_to_repair(report: NormReport) -> str:
-    """Says why a model was returned unchanged, and how to train it anyway."""
+def nothing_to_repair(report: NormReport, moved: ConsistencyReport | None = None) -> str:
+    """Says why a model was returned unchanged, and how to train it anyway.
+
+    Args:
+        report: Its norms.
+        moved: How it agrees with its moved views, if that was asked.
+    """
     hidden = report.normed[-1].gap is not None
     asked, forced = ("relocate", " without relocation") if hidden else ("repair", "")
+    agreement = f" {agreement_with_views(moved)} That leaves nothing to gain." if moved else ""
     return (
-        f"Nothing to {asked}. {verdict(report)} The model is returned unchanged; --force distils it{forced}."
+        f"Nothing to {asked}. {verdict(report)}{agreement} The model is returned unchanged; --force distils "
+        f"it{forced}."
+    )
+
+
+def agreement_with_views(moved: ConsistencyReport) -> str:
+    """Says in a sentence how a model agrees with its moved views, and what two averages of them reach."""
+    return (
+        f"Its patch features agree to {moved.mean:.3f} with the average of its moved views, and two such "
+        f"averages to {moved.floor:.3f} with each other."
     )
 
 

@@ -16,7 +16,7 @@ QUICK = {
     "steps": 2,
     "batch_size": 2,
     "views": {"count": 3, "max_shift": 0.25},
-    "measure": {"images": 2, "views": 3},
+    "measure": {"images": 2, "views": 3, "keep_best": False},
     "device": "cpu",
     "data": {"workers": 0},
 }
