@@ -37,7 +37,8 @@ from phreg.data.sources import open_images
 from phreg.evaluation.metrics.agreement import AgreementMeter, drift
 from phreg.methods import resolve
 from phreg.seeding import keyed_generator
-from phreg.views import Views, aligned_sum, sample_views
+from phreg.view_sampling import sample_views
+from phreg.views import Views, aligned_sum
 
 MEASURED = 5
 """Images whose number is a multiple of this are measured on, and never trained on."""

@@ -50,7 +50,7 @@ from phreg.training.losses import LossTerm, distillation_terms
 from phreg.training.task import RetrofitTask
 from phreg.training.trainable import check_trainable
 from phreg.training.validation import Validator
-from phreg.views import context_margin
+from phreg.view_sampling import context_margin
 
 StepObserver = Callable[[StepRecord, int], None]
 
