@@ -33,9 +33,9 @@ from phreg.evaluation.before_after import Comparison, HeldOut, compare, failed_g
 from phreg.formats.load import open_model
 from phreg.formats.run import save_run
 from phreg.methods import METHODS
-from phreg.record import Outcome
 from phreg.report.folder import write_comparison, write_inspection
 from phreg.rollback import ModelState, rollback_on_error, to_fp32
+from phreg.run_summary import Outcome
 from phreg.sinks.locate import Sinks, find_sinks
 from phreg.teacher import Teacher
 from phreg.training.checkpoint import RunFolder, check_free, close_without_model, starting_run
