@@ -23,13 +23,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
+from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError
 from torch import Tensor
 
 from phreg import __version__
 from phreg.backbones.base import Library, Readout
 from phreg.errors import LoadError
 from phreg.parsing import parse_json
+from phreg.run_summary import Part, RunSummary
 from phreg.storage import ADAPTER_FORMAT, FORMAT_VERSION, MODEL_FORMAT, write_text
 
 LIBRARIES = ("torch", "timm", "transformers", "open_clip_torch")
@@ -101,107 +102,6 @@ class Equality:
     claimed: bool
 
 
-class Part(BaseModel):
-    """A part of a record, which keeps what it does not know."""
-
-    model_config = ConfigDict(
-        extra="allow",
-        frozen=True,
-        validate_by_name=True,
-        validate_by_alias=True,
-        ser_json_inf_nan="constants",
-    )
-
-
-class Outcome(Part):
-    """What a finished run has to say of itself.
-
-    Attributes:
-        steps: Optimizer steps.
-        images: Images trained on.
-        seconds: Seconds that the session took.
-        trained: Weights that were trained.
-        skipped: Files that could not be read.
-        best_step: Step whose state was kept, 0 where none was better than the original; None where the last
-            state was kept.
-    """
-
-    steps: int
-    images: int
-    seconds: float
-    trained: int
-    skipped: list[str]
-    best_step: int | None = None
-
-
-class Gates(Part):
-    """What a run asked of its result.
-
-    Attributes:
-        passed: Whether all gates were; None where nothing was measured.
-        failures: Those that were not, in words.
-    """
-
-    passed: bool | None = None
-    failures: list[str] = []
-
-
-class AgreementFigures(Part):
-    """Cosine of one model's features to the reference: its mean, its worst 1 %, where outliers had been."""
-
-    mean: float
-    worst_percent: float
-    masked: float | None
-
-
-class DriftFigures(Part):
-    """Cosine of the pooled output to the original's: its mean, and that of the worst image."""
-
-    mean: float
-    min: float
-
-
-class RecordedFigures(Part):
-    """Figures before and after, as `phreg.evaluation.before_after` writes them and lays them out."""
-
-    images: int
-    held_out: bool
-    reference: str
-    outlier_rate: tuple[float, float]
-    outlier_rate_by_block: tuple[list[float], list[float]] | None = None
-    agreement: tuple[AgreementFigures, AgreementFigures]
-    drift: DriftFigures
-
-
-class RunSummary(Part):
-    """How the run went that made a model.
-
-    Attributes:
-        size: Pixels of the images trained on: both sides, or (height, width).
-        readout: How the student was read.
-        recipe: All settings, as of the phreg that ran.
-        outcome: Steps, images, seconds, weights trained, files skipped.
-        sinks: The sinks that were found.
-        gates: What was asked of the result.
-        figures: Before and after; None where nothing was measured.
-    """
-
-    size: int | tuple[int, int] | None = None
-    readout: Readout = "plain"
-    recipe: dict[str, Any] | None = None
-    outcome: Outcome | None = None
-    sinks: dict[str, Any] | None = None
-    gates: Gates | None = None
-    figures: RecordedFigures | None = None
-
-    def setting(self, key: str) -> Any:
-        """Looks up a setting by its dotted key; None where the run has none such."""
-        value: Any = self.recipe
-        for part in key.split("."):
-            value = value.get(part) if isinstance(value, Mapping) else None
-        return value
-
-
 class RunRecord(Part):
     """What phreg.json or phreg_export.json says.
 
@@ -248,8 +148,8 @@ class RunRecord(Part):
     test_time: dict[NonNegativeInt, list[tuple[NonNegativeInt, int]]] | None = None
     test_time_size: tuple[PositiveInt, PositiveInt] | None = None
     tolerance: float | None = None
-    equality: list[Equality] = []
-    versions: dict[str, str] = {}
+    equality: list[Equality] = Field(default_factory=list)
+    versions: dict[str, str] = Field(default_factory=dict)
     sha256: str | None = None
     run: RunSummary | None = None
     tensors_sha256: str | None = None

@@ -16,7 +16,8 @@ from torch import Tensor
 from phreg.backbones.base import Backbone, Features
 from phreg.config import TargetConfig, ViewsConfig
 from phreg.errors import PhregError
-from phreg.views import aligned_sum, context_margin, sample_views
+from phreg.view_sampling import context_margin, sample_views
+from phreg.views import aligned_sum
 
 logger = logging.getLogger(__name__)
 

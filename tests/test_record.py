@@ -9,16 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from phreg.errors import LoadError
-from phreg.record import (
-    Base,
-    Equality,
-    Gates,
-    RecordError,
-    RunRecord,
-    RunSummary,
-    read_record,
-    write_record,
-)
+from phreg.record import Base, Equality, RecordError, RunRecord, read_record, write_record
+from phreg.run_summary import Gates, RunSummary
 
 GOLDEN = sorted((Path(__file__).parent / "golden").glob("*/*/**/phreg*.json"))
 ADAPTER = {

@@ -7,7 +7,7 @@ from phreg.data.crops import center_crop
 from phreg.errors import PhregError
 from phreg.seeding import keyed_generator as generator
 from phreg.teacher import Teacher
-from phreg.views import context_margin, sample_views
+from phreg.view_sampling import context_margin, sample_views
 
 VIEWS = ViewsConfig(count=4, max_shift=0.25)
 

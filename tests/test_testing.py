@@ -14,13 +14,12 @@ from open_clip.model import CLIP
 from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 
-from phreg import testing
 from phreg.backbones.base import Mlp
 from phreg.backbones.open_clip import NativeTower, RegisterVisionTransformer
 from phreg.backbones.resolve import adapt
 from phreg.backbones.timm import TimmBackbone
 from phreg.registers import add_registers
-from phreg.testing import check_backbone, native_outputs, registers_masked
+from phreg.testing import check_backbone, laws, native_outputs, registers_masked
 from phreg.tokens import TokenLayout
 
 
@@ -60,7 +59,8 @@ import sys
 import torch
 from families import LIBRARIES
 from phreg.backbones.resolve import adapt
-from phreg.testing import Subject, check_compile
+from phreg.testing import Subject
+from phreg.testing.laws import check_compile
 
 for name, build in LIBRARIES[sys.argv[1]].items():
     images = torch.ones(2, 3, *adapt(build()).spec.input_size)
@@ -155,7 +155,7 @@ def test_a_change_by_zero_registers_is_caught(monkeypatch, broken):
         backbone.insert_registers(torch.zeros(count, backbone.spec.width))
         return backbone
 
-    monkeypatch.setattr(testing, "add_registers", adds_always)
+    monkeypatch.setattr(laws, "add_registers", adds_always)
     assert "law 1 (0 registers change nothing) is broken: the class of visual became" in broken()
 
 
@@ -461,9 +461,9 @@ class Traced(nn.Module):
 
 def test_a_model_that_cannot_be_traced_is_caught(monkeypatch):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
-    testing.check_compile(Traced(True))
+    laws.check_compile(Traced(True))
     with pytest.raises(RuntimeError, match="graph_break"):
-        testing.check_compile(Traced(False))
+        laws.check_compile(Traced(False))
 
 
 # -- instruments ---------------------------------------------------------------------------------------------

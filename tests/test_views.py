@@ -8,7 +8,8 @@ from phreg.config import ViewsConfig
 from phreg.data.crops import center_crop
 from phreg.errors import PhregError
 from phreg.seeding import keyed_generator as generator
-from phreg.views import AffineViews, Views, context_margin, count_different, sample_offsets, sample_views
+from phreg.view_sampling import context_margin, count_different, sample_offsets, sample_views
+from phreg.views import AffineViews, Views
 
 SPEC = Spec("timm", "test", (4, 4), 8, 1, 1, (24, 24), True, (0.5, 0.4, 0.3), (0.2, 0.25, 0.5))
 WHITE = [(1 - mean) / std for mean, std in zip(SPEC.mean, SPEC.std, strict=True)]

@@ -34,7 +34,7 @@ import result_file
 import phreg
 from phreg.api import open_model
 from phreg.backbones.resolve import weights_sha256
-from phreg.data.sources import SUFFIXES
+from phreg.data.paths import SUFFIXES
 from phreg.evaluation.record import Metrics, summarise, versions
 from phreg.evaluation.results import Results
 from phreg.evaluation.tasks.table import find_task

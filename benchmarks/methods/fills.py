@@ -34,7 +34,7 @@ from phreg.data.crops import center_crop, centre_crops
 from phreg.data.sources import open_images
 from phreg.seeding import keyed_generator
 from phreg.teacher import Teacher
-from phreg.views import context_margin, count_different
+from phreg.view_sampling import context_margin, count_different
 
 CONTEXT = "surroundings"
 """What result files call the fill `context`."""

@@ -32,11 +32,13 @@ from phreg.backbones.readout import set_readout
 from phreg.backbones.resolve import weights_sha256
 from phreg.config import TargetConfig, ViewsConfig
 from phreg.data.crops import centre_crops
-from phreg.data.sources import SUFFIXES, open_images
+from phreg.data.paths import SUFFIXES
+from phreg.data.sources import open_images
 from phreg.evaluation.metrics.agreement import AgreementMeter, drift
 from phreg.methods import resolve
 from phreg.seeding import keyed_generator
-from phreg.views import Views, aligned_sum, sample_views
+from phreg.view_sampling import sample_views
+from phreg.views import Views, aligned_sum
 
 MEASURED = 5
 """Images whose number is a multiple of this are measured on, and never trained on."""

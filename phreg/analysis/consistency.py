@@ -26,7 +26,8 @@ from phreg.config import ViewsConfig
 from phreg.data.crops import center_crop
 from phreg.errors import PhregError
 from phreg.seeding import keyed_generator
-from phreg.views import Views, aligned_sum, context_margin, distinct_views
+from phreg.view_sampling import context_margin, distinct_views
+from phreg.views import Views, aligned_sum
 
 AT_ONCE = 16
 """Views in one forward pass."""

@@ -34,10 +34,14 @@ from phreg.evaluation.before_after import Comparison, HeldOut, compare, failed_g
 from phreg.formats.load import open_model
 from phreg.formats.run import save_run
 from phreg.methods import METHODS
+<<<<<<< HEAD
 from phreg.methods.base import Method
 from phreg.record import Outcome
+=======
+>>>>>>> w-house
 from phreg.report.folder import write_comparison, write_inspection
 from phreg.rollback import ModelState, rollback_on_error, to_fp32
+from phreg.run_summary import Outcome
 from phreg.sinks.locate import Sinks, find_sinks
 from phreg.teacher import Teacher
 from phreg.training.checkpoint import RunFolder, check_free, close_without_model, starting_run
@@ -52,7 +56,7 @@ from phreg.training.losses import LossTerm, distillation_terms
 from phreg.training.task import RetrofitTask
 from phreg.training.trainable import check_trainable
 from phreg.training.validation import Validator
-from phreg.views import context_margin
+from phreg.view_sampling import context_margin
 
 StepObserver = Callable[[StepRecord, int], None]
 

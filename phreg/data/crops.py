@@ -28,8 +28,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from phreg.backbones.base import Backbone
 from phreg.config import DataConfig
+from phreg.data.decode import MAX_MEGAPIXELS, unreadable
+from phreg.data.paths import some
 from phreg.data.sampling import Key, Order, subsample
-from phreg.data.sources import MAX_MEGAPIXELS, ImageSource, some, unreadable
+from phreg.data.sources import ImageSource
 from phreg.errors import DataError
 from phreg.seeding import keyed_generator
 

@@ -27,7 +27,7 @@ from phreg.data.crops import center_crop
 from phreg.evaluation.metrics.agreement import Agreement, AgreementMeter, Drift, drift
 from phreg.seeding import keyed_generator
 from phreg.teacher import Teacher
-from phreg.views import count_different
+from phreg.view_sampling import count_different
 
 # Nothing is bound by these shapes: the last batch may be smaller than the others.
 Images = Float[Tensor, "_ 3 _ _"]

@@ -31,7 +31,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from phreg.data.sources import Files, ImageSource, Subset, TarShards
+from phreg.data.sources import Files, ImageSource, Subset
+from phreg.data.tar_shards import TarShards
 from phreg.errors import DataError, PhregError
 from phreg.evaluation.dense import Dense, Placement
 from phreg.parsing import parse_json

@@ -30,7 +30,8 @@ from phreg import __version__
 from phreg.backbones.base import Backbone
 from phreg.backbones.identity import identify
 from phreg.config import Config, flatten
-from phreg.data.sources import open_images, walk
+from phreg.data.paths import walk
+from phreg.data.sources import open_images
 from phreg.errors import DataError, PhregError
 from phreg.evaluation.feature_cache import FeatureCache, stamps
 from phreg.evaluation.features import FeatureReader, Observer

@@ -15,7 +15,8 @@ from huggingface_hub import ModelCardData
 
 from phreg.evaluation.before_after import table
 from phreg.formats.export.spec import FormatSpec, find_spec
-from phreg.record import Equality, RunRecord, RunSummary
+from phreg.record import Equality, RunRecord
+from phreg.run_summary import RunSummary
 
 CITATION = """```bibtex
 @inproceedings{chen2025phreg,

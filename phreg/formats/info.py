@@ -21,7 +21,8 @@ from phreg.evaluation.before_after import Row, table
 from phreg.formats.adapter import base_of, fit
 from phreg.formats.export.spec import needs_base
 from phreg.formats.load import open_model, record_of
-from phreg.record import RunRecord, RunSummary
+from phreg.record import RunRecord
+from phreg.run_summary import RunSummary
 
 Model = str | os.PathLike[str] | nn.Module
 Fits = Literal["whole", "tower", "no", "unknown"]

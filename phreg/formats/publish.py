@@ -25,8 +25,9 @@ from phreg.formats.card import Illustration, License, model_card
 from phreg.formats.export.spec import COMMON, all_specs, find_spec
 from phreg.formats.load import record_of
 from phreg.parsing import parse_json
-from phreg.record import Base, RunRecord, RunSummary, write_record
+from phreg.record import Base, RunRecord, write_record
 from phreg.report.html import read_pictures
+from phreg.run_summary import RunSummary
 from phreg.storage import ADAPTER_FILE, EXPORT_FILE, replacing, write_text
 from phreg.training.checkpoint import RunFolder
 

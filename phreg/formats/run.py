@@ -7,7 +7,8 @@ from phreg.config import DistillConfig
 from phreg.evaluation.before_after import Comparison, failed_gates
 from phreg.formats.adapter import describe_tower, save_adapter
 from phreg.formats.card import model_card
-from phreg.record import Base, Gates, Outcome, RecordedFigures, RunSummary
+from phreg.record import Base
+from phreg.run_summary import Gates, Outcome, RecordedFigures, RunSummary
 from phreg.sinks.locate import Sinks
 from phreg.training.checkpoint import RunFolder, writing_run
 

@@ -35,7 +35,7 @@ from phreg.backbones.base import Backbone
 from phreg.config import DistillConfig
 from phreg.data.crops import BrokenImages, Crops, Order, as_input, loader
 from phreg.errors import Interrupted, PhregError, TrainingError
-from phreg.record import Outcome
+from phreg.run_summary import Outcome
 from phreg.seeding import keyed_generator
 from phreg.storage import resume_command
 from phreg.training.checkpoint import (

@@ -9,7 +9,7 @@ from phreg.backbones.resolve import adapt
 from phreg.config import ViewsConfig
 from phreg.errors import PhregError
 from phreg.seeding import keyed_generator
-from phreg.views import context_margin, distinct_views
+from phreg.view_sampling import context_margin, distinct_views
 
 VIEWS = ViewsConfig(max_shift=0.25, fill="white")
 

@@ -12,12 +12,13 @@ from open_clip.transformer import VisionTransformer
 from safetensors.torch import save_file
 from torch import nn
 
-from phreg import testing
 from phreg.backbones import open_clip as adapter
 from phreg.backbones.open_clip import RegisterVisionTransformer, TimmTower, adapt, hub_file, load
 from phreg.errors import LoadError, PhregError, UnsupportedModelError
 from phreg.formats.load import open_model
 from phreg.registers import add_registers, remove_registers
+from phreg.testing import Subject, laws
+from phreg.testing.hidden_units import check_mlp
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}  # fp32 sums in another order
 
@@ -216,7 +217,7 @@ def test_every_block_has_an_mlp_of_its_own(family):
 @pytest.mark.parametrize("settings", [{"scale_fc": True}, {"qk_norm": True}])
 def test_the_mlp_of_a_custom_block_is_taken_apart_with_its_inner_norm(settings):
     model = clip(**settings)
-    testing.check_mlp(testing.Subject(model, images(), 3))
+    check_mlp(Subject(model, images(), 3))
     backbone = adapt(model)
     inner = backbone.blocks[0].mlp.ln
     assert backbone.mlp(0).norm is (inner if settings == {"scale_fc": True} else None)
@@ -230,13 +231,13 @@ def test_a_wrapped_layer_is_not_taken_apart():
 
 def test_custom_blocks_are_patched_but_their_attention_is_not_taken_apart():
     model = clip(qk_norm=True, scale_heads=True)
-    subject = testing.Subject(model, images(), 3)
+    subject = Subject(model, images(), 3)
     # Not gradient checkpointing, which open_clip's custom blocks do not survive without registers either.
     for check in (
-        testing.check_removal,
-        testing.check_order,
-        testing.check_hidden_outside,
-        testing.check_masked,
+        laws.check_removal,
+        laws.check_order,
+        laws.check_hidden_outside,
+        laws.check_masked,
     ):
         check(subject)
     with pytest.raises(PhregError, match="a CustomResidualAttentionBlock whose attention"):

@@ -18,7 +18,8 @@ from phreg.registers import add_registers, initial_registers
 from phreg.teacher import Teacher
 from phreg.training.losses import Outputs, distillation_terms, total_loss
 from phreg.training.trainable import unlock
-from phreg.views import Views, sample_views
+from phreg.view_sampling import sample_views
+from phreg.views import Views
 
 FOLDER = Path(__file__).parents[2] / "benchmarks" / "throughput"
 SETTINGS = {

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from phreg.backbones.resolve import adapt
-from phreg.data.sources import Files, HubImages, Subset, open_images
+from phreg.data.hub_images import HubImages
+from phreg.data.sources import Files, Subset, open_images
 from phreg.errors import DataError, PhregError
 from phreg.evaluation.feature_cache import GLOBALS, GRIDS, INDEX, FeatureCache
 from phreg.evaluation.features import FeatureReader, Reading

@@ -12,7 +12,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from phreg.data.sources import Files, some
+from phreg.data.paths import some
+from phreg.data.sources import Files
 from phreg.errors import DataError
 from phreg.evaluation.datasets.pairs import open_annotated
 

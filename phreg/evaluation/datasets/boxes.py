@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from scipy.ndimage import find_objects, label
 
-from phreg.data.sources import read_text, some
+from phreg.data.paths import read_text, some
 from phreg.errors import DataError
 from phreg.evaluation.datasets.boxed_images import Boxed, Choice, Entry, list_boxed
 from phreg.evaluation.datasets.layouts import Layout, find_layout

@@ -26,7 +26,8 @@ from PIL import Image, UnidentifiedImageError
 from scipy.io import loadmat
 from torch import Tensor
 
-from phreg.data.sources import SUFFIXES, ImageSource, Subset, some
+from phreg.data.paths import SUFFIXES, some
+from phreg.data.sources import ImageSource, Subset
 from phreg.errors import DataError
 from phreg.evaluation.datasets.layouts import SPLIT_NAMES, Layout, Split, find_layout
 from phreg.evaluation.datasets.pairs import Pairs, find_files, pair_files, read_lines

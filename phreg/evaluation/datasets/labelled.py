@@ -21,8 +21,9 @@ from torch import Tensor
 from phreg.analysis.inspection import LabelledImages
 from phreg.backbones.base import Backbone
 from phreg.data.crops import MEASURED_AT_ONCE, Crops, as_input
+from phreg.data.paths import SUFFIXES, list_images, read_text, some
 from phreg.data.sampling import subsample_indices
-from phreg.data.sources import SUFFIXES, Files, ImageSource, list_images, open_images, read_text, some
+from phreg.data.sources import Files, ImageSource, open_images
 from phreg.errors import DataError
 from phreg.evaluation.datasets.layouts import SPLIT_NAMES, Split, split_folder
 from phreg.parsing import parse_json

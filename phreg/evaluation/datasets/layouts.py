@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
-from phreg.data.sources import some
+from phreg.data.paths import some
 from phreg.errors import DataError
 
 logger = logging.getLogger(__name__)

@@ -16,7 +16,8 @@ from PIL import Image, UnidentifiedImageError
 from pydantic import Field
 from torch import Tensor
 
-from phreg.data.sources import Files, some
+from phreg.data.paths import some
+from phreg.data.sources import Files
 from phreg.errors import DataError
 from phreg.evaluation.metrics.scores import IGNORE
 

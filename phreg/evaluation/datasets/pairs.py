@@ -14,7 +14,9 @@ import re
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path, PurePosixPath
 
-from phreg.data.sources import SUFFIXES, Files, exif_orientation, read_text, some, walk
+from phreg.data.decode import exif_orientation
+from phreg.data.paths import SUFFIXES, read_text, some, walk
+from phreg.data.sources import Files
 from phreg.errors import DataError
 
 Pairs = Sequence[tuple[Path, Path]]

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from phreg.data.sources import FORMATS, Files, some
+from phreg.data.paths import FORMATS, some
+from phreg.data.sources import Files
 from phreg.errors import DataError
 from phreg.evaluation.datasets.layouts import (
     IMAGE_NAMES,

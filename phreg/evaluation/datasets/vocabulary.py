@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from phreg.backbones.text import TextEncoder, imagenet_templates
-from phreg.data.sources import read_text, walk
+from phreg.data.paths import read_text, walk
 from phreg.errors import DataError, PhregError
 from phreg.parsing import parse_toml
 

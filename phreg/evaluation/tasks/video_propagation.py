@@ -25,7 +25,8 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from phreg.config import Config
-from phreg.data.sources import Files, natural_order, some
+from phreg.data.paths import natural_order, some
+from phreg.data.sources import Files
 from phreg.errors import DataError
 from phreg.evaluation.datasets.masks import read_index_mask
 from phreg.evaluation.datasets.pairs import find_files, pair_files, read_lines

@@ -19,7 +19,8 @@ from phreg.formats import FORMATS
 from phreg.formats.export.equality import measure, other_sizes
 from phreg.formats.export.folder import appearing, write, write_settings
 from phreg.formats.export.spec import Contents, FormatSpec, Graph, find_spec
-from phreg.record import Base, Equality, RunRecord, RunSummary, versions, weights_sha256, write_record
+from phreg.record import Base, Equality, RunRecord, versions, weights_sha256, write_record
+from phreg.run_summary import RunSummary
 from phreg.sinks import test_time
 from phreg.storage import FORMAT_VERSION
 

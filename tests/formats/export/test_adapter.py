@@ -15,8 +15,8 @@ from phreg.errors import PhregError
 from phreg.formats.adapter import save_adapter
 from phreg.formats.export import export
 from phreg.formats.load import open_model
-from phreg.record import RunSummary
 from phreg.registers import add_registers
+from phreg.run_summary import RunSummary
 
 
 @pytest.fixture
