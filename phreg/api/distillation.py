@@ -34,11 +34,7 @@ from phreg.evaluation.before_after import Comparison, HeldOut, compare, failed_g
 from phreg.formats.load import open_model
 from phreg.formats.run import save_run
 from phreg.methods import METHODS
-<<<<<<< HEAD
 from phreg.methods.base import Method
-from phreg.record import Outcome
-=======
->>>>>>> w-house
 from phreg.report.folder import write_comparison, write_inspection
 from phreg.rollback import ModelState, rollback_on_error, to_fp32
 from phreg.run_summary import Outcome
