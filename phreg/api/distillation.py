@@ -149,10 +149,9 @@ def distill(
                 student.set_input_size(run.size)
             student.trained_readout = config.target.student_readout
             terms = method.add(student, sinks, seen, config)
-            # All processes choose the best state by them. Otherwise only the main one needs them, at the end.
-            held_out = run.references(original, base) if config.measure.keep_best else None
-            outcome = UNTRAINED
+            outcome, held_out = UNTRAINED, None
             if method.trains:
+                held_out = run.references(original, base)
                 outcome = _train(run, original, student, terms, held_out, observe)
             if outcome.best_step == 0:
                 return _nothing_gained(run, before, original, base, seen, outcome)

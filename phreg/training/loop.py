@@ -78,6 +78,9 @@ class StepRecord:
     """The student's figures on held-out images after the step, where it was measured."""
 
 
+EARLY = 10
+"""Step after which every run is measured once: a recipe that damages a model shows it by then."""
+
 UNTRAINED = Outcome(steps=0, images=0, seconds=0.0, trained=0, skipped=[])
 """The outcome of a method that trains nothing."""
 
@@ -101,7 +104,8 @@ def train(  # noqa: C901 (the loop reads straight down)
         run: Where to log and checkpoint. Training continues from a checkpoint found there.
         accelerator: From `start_accelerator`.
         observe: Called on the main process with each step's record, and the number of steps.
-        validator: Measures the student during training. The best state is kept; None keeps the last.
+        validator: Measures the student after the first steps, to warn where they damage it; with
+            measure.keep_best as often as measure.every says, to keep the best state.
 
     Raises:
         TrainingError: The loss became NaN or infinite.
@@ -128,7 +132,7 @@ def train(  # noqa: C901 (the loop reads straight down)
     if average is not None:
         saved_tensors |= {f"ema.{name}": value for name, value in average.average.items()}
     best = None
-    if validator is not None:
+    if validator is not None and config.measure.keep_best:
         best = BestState(trained, validator.original, config.checks.drift)
         saved_tensors |= best.tensors
     every = config.measure.every or max(10, steps // 16)
@@ -190,7 +194,8 @@ def train(  # noqa: C901 (the loop reads straight down)
                 average.update()
 
             measured = None
-            if validator is not None and ((step + 1) % every == 0 or step + 1 == steps):
+            due = best is not None and ((step + 1) % every == 0 or step + 1 == steps)
+            if validator is not None and (due or step + 1 == EARLY):
                 with average.applied() if average is not None else nullcontext():
                     measured = on_all_processes(validator(student), accelerator)
                     if best is not None:

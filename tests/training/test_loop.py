@@ -138,22 +138,17 @@ def test_sinks_that_end_up_in_no_register_are_named(tiny, photos, tmp_path, sink
 KEEP_BEST = {"images": 4, "views": 4, "every": 2, "keep_best": True}
 
 
-@pytest.mark.parametrize("keep_best", [False, True])
-def test_references_are_made_before_training_only_where_it_is_guided_by_them(
-    tiny, photos, tmp_path, monkeypatch, keep_best
+def test_a_run_that_keeps_its_last_state_is_measured_once_and_says_where_it_damages_the_model(
+    tiny, photos, tmp_path, caplog
 ):
-    """They cost as much as many steps, and lie in memory: a run that is measured at its end has them then."""
-    order = []
-    for name in ("make_references", "train"):
-        called = getattr(distillation, name)
-
-        def noting(*args, name=name, called=called, **settings):
-            order.append(name)
-            return called(*args, **settings)
-
-        monkeypatch.setattr(distillation, name, noting)
-    run(tiny(), photos, tmp_path / "run", measure=KEEP_BEST | {"keep_best": keep_best})
-    assert order == (["make_references", "train"] if keep_best else ["train", "make_references"])
+    damaging = {"trust_region": False, "lr": 1.0, "warmup_steps": 0}
+    last = {"measure": KEEP_BEST | {"keep_best": False}, "steps": 12}
+    result = run(tiny(), photos, tmp_path / "run", optim=damaging, **last)
+    assert result.outcome.best_step is None
+    assert not result.unchanged
+    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "held_out" in line] == [10]
+    assert "after 10 steps the model agrees less with its own moved views" in caplog.text
 
 
 def test_a_run_that_only_damages_hands_out_the_original(tiny, photos, tmp_path):
@@ -180,7 +175,7 @@ def test_the_best_state_is_kept_and_a_resumed_run_keeps_the_same(tiny, photos, t
     straight = run(tiny(), photos, tmp_path / "straight", **settings)
     lines = [json.loads(line) for line in (tmp_path / "straight" / "log.jsonl").read_text().splitlines()]
     measured = {line["step"]: line["held_out"]["agreement"] for line in lines if "held_out" in line}
-    assert measured.keys() == {2, 4, 6, 8}
+    assert measured.keys() == {2, 4, 6, 8}, "the log has what the choice was made by"
     assert straight.outcome.best_step == max(measured, key=measured.__getitem__)
     assert straight.comparison.agreement[1].mean == pytest.approx(max(measured.values()), abs=1e-5)
 
