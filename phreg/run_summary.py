@@ -1,7 +1,7 @@
 """What a model's record says of the run that made it: steps, checks, sinks, figures before and after.
 
-They are parts of a `phreg.record.RunRecord`, and are read and written with it. A part keeps the keys that this
-phreg does not know.
+They are parts of a `phreg.record.RunRecord`, and are read and written with it. A part
+keeps the keys that this phreg does not know.
 """
 
 from collections.abc import Mapping
