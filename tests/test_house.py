@@ -1,6 +1,7 @@
 """The structure of the package, as DESIGN has it: what import-linter's layers do not say."""
 
 import ast
+import importlib
 import pkgutil
 import re
 from collections import defaultdict
@@ -45,3 +46,62 @@ def test_no_two_public_classes_or_type_aliases_share_a_name():
 def test_no_public_function_has_the_name_of_a_module():
     modules = {module.name for module in pkgutil.iter_modules(phreg.__path__)}
     assert not modules & set(phreg.__all__)
+
+
+MOST_LINES = 400
+"""Lines of a module."""
+
+LONG_MODULES = {"config.py", "training/loop.py"}
+"""Modules that are longer, and are to be split. Adapters in `backbones/` may be long, one to a library."""
+
+MOST_LINES_OF_CODE = 60
+"""Lines of a function, without its docstring, which grows with the number of arguments."""
+
+LONG_FUNCTIONS = {"training/loop.py: train"}
+"""The loop reads straight down, in the order of what happens."""
+
+
+def modules():
+    root = Path(phreg.__file__).parent
+    return {
+        path.relative_to(root).as_posix(): path.read_text(encoding="utf-8") for path in root.rglob("*.py")
+    }
+
+
+def test_no_module_is_too_long_to_be_read_at_once():
+    lengths = {name: len(text.splitlines()) for name, text in modules().items()}
+    assert lengths["training/loop.py"] > 100, "the count counts something"
+    long = {name for name, length in lengths.items() if length > MOST_LINES}
+    assert {name for name in long if not name.startswith("backbones/")} <= LONG_MODULES
+
+
+def lines_of_code(function):
+    lines = function.end_lineno - function.lineno + 1
+    if ast.get_docstring(function) is None:
+        return lines
+    return lines - (function.body[0].end_lineno - function.body[0].lineno + 1)
+
+
+def test_no_function_is_too_long_to_be_read_at_once():
+    long = {
+        f"{name}: {node.name}"
+        for name, text in modules().items()
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        and lines_of_code(node) > MOST_LINES_OF_CODE
+    }
+    assert long == LONG_FUNCTIONS
+
+
+def test_the_public_names_are_those_of_the_stub_and_type_checkers_read_the_same():
+    stub = ast.parse(Path(phreg.__file__).with_suffix(".pyi").read_text(encoding="utf-8"))
+    listed = [
+        (alias.name, alias.asname, node.module)
+        for node in stub.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    ]
+    assert sorted(name for name, _, _ in listed) == phreg.__all__
+    assert all(name == public for name, public, _ in listed), "only `import NAME as NAME` is public in a stub"
+    for name, _, module in listed:
+        assert getattr(phreg, name) is getattr(importlib.import_module(module), name)

@@ -13,7 +13,8 @@ from phreg.evaluation.datasets.augmentation import CropConfig
 from phreg.evaluation.feature_cache import FeatureCache
 from phreg.evaluation.features import FeatureReader, Reading
 from phreg.evaluation.tasks import linear_depth
-from phreg.evaluation.tasks.linear_depth import PROTOCOLS, DepthHead, Settings, gradient_loss, scale_loss
+from phreg.evaluation.tasks.depth_head import DepthHead, gradient_loss, scale_loss
+from phreg.evaluation.tasks.linear_depth import PROTOCOLS, Settings
 from phreg.evaluation.tasks.table import resolve_settings
 
 FOCAL, BASELINE, OFFSET = 994.978, 0.193001, 31.086
