@@ -148,7 +148,7 @@ class OptimConfig(Config):
     trust_region: bool = False
     """Measure before training what a step does to the features, and lower each role's learning rate until
     the first step moves them by no more than max_movement. Off, lr applies as it is."""
-    max_movement: Annotated[float, Field(gt=0, lt=1)] = 5e-3
+    max_movement: Annotated[float, Field(gt=0, lt=1)] = 2e-2
     """Largest mean cosine distance that the first step may move patch features or pooled outputs by."""
     lr: PositiveFloat = 1e-4
     """Learning rate at the first step. The trust region lowers it role by role."""
