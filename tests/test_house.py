@@ -51,7 +51,7 @@ def test_no_public_function_has_the_name_of_a_module():
 MOST_LINES = 400
 """Lines of a module."""
 
-LONG_MODULES = {"config.py", "training/loop.py"}
+LONG_MODULES = {"config.py"}
 """Modules that are longer, and are to be split. Adapters in `backbones/` may be long, one to a library."""
 
 MOST_LINES_OF_CODE = 60

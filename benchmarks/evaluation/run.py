@@ -40,7 +40,7 @@ from phreg.evaluation.results import Results
 from phreg.evaluation.tasks.table import find_task
 from phreg.methods import resolve
 from phreg.training.checkpoint import write_text
-from phreg.training.loop import keep_freed_memory
+from phreg.training.runtime import keep_freed_memory
 
 METHODS = ("raw", "test-time", "paper", "before", "relocate-0.1", "auto")
 Row = result_file.Row

@@ -35,7 +35,7 @@ from phreg.backbones.resolve import adapt
 from phreg.config import TargetConfig
 from phreg.errors import PhregError
 from phreg.methods import resolve
-from phreg.training.loop import keep_freed_memory
+from phreg.training.runtime import keep_freed_memory
 
 DEFAULT = ("raw", "teacher", *methods.METHODS)
 Row = result_file.Row

@@ -33,7 +33,7 @@ from sides import WARM_UP, Floor, Options, Side, distil, published, write_photos
 from stopwatch import Reading, Stopwatch, per_step, read
 
 import phreg
-from phreg.training.loop import compiled, computes_bf16, keep_freed_memory
+from phreg.training.runtime import compiled, computes_bf16, keep_freed_memory
 
 SIDES = ("loop", "floor", "published")
 STEPS = {"cpu": 20, "cuda": 64}

@@ -41,14 +41,10 @@ from phreg.run_summary import Outcome
 from phreg.sinks.locate import Sinks, find_sinks
 from phreg.teacher import Teacher
 from phreg.training.checkpoint import RunFolder, check_free, close_without_model, starting_run
-from phreg.training.loop import (
-    UNTRAINED,
-    StepRecord,
-    deterministic_kernels,
-    start_accelerator,
-    train,
-)
+from phreg.training.loop import UNTRAINED, train
 from phreg.training.losses import LossTerm, distillation_terms
+from phreg.training.runtime import deterministic_kernels, start_accelerator
+from phreg.training.step_log import StepRecord
 from phreg.training.task import RetrofitTask
 from phreg.training.trainable import check_trainable
 from phreg.training.validation import Validator

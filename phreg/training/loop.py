@@ -9,32 +9,19 @@ a step are read while the next one runs. A NaN is noticed then, and nothing is s
 to be finite.
 """
 
-import ctypes
-import importlib.util
-import json
 import logging
-import math
-import os
-import signal
-import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from functools import partial
-from typing import TextIO, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from accelerate.utils import patch_environment
 from torch import Tensor, nn
 
-from phreg.backbones.base import Backbone
 from phreg.config import DistillConfig
 from phreg.data.crops import BrokenImages, Crops, Order, as_input, loader
-from phreg.errors import Interrupted, PhregError, TrainingError
+from phreg.errors import Interrupted
 from phreg.run_summary import Outcome
 from phreg.seeding import keyed_generator
 from phreg.storage import resume_command
@@ -45,8 +32,9 @@ from phreg.training.checkpoint import (
     save_state,
     truncate_log,
     write_rates,
-    writing_run,
 )
+from phreg.training.runtime import compiled, stop_signals
+from phreg.training.step_log import StepLogger, StepMetrics, StepRecord
 from phreg.training.target_cache import TargetCache
 from phreg.training.task import RetrofitTask
 from phreg.training.trainable import (
@@ -62,20 +50,10 @@ from phreg.training.trainable import (
 from phreg.training.trust_region import calibrate
 from phreg.training.validation import BestState, Measurement, Validator, warn_wrecked
 
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class StepRecord:
-    """One line of log.jsonl: a step, counted from 1, and its means over all processes."""
-
-    step: int
-    loss: float
-    terms: dict[str, float]
-    lr: float
-    images_per_second: float
-    held_out: dict[str, float] | None = None
-    """The student's figures on held-out images after the step, where it was measured."""
 
 
 EARLY = 10
@@ -90,7 +68,7 @@ def train(  # noqa: C901 (the loop reads straight down)
     images: Crops,
     config: DistillConfig,
     run: RunFolder,
-    accelerator: Accelerator,
+    accelerator: "Accelerator",
     observe: Callable[[StepRecord, int], None] | None = None,
     validator: Validator | None = None,
 ) -> Outcome:
@@ -255,7 +233,7 @@ def calibrated_shares(
     images: Crops,
     config: DistillConfig,
     run: RunFolder,
-    accelerator: Accelerator,
+    accelerator: "Accelerator",
 ) -> dict[str, float]:
     """Measures what a step of each role does on one batch; returns each parameter's share of the rate.
 
@@ -286,217 +264,9 @@ def calibrated_shares(
     return {name: min(1.0, rates[role].rate / config.optim.lr) for name, role in roles.items()}
 
 
-def on_all_processes(measured: Measurement, accelerator: Accelerator) -> Measurement:
+def on_all_processes(measured: Measurement, accelerator: "Accelerator") -> Measurement:
     """Returns the mean over processes, so that all of them decide alike."""
     if accelerator.num_processes == 1:
         return measured
     own = torch.tensor(measured, dtype=torch.float64, device=accelerator.device)
     return Measurement(*cast(Tensor, accelerator.reduce(own, "mean")).tolist())
-
-
-class StepMetrics:
-    """A step's numbers on their way from the device to the host, means over all processes.
-
-    Args:
-        step: Step, from 1.
-        lr: Its learning rate.
-        names: Files of its images, on this process.
-        values: Scalars on the device, by name.
-        stop: Whether this process was asked to stop.
-        accelerator: Says how the processes add up.
-        measured: The student on held-out images after this step, where it was measured.
-    """
-
-    def __init__(
-        self,
-        step: int,
-        lr: float,
-        names: list[str],
-        values: dict[str, Tensor],
-        stop: bool,
-        accelerator: Accelerator,
-        measured: Measurement | None = None,
-    ) -> None:
-        self.step, self.lr, self.names, self.keys = step, lr, names, [*values, "stop"]
-        self.measured = measured
-        self.made = time.perf_counter()
-        asked = torch.tensor(float(stop)).to(accelerator.device, non_blocking=True)
-        own = torch.stack([*(value.float() for value in values.values()), asked])
-        mean = cast(Tensor, accelerator.reduce(own, "mean"))
-        self._host = mean.to("cpu", non_blocking=True)
-        self._arrived = torch.cuda.Event() if mean.is_cuda else None
-        if self._arrived is not None:
-            self._arrived.record()
-
-    def read(self) -> dict[str, float]:
-        """Waits for the numbers, but not for work queued after them."""
-        if self._arrived is not None:
-            self._arrived.synchronize()
-        return dict(zip(self.keys, self._host.tolist(), strict=True))
-
-
-class StepLogger:
-    """Writes each step to log.jsonl, the trackers and the observer; a loss that is not finite is an error."""
-
-    def __init__(
-        self,
-        log: TextIO,
-        accelerator: Accelerator,
-        images_per_step: int,
-        steps: int,
-        run: RunFolder,
-        observe: Callable[[StepRecord, int], None],
-    ) -> None:
-        self.log, self.accelerator, self.images_per_step = log, accelerator, images_per_step
-        self.steps, self.run, self.observe = steps, run, observe
-        self.clock = time.perf_counter()
-
-    def write(self, metrics: StepMetrics) -> bool:
-        """Records a step.
-
-        Returns:
-            Whether any process was asked to stop.
-
-        Raises:
-            TrainingError: The loss is NaN or infinite.
-        """
-        values = metrics.read()
-        loss, asked = values.pop("loss"), values.pop("stop")
-        if not math.isfinite(loss):
-            last = self.run.states[-1] if self.run.states else "none yet"
-            raise TrainingError(
-                f"the loss is {loss} at step {metrics.step}, on {', '.join(metrics.names)}; "
-                f"last good checkpoint: {last}. "
-                "Lower --optim.lr, set --optim.clip-norm"
-                f"{', or use --precision fp32' if self.accelerator.mixed_precision == 'bf16' else ''}"
-            )
-        speed, self.clock = self.images_per_step / (metrics.made - self.clock), metrics.made
-        if self.accelerator.is_main_process:
-            held_out = metrics.measured._asdict() if metrics.measured is not None else None
-            record = StepRecord(metrics.step, loss, values, metrics.lr, round(speed, 3), held_out)
-            with writing_run(self.run):
-                line = {name: value for name, value in asdict(record).items() if value is not None}
-                self.log.write(json.dumps(line) + "\n")
-                self.log.flush()
-            self.accelerator.log({"loss": loss, "lr": metrics.lr, **values}, step=metrics.step)
-            self.observe(record, self.steps)
-        return asked > 0
-
-
-def start_accelerator(config: DistillConfig, run: RunFolder) -> Accelerator:
-    """Sets up device, precision, processes and trackers as configured, and a CPU's memory.
-
-    Raises:
-        PhregError: A tracker's package is not installed.
-    """
-    for tracker in config.trackers:
-        if importlib.util.find_spec(tracker) is None:
-            raise PhregError(
-                f'trackers asks for {tracker}, which is not installed; run: pip install "phreg[{tracker}]"'
-            )
-    on_cpu = config.device == "cpu" or not (torch.accelerator.is_available() or config.device)
-    precision = config.precision or ("bf16" if computes_bf16("cpu" if on_cpu else "cuda") else "fp32")
-    # A process may distil more than once; accelerate would keep the first run's precision and device.
-    AcceleratorState._reset_state(reset_partial_state=True)
-    # The environment is the one place where accelerate takes a device such as cuda:1.
-    with patch_environment(**({"accelerate_torch_device": config.device} if config.device else {})):
-        accelerator = Accelerator(
-            cpu=on_cpu,
-            mixed_precision="bf16" if precision == "bf16" else "no",
-            log_with=list(config.trackers) or None,
-            project_dir=run.path,
-        )
-    if on_cpu and config.keep_freed_memory:
-        keep_freed_memory()
-    return accelerator
-
-
-@contextmanager
-def deterministic_kernels(*, wanted: bool) -> Iterator[None]:
-    """Makes torch use only deterministic kernels inside the context, if wanted."""
-    before = torch.are_deterministic_algorithms_enabled()
-    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    if wanted:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
-        torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before, warn_only=warn_only)
-
-
-def computes_bf16(device_type: str) -> bool:
-    """Says whether a device multiplies matrices in bf16 natively. Emulation is slower than fp32."""
-    if device_type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-
-
-def keep_freed_memory() -> bool:
-    """Makes glibc keep freed memory in the process, if glibc is the allocator.
-
-    By default glibc returns large freed tensors to the kernel, and their pages are faulted in again. The cost
-    grows with the size of the tensors (benchmarks/throughput). With this setting, the process holds its peak
-    memory until it ends.
-
-    Returns:
-        Whether the setting was made.
-    """
-    if not sys.platform.startswith("linux"):
-        return False
-    libc = ctypes.CDLL(None)
-    if not hasattr(libc, "gnu_get_libc_version"):
-        return False
-    trim_threshold, top_pad, mmap_max = -1, -2, -4  # option numbers, from malloc.h
-    made = [libc.mallopt(trim_threshold, -1), libc.mallopt(top_pad, 512 << 20), libc.mallopt(mmap_max, 0)]
-    logger.debug("freed memory stays in the process (keep_freed_memory)")
-    return all(made)
-
-
-@contextmanager
-def stop_signals() -> Iterator[threading.Event]:
-    """Turns SIGTERM and SIGINT into an event while the loop runs. Only the main thread gets signals."""
-    event = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield event
-        return
-    before = {
-        number: signal.signal(number, lambda *_: event.set()) for number in (signal.SIGTERM, signal.SIGINT)
-    }
-    try:
-        yield event
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-@contextmanager
-def compiled(wanted: bool, *backbones: Backbone) -> Iterator[None]:
-    """Compiles the blocks of backbones inside the context.
-
-    Blocks are compiled one by one. They are alike, so compilation is short, and hooks around them (registers,
-    taps) stay outside. Blocks with hooks inside (relocation reads there) are left out: alike blocks share
-    compiled code, so a block would get the hooks of another.
-    """
-    blocks = [block for backbone in backbones for block in backbone.blocks if not _hooked_inside(block)]
-    if not wanted:
-        blocks = []
-    before = [block.__dict__.get("forward") for block in blocks]
-    for block in blocks:
-        block.forward = torch.compile(block.forward)
-    try:
-        yield
-    finally:
-        for block, forward in zip(blocks, before, strict=True):
-            if forward is None:
-                del block.forward
-            else:
-                block.forward = forward
-
-
-def _hooked_inside(block: nn.Module) -> bool:
-    return any(
-        module._forward_pre_hooks or module._forward_hooks
-        for module in block.modules()
-        if module is not block
-    )

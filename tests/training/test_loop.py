@@ -6,13 +6,11 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from accelerate import Accelerator
 from families import FAMILIES, LIBRARIES
 from safetensors.torch import load_file
 
@@ -21,7 +19,6 @@ from phreg import api
 from phreg.api import distillation
 from phreg.backbones import resolve
 from phreg.backbones.readout import set_readout
-from phreg.config import DistillConfig
 from phreg.errors import (
     CheckpointError,
     ConfigError,
@@ -32,8 +29,7 @@ from phreg.errors import (
     TrainingError,
 )
 from phreg.sinks.locate import Sinks, Unit
-from phreg.training import loop as trainer
-from phreg.training.checkpoint import RunFolder
+from phreg.training import runtime, step_log
 from phreg.training.task import RetrofitTask
 
 QUICK = {
@@ -179,7 +175,7 @@ def test_the_best_state_is_kept_and_a_resumed_run_keeps_the_same(tiny, photos, t
     assert straight.outcome.best_step == max(measured, key=measured.__getitem__)
     assert straight.comparison.agreement[1].mean == pytest.approx(max(measured.values()), abs=1e-5)
 
-    monkeypatch.setattr(trainer.StepLogger, "write", stopping_at(5, trainer.StepLogger.write))
+    monkeypatch.setattr(step_log.StepLogger, "write", stopping_at(5, step_log.StepLogger.write))
     with pytest.raises(Interrupted):
         run(tiny(), photos, tmp_path / "resumed", **settings)
     monkeypatch.undo()
@@ -271,12 +267,12 @@ def test_a_run_that_stopped_and_resumed_has_the_weights_of_one_that_did_not(
 ):
     run(tiny(), photos, tmp_path / "whole", steps=6, **extra)
     stop_after = 3
-    original = trainer.StepLogger.write
+    original = step_log.StepLogger.write
 
     def write(self, metrics):
         return original(self, metrics) or metrics.step == stop_after
 
-    monkeypatch.setattr(trainer.StepLogger, "write", write)
+    monkeypatch.setattr(step_log.StepLogger, "write", write)
     with pytest.raises(Interrupted, match="--resume"):
         run(tiny(), photos, tmp_path / "parts", steps=6, **extra)
     monkeypatch.undo()
@@ -453,176 +449,6 @@ def test_a_nan_loss_names_step_files_and_the_last_good_checkpoint(tiny, photos, 
     assert states[-1] == "step-000002", "nothing is saved after a step that was not finite"
 
 
-def test_signals_outside_the_main_thread_are_left_alone():
-    before = signal.getsignal(signal.SIGTERM)
-    seen = []
-
-    def work():
-        with trainer.stop_signals() as event:
-            seen.append(event.is_set())
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    thread.join()
-    assert seen == [False]
-    assert signal.getsignal(signal.SIGTERM) is before
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_sets_the_event_while_it_lasts_and_its_handler_comes_back(number):
-    before = signal.getsignal(number)
-    with trainer.stop_signals() as event:
-        assert not event.is_set()
-        os.kill(os.getpid(), number)
-        assert event.wait(5)
-    assert signal.getsignal(number) is before
-
-
-# What an accelerator is started with, by what is asked for and what there is.
-STARTS = [
-    ({}, {"gpu": False, "bf16": "cuda"}, {"cpu": True, "mixed_precision": "no"}),
-    ({}, {"gpu": False, "bf16": "cpu"}, {"cpu": True, "mixed_precision": "bf16"}),
-    ({}, {"gpu": True, "bf16": "cuda"}, {"cpu": False, "mixed_precision": "bf16"}),
-    ({}, {"gpu": True, "bf16": "cpu"}, {"cpu": False, "mixed_precision": "no"}),
-    ({"device": "cpu"}, {"gpu": True, "bf16": "cuda"}, {"cpu": True, "mixed_precision": "no"}),
-    ({"device": "cuda:1"}, {"gpu": False, "bf16": "cuda"}, {"cpu": False, "mixed_precision": "bf16"}),
-    ({"precision": "fp32"}, {"gpu": True, "bf16": "cuda"}, {"cpu": False, "mixed_precision": "no"}),
-    ({"precision": "bf16"}, {"gpu": False, "bf16": None}, {"cpu": True, "mixed_precision": "bf16"}),
-    ({"trackers": ("tensorboard",)}, {"gpu": False, "bf16": None}, {"log_with": ["tensorboard"]}),
-    ({}, {"gpu": False, "bf16": None}, {"log_with": None, "device": None}),
-    ({"device": "cuda:1"}, {"gpu": True, "bf16": None}, {"device": "cuda:1"}),
-]
-
-
-@pytest.mark.parametrize(("asked", "there", "expected"), STARTS, ids=str)
-def test_device_and_precision_are_those_asked_for_or_the_best_there_are(
-    asked, there, expected, tmp_path, monkeypatch
-):
-    started, one = {}, Accelerator(cpu=True)
-
-    def accelerator(**arguments):
-        started.update(arguments, device=os.environ.get("ACCELERATE_TORCH_DEVICE"))
-        return one
-
-    kept = []
-    monkeypatch.setattr(trainer, "Accelerator", accelerator)
-    monkeypatch.setattr(trainer, "computes_bf16", lambda device: device == there["bf16"])
-    monkeypatch.setattr(trainer, "keep_freed_memory", lambda: kept.append(True))
-    monkeypatch.setattr(torch.accelerator, "is_available", lambda: there["gpu"])
-    trainer.start_accelerator(DistillConfig(**asked), RunFolder(tmp_path))
-    assert {key: started[key] for key in expected} == expected
-    assert started["project_dir"] == tmp_path
-    assert bool(kept) == started["cpu"], "a CPU's memory is kept"
-    kept.clear()
-    trainer.start_accelerator(DistillConfig(**asked, keep_freed_memory=False), RunFolder(tmp_path))
-    assert kept == []
-
-
-def test_deterministic_runs_ask_for_it_everywhere_while_they_last(monkeypatch):
-    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")  # so that it is put back
-    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
-    with trainer.deterministic_kernels(wanted=False):
-        assert not torch.are_deterministic_algorithms_enabled()
-        assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
-    with trainer.deterministic_kernels(wanted=True):
-        assert torch.are_deterministic_algorithms_enabled()
-        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"  # as cuBLAS documents it
-    assert not torch.are_deterministic_algorithms_enabled()
-
-
-def test_a_tracker_that_is_not_installed_is_an_error_with_the_command_that_installs_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(trainer.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(PhregError, match=r'asks for wandb, .* pip install "phreg\[wandb\]"'):
-        trainer.start_accelerator(DistillConfig(trackers=("wandb",)), RunFolder(tmp_path))
-
-
-@pytest.mark.parametrize(
-    ("avx512", "amx", "expected"),
-    [(True, False, True), (False, True, True), (False, False, False), (True, True, True)],
-)
-def test_a_cpu_computes_bf16_by_either_of_its_extensions_and_a_gpu_without_emulation(
-    avx512, amx, expected, monkeypatch
-):
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
-    assert trainer.computes_bf16("cpu") == expected
-    assert trainer.computes_bf16("cuda") is False
-
-
-class Libc:
-    """A C library that notes what it is told."""
-
-    def __init__(self, **functions):
-        self.options = []
-        self.__dict__ |= functions
-
-    def mallopt(self, option, value):
-        self.options.append((option, value))
-        return 1
-
-
-def test_keeping_freed_memory_tells_glibc_so_and_no_other_library(monkeypatch):
-    glibc, musl = Libc(gnu_get_libc_version=lambda: b"2.39"), Libc()
-    monkeypatch.setattr(trainer.sys, "platform", "linux")
-    monkeypatch.setattr(trainer.ctypes, "CDLL", lambda _name: glibc)
-    assert trainer.keep_freed_memory() is True
-    # M_TRIM_THRESHOLD never; M_TOP_PAD half a gigabyte; M_MMAP_MAX none (malloc.h, mallopt(3)).
-    assert glibc.options == [(-1, -1), (-2, 2**29), (-4, 0)]
-    glibc.mallopt = lambda option, _value: int(option != -2)
-    assert trainer.keep_freed_memory() is False, "one of them was refused"
-    monkeypatch.setattr(trainer.ctypes, "CDLL", lambda _name: musl)
-    assert trainer.keep_freed_memory() is False
-    monkeypatch.setattr(trainer.sys, "platform", "darwin")
-    monkeypatch.setattr(trainer.ctypes, "CDLL", lambda _name: glibc)
-    assert trainer.keep_freed_memory() is False
-    assert musl.options == []
-
-
-def test_blocks_are_compiled_while_it_lasts_but_for_those_with_hooks_inside(tiny, monkeypatch):
-    monkeypatch.setattr(torch, "compile", lambda forward: ("compiled", forward))
-    first, second = resolve.adapt(tiny()), resolve.adapt(tiny())
-    blocks = [*first.blocks, *second.blocks]
-    blocks[0].register_forward_pre_hook(lambda *_: None)  # on the block itself, not inside
-    blocks[1].mlp.register_forward_hook(lambda *_: None)
-    blocks[2].mlp.register_forward_pre_hook(lambda *_: None)
-    own = blocks[3].forward = blocks[3].forward
-    with trainer.compiled(True, first, second):
-        compiled = [isinstance(block.forward, tuple) for block in blocks]
-        assert compiled == [True, False, False, True, True, True]
-    assert blocks[3].forward is own
-    assert ["forward" in block.__dict__ for block in blocks] == [False, False, False, True, False, False]
-    with trainer.compiled(False, first, second):
-        assert not any(isinstance(block.forward, tuple) for block in blocks)
-
-
-def test_blocks_are_as_they_were_after_an_error_too(tiny, monkeypatch):
-    monkeypatch.setattr(torch, "compile", lambda forward: ("compiled", forward))
-    backbone = resolve.adapt(tiny())
-    with pytest.raises(KeyError), trainer.compiled(True, backbone):
-        raise KeyError
-    assert not any("forward" in block.__dict__ for block in backbone.blocks)
-
-
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc is Linux's")
-def test_keeping_freed_memory_saves_page_faults():
-    probe = (
-        "import resource, torch; from phreg.training.loop import keep_freed_memory\n"
-        "assert {keep} is False or keep_freed_memory()\n"
-        "def allocate(times):\n"
-        "    for _ in range(times): torch.ones(16_000_000)\n"
-        "    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
-        "print(-allocate(2) + allocate(10))"
-    )
-    faults = []
-    for keep in (False, True):
-        python = [sys.executable, "-c", probe.format(keep=keep)]
-        faults.append(int(subprocess.run(python, check=True, capture_output=True, text=True).stdout))
-    # 10 tensors of 64 MB fault in their pages anew each time; kept, once more at most.
-    assert faults[0] > 250
-    assert faults[1] <= 0.2 * faults[0]
-
-
 def test_one_process_may_run_in_one_precision_and_then_in_another(tiny, photos, tmp_path):
     for number, precision in enumerate(("fp32", "bf16", "fp32")):
         run(tiny(), photos, tmp_path / str(number), steps=1, precision=precision)
@@ -631,7 +457,7 @@ def test_one_process_may_run_in_one_precision_and_then_in_another(tiny, photos, 
 
 
 def test_a_tracker_that_is_not_installed_says_what_to_install(tiny, photos, tmp_path, monkeypatch):
-    monkeypatch.setattr(trainer.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(runtime.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(PhregError, match=r'pip install "phreg\[wandb\]"'):
         run(tiny(), photos, tmp_path / "run", trackers=["wandb"])
 

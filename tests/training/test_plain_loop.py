@@ -25,8 +25,9 @@ from phreg.registers import add_registers
 from phreg.sinks.relocation import Relocation
 from phreg.teacher import Teacher
 from phreg.training.checkpoint import RunFolder
-from phreg.training.loop import start_accelerator, train
+from phreg.training.loop import train
 from phreg.training.losses import RelocationTerm, distillation_terms
+from phreg.training.runtime import start_accelerator
 from phreg.training.task import RetrofitTask
 
 COUNT = 4

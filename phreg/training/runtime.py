@@ -1,0 +1,143 @@
+"""Where training runs: device, precision, processes, memory, signals and compilation."""
+
+import ctypes
+import importlib.util
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import patch_environment
+from torch import nn
+
+from phreg.backbones.base import Backbone
+from phreg.config import DistillConfig
+from phreg.errors import PhregError
+from phreg.training.checkpoint import RunFolder
+
+logger = logging.getLogger(__name__)
+
+
+def start_accelerator(config: DistillConfig, run: RunFolder) -> Accelerator:
+    """Sets up device, precision, processes and trackers as configured, and a CPU's memory.
+
+    Raises:
+        PhregError: A tracker's package is not installed.
+    """
+    for tracker in config.trackers:
+        if importlib.util.find_spec(tracker) is None:
+            raise PhregError(
+                f'trackers asks for {tracker}, which is not installed; run: pip install "phreg[{tracker}]"'
+            )
+    on_cpu = config.device == "cpu" or not (torch.accelerator.is_available() or config.device)
+    precision = config.precision or ("bf16" if computes_bf16("cpu" if on_cpu else "cuda") else "fp32")
+    # A process may distil more than once; accelerate would keep the first run's precision and device.
+    AcceleratorState._reset_state(reset_partial_state=True)
+    # The environment is the one place where accelerate takes a device such as cuda:1.
+    with patch_environment(**({"accelerate_torch_device": config.device} if config.device else {})):
+        accelerator = Accelerator(
+            cpu=on_cpu,
+            mixed_precision="bf16" if precision == "bf16" else "no",
+            log_with=list(config.trackers) or None,
+            project_dir=run.path,
+        )
+    if on_cpu and config.keep_freed_memory:
+        keep_freed_memory()
+    return accelerator
+
+
+@contextmanager
+def deterministic_kernels(*, wanted: bool) -> Iterator[None]:
+    """Makes torch use only deterministic kernels inside the context, if wanted."""
+    before = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    if wanted:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
+        torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warn_only)
+
+
+def computes_bf16(device_type: str) -> bool:
+    """Says whether a device multiplies matrices in bf16 natively. Emulation is slower than fp32."""
+    if device_type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def keep_freed_memory() -> bool:
+    """Makes glibc keep freed memory in the process, if glibc is the allocator.
+
+    By default glibc returns large freed tensors to the kernel, and their pages are faulted in again. The cost
+    grows with the size of the tensors (benchmarks/throughput). With this setting, the process holds its peak
+    memory until it ends.
+
+    Returns:
+        Whether the setting was made.
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "gnu_get_libc_version"):
+        return False
+    trim_threshold, top_pad, mmap_max = -1, -2, -4  # option numbers, from malloc.h
+    made = [libc.mallopt(trim_threshold, -1), libc.mallopt(top_pad, 512 << 20), libc.mallopt(mmap_max, 0)]
+    logger.debug("freed memory stays in the process (keep_freed_memory)")
+    return all(made)
+
+
+@contextmanager
+def stop_signals() -> Iterator[threading.Event]:
+    """Turns SIGTERM and SIGINT into an event while the loop runs. Only the main thread gets signals."""
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield event
+        return
+    before = {
+        number: signal.signal(number, lambda *_: event.set()) for number in (signal.SIGTERM, signal.SIGINT)
+    }
+    try:
+        yield event
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def compiled(wanted: bool, *backbones: Backbone) -> Iterator[None]:
+    """Compiles the blocks of backbones inside the context.
+
+    Blocks are compiled one by one. They are alike, so compilation is short, and hooks around them (registers,
+    taps) stay outside. Blocks with hooks inside (relocation reads there) are left out: alike blocks share
+    compiled code, so a block would get the hooks of another.
+    """
+    blocks = [block for backbone in backbones for block in backbone.blocks if not _hooked_inside(block)]
+    if not wanted:
+        blocks = []
+    before = [block.__dict__.get("forward") for block in blocks]
+    for block in blocks:
+        block.forward = torch.compile(block.forward)
+    try:
+        yield
+    finally:
+        for block, forward in zip(blocks, before, strict=True):
+            if forward is None:
+                del block.forward
+            else:
+                block.forward = forward
+
+
+def _hooked_inside(block: nn.Module) -> bool:
+    return any(
+        module._forward_pre_hooks or module._forward_hooks
+        for module in block.modules()
+        if module is not block
+    )
