@@ -61,6 +61,17 @@ def test_a_difference_is_taken_seed_by_seed(values, beyond):
     assert ("~" in results.to_markdown().split("\n")[3]) is not beyond
 
 
+def test_the_file_keeps_the_keys_of_version_0_1(tmp_path):
+    Results((record("b", [0.5, 0.9]),), record("a", [0.25, 0.75])).write(tmp_path)
+    written = json.loads((tmp_path / "results.json").read_text())
+    of_two = pytest.approx(0.4 / 2**0.5)  # the standard deviation of two numbers 0.4 apart, by n - 1
+    summary = {"mean": pytest.approx(0.7), "spread": of_two, "values": [0.5, 0.9]}
+    assert written["models"][0]["figures"] == {"miou": summary}
+    assert written["models"][0]["detail"] == {"iou": {"road": summary}}
+    changes = {"change": pytest.approx(0.2), "spread": pytest.approx(0.1 / 2**0.5)}
+    assert written["differences"] == [{"miou": changes | {"better": True, "beyond_spread": True}}]
+
+
 def test_only_seeds_that_both_have_are_compared():
     results = Results((record("b", [0.6]),), record("a", [0.5, 0.1, 0.1]))
     assert results.differences(results.records[0])["miou"].change == pytest.approx(0.1)
