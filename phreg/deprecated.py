@@ -20,6 +20,11 @@ RENAMED: dict[str, dict[str, str]] = {
     "phreg.analysis.class_probe.TokenAccuracy": {"spread": "std"},
     "phreg.config": {"GateConfig": "ChecksConfig"},
     "phreg.errors": {"GateError": "MaxDropError"},
+    "phreg.evaluation.features": {"Reading": "FeatureConfig"},
+    "phreg.evaluation.record.Summary": {"spread": "std"},
+    "phreg.evaluation.results.Difference": {"beyond_spread": "beyond_std", "spread": "std"},
+    "phreg.evaluation.results.Results": {"check_gate": "check_max_drop"},
+    "phreg.formats.info": {"Shown": "ModelInfo"},
     "phreg.sinks.locate": {"locate": "find_sinks"},
     "phreg.sinks.units.Unit": {
         "fed": "pre_activation",

@@ -14,6 +14,10 @@ import phreg
 from phreg import cli, config, errors, methods
 from phreg.deprecated import RENAMED, OldNameWarning
 from phreg.errors import ConfigError, PhregError
+from phreg.evaluation import features
+from phreg.evaluation.record import Summary
+from phreg.evaluation.results import Difference, Results
+from phreg.formats import info as info_module
 from phreg.formats.info import info
 from phreg.sinks import locate
 from phreg.sinks.units import Unit
@@ -134,6 +138,8 @@ def test_old_arguments_of_inspect_and_evaluate_mean_the_new_ones_and_warn(tmp_pa
         (errors, "GateError", errors.MaxDropError),
         (config, "GateConfig", config.ChecksConfig),
         (locate, "locate", locate.find_sinks),
+        (features, "Reading", features.FeatureConfig),
+        (info_module, "Shown", info_module.ModelInfo),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -238,3 +244,22 @@ def test_attributes_of_a_unit_are_found_by_their_old_names_with_a_warning():
     assert copy.deepcopy(unit) == unit
     with pytest.raises(AttributeError, match="'Unit' object has no attribute 'nothing'"):
         _ = unit.nothing
+
+
+def test_attributes_of_results_are_found_by_their_old_names_and_keep_their_keys_in_json():
+    summary = Summary.of([1.0, 3.0])
+    difference = Difference(change=1.0, std=2.0, better=True, beyond_std=False)
+    with pytest.warns(OldNameWarning, match=r"Summary\.spread is called .*Summary\.std now"):
+        assert summary.spread == 2**0.5  # of 1 and 3, divided by n - 1
+    with pytest.warns(OldNameWarning, match=r"Difference\.spread is called"):
+        assert difference.spread == 2.0
+    with pytest.warns(OldNameWarning, match=r"Difference\.beyond_spread is called"):
+        assert difference.beyond_spread is False
+    with pytest.warns(OldNameWarning, match=r"Results\.check_gate is called .*Results\.check_max_drop now"):
+        assert Results(()).check_gate(None) is None
+    assert summary.to_json() == {"mean": 2.0, "spread": 2**0.5, "values": (1.0, 3.0)}
+    assert difference.to_json() == {"change": 1.0, "spread": 2.0, "better": True, "beyond_spread": False}
+    for one in (summary, difference, Results(())):
+        assert copy.deepcopy(one) == one
+        with pytest.raises(AttributeError, match="object has no attribute 'nothing'"):
+            _ = one.nothing

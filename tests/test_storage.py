@@ -9,7 +9,8 @@ import pytest
 from families import FAMILIES
 
 import phreg
-from phreg import api, cli, storage
+from phreg import api, storage
+from phreg.cli import commands
 from phreg.errors import CheckpointError, PhregError
 from phreg.report.html import Report
 
@@ -69,7 +70,8 @@ def test_on_a_full_disk_every_command_advises_only_what_it_can_do(
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(PhregError, match="No space left on device") as error:
         COMMANDS[command](run, photos, tmp_path / "out")
-    known = {f"--{name.replace('_', '-')}" for name in inspect.signature(getattr(cli, command)).parameters}
+    flags = inspect.signature(getattr(commands, command)).parameters
+    known = {f"--{name.replace('_', '-')}" for name in flags}
     known |= {"--output"} if command == "distill" else set()  # one of its settings
     advised = set(re.findall(r"--[a-z][a-z.-]*", str(error.value)))
     assert advised <= known

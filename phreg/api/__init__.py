@@ -11,7 +11,6 @@ Each module describes its own work. Here is only the order. `phreg.__init__` lis
 """
 
 from phreg.api.arguments import ImagesPath as ImagesPath
-from phreg.api.arguments import Model as Model
 from phreg.api.distillation import Distilled as Distilled
 from phreg.api.distillation import StepObserver as StepObserver
 from phreg.api.distillation import distill as distill
@@ -24,4 +23,5 @@ from phreg.api.publishing import export as export
 from phreg.api.publishing import push as push
 from phreg.api.training_free import add_test_time_registers as add_test_time_registers
 from phreg.api.training_free import denoise as denoise
+from phreg.formats.load import Model as Model
 from phreg.formats.load import open_model as open_model

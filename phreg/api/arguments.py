@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from phreg.backbones.base import Backbone
 from phreg.backbones.resolve import display_name
 from phreg.errors import DataError, PhregError
-
-Model = str | os.PathLike[str] | nn.Module
+from phreg.formats.load import Model
 
 ImagesPath = str | os.PathLike[str]
 

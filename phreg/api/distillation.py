@@ -20,7 +20,6 @@ from phreg.analysis.inspection import look
 from phreg.analysis.norms import NormReport, outliers
 from phreg.api.arguments import (
     ImagesPath,
-    Model,
     usable_device,
 )
 from phreg.backbones.base import Backbone, packed_types
@@ -30,8 +29,8 @@ from phreg.data.crops import Crops, centre_crops
 from phreg.data.sampling import split, subsample, subsample_indices
 from phreg.data.sources import ImageSource, open_images
 from phreg.errors import ConfigError, PhregError
-from phreg.evaluation.before_after import Comparison, HeldOut, compare, failed_gates, make_references
-from phreg.formats.load import open_model
+from phreg.evaluation.before_after import Comparison, HeldOut, compare, failed_checks, make_references
+from phreg.formats.load import Model, open_model
 from phreg.formats.run import save_run
 from phreg.methods import METHODS
 from phreg.methods.base import Method
@@ -159,7 +158,7 @@ def distill(
             sinks=sinks,
             outcome=outcome,
             comparison=comparison,
-            failures=failed_gates(comparison, config.checks) if comparison else [],
+            failures=failed_checks(comparison, config.checks) if comparison else [],
             main_process=run.accelerator.is_main_process,
         )
 

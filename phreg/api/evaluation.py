@@ -12,7 +12,7 @@ from pydantic import Field, PositiveInt
 from torch import nn
 
 from phreg import config as configuration
-from phreg.api.arguments import ImagesPath, Model, check_folder, named_models, short_names, usable_device
+from phreg.api.arguments import ImagesPath, check_folder, named_models, short_names, usable_device
 from phreg.backbones.base import Backbone
 from phreg.deprecated import accept_old_arguments
 from phreg.errors import PhregError
@@ -21,7 +21,7 @@ from phreg.evaluation.features import Observer as Progress
 from phreg.evaluation.results import MAPS, Results
 from phreg.evaluation.runner import Running, Suite, compare_models
 from phreg.evaluation.tasks.table import resolve_settings
-from phreg.formats.load import open_model
+from phreg.formats.load import Model, open_model
 from phreg.report.examples import write_examples
 from phreg.rollback import unchanged
 
@@ -80,13 +80,15 @@ def evaluate(
     running = Running(usable_device(device), batch_size, precision == "bf16", observe or (lambda *_: None))
     named, against = _side_by_side(models, baseline)
     with _folder_for(output) as folder, _unchanged(named):
-        kept = FeatureCache(Path(cache or folder / "features"), int(cache_limit * GIGABYTE))
+        features = FeatureCache(Path(cache or folder / "features"), int(cache_limit * GIGABYTE))
         runs = tuple(range(seed, seed + seeds))
-        suite = Suite(task, os.fspath(data), checked, runs, folder, kept, running, show=output is not None)
+        suite = Suite(
+            task, os.fspath(data), checked, runs, folder, features, running, show=output is not None
+        )
         opened = partial(_open_named, named, mean, std)
         results = compare_models(suite, list(named_models(models)), against, opened)
         write_examples(folder / MAPS, short_names(results.examples))
-    results.check_gate(max_drop)
+    results.check_max_drop(max_drop)
     return results
 
 

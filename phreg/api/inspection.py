@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from phreg.analysis.inspection import Inspection, look
-from phreg.api.arguments import ImagesPath, Model, checked_batch, named_models, short_names, usable_device
+from phreg.api.arguments import ImagesPath, checked_batch, named_models, short_names, usable_device
 from phreg.backbones import resolve
 from phreg.backbones.base import Backbone
 from phreg.data.crops import MEASURED_AT_ONCE, centre_crops, larger
@@ -19,7 +19,7 @@ from phreg.deprecated import accept_old_arguments
 from phreg.errors import PhregError
 from phreg.evaluation.datasets.labelled import read_labelled
 from phreg.evaluation.features import Observer as Progress
-from phreg.formats.load import open_model
+from phreg.formats.load import Model, open_model
 from phreg.report.folder import check_output, write_inspection
 from phreg.report.html import Origin
 from phreg.report.page import InspectionReport

@@ -14,14 +14,13 @@ from pathlib import Path
 
 from torch import nn
 
-from phreg.api.arguments import Model
 from phreg.backbones import hub, resolve
 from phreg.backbones.readout import set_readout
 from phreg.errors import PushError
 from phreg.formats import export as exports
 from phreg.formats import publish
 from phreg.formats.export.spec import find_spec
-from phreg.formats.load import open_model, record_of, warn_failed_checks
+from phreg.formats.load import Model, open_model, record_of, warn_failed_checks
 from phreg.record import Equality
 from phreg.rollback import unchanged
 

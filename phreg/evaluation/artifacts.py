@@ -13,11 +13,11 @@ from torch import Tensor
 
 from phreg.analysis.gap import outlier_mask, outlier_threshold
 from phreg.data.sources import ImageSource
-from phreg.evaluation.features import FeatureReader, Reading
+from phreg.evaluation.features import FeatureConfig, FeatureReader
 
 
 def artifact_places(
-    reader: FeatureReader, source: ImageSource, reading: Reading
+    reader: FeatureReader, source: ImageSource, reading: FeatureConfig
 ) -> Sequence[Bool[Tensor, "rows cols"]] | None:
     """Marks the patches of each picture that are outliers in the baseline's last block.
 

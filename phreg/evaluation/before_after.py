@@ -160,10 +160,10 @@ def compare(
     set_readout(original, target.teacher_readout)
     set_readout(patched, target.student_readout)
     meters = AgreementMeter(), AgreementMeter()
-    kept: tuple[list[Tensor], list[Tensor]] = ([], [])
+    shown: tuple[list[Tensor], list[Tensor]] = ([], [])
     for images, truth, mask in zip(batches, measured.references, were_outliers, strict=True):
         features = [side(images, target.layer, target.norm).patches.float() for side in sides]
-        for meter, grids, grid in zip(meters, kept, features, strict=True):
+        for meter, grids, grid in zip(meters, shown, features, strict=True):
             meter.update(grid, truth, mask.to(grid.device))
             grids.append(grid.cpu() if sum(map(len, grids)) < show else grid[:0].cpu())
     for side in sides:
@@ -175,7 +175,7 @@ def compare(
         surveys=surveys,
         agreement=(meters[0].compute(), meters[1].compute()),
         drift=drift(surveys[1].pooled, surveys[0].pooled),
-        shown=(torch.cat(kept[0])[:show], torch.cat(kept[1])[:show]),
+        shown=(torch.cat(shown[0])[:show], torch.cat(shown[1])[:show]),
     )
 
 
@@ -212,7 +212,7 @@ def make_references(
     return HeldOut(images, references, f"the original averaged over {count} views")
 
 
-def failed_gates(comparison: Comparison, checks: ChecksConfig) -> list[str]:
+def failed_checks(comparison: Comparison, checks: ChecksConfig) -> list[str]:
     """Says in words what became worse than the checks allow; a figure that is NaN is worse than any.
 
     Outliers are judged in the last block, and in the block with most: they can rise inside the model alone.

@@ -176,10 +176,10 @@ class FeatureCache:
             except OSError as error:
                 raise self._unwritable(error) from error
         try:
-            kept = load_file(path)
+            masks = load_file(path)
         except SafetensorError as error:
             raise PhregError(f"masks in {path} are damaged ({error}); delete it and run again") from error
-        return [kept[str(number)] for number in range(len(kept))] or None
+        return [masks[str(number)] for number in range(len(masks))] or None
 
     def _write(self, folder: Path, run: dict[str, Any], items: Iterable[Dense], count: int) -> None:
         temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")

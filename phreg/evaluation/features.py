@@ -40,19 +40,20 @@ from phreg.backbones.readout import dense_readout, use_readout
 from phreg.config import Config, Size
 from phreg.data.crops import as_input
 from phreg.data.sources import ImageSource
+from phreg.deprecated import current_attribute
 from phreg.evaluation.dense import Box, Dense, Placement
 from phreg.evaluation.feature_cache import FeatureCache, StoredFeatures
 from phreg.evaluation.projections import block_inputs, project
 
 Observer = Callable[[str, int, int], None]
-"""Told what is being done, how much of it is done, and how much there is."""
+"""Called with what is being done, how much of it is done, and how much there is."""
 
 
 OUTPUTS = ("tokens", "joint")
 """Sources that are read off what a block puts out; the others, off what enters it."""
 
 
-class Reading(Config):
+class FeatureConfig(Config):
     """What is read of a model, and on which canvas. Sizes are rounded to whole patches of the model."""
 
     size: Size | None = None
@@ -83,7 +84,7 @@ class Reading(Config):
     """Scale each patch feature to length 1, before windows are averaged."""
 
     @model_validator(mode="after")
-    def _one_side_where_the_ratio_is_kept(self) -> "Reading":
+    def _one_side_where_the_ratio_is_kept(self) -> "FeatureConfig":
         if isinstance(self.size, tuple) and self.fit in ("keep", "pad"):
             raise ValueError(
                 f"size gives height and width {self.size}, and fit={self.fit} keeps each picture's ratio; "
@@ -114,7 +115,7 @@ class FeatureReader:
         cache: Where features are kept.
         batch_size: Pictures per forward.
         bf16: Whether to run forwards under bf16 autocast.
-        observe: Told of progress; tasks tell it of theirs too.
+        observe: Called with the progress, by tasks too.
         reference: The baseline, in eval mode on the same device, where there is one: some figures say what
             became of places where it has artifacts.
     """
@@ -132,7 +133,7 @@ class FeatureReader:
         """Where the model is."""
         return self.backbone.device
 
-    def readout(self, reading: Reading) -> Readout:
+    def readout(self, reading: FeatureConfig) -> Readout:
         """Says how the last block is read."""
         return reading.readout or dense_readout(self.backbone)
 
@@ -145,7 +146,7 @@ class FeatureReader:
         """Reads the baseline; None where there is none."""
         return None if self.reference is None else self.of(self.reference)
 
-    def described(self, reading: Reading) -> dict[str, Any]:
+    def described(self, reading: FeatureConfig) -> dict[str, Any]:
         """Says what features depend on beside the pictures, as JSON holds it."""
         return {
             "model": self.identity,
@@ -154,7 +155,7 @@ class FeatureReader:
             "reading": reading.model_dump(),
         }
 
-    def features(self, source: ImageSource, reading: Reading, what: str = "reading") -> StoredFeatures:
+    def features(self, source: ImageSource, reading: FeatureConfig, what: str = "reading") -> StoredFeatures:
         """Reads pictures once, keeps what was read on disk, and gives it as a sequence of `Dense`.
 
         Raises:
@@ -163,7 +164,7 @@ class FeatureReader:
         """
         return self.cache.get(self.described(reading), source, lambda: self.stream(source, reading, what))
 
-    def stream(self, source: ImageSource, reading: Reading, what: str = "reading") -> Iterator[Dense]:
+    def stream(self, source: ImageSource, reading: FeatureConfig, what: str = "reading") -> Iterator[Dense]:
         """Reads pictures in order, decoding ahead of the model.
 
         Raises:
@@ -173,7 +174,7 @@ class FeatureReader:
             yield dense
 
     def stream_each(
-        self, source: ImageSource, readings: Sequence[Reading], what: str = "reading"
+        self, source: ImageSource, readings: Sequence[FeatureConfig], what: str = "reading"
     ) -> Iterator[tuple[Dense, ...]]:
         """Reads pictures in several ways at once, by one forward where no windows are asked for.
 
@@ -192,7 +193,7 @@ class FeatureReader:
             yield from self._read_placed(placed, readings)
 
     def logits(
-        self, source: ImageSource, reading: Reading, what: str = "classifying"
+        self, source: ImageSource, reading: FeatureConfig, what: str = "classifying"
     ) -> Float[Tensor, "pictures classes"]:
         """Scores pictures by the model's own classifier; all must have one canvas (`crop` or `square`).
 
@@ -209,7 +210,7 @@ class FeatureReader:
         return torch.cat(found)
 
     def _batches(
-        self, source: ImageSource, reading: Reading, what: str
+        self, source: ImageSource, reading: FeatureConfig, what: str
     ) -> Iterator[list[tuple[Tensor, Placement]]]:
         """Reads and places pictures, one batch ahead."""
         chunks = [
@@ -226,7 +227,7 @@ class FeatureReader:
                 yield placed
                 self.observe(what, chunk.stop, len(source))
 
-    def __call__(self, images: Float[Tensor, "batch 3 height width"], reading: Reading) -> DenseBatch:
+    def __call__(self, images: Float[Tensor, "batch 3 height width"], reading: FeatureConfig) -> DenseBatch:
         """Reads normalised images on the model's device; their sides must be whole patches.
 
         Raises:
@@ -268,7 +269,7 @@ class FeatureReader:
         return as_input(self.backbone, pixels)
 
     def place(
-        self, picture: Image.Image, reading: Reading
+        self, picture: Image.Image, reading: FeatureConfig
     ) -> tuple[UInt8[Tensor, "3 height width"], Placement]:
         """Puts a picture onto a canvas of whole patches, by PIL's antialiased bicubic resampling."""
         width, height = picture.size
@@ -278,7 +279,7 @@ class FeatureReader:
             inside = self.snap(reading.size or own)
         else:
             shorter = reading.size or (min(height, width) if reading.fit == "pad" else min(own))
-            assert isinstance(shorter, int)  # as `Reading` sees to
+            assert isinstance(shorter, int)  # as `FeatureConfig` sees to
             scale = shorter / min(height, width)
             sides = max(1, round(height * scale)), max(1, round(width * scale))
             inside = sides if reading.fit == "pad" else self.snap(sides)
@@ -307,12 +308,12 @@ class FeatureReader:
         return height, width
 
     def _place(
-        self, source: ImageSource, numbers: Sequence[int], reading: Reading
+        self, source: ImageSource, numbers: Sequence[int], reading: FeatureConfig
     ) -> list[tuple[Tensor, Placement]]:
         return [self.place(source.read(number), reading) for number in numbers]
 
     def _read_placed(
-        self, placed: Sequence[tuple[Tensor, Placement]], readings: Sequence[Reading]
+        self, placed: Sequence[tuple[Tensor, Placement]], readings: Sequence[FeatureConfig]
     ) -> Iterator[tuple[Dense, ...]]:
         """Reads placed pictures in their order, those of one canvas together."""
         read: dict[int, tuple[Dense, ...]] = {}
@@ -334,7 +335,7 @@ class FeatureReader:
         yield from (read[number] for number in range(len(placed)))
 
     @torch.no_grad()
-    def _forward(self, images: Tensor, readings: Sequence[Reading]) -> list[DenseBatch]:
+    def _forward(self, images: Tensor, readings: Sequence[FeatureConfig]) -> list[DenseBatch]:
         """Runs the model once and reads it in every way asked for."""
         backbone, layout = self.backbone, self.backbone.layout(images)
         indices = [backbone.block_index(reading.layer) for reading in readings]
@@ -380,3 +381,10 @@ def _middle(picture: tuple[int, int], shape: tuple[int, int]) -> Box:
 def _starts(length: int, window: int, step: int) -> list[int]:
     """Where windows begin along one axis; the last is moved back inside."""
     return [*range(0, length - window, step), length - window]
+
+
+def __getattr__(name: str) -> Any:
+    """Finds a class by its old name, with a warning."""
+    if (new := current_attribute(__name__, name)) is not None:
+        return globals()[new]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

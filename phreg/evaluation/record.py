@@ -1,10 +1,10 @@
-"""What one model reached in a task, as a record: figures with their spread, and all it takes to repeat it.
+"""What one model reached in a task, as a record: figures, their standard deviation, and how to repeat it.
 
 A task declares each of its metrics by a `MetricSpec`, and makes one `Metrics` a seed. `summarise` joins those
 of a model into a `Record`.
 
     MetricSpec of each metric ─┐
-    Metrics of seed 0, 1, 2 ───┴─summarise──► Record (mean, spread)
+    Metrics of seed 0, 1, 2 ───┴─summarise──► Record (mean, std)
 """
 
 import math
@@ -19,6 +19,7 @@ from typing import Any, Literal
 import torch
 
 from phreg import __version__
+from phreg.deprecated import current_attribute
 from phreg.errors import PhregError
 from phreg.evaluation.examples import Example
 from phreg.record import LIBRARIES
@@ -52,12 +53,12 @@ class MetricSpec:
         """Tells how much worse a figure is that changed by so much; negative where it is better."""
         return change if self.better == "lower" else -change
 
-    def text(self, mean: float, spread: float | None, sign: str = "") -> str:
-        """Writes a figure, or with the sign `+` a difference of figures, with its spread; NaN is a dash."""
+    def text(self, mean: float, std: float | None, sign: str = "") -> str:
+        """Writes a figure, or with the sign `+` a difference, with its standard deviation; NaN is a dash."""
         if math.isnan(mean):
             return "-"
         scale, digits = (100, 2) if self.unit == SHARE else (1, 4)
-        beside = "" if spread is None else f" ± {scale * spread:.{digits}f}"
+        beside = "" if std is None else f" ± {scale * std:.{digits}f}"
         return f"{scale * mean:{sign}.{digits}f}{beside}"
 
 
@@ -106,21 +107,31 @@ class Summary:
 
     Attributes:
         mean: Mean over seeds.
-        spread: Standard deviation over seeds (n - 1); None of a single one.
+        std: Standard deviation over seeds (n - 1); None of a single one.
         values: The figure of each seed.
     """
 
     mean: float
-    spread: float | None
+    std: float | None
     values: tuple[float, ...]
 
     @classmethod
     def of(cls, values: Sequence[float]) -> "Summary":
         """Sums up the values of several seeds."""
-        spread = None
+        std = None
         if len(values) > 1:  # a figure without a value is NaN, which `statistics` refuses
-            spread = math.nan if any(map(math.isnan, values)) else statistics.stdev(values)
-        return cls(statistics.fmean(values), spread, tuple(values))
+            std = math.nan if any(map(math.isnan, values)) else statistics.stdev(values)
+        return cls(statistics.fmean(values), std, tuple(values))
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns what JSON can hold. Files keep the keys of version 0.1."""
+        return {"mean": self.mean, "spread": self.std, "values": self.values}
+
+    def __getattr__(self, name: str) -> Any:
+        """Finds an attribute by its old name, with a warning."""
+        if (new := current_attribute("phreg.evaluation.record.Summary", name)) is not None:
+            return getattr(self, new)
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
 
 BESIDE = ("metrics", "examples")
@@ -174,13 +185,13 @@ class Record:
     def text(self, name: str) -> str:
         """Writes a figure for a table; one that is not there is a dash."""
         found = self.figures.get(name)
-        return "-" if found is None else self.metrics[name].text(found.mean, found.spread)
+        return "-" if found is None else self.metrics[name].text(found.mean, found.std)
 
     def detail_text(self, kind: str, part: str) -> str:
         """Writes a figure of a class or part; either the kind of detail is a metric, or the part is."""
         found = self.detail[kind].get(part)
         spec = self.metrics.get(kind) or self.metrics[part]
-        return "-" if found is None else spec.text(found.mean, found.spread)
+        return "-" if found is None else spec.text(found.mean, found.std)
 
     @property
     def sweep(self) -> list[str]:
@@ -191,6 +202,11 @@ class Record:
     def to_json(self) -> dict[str, Any]:
         """The record as JSON holds it; NaN, which JSON does not know, becomes null."""
         found = asdict(replace(self, metrics={}, examples=()))
+        found["figures"] = {name: summary.to_json() for name, summary in self.figures.items()}
+        found["detail"] = {
+            kind: {part: summary.to_json() for part, summary in parts.items()}
+            for kind, parts in self.detail.items()
+        }
         return without_nan({name: value for name, value in found.items() if name not in BESIDE})
 
 

@@ -1,6 +1,6 @@
 """What an evaluation found: the records of several models, set against a baseline or against the first.
 
-    Metrics of seed 0, 1, 2 ──summarise──► Record (mean, spread) ┐
+    Metrics of seed 0, 1, 2 ──summarise──► Record (mean, std) ┐
                               of each model                      ├─► Results ──► results.json, results.md
                                                       baseline ──┘
 
@@ -10,10 +10,11 @@
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from phreg.deprecated import current_attribute
 from phreg.errors import MaxDropError, PhregError
 from phreg.evaluation.examples import Example
 from phreg.evaluation.record import MetricSpec, Record, Summary, amounts, without_nan
@@ -34,15 +35,30 @@ class Difference:
 
     Attributes:
         change: Mean of what the model has more than the other with the same seed.
-        spread: Standard deviation of that over seeds (n - 1); None of a single one.
+        std: Standard deviation of that over seeds (n - 1); None of a single one.
         better: Whether the change is an improvement.
-        beyond_spread: Whether it is larger than its spread; None where there was one seed only.
+        beyond_std: Whether it is larger than its standard deviation; None where there was one seed only.
     """
 
     change: float
-    spread: float | None
+    std: float | None
     better: bool
-    beyond_spread: bool | None
+    beyond_std: bool | None
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns what JSON can hold. Files keep the keys of version 0.1."""
+        return {
+            "change": self.change,
+            "spread": self.std,
+            "better": self.better,
+            "beyond_spread": self.beyond_std,
+        }
+
+    def __getattr__(self, name: str) -> Any:
+        """Finds an attribute by its old name, with a warning."""
+        if (new := current_attribute("phreg.evaluation.results.Difference", name)) is not None:
+            return getattr(self, new)
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
 
 @dataclass(frozen=True)
@@ -93,7 +109,13 @@ class Results:
             for name in shared
         }
 
-    def check_gate(self, limit: float | None) -> None:
+    def __getattr__(self, name: str) -> Any:
+        """Finds a method by its old name, with a warning."""
+        if (new := current_attribute("phreg.evaluation.results.Results", name)) is not None:
+            return getattr(self, new)
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    def check_max_drop(self, limit: float | None) -> None:
         """Checks that no guarded figure of any model fell behind the baseline's by more than a limit.
 
         Args:
@@ -140,7 +162,7 @@ class Results:
                 "baseline": self.baseline.to_json() if self.baseline else None,
                 "against": self.against.model if self.against else None,
                 "differences": [
-                    {name: asdict(found) for name, found in self.differences(record).items()}
+                    {name: found.to_json() for name, found in self.differences(record).items()}
                     for record in self.records
                 ]
                 if self.against
@@ -208,15 +230,15 @@ class Results:
                 groups.setdefault(amounts(found), []).append(name)
         if len(groups) < 2:
             return [f"Computed over {text}" for text in groups]
-        told = "; ".join(f"{', '.join(names)} over {text}" for text, names in groups.items())
-        return [f"Computed: {told}"]
+        groups_text = "; ".join(f"{', '.join(names)} over {text}" for text, names in groups.items())
+        return [f"Computed: {groups_text}"]
 
     def _left_out(self) -> list[str]:
         """Says which figures some model has not, and why."""
         notes = [note.get("left_out", {}) for record, _ in self._labelled() for note in record.notes]
         reasons = {name: reason for note in notes for name, reason in note.items()}
-        told = "; ".join(f"{name} ({reason})" for name, reason in reasons.items())
-        return [f"Left out: {told}"] if told else []
+        missing = "; ".join(f"{name} ({reason})" for name, reason in reasons.items())
+        return [f"Left out: {missing}"] if missing else []
 
     def _labelled(self) -> list[tuple[Record, str]]:
         ahead = [(self.baseline, " (baseline)")] if self.baseline else []
@@ -229,8 +251,8 @@ class Results:
             cell = record.text(name)
             found = differences.get(name)
             if found is not None and not math.isnan(found.change):
-                mark = "~" if found.beyond_spread is False else ""
-                cell += f" ({record.metrics[name].text(found.change, found.spread, '+')}{mark})"
+                mark = "~" if found.beyond_std is False else ""
+                cell += f" ({record.metrics[name].text(found.change, found.std, '+')}{mark})"
             cells.append(cell)
         return cells
 
@@ -239,9 +261,9 @@ def _difference(spec: MetricSpec, pairs: Sequence[float]) -> Difference:
     found = Summary.of(pairs)
     return Difference(
         change=found.mean,
-        spread=found.spread,
+        std=found.std,
         better=spec.drop(found.mean) < 0,
-        beyond_spread=None if found.spread is None else abs(found.mean) > found.spread,
+        beyond_std=None if found.std is None else abs(found.mean) > found.std,
     )
 
 

@@ -37,7 +37,7 @@ from phreg.evaluation.feature_cache import FeatureCache, stamps
 from phreg.evaluation.features import FeatureReader, Observer
 from phreg.evaluation.record import Metrics, Record, hardware, summarise
 from phreg.evaluation.results import ADVICE, MAPS, RESULTS, TABLE, Results
-from phreg.evaluation.tasks.table import draws, examples, find_task
+from phreg.evaluation.tasks.table import examples, find_task, is_stochastic
 from phreg.parsing import parse_json
 from phreg.storage import write_text, writing
 
@@ -58,7 +58,7 @@ class Running:
         device: Where.
         batch_size: Pictures per forward.
         bf16: Whether forwards run under bf16 autocast.
-        observe: Told of progress.
+        observe: Called with the progress.
     """
 
     device: torch.device
@@ -75,7 +75,7 @@ class Suite:
         task: Name of the task.
         data: Where its images are.
         settings: Its settings.
-        seeds: Seeds asked for; of a task that draws nothing the first stands for all.
+        seeds: Seeds asked for; a deterministic task is run with the first alone.
         folder: Where runs, features and results go.
         cache: Where features are kept.
         running: How models are run.
@@ -125,7 +125,7 @@ class Suite:
     @cached_property
     def drawn(self) -> bool:
         """Whether a seed decides anything."""
-        return draws(self.task, self.data, self.settings)
+        return is_stochastic(self.task, self.data, self.settings)
 
     def record(self, name: str, backbone: Backbone, reference: Backbone | None = None) -> Record:
         """Measures one model.
@@ -187,8 +187,8 @@ class Suite:
         root = Path(self.data).resolve()
         if root.is_dir():
             # What phreg itself keeps inside of the data is none of it.
-            kept = [*(self.folder / name for name in (RUNS, RESULTS, TABLE, MAPS)), self.cache.folder]
-            inside = [place for path in kept if root in (place := path.resolve()).parents]
+            outputs = [*(self.folder / name for name in (RUNS, RESULTS, TABLE, MAPS)), self.cache.folder]
+            inside = [place for path in outputs if root in (place := path.resolve()).parents]
             for path in map(Path, walk(os.fspath(root))):
                 if not any(path.is_relative_to(place) for place in inside):
                     with suppress(FileNotFoundError):  # a link to nowhere; a reader that needs it says so
@@ -244,7 +244,9 @@ def compare_models(
     """
     suite.check_folder()
     if not suite.drawn and len(suite.seeds) > 1:
-        logger.info("%s draws nothing here: one run stands for all %d seeds", suite.task, len(suite.seeds))
+        logger.info(
+            "%s is deterministic here: it runs once instead of for %d seeds", suite.task, len(suite.seeds)
+        )
     reference = None if baseline is None else open_backbone(baseline).eval().to(suite.running.device)
     found: dict[str, Record] = {}
     if baseline is not None and reference is not None:

@@ -1,7 +1,7 @@
 """What a run, an adapter, an export or a hub id is, without building the model.
 
 folder ──phreg.json or phreg_export.json──┐
-──headers of *.safetensors─────────┴► Shown ◄──fits?── base, if it is at hand
+──headers of *.safetensors─────────┴► ModelInfo ◄──fits?── base, if it is at hand
 """
 
 import math
@@ -12,24 +12,23 @@ from pathlib import Path
 from typing import Any, Literal
 
 from safetensors import SafetensorError, safe_open
-from torch import nn
 
 from phreg.backbones import hub, resolve
 from phreg.backbones.resolve import Base
+from phreg.deprecated import current_attribute
 from phreg.errors import LoadError
 from phreg.evaluation.before_after import Row, table
 from phreg.formats.adapter import base_of, fit
 from phreg.formats.export.spec import needs_base
-from phreg.formats.load import open_model, record_of
+from phreg.formats.load import Model, open_model, record_of
 from phreg.record import RunRecord
 from phreg.run_summary import RunSummary
 
-Model = str | os.PathLike[str] | nn.Module
 Fits = Literal["whole", "tower", "no", "unknown"]
 
 
 @dataclass(frozen=True)
-class Shown:
+class ModelInfo:
     """What phreg wrote somewhere.
 
     Attributes:
@@ -72,7 +71,9 @@ class Shown:
         return asdict(self) | {"figures": [row._asdict() for row in self.figures]}
 
 
-def info(source: str | os.PathLike[str], *, revision: str | None = None, base: Model | None = None) -> Shown:
+def info(
+    source: str | os.PathLike[str], *, revision: str | None = None, base: Model | None = None
+) -> ModelInfo:
     """Says what a run, an adapter, an export, or a hub id of one is.
 
     Args:
@@ -98,7 +99,7 @@ def info(source: str | os.PathLike[str], *, revision: str | None = None, base: M
         )
     run = record.run or RunSummary()
     tensors, num_bytes = _count(found.folder)
-    return Shown(
+    return ModelInfo(
         source=str(source),
         format=record.format,
         format_version=record.format_version,
@@ -157,3 +158,10 @@ WIDTHS = {
     **dict.fromkeys(("U64", "I64", "F64"), 8),
 }
 """Bytes of an element, by safetensors' names of types."""
+
+
+def __getattr__(name: str) -> Any:
+    """Finds a class by its old name, with a warning."""
+    if (new := current_attribute(__name__, name)) is not None:
+        return globals()[new]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

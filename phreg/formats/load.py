@@ -28,6 +28,9 @@ from phreg.formats.export.spec import find_spec, needs_base, recorded_names
 from phreg.record import Base, RecordError, RunRecord, read_record, weights_sha256
 from phreg.storage import ADAPTER_FILE, EXPORT_FILE, OWN_FORMATS
 
+Model = str | os.PathLike[str] | nn.Module
+"""What a user may call a model: a name, a folder, or an instance."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -60,7 +63,7 @@ def record_of(found: Located) -> RunRecord | None:
 
 
 def open_model(
-    source: str | os.PathLike[str] | nn.Module,
+    source: Model,
     revision: str | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,

@@ -145,8 +145,8 @@ def base_license(base: Base | None) -> License:
         return License()
     if card.get("license"):
         return License(str(card["license"]), card.get("license_name"), card.get("license_link"))
-    told = config.get("pretrained_cfg", {}).get("license") or config.get("license")
-    return License(str(told)) if told else License()
+    declared = config.get("pretrained_cfg", {}).get("license") or config.get("license")
+    return License(str(declared)) if declared else License()
 
 
 def _point_to(repository: str, folder: Path, written_for: Path) -> None:

@@ -4,7 +4,7 @@ import logging
 
 from phreg.backbones.base import Backbone
 from phreg.config import DistillConfig
-from phreg.evaluation.before_after import Comparison, failed_gates
+from phreg.evaluation.before_after import Comparison, failed_checks
 from phreg.formats.adapter import describe_tower, save_adapter
 from phreg.formats.card import model_card
 from phreg.record import Base
@@ -26,7 +26,7 @@ def save_run(
     comparison: Comparison | None,
 ) -> None:
     """Writes the adapter with its record and card: last, for what has an adapter is a finished run."""
-    failures = failed_gates(comparison, config.checks) if comparison else []
+    failures = failed_checks(comparison, config.checks) if comparison else []
     if comparison is None:
         logger.warning("not measured, so nothing was checked: measure.images is 0")
     elif failures:

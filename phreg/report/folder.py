@@ -18,7 +18,7 @@ from phreg.backbones.base import Backbone
 from phreg.backbones.resolve import Base, display_name
 from phreg.config import DistillConfig
 from phreg.errors import PhregError
-from phreg.evaluation.before_after import Comparison, failed_gates
+from phreg.evaluation.before_after import Comparison, failed_checks
 from phreg.report.canvas import save_png
 from phreg.report.html import UNKNOWN, Origin, write_report
 from phreg.report.maps import attention_maps, sheet
@@ -102,7 +102,7 @@ def write_comparison(
     title = f"{display_name(base.source)}, before and after {config.registers} registers"
     origin = Origin.of("distill", configuration.flatten(config.model_dump(mode="json", exclude_none=True)))
     page = comparison_page(
-        title, comparison, before, after, origin, failures=failed_gates(comparison, config.checks)
+        title, comparison, before, after, origin, failures=failed_checks(comparison, config.checks)
     )
     with writing_run(run):
         if (run.report / "inspect.json").exists():  # of a verdict that --force overrode

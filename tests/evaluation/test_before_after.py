@@ -12,7 +12,7 @@ from phreg.analysis.norms import outliers
 from phreg.analysis.survey import survey
 from phreg.backbones.resolve import adapt
 from phreg.config import ChecksConfig
-from phreg.evaluation.before_after import Comparison, failed_gates, table
+from phreg.evaluation.before_after import Comparison, failed_checks, table
 from phreg.evaluation.metrics.agreement import Drift, agreement
 
 INSIDE = {1: (CORNERS, 300.0), 2: (CORNERS, -300.0)}
@@ -47,7 +47,7 @@ def compared(seen, before, after, **changes):
 def test_artifacts_that_rise_inside_the_model_alone_fail_the_check_and_show_in_the_table(seen):
     found = compared(seen, {}, INSIDE)
     assert [report.outlier_rate for report in found.norms] == [0, 0]
-    (failure,) = failed_gates(found, ChecksConfig())
+    (failure,) = failed_checks(found, ChecksConfig())
     assert "inside the model rose from 0.0000" in failure
     assert "to 0.0625 (block 1)" in failure
     rows = {row.name: (row.before, row.after) for row in found.rows()}
@@ -56,14 +56,14 @@ def test_artifacts_that_rise_inside_the_model_alone_fail_the_check_and_show_in_t
 
 
 def test_a_rise_in_the_last_block_is_told_once_and_a_repair_inside_is_no_failure(seen):
-    (failure,) = failed_gates(compared(seen, {}, {1: (CORNERS, 300.0)}), ChecksConfig())
+    (failure,) = failed_checks(compared(seen, {}, {1: (CORNERS, 300.0)}), ChecksConfig())
     assert failure.startswith("the outlier rate rose from 0.0000 to 0.0625")
-    assert failed_gates(compared(seen, INSIDE, {}), ChecksConfig()) == []
-    assert failed_gates(compared(seen, INSIDE, INSIDE), ChecksConfig()) == []
+    assert failed_checks(compared(seen, INSIDE, {}), ChecksConfig()) == []
+    assert failed_checks(compared(seen, INSIDE, INSIDE), ChecksConfig()) == []
 
 
 def test_a_rise_in_the_last_block_is_not_hidden_by_as_many_inside_before(seen):
-    (failure,) = failed_gates(compared(seen, INSIDE, {1: (CORNERS, 300.0)}), ChecksConfig())
+    (failure,) = failed_checks(compared(seen, INSIDE, {1: (CORNERS, 300.0)}), ChecksConfig())
     assert failure.startswith("the outlier rate rose from 0.0000 to 0.0625")
 
 
@@ -77,11 +77,11 @@ def test_figures_of_an_earlier_version_make_the_table_without_the_other_blocks(s
 
 def test_a_figure_that_is_nan_fails_its_gate(seen):
     nothing = compared(seen, {}, {})
-    assert failed_gates(nothing, ChecksConfig()) == []
+    assert failed_checks(nothing, ChecksConfig()) == []
     unknown = replace(nothing.agreement[1], mean=math.nan)
     for broken in (
         replace(nothing, agreement=(nothing.agreement[0], unknown)),
         replace(nothing, drift=Drift(math.nan, math.nan)),
     ):
-        (failure,) = failed_gates(broken, ChecksConfig(agreement=1, drift=0))
+        (failure,) = failed_checks(broken, ChecksConfig(agreement=1, drift=0))
         assert "nan" in failure

@@ -12,9 +12,9 @@ from phreg.data.hub_images import HubImages
 from phreg.data.sources import Files, Subset, open_images
 from phreg.errors import DataError, PhregError
 from phreg.evaluation.feature_cache import GLOBALS, GRIDS, INDEX, FeatureCache
-from phreg.evaluation.features import FeatureReader, Reading
+from phreg.evaluation.features import FeatureConfig, FeatureReader
 
-READING = Reading(size=32)
+READING = FeatureConfig(size=32)
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ def test_another_model_reading_or_file_is_read_anew(reader, mixed_photos, change
         case "model":
             reader = FeatureReader(reader.backbone, "another", reader.cache)
         case "reading":
-            reading = Reading(size=32, norm=False)
+            reading = FeatureConfig(size=32, norm=False)
         case "file":
             os.utime(source.paths[0], ns=(1, 1))
         case "subset":

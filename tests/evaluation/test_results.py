@@ -39,15 +39,15 @@ def record(model, values, figure="miou", detail=None):
 def test_several_seeds_give_mean_and_standard_deviation(values):
     summary = record("a", values).figures["miou"]
     assert summary.mean == pytest.approx(statistics.fmean(values))
-    assert summary.spread == pytest.approx(statistics.stdev(values))
+    assert summary.std == pytest.approx(statistics.stdev(values))
     assert summary.values == tuple(values)
 
 
 def test_a_single_seed_has_no_spread_and_nothing_is_said_to_exceed_it():
     results = Results((record("b", [0.6]),), record("a", [0.5]))
     found = results.differences(results.records[0])["miou"]
-    assert record("a", [0.5]).figures["miou"].spread is None
-    assert (found.change, found.better, found.beyond_spread) == (pytest.approx(0.1), True, None)
+    assert record("a", [0.5]).figures["miou"].std is None
+    assert (found.change, found.better, found.beyond_std) == (pytest.approx(0.1), True, None)
 
 
 @pytest.mark.parametrize(("values", "beyond"), [([0.41, 0.56, 0.52], False), ([0.42, 0.62, 0.52], True)])
@@ -56,9 +56,20 @@ def test_a_difference_is_taken_seed_by_seed(values, beyond):
     found = results.differences(results.records[0])["miou"]
     each = [ours - theirs for ours, theirs in zip(values, [0.4, 0.6, 0.5], strict=True)]
     assert found.change == pytest.approx(statistics.fmean(each))
-    assert found.spread == pytest.approx(statistics.stdev(each))
-    assert found.beyond_spread is beyond
+    assert found.std == pytest.approx(statistics.stdev(each))
+    assert found.beyond_std is beyond
     assert ("~" in results.to_markdown().split("\n")[3]) is not beyond
+
+
+def test_the_file_keeps_the_keys_of_version_0_1(tmp_path):
+    Results((record("b", [0.5, 0.9]),), record("a", [0.25, 0.75])).write(tmp_path)
+    written = json.loads((tmp_path / "results.json").read_text())
+    of_two = pytest.approx(0.4 / 2**0.5)  # the standard deviation of two numbers 0.4 apart, by n - 1
+    summary = {"mean": pytest.approx(0.7), "spread": of_two, "values": [0.5, 0.9]}
+    assert written["models"][0]["figures"] == {"miou": summary}
+    assert written["models"][0]["detail"] == {"iou": {"road": summary}}
+    changes = {"change": pytest.approx(0.2), "spread": pytest.approx(0.1 / 2**0.5)}
+    assert written["differences"] == [{"miou": changes | {"better": True, "beyond_spread": True}}]
 
 
 def test_only_seeds_that_both_have_are_compared():
@@ -110,9 +121,9 @@ def test_what_has_no_value_is_null_in_json_and_a_dash_in_the_table(tmp_path):
 
 def test_the_gate_lets_a_small_drop_pass_and_stops_a_larger_one():
     results = Results((record("b", [0.48]),), record("a", [0.5]))
-    results.check_gate(0.03)
+    results.check_max_drop(0.03)
     with pytest.raises(PhregError, match=r"b: miou 0\.4800, the baseline's is 0\.5000"):
-        results.check_gate(0.01)
+        results.check_max_drop(0.01)
 
 
 def test_the_gate_guards_what_the_task_names_beside_the_headline():
@@ -124,9 +135,9 @@ def test_the_gate_guards_what_the_task_names_beside_the_headline():
 
     base = measured("a", cls_top1=0.9, top5=1.0)
     assert base.guarded == ("top1", "cls_top1")
-    Results((measured("b", cls_top1=0.9, top5=0.1),), base).check_gate(0.05)
+    Results((measured("b", cls_top1=0.9, top5=0.1),), base).check_max_drop(0.05)
     with pytest.raises(PhregError, match=r"found 1 larger: b: cls_top1 0\.1000, the baseline's is 0\.9000"):
-        Results((measured("b", cls_top1=0.1, top5=1.0),), base).check_gate(0.05)
+        Results((measured("b", cls_top1=0.1, top5=1.0),), base).check_max_drop(0.05)
 
 
 def test_read_outs_other_than_plain_are_told_under_the_table():
@@ -139,18 +150,18 @@ def test_read_outs_other_than_plain_are_told_under_the_table():
 def test_the_gate_knows_that_a_larger_error_is_worse():
     worse = Results((record("b", [0.5], "rmse"),), record("a", [0.4], "rmse"))
     with pytest.raises(PhregError, match="max_drop"):
-        worse.check_gate(0.05)
-    Results((record("b", [0.2], "rmse"),), record("a", [0.4], "rmse")).check_gate(0.0)
+        worse.check_max_drop(0.05)
+    Results((record("b", [0.2], "rmse"),), record("a", [0.4], "rmse")).check_max_drop(0.0)
 
 
 def test_a_figure_without_value_does_not_pass_the_gate():
     with pytest.raises(PhregError, match="max_drop"):
-        Results((record("b", [math.nan]),), record("a", [0.4])).check_gate(1.0)
+        Results((record("b", [math.nan]),), record("a", [0.4])).check_max_drop(1.0)
 
 
 def test_a_gate_needs_a_baseline():
     with pytest.raises(PhregError, match="--baseline"):
-        Results((record("b", [0.5]),)).check_gate(0.1)
+        Results((record("b", [0.5]),)).check_max_drop(0.1)
 
 
 def counted(model, *counts):
@@ -204,5 +215,5 @@ def test_a_summary_of_one_value_is_that_value():
 
 def test_a_figure_without_a_value_is_a_dash_with_any_number_of_seeds():
     patched, raw = (record(name, [math.nan, math.nan], "artifact_accuracy") for name in ("patched", "raw"))
-    assert math.isnan(patched.figures["artifact_accuracy"].spread)
+    assert math.isnan(patched.figures["artifact_accuracy"].std)
     assert "| patched | - |" in Results((patched,), raw).to_markdown()

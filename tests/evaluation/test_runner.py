@@ -23,7 +23,7 @@ from phreg.config import Config
 from phreg.errors import MaxDropError, PhregError
 from phreg.evaluation.record import Metrics, MetricSpec
 from phreg.evaluation.tasks import classification
-from phreg.evaluation.tasks.table import TASKS, draws, find_task, resolve_settings
+from phreg.evaluation.tasks.table import TASKS, find_task, is_stochastic, resolve_settings
 from phreg.sinks.test_time import install
 
 FAST = {"neighbours": 3}
@@ -176,7 +176,7 @@ def test_data_count_wherever_results_are_written(saved, photos, tmp_path, stand_
     ],
 )
 def test_a_task_says_whether_it_draws_anything(colours, task, settings, drawn):
-    assert draws(task, str(colours), resolve_settings(task, settings)) is drawn
+    assert is_stochastic(task, str(colours), resolve_settings(task, settings)) is drawn
 
 
 @pytest.mark.parametrize(("task", "section"), [("classification", None), ("quantised", "classification")])
@@ -185,19 +185,19 @@ def test_images_that_are_divided_already_are_not_drawn(colours, tmp_path, task, 
         (tmp_path / "divided").mkdir(exist_ok=True)
         (tmp_path / "divided" / part).symlink_to(colours)
     settings = resolve_settings(task, {section: {"methods": ["knn"]}} if section else {"methods": ["knn"]})
-    assert draws(task, str(colours), settings)
-    assert not draws(task, str(tmp_path / "divided"), settings)
+    assert is_stochastic(task, str(colours), settings)
+    assert not is_stochastic(task, str(tmp_path / "divided"), settings)
 
 
 def test_a_task_that_draws_nothing_runs_once_and_says_so(saved, photos, tmp_path, stand_in, caplog):
-    stand_in.draws = lambda _data, _settings: False
+    stand_in.is_stochastic = lambda _data, _settings: False
     asked = {"task": "stand-in", "data": photos, "output": tmp_path / "out", "device": "cpu"}
     with caplog.at_level(logging.INFO, "phreg"):
         results = phreg.evaluate(saved, seeds=3, **asked)
     assert stand_in.runs == [0]
     assert results.records[0].seeds == (0,)
-    assert results.records[0].figures["score"].spread is None
-    assert caplog.text.count("one run stands for all 3 seeds") == 1
+    assert results.records[0].figures["score"].std is None
+    assert caplog.text.count("it runs once instead of for 3 seeds") == 1
     assert "nothing is drawn" in (tmp_path / "out" / "results.md").read_text()
 
 

@@ -103,16 +103,16 @@ def list_boxed(root: Path, entries: Iterable[Entry]) -> Boxed:
             f"{root} has boxes of {len(entries)} images, {len(missing)} of which are missing: "
             f"{some(missing) or 'none is listed'}; unpack the whole dataset, images too"
         )
-    kept = [entry for entry in entries if len(entry.boxes)]
-    if not kept:
+    boxed = [entry for entry in entries if len(entry.boxes)]
+    if not boxed:
         raise DataError(
             f"none of the {len(entries)} images of {root} has a box (first annotation: "
             f"{entries[0].annotation}); check the annotations"
         )
     return Boxed(
-        open_annotated(root, [entry.image for entry in kept], "boxes", lambda number: kept[number].size),
-        tuple(torch.tensor(entry.boxes, dtype=torch.float32) for entry in kept),
-        tuple(os.fspath(entry.annotation) for entry in kept),
-        tuple(entry.size for entry in kept),
-        len(entries) - len(kept),
+        open_annotated(root, [entry.image for entry in boxed], "boxes", lambda number: boxed[number].size),
+        tuple(torch.tensor(entry.boxes, dtype=torch.float32) for entry in boxed),
+        tuple(os.fspath(entry.annotation) for entry in boxed),
+        tuple(entry.size for entry in boxed),
+        len(entries) - len(boxed),
     )

@@ -44,9 +44,9 @@ class ConfusionMeter:
         Raises:
             PhregError: A class is out of range.
         """
-        kept = truth != self.ignore
-        self.ignored += int((~kept).sum())
-        predicted, truth = predicted[kept], truth[kept]
+        counted = truth != self.ignore
+        self.ignored += int((~counted).sum())
+        predicted, truth = predicted[counted], truth[counted]
         for name, labels in (("predicted", predicted), ("true", truth)):
             if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < self.num_classes:
                 raise PhregError(

@@ -35,7 +35,7 @@ from phreg.data.sources import Subset
 from phreg.errors import DataError, PhregError
 from phreg.evaluation.datasets.labelled import Labelled, open_labelled
 from phreg.evaluation.datasets.vocabulary import Vocabulary, embed_vocabulary, find_vocabulary
-from phreg.evaluation.features import FeatureReader, Reading
+from phreg.evaluation.features import FeatureConfig, FeatureReader
 from phreg.evaluation.metrics.scores import top_k
 from phreg.evaluation.record import Metrics, MetricSpec
 from phreg.seeding import keyed_generator
@@ -74,7 +74,7 @@ class Settings(Config):
     of phreg's, or a TOML file of class = ["word", "synonym"]; unset means as in the data."""
     template: str | None = None
     """Sentence around a class's name, with {} for it; unset means open_clip's 80 for ImageNet."""
-    reading: Reading = Reading(fit="crop", readout="plain")
+    reading: FeatureConfig = FeatureConfig(fit="crop", readout="plain")
     """Canvas of the images; read plain, as global features mean something."""
     val_share: Annotated[float, Field(gt=0, lt=1)] = 0.2
     """Share of each class that is tested on, where the data has no splits."""
@@ -93,7 +93,7 @@ class Globals(NamedTuple):
     logits: Float[Tensor, "images classes"] | None
 
 
-def draws(data: str, settings: Settings) -> bool:
+def is_stochastic(data: str, settings: Settings) -> bool:
     """What is held back for testing is, where something learns and the data has no splits."""
     learns = not set(settings.methods) <= UNTRAINED
     return learns and open_labelled(data, "val", labels=settings.labels) is None
@@ -257,10 +257,10 @@ def _divide(data: str, settings: Settings, seed: int) -> tuple[Labelled, Labelle
         count = min(len(members) - 1, max(1, round(settings.val_share * len(members))))
         order = torch.randperm(len(members), generator=keyed_generator("split", seed, label))
         held += members[order[:count]].tolist()
-    kept = sorted(set(range(len(whole.labels))) - set(held))
+    train = sorted(set(range(len(whole.labels))) - set(held))
     parts = [
         Labelled(Subset(whole.images, part), whole.labels[part], whole.classes)
-        for part in (kept, sorted(held))
+        for part in (train, sorted(held))
     ]
     return parts[0], parts[1]
 

@@ -27,7 +27,7 @@ from phreg.config import Config, Size, ViewsConfig
 from phreg.data.sampling import subsample
 from phreg.data.sources import ImageSource, open_images
 from phreg.errors import PhregError
-from phreg.evaluation.features import FeatureReader, Reading
+from phreg.evaluation.features import FeatureConfig, FeatureReader
 from phreg.evaluation.metrics.agreement import Agreement, AgreementMeter, incomparable_reason
 from phreg.evaluation.record import Metrics, MetricSpec
 from phreg.seeding import keyed_generator
@@ -85,7 +85,7 @@ def run(reader: FeatureReader, data: str, settings: Settings, seed: int) -> Metr
         )
     canvases = _batches(reader, chosen, (height + high, width + wide))
     batches = [images[..., :height, :width].contiguous() for images in canvases]
-    reading = Reading(readout=settings.readout)
+    reading = FeatureConfig(readout=settings.readout)
     moved = _moved(reader, reading, canvases, batches, settings.shift)
     flipped = _flipped(reader, reading, batches)
     figures = {"shift_agreement": moved.mean, "flip_agreement": flipped.mean}
@@ -121,7 +121,7 @@ def _batches(
     reader: FeatureReader, source: ImageSource, size: tuple[int, int]
 ) -> list[Float[Tensor, "_ 3 _ _"]]:
     """Reads the pictures' middles."""
-    reading = Reading(fit="crop", size=size)
+    reading = FeatureConfig(fit="crop", size=size)
     placed = [reader.place(source.read(number), reading)[0] for number in range(len(source))]
     return [
         reader.normalise(torch.stack(placed[first : first + reader.batch_size]))
@@ -131,7 +131,7 @@ def _batches(
 
 def _moved(
     reader: FeatureReader,
-    reading: Reading,
+    reading: FeatureConfig,
     canvases: Sequence[Tensor],
     batches: Sequence[Tensor],
     shift: int,
@@ -148,7 +148,7 @@ def _moved(
     return meter.compute()
 
 
-def _flipped(reader: FeatureReader, reading: Reading, batches: Sequence[Tensor]) -> Agreement:
+def _flipped(reader: FeatureReader, reading: FeatureConfig, batches: Sequence[Tensor]) -> Agreement:
     meter = AgreementMeter()
     for number, images in enumerate(batches):
         meter.update(reader(images.flip(-1), reading).grids.flip(2), reader(images, reading).grids)
@@ -158,7 +158,7 @@ def _flipped(reader: FeatureReader, reading: Reading, batches: Sequence[Tensor])
 
 def _reference(
     reader: FeatureReader,
-    reading: Reading,
+    reading: FeatureConfig,
     baseline: Backbone,
     batches: Sequence[Tensor],
     views: int,

@@ -33,7 +33,7 @@ from phreg.evaluation.artifacts import artifact_places
 from phreg.evaluation.datasets.augmentation import CropConfig, PairedCrops
 from phreg.evaluation.datasets.depth import DepthMaps, open_depths
 from phreg.evaluation.dense import Dense
-from phreg.evaluation.features import FeatureReader, Reading
+from phreg.evaluation.features import FeatureConfig, FeatureReader
 from phreg.evaluation.metrics.scores import DepthErrors, depth_errors
 from phreg.evaluation.record import Metrics, MetricSpec
 from phreg.evaluation.tasks.depth_head import DepthHead, gradient_loss, scale_loss
@@ -69,7 +69,7 @@ class Settings(Config):
     """Farthest depth in metres; farther pixels do not count."""
     bins: Annotated[int, Field(ge=2)] = 256
     """Depths the head scores, evenly spaced."""
-    reading: Reading = Reading(size=448)
+    reading: FeatureConfig = FeatureConfig(size=448)
     """Canvas of the pictures when testing, and when training without crops."""
     flip: bool = True
     """Test the mirror image too, and take the mean."""
@@ -127,7 +127,7 @@ def run(reader: FeatureReader, data: str, settings: Settings, seed: int) -> Metr
         open_depths(data, split, layout=settings.layout, unit=settings.unit) for split in ("train", "val")
     )
     _check_depths(train, settings)
-    batches = (_crops if settings.augment else _kept)(reader, train, settings, seed)
+    batches = (_crops if settings.augment else _cached)(reader, train, settings, seed)
     head = train_head(batches, settings, seed, reader)
     return _measure(reader, test, settings, head)
 
@@ -158,7 +158,7 @@ def train_head(
         batches: Features (batch, dim, rows, cols), and depths in metres (batch, 1, height, width).
         settings: Bins, steps and optimiser.
         seed: Seed of the first weights.
-        reader: Told of progress.
+        reader: Its `observe` is called with the progress.
 
     Raises:
         DataError: No depth that was seen counts.
@@ -281,7 +281,7 @@ def _decay(step: int, settings: Settings) -> float:
     return decay * min(1.0, (step + 1) / settings.warmup) if settings.warmup else decay
 
 
-def _kept(
+def _cached(
     reader: FeatureReader, train: DepthMaps, settings: Settings, seed: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches of features read once, with depths at the resolution of the canvas."""

@@ -24,7 +24,7 @@ from phreg.errors import DataError
 from phreg.evaluation.datasets.augmentation import CropConfig, PairedCrops
 from phreg.evaluation.datasets.masks import Segmentation
 from phreg.evaluation.dense import Dense
-from phreg.evaluation.features import FeatureReader, Reading
+from phreg.evaluation.features import FeatureConfig, FeatureReader
 from phreg.evaluation.metrics.scores import IGNORE
 from phreg.evaluation.record import Metrics
 from phreg.evaluation.tasks.segmentation import (
@@ -42,7 +42,7 @@ METRICS = SEGMENTATION_METRICS
 class Settings(SegmentationSettings):
     """A linear head on frozen patch tokens."""
 
-    reading: Reading = Reading(size=448)
+    reading: FeatureConfig = FeatureConfig(size=448)
     """Canvas of the pictures when testing, and when training without crops."""
     augment: bool = False
     """Train on random crops, read anew each step, rather than on features read once."""
@@ -93,7 +93,7 @@ def run(reader: FeatureReader, data: str, settings: Settings, seed: int) -> Metr
         DataError: The dataset is of no known layout, or a file of it is wrong.
     """
     train, test = settings.open(data, "train"), settings.open(data, "val")
-    batches = (_crops if settings.augment else _kept)(reader, train, settings, seed)
+    batches = (_crops if settings.augment else _cached)(reader, train, settings, seed)
     head = train_head(batches, len(train.classes), settings, seed, reader)
 
     def score(dense: Dense) -> Tensor:
@@ -117,7 +117,7 @@ def train_head(
         num_classes: Number of classes.
         settings: Steps and optimiser.
         seed: Seed of the first weights.
-        reader: Told of progress.
+        reader: Its `observe` is called with the progress.
 
     Raises:
         DataError: Nothing that was seen shows a class.
@@ -178,7 +178,7 @@ def _decay(step: int, settings: Settings) -> float:
     return decay * min(1.0, (step + 1) / settings.warmup) if settings.warmup else decay
 
 
-def _kept(
+def _cached(
     reader: FeatureReader, train: Segmentation, settings: Settings, seed: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches of features read once, with the shares of classes in each patch."""

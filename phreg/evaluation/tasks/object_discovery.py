@@ -32,7 +32,7 @@ from phreg.evaluation.datasets.boxed_images import Boxed, Choice
 from phreg.evaluation.datasets.boxes import open_boxed
 from phreg.evaluation.dense import Placement
 from phreg.evaluation.examples import Example, LabelledBox, Mark, Panel
-from phreg.evaluation.features import FeatureReader, Reading
+from phreg.evaluation.features import FeatureConfig, FeatureReader
 from phreg.evaluation.metrics.scores import is_localised
 from phreg.evaluation.record import Metrics, MetricSpec
 from phreg.evaluation.tasks.lost import Discovery, lost
@@ -66,7 +66,7 @@ class Settings(Config):
     """Give each connected part of a mask a box of its own, instead of one box around all."""
     count: PositiveInt | None = None
     """Pictures drawn by the seed; unset means all."""
-    reading: Reading = Reading(fit="pad", unit=True)
+    reading: FeatureConfig = FeatureConfig(fit="pad", unit=True)
     """Canvas of the pictures; source and layer are those of the sweep."""
     sources: tuple[Source, ...] = Field(("keys", "queries", "values"), min_length=1)
     """What is read of attention, or tokens."""
@@ -100,7 +100,7 @@ class Combination(NamedTuple):
         return f"{self.source} of block {self.layer}{bias}"
 
 
-def draws(_data: str, settings: Settings) -> bool:
+def is_stochastic(_data: str, settings: Settings) -> bool:
     """Pictures are, where there are to be fewer."""
     return settings.count is not None
 

@@ -49,9 +49,9 @@ class Settings(Config):
     """Settings of the other."""
 
 
-def draws(data: str, settings: Settings) -> bool:
+def is_stochastic(data: str, settings: Settings) -> bool:
     """As classification does."""
-    return classification.draws(data, settings.classification)
+    return classification.is_stochastic(data, settings.classification)
 
 
 def run(reader: FeatureReader, data: str, settings: Settings, seed: int) -> Metrics:

@@ -19,7 +19,7 @@ from phreg.evaluation.datasets.layouts import Split
 from phreg.evaluation.datasets.masks import MaskIndex, Segmentation, class_shares
 from phreg.evaluation.datasets.segmentation import open_segmentation
 from phreg.evaluation.dense import Dense, Placement
-from phreg.evaluation.features import FeatureReader, Reading
+from phreg.evaluation.features import FeatureConfig, FeatureReader
 from phreg.evaluation.metrics.scores import IGNORE, ConfusionMeter
 from phreg.evaluation.record import Metrics, MetricSpec
 
@@ -46,7 +46,7 @@ class SegmentationSettings(Config):
     ignore_index: MaskIndex | None = None
     """Index that is not counted in the masks of a folder; unset means 255, which is refused where it occurs
     and a class of classes.txt does not."""
-    reading: Reading = Reading(size=448)
+    reading: FeatureConfig = FeatureConfig(size=448)
     """Canvas of the pictures."""
 
     def open(self, data: str, split: Split) -> Segmentation:
@@ -62,7 +62,7 @@ class SegmentationSettings(Config):
 def measure_segmentation(
     reader: FeatureReader,
     test: Segmentation,
-    reading: Reading,
+    reading: FeatureConfig,
     score: Callable[[Dense], Float[Tensor, "classes rows cols"]],
     *,
     decide: Callable[[Tensor], Tensor] = lambda scores: scores.argmax(0),

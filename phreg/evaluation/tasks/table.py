@@ -6,7 +6,7 @@ A task is a module of this package with
     METRICS: Sequence[MetricSpec]             what it measures: unit, which way is better, heading in tables
     class Settings(Config)                    every number it depends on, each with a default and a docstring
     PROTOCOLS: Mapping[str, Mapping]          named sets of settings, e.g. of a paper (optional)
-    draws(data, settings) -> bool             whether the seed decides anything (optional: it does)
+    is_stochastic(data, settings) -> bool     whether the seed decides anything (optional: it does)
     run(reader, data, settings, seed) -> Metrics
     examples(reader, data, settings, seed, notes) -> Sequence[Example]
                                               what the model made of a few pictures (optional: no pictures)
@@ -72,15 +72,15 @@ def protocols(task: Task) -> Mapping[str, Mapping[str, Any]]:
     return getattr(task, "PROTOCOLS", {})
 
 
-def draws(name: str, data: str, settings: Config) -> bool:
-    """Tells whether a task draws anything from its seed, on these data with these settings.
+def is_stochastic(name: str, data: str, settings: Config) -> bool:
+    """Tells whether anything in a task depends on its seed, on these data with these settings.
 
     Raises:
         DataError: The data cannot be read.
         PhregError: There is no such task.
     """
-    told = getattr(find_task(name), "draws", None)
-    return True if told is None else told(data, settings)
+    found = getattr(find_task(name), "is_stochastic", None)
+    return True if found is None else found(data, settings)
 
 
 def examples(

@@ -31,7 +31,7 @@ from phreg.errors import DataError
 from phreg.evaluation.datasets.masks import read_index_mask
 from phreg.evaluation.datasets.pairs import find_files, pair_files, read_lines
 from phreg.evaluation.dense import Dense
-from phreg.evaluation.features import FeatureReader, Reading
+from phreg.evaluation.features import FeatureConfig, FeatureReader
 from phreg.evaluation.metrics.scores import IGNORE, boundary_accuracy, region_similarity
 from phreg.evaluation.record import Metrics, MetricSpec
 
@@ -49,7 +49,7 @@ class Settings(Config):
     """File of the sequences' names, one a line, relative to the data."""
     resolution: str = "480p"
     """Folder of frames and of masks."""
-    reading: Reading = Reading(size=480, unit=True)
+    reading: FeatureConfig = FeatureConfig(size=480, unit=True)
     """Canvas of the frames."""
     frames: PositiveInt = 7
     """Last frames that are looked up, beside the first."""
@@ -84,7 +84,7 @@ class Video:
         return torch.from_numpy(values)
 
 
-def draws(_data: str, _settings: Settings) -> bool:
+def is_stochastic(_data: str, _settings: Settings) -> bool:
     """Nothing is drawn."""
     return False
 

@@ -33,7 +33,7 @@ from phreg.backbones.text import text_encoder
 from phreg.config import Fraction
 from phreg.evaluation.datasets.vocabulary import Queries, embed_vocabulary, find_vocabulary
 from phreg.evaluation.dense import Dense
-from phreg.evaluation.features import FeatureReader, Reading
+from phreg.evaluation.features import FeatureConfig, FeatureReader
 from phreg.evaluation.metrics.scores import IGNORE, pearson
 from phreg.evaluation.record import Metrics, MetricSpec
 from phreg.evaluation.tasks.segmentation import (
@@ -62,7 +62,7 @@ READOUTS: Mapping[Head, Readout] = {
 class Settings(SegmentationSettings):
     """Segmentation by the names of classes."""
 
-    reading: Reading = Reading(size=448, window=336, stride=112)
+    reading: FeatureConfig = FeatureConfig(size=448, window=336, stride=112)
     """Canvas of the pictures, and windows; source, layer, readout, norm and unit are set by the task."""
     head: Head = "maskclip"
     """How the last block is read; student is as phreg trained the model, plain is as it came."""
@@ -93,7 +93,7 @@ PROTOCOLS: Mapping[str, Mapping[str, Any]] = {
 (arXiv 2404.08181), which reads Cityscapes as PH-Reg does."""
 
 
-def draws(_data: str, _settings: Settings) -> bool:
+def is_stochastic(_data: str, _settings: Settings) -> bool:
     """Nothing is drawn."""
     return False
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from phreg.backbones.base import Backbone
 from phreg.backbones.open_clip import NativeTower, TimmTower
 from phreg.formats.export.towers import (
-    Tower,
+    TimmTowerSpec,
     architecture,
     named,
     ratio,
@@ -47,7 +47,7 @@ def unsupported_reason(backbone: Backbone) -> str | None:
     return unsupported_norm(tower.ln_post.eps)
 
 
-def tower(backbone: Backbone) -> Tower:
+def tower(backbone: Backbone) -> TimmTowerSpec:
     """Converts an image tower that `unsupported_reason` lets pass, projection included."""
     if isinstance(backbone, TimmTower):
         return _trunk(backbone)
@@ -80,7 +80,7 @@ def tower(backbone: Backbone) -> Tower:
         "fc_norm": False,
         "act_layer": activation(block.mlp.gelu),
     }
-    return Tower(
+    return TimmTowerSpec(
         architecture=architecture(eps, "224", spec),
         arguments=arguments,
         tensors=tensors,
@@ -119,14 +119,14 @@ def _blocks(tower: Any) -> dict[str, Tensor]:
     return tensors
 
 
-def _trunk(backbone: TimmTower) -> Tower:
+def _trunk(backbone: TimmTower) -> TimmTowerSpec:
     trunk: Any = backbone.tower.trunk
     tensors = {name: tensor.detach() for name, tensor in trunk.state_dict().items()}
     projection = getattr(backbone.tower.head, "proj", None)
     if projection is not None:
         tensors |= named(head=projection)
     arguments = {name: value for name, value in get_model_args(trunk).items() if name != "num_classes"}
-    return Tower(
+    return TimmTowerSpec(
         architecture=trunk.pretrained_cfg["architecture"],
         arguments=arguments,
         tensors=tensors,

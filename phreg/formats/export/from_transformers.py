@@ -19,7 +19,7 @@ from phreg.backbones.base import first_unpacked
 from phreg.backbones.transformers import TransformersBackbone
 from phreg.formats.export.towers import (
     CLIP_EPS,
-    Tower,
+    TimmTowerSpec,
     architecture,
     joined,
     named,
@@ -93,7 +93,7 @@ def _unsupported_eva(backbone: TransformersBackbone) -> str | None:
     return None
 
 
-def tower(backbone: TransformersBackbone) -> Tower:
+def tower(backbone: TransformersBackbone) -> TimmTowerSpec:
     """Converts the image's path, classifier or projection included, of a model that is supported."""
     match backbone.family.name:
         case "dinov3_vit":
@@ -111,7 +111,7 @@ def tower(backbone: TransformersBackbone) -> Tower:
         "global_pool": _pooling(backbone),
     }
     tensors |= named(norm=backbone.final_norm) | _head(backbone)
-    return Tower(
+    return TimmTowerSpec(
         architecture=name,
         arguments=common | arguments,
         tensors=tensors,

@@ -156,8 +156,8 @@ def _tensors(backbone: Backbone, image: Contents) -> dict[str, Tensor]:
 
 def _preparation(backbone: Backbone) -> dict[str, Any]:
     noted = getattr(cast(Any, backbone).tower, "preprocess_cfg", {})
-    kept = {name: noted[name] for name in ("interpolation", "resize_mode", "fill_color") if name in noted}
-    return {"mean": backbone.spec.mean, "std": backbone.spec.std} | kept
+    known = {name: noted[name] for name in ("interpolation", "resize_mode", "fill_color") if name in noted}
+    return {"mean": backbone.spec.mean, "std": backbone.spec.std} | known
 
 
 # -- the text tower ------------------------------------------------------------------------------------------

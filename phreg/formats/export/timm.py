@@ -27,7 +27,7 @@ from phreg.backbones.timm import TimmBackbone
 from phreg.formats.export import towers
 from phreg.formats.export.opening import open_stock
 from phreg.formats.export.spec import TOLERANCE, WEIGHTS, Card, Contents, FormatSpec
-from phreg.formats.export.towers import Tower
+from phreg.formats.export.towers import TimmTowerSpec
 
 PROVENANCE = {"tag", "license", "description", "origin_url", "paper_name", "paper_ids", "notes"}
 """Settings that say where weights come from."""
@@ -47,7 +47,7 @@ class Converter(Protocol):
         """Says why timm has no model that computes the same; None where it has."""
         ...
 
-    def tower(self, backbone: Backbone) -> Tower:
+    def tower(self, backbone: Backbone) -> TimmTowerSpec:
         """Converts the image's path through the model."""
         ...
 

@@ -4,7 +4,7 @@ A converter, one module per library (`from_transformers`, `from_open_clip`), ren
 says what timm should build to hold them. What both share is here: how a sequence begins, and how a tower
 becomes a timm model.
 
-    backbone ──converter──► Tower (architecture, arguments, tensors) ──build──► timm model, weights inside
+    backbone ──converter──► TimmTowerSpec (architecture, arguments, tensors) ──build──► timm model
 
 Nothing is trusted to have come out right: the export is compared with the model that it came from.
 """
@@ -40,7 +40,7 @@ timm's: a ViT of transformers adds 1e-12. On a real ViT-Ti that moves tokens by 
 
 
 @dataclass(frozen=True)
-class Tower:
+class TimmTowerSpec:
     """A vision transformer in timm's words.
 
     Attributes:
@@ -60,7 +60,7 @@ class Tower:
     tolerance: float = TOLERANCE
 
 
-def build(tower: Tower, spec: Spec) -> TimmBackbone:
+def build(tower: TimmTowerSpec, spec: Spec) -> TimmBackbone:
     """Builds the timm model of a tower, whose weights it shares, and whose registers are timm's own."""
     head = tower.tensors.get("head.weight")
     num_classes = 0 if head is None else len(head)

@@ -11,7 +11,7 @@ from phreg.backbones.resolve import adapt
 from phreg.errors import DataError, PhregError
 from phreg.evaluation.datasets.augmentation import CropConfig
 from phreg.evaluation.feature_cache import FeatureCache
-from phreg.evaluation.features import FeatureReader, Reading
+from phreg.evaluation.features import FeatureConfig, FeatureReader
 from phreg.evaluation.tasks import linear_depth
 from phreg.evaluation.tasks.depth_head import DepthHead, gradient_loss, scale_loss
 from phreg.evaluation.tasks.linear_depth import PROTOCOLS, Settings
@@ -43,7 +43,7 @@ def reader(tiny, tmp_path):
 
 
 SMALL = {
-    "reading": Reading(size=64),
+    "reading": FeatureConfig(size=64),
     "max_depth": 6,
     "steps": 80,
     "lr": 0.1,

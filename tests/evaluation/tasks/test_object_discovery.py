@@ -9,7 +9,7 @@ import phreg
 from phreg.backbones.resolve import adapt, load
 from phreg.evaluation.dense import Placement
 from phreg.evaluation.feature_cache import FeatureCache
-from phreg.evaluation.features import FeatureReader, Reading
+from phreg.evaluation.features import FeatureConfig, FeatureReader
 from phreg.evaluation.metrics.scores import is_localised
 from phreg.evaluation.tasks import object_discovery
 from phreg.evaluation.tasks.lost import lost
@@ -177,7 +177,7 @@ def test_an_evaluation_draws_how_each_model_found_its_boxes(saved, tiny, squares
 @pytest.mark.real
 def test_photographs_of_salient_objects_are_searched(real_data, real_model, tmp_path):
     reader = FeatureReader(load(real_model)[0].eval(), "real", FeatureCache(tmp_path))
-    few = {"count": 4, "reading": Reading(fit="pad", unit=True, size=160)}
+    few = {"count": 4, "reading": FeatureConfig(fit="pad", unit=True, size=160)}
     found = object_discovery.run(reader, str(real_data / "ecssd"), Settings(**few), seed=0)
     assert len(found.detail["corloc"]) == 4 * 3 * 4
     assert found.figures["corloc"] >= 0.5  # the best of 48 on four pictures with one large object each

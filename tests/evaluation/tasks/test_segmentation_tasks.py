@@ -15,7 +15,7 @@ from phreg.backbones.resolve import adapt
 from phreg.errors import DataError
 from phreg.evaluation.datasets.augmentation import CropConfig, PairedCrops
 from phreg.evaluation.feature_cache import FeatureCache
-from phreg.evaluation.features import FeatureReader, Reading
+from phreg.evaluation.features import FeatureConfig, FeatureReader
 from phreg.evaluation.metrics.scores import IGNORE
 from phreg.evaluation.tasks import dense_nn, linear_segmentation
 from phreg.evaluation.tasks.linear_segmentation import PROTOCOLS, head_loss
@@ -46,7 +46,7 @@ def reader(tiny, tmp_path):
     return FeatureReader(adapt(tiny()), "tiny", FeatureCache(tmp_path / "cache"), batch_size=4)
 
 
-SMALL = {"reading": Reading(size=32), "steps": 60, "lr": 0.03, "train_batch_size": 2}
+SMALL = {"reading": FeatureConfig(size=32), "steps": 60, "lr": 0.03, "train_batch_size": 2}
 
 
 @pytest.mark.parametrize("augment", [False, True])
@@ -67,7 +67,7 @@ def test_the_same_seed_gives_the_same_head_and_another_seed_another(reader, stri
 
 
 def test_neighbours_tell_colours_without_training(reader, stripes):
-    settings = dense_nn.Settings(reading=Reading(size=32), bank_size=60, neighbours=3)
+    settings = dense_nn.Settings(reading=FeatureConfig(size=32), bank_size=60, neighbours=3)
     found = dense_nn.run(reader, stripes, settings, seed=0)
     assert found.figures["miou"] > 0.8
     assert found.notes["bank"] == 4 * 15
@@ -75,7 +75,7 @@ def test_neighbours_tell_colours_without_training(reader, stripes):
 
 @pytest.mark.parametrize("task", [linear_segmentation, dense_nn])
 def test_binary_masks_are_refused_instead_of_scoring_a_perfect_miou(reader, stripes, task):
-    settings = {"reading": Reading(size=32)} | ({"steps": 1} if task is linear_segmentation else {})
+    settings = {"reading": FeatureConfig(size=32)} | ({"steps": 1} if task is linear_segmentation else {})
     for path in Path(stripes, "masks").rglob("*.png"):
         Image.fromarray(np.where(np.array(Image.open(path)) == 1, 255, 0).astype(np.uint8)).save(path)
     with pytest.raises(DataError, match=r"never show blue.*255"):
@@ -85,7 +85,7 @@ def test_binary_masks_are_refused_instead_of_scoring_a_perfect_miou(reader, stri
 
 
 def test_figures_tell_over_what_they_were_computed(reader, stripes):
-    settings = dense_nn.Settings(reading=Reading(size=32), bank_size=60, neighbours=3)
+    settings = dense_nn.Settings(reading=FeatureConfig(size=32), bank_size=60, neighbours=3)
     found = dense_nn.run(reader, stripes, settings, seed=0)
     over = {"pixels": 32 * (32 + 48) - 2 * 16, "images": 2}  # less a corner of each
     assert found.counts == {
@@ -99,7 +99,7 @@ def test_figures_tell_over_what_they_were_computed(reader, stripes):
 def test_artifacts_where_nothing_counts_have_no_figure_and_that_is_said(reader, stripes, monkeypatch):
     places = [torch.zeros(4, 4, dtype=torch.bool), torch.zeros(4, 6, dtype=torch.bool)]
     monkeypatch.setattr("phreg.evaluation.tasks.segmentation.artifact_places", lambda *_: places)
-    settings = dense_nn.Settings(reading=Reading(size=32), bank_size=60, neighbours=3)
+    settings = dense_nn.Settings(reading=FeatureConfig(size=32), bank_size=60, neighbours=3)
     found = dense_nn.run(reader, stripes, settings, seed=0)
     assert "artifact_accuracy" not in found.figures
     assert "no pixel that counts" in found.notes["left_out"]["artifact_accuracy"]
@@ -113,8 +113,8 @@ def test_a_bank_of_no_patch_is_refused(reader, stripes):
         mask[2] = 1
         Image.fromarray(mask).save(path)
     with pytest.raises(DataError, match="none of the patches of the 4 training images"):
-        dense_nn.run(reader, stripes, dense_nn.Settings(reading=Reading(size=16)), seed=0)
-    few = linear_segmentation.Settings(reading=Reading(size=16), steps=3)
+        dense_nn.run(reader, stripes, dense_nn.Settings(reading=FeatureConfig(size=16)), seed=0)
+    few = linear_segmentation.Settings(reading=FeatureConfig(size=16), steps=3)
     with pytest.raises(DataError, match="none of the pixels that were seen in 3 steps"):
         linear_segmentation.run(reader, stripes, few, seed=0)
 
@@ -123,7 +123,7 @@ def test_pixels_at_the_baselines_artifacts_are_counted_on_their_own(reader, stri
     places = [torch.zeros(4, 4, dtype=torch.bool), torch.zeros(4, 6, dtype=torch.bool)]
     places[1][3, 0] = True  # an 8x8 patch of the second picture
     monkeypatch.setattr("phreg.evaluation.tasks.segmentation.artifact_places", lambda *_: places)
-    settings = dense_nn.Settings(reading=Reading(size=32), bank_size=60, neighbours=3)
+    settings = dense_nn.Settings(reading=FeatureConfig(size=32), bank_size=60, neighbours=3)
     found = dense_nn.run(reader, stripes, settings, seed=0)
     assert found.figures["artifact_accuracy"] == 1
     assert found.notes["pixels_at_artifacts"] == pytest.approx(64 / (32 * 80 - 2 * 16))

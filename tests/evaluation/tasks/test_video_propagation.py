@@ -14,13 +14,13 @@ from torch.nn.functional import normalize
 from phreg.backbones.resolve import adapt
 from phreg.errors import DataError
 from phreg.evaluation.feature_cache import FeatureCache
-from phreg.evaluation.features import FeatureReader, Reading
+from phreg.evaluation.features import FeatureConfig, FeatureReader
 from phreg.evaluation.tasks import video_propagation
 from phreg.evaluation.tasks.video_propagation import Settings, open_videos, propagate
 
 COLOURS = np.array([(30, 120, 30), (220, 30, 30), (30, 30, 220)], dtype=np.uint8)
 SIDE = 64
-SMALL = Settings(reading=Reading(size=SIDE, unit=True))
+SMALL = Settings(reading=FeatureConfig(size=SIDE, unit=True))
 
 
 @pytest.fixture

@@ -14,14 +14,14 @@ from phreg.backbones.resolve import adapt
 from phreg.errors import PhregError
 from phreg.evaluation.datasets.vocabulary import Queries
 from phreg.evaluation.feature_cache import FeatureCache
-from phreg.evaluation.features import FeatureReader, Reading
+from phreg.evaluation.features import FeatureConfig, FeatureReader
 from phreg.evaluation.record import MetricSpec
 from phreg.evaluation.tasks import quantised
 from phreg.evaluation.tasks.table import resolve_settings
 from phreg.evaluation.tasks.zero_shot_segmentation import PROTOCOLS, READOUTS, Settings, choose_classes, run
 from phreg.registers import add_registers, remove_registers
 
-WHOLE = {"reading": Reading(size=32), "template": "a {}", "threshold": 0.0}
+WHOLE = {"reading": FeatureConfig(size=32), "template": "a {}", "threshold": 0.0}
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +147,7 @@ def test_it_is_measured_in_8_bits_too_where_that_is_asked_for(reader, pictures):
 
 def test_windows_that_see_the_whole_give_what_the_whole_gives(reader, pictures):
     once = run(reader, str(pictures), Settings(**WHOLE), seed=0)
-    windows = WHOLE | {"reading": Reading(size=32, window=32, stride=8)}
+    windows = WHOLE | {"reading": FeatureConfig(size=32, window=32, stride=8)}
     assert run(reader, str(pictures), Settings(**windows), seed=0).figures == once.figures
 
 
