@@ -20,6 +20,7 @@ from phreg.cli.printing import console
 from phreg.cli.progress import ProgressReporter
 from phreg.errors import LoadError
 from phreg.evaluation.results import RESULTS
+from phreg.settings import fields, recipes
 
 
 def phreg(*arguments):
@@ -159,7 +160,7 @@ def test_texts_asked_of_a_model_without_a_text_tower_end_in_one_error(saved, pho
 def test_recipes_lists_every_shipped_recipe(capsys):
     assert phreg("recipes") == 0
     printed = capsys.readouterr().out
-    assert all(name in printed for name in config.recipes())
+    assert all(name in printed for name in recipes())
 
 
 def test_every_setting_is_a_flag_of_its_section():
@@ -167,11 +168,11 @@ def test_every_setting_is_a_flag_of_its_section():
         [sys.executable, "-m", "phreg", "distill", "--help"], check=True, capture_output=True, text=True
     )
     printed = done.stdout
-    for key in config.fields():
+    for key in fields():
         if key != "model":
             leaf = "--" + key.replace("_", "-")
             assert leaf in printed, key
-    sections = {key.rpartition(".")[0] for key in config.fields()} - {""}
+    sections = {key.rpartition(".")[0] for key in fields()} - {""}
     for section in sections:
         assert f" {section} options " in printed, section
     assert "{None}" not in printed, "no flag asks for None"

@@ -2,8 +2,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from phreg import config, methods
+from phreg import methods
 from phreg.errors import ConfigError
+from phreg.settings import fields, flatten, recipes, to_toml, validate
 
 
 def test_all_problems_are_told_at_once_by_dotted_key_with_near_misses():
@@ -112,7 +113,7 @@ def test_lora_of_a_recipe_counts_as_that_of_a_flag_and_a_resolved_recipe_stays_a
     assert methods.resolve(recipe, LORA).unlock.roles == ("block.-1",)
     for settings in (LORA, LORA | {"unlock.roles": ("blocks", "pos_embed")}):
         resolved = methods.resolve(None, settings)
-        recipe.write_text(config.to_toml(resolved))
+        recipe.write_text(to_toml(resolved))
         assert methods.resolve(recipe) == methods.resolve(recipe, LORA) == resolved
 
 
@@ -122,7 +123,7 @@ def test_a_decay_rate_of_one_is_refused_before_anything_is_trained(betas):
         methods.resolve(None, {"optim.betas": betas})
 
 
-@pytest.mark.parametrize("name", sorted(config.recipes()))
+@pytest.mark.parametrize("name", sorted(recipes()))
 def test_every_shipped_recipe_resolves(name):
     resolved = methods.resolve(name, clip="clip" in name)
     assert resolved.model or name == "relocate-0.1", "which is for any model"
@@ -173,12 +174,12 @@ def test_a_resolved_configuration_survives_its_toml(settings):
     import tomllib
 
     resolved = methods.resolve(None, settings)
-    again = config.validate(config.flatten(tomllib.loads(config.to_toml(resolved))), source="again")
+    again = validate(flatten(tomllib.loads(to_toml(resolved))), source="again")
     assert again == resolved
 
 
 def test_every_setting_is_described():
-    undescribed = [key for key, field in config.fields().items() if not field.description]
+    undescribed = [key for key, field in fields().items() if not field.description]
     assert not undescribed
 
 

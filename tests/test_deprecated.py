@@ -19,6 +19,7 @@ from phreg.evaluation.record import Summary
 from phreg.evaluation.results import Difference, Results
 from phreg.formats import info as info_module
 from phreg.formats.info import info
+from phreg.settings import fields
 from phreg.sinks import locate
 from phreg.sinks.units import Unit
 
@@ -226,7 +227,7 @@ def test_a_recipes_old_names_are_logged_once_on_the_command_line(tmp_path, caplo
 
 
 def test_every_new_name_exists():
-    known = {*config.fields(), *(key.partition(".")[0] for key in config.fields())}
+    known = {*fields(), *(key.partition(".")[0] for key in fields())}
     for old, new in RENAMED["distill"].items():
         assert new.partition("=")[0] in known
         assert old.partition("=")[0] not in known or "=" in old

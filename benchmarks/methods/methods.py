@@ -8,7 +8,7 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from phreg.config import read_settings
+from phreg.settings import read_settings
 
 Settings = Mapping[str, Any]
 """Settings of `phreg.distill`, by dotted key."""

@@ -24,6 +24,7 @@ from phreg.evaluation.tasks.table import resolve_settings
 from phreg.formats.load import Model, open_model
 from phreg.report.examples import write_examples
 from phreg.rollback import unchanged
+from phreg.settings import build
 
 
 @accept_old_arguments("evaluate")
@@ -103,7 +104,7 @@ class _Amounts(configuration.Config):
 
 def _check_amounts(**amounts: Any) -> None:
     """Refuses numbers that make no sense."""
-    configuration.build(_Amounts, amounts, source="evaluate")
+    build(_Amounts, amounts, source="evaluate")
 
 
 def _check_asked(

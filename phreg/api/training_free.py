@@ -6,7 +6,6 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from phreg import config as configuration
 from phreg.api.arguments import checked_batch
 from phreg.backbones import resolve
 from phreg.backbones.base import Backbone
@@ -17,6 +16,7 @@ from phreg.data.crops import MEASURED_AT_ONCE
 from phreg.errors import DataError, PhregError
 from phreg.rollback import rollback_on_error
 from phreg.seeding import keyed_generator
+from phreg.settings import validate, with_current_names
 from phreg.sinks import test_time
 from phreg.sinks.locate import find_sinks
 from phreg.teacher import Teacher
@@ -99,5 +99,5 @@ def _add_test_time_registers(backbone: Backbone, images: Tensor, num_registers: 
 
 def _views(settings: dict[str, Any]) -> ViewsConfig:
     given = {f"views.{key}": value for key, value in settings.items()}
-    current = configuration.with_current_names(given, source="views")
-    return configuration.validate(current, source="views").views
+    current = with_current_names(given, source="views")
+    return validate(current, source="views").views

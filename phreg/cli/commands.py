@@ -15,7 +15,6 @@ from rich.table import Column, Table
 from tyro.conf import Positional, UseAppendAction, arg
 from tyro.extras import SubcommandApp
 
-from phreg import config
 from phreg.cli.flags import Settings, task_settings, unset
 from phreg.cli.printing import (
     console,
@@ -29,6 +28,8 @@ from phreg.cli.printing import (
 from phreg.cli.progress import ProgressReporter, TrainingProgress
 from phreg.errors import Interrupted, MaxDropError
 from phreg.formats import Format
+from phreg.settings import fields, flatten, read_toml
+from phreg.settings import recipes as shipped_recipes
 
 app = SubcommandApp()
 
@@ -272,8 +273,8 @@ def tasks(task: Annotated[Positional[str | None], unset("[TASK]")] = None, /) ->
         return
     found = find_task(task)
     table = Table("setting", "default", "what it is", title=task)
-    defaults = config.flatten(found.Settings().model_dump())
-    for key, field in config.fields(found.Settings).items():
+    defaults = flatten(found.Settings().model_dump())
+    for key, field in fields(found.Settings).items():
         table.add_row(key, str(defaults[key]), " ".join((field.description or "").split()))
     console.print(table)
     console.print(f"Data: {found.DATA}.")
@@ -347,7 +348,7 @@ def recipes() -> None:
     """List the shipped recipes."""
     # Names are there to be copied.
     table = Table(Column("recipe", overflow="fold"), Column("model", overflow="fold"), "method")
-    for name, path in config.recipes().items():
-        settings = config.read_toml(path)
+    for name, path in shipped_recipes().items():
+        settings = read_toml(path)
         table.add_row(name, settings.get("model", "any"), settings.get("method", "relocate"))
     console.print(table)

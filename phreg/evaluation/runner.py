@@ -29,7 +29,7 @@ import torch
 from phreg import __version__
 from phreg.backbones.base import Backbone
 from phreg.backbones.identity import identify
-from phreg.config import Config, flatten
+from phreg.config import Config
 from phreg.data.paths import walk
 from phreg.data.sources import open_images
 from phreg.errors import DataError, PhregError
@@ -39,6 +39,7 @@ from phreg.evaluation.record import Metrics, Record, hardware, summarise
 from phreg.evaluation.results import ADVICE, MAPS, RESULTS, TABLE, Results
 from phreg.evaluation.tasks.table import examples, find_task, is_stochastic
 from phreg.parsing import parse_json
+from phreg.settings import flatten
 from phreg.storage import write_text, writing
 
 logger = logging.getLogger(__name__)

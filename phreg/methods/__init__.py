@@ -4,10 +4,11 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from phreg.config import DistillConfig, UnlockConfig, read_settings, validate
+from phreg.config import DistillConfig, UnlockConfig
 from phreg.errors import ConfigError
 from phreg.methods import auto, denoise, paper, relocate, test_time
 from phreg.methods.base import Method
+from phreg.settings import read_settings, validate
 
 METHODS: dict[str, Method] = {
     method.name: method

@@ -11,7 +11,6 @@ import os
 import shutil
 from pathlib import Path
 
-from phreg import config as configuration
 from phreg.analysis.feature_maps import attention_limits
 from phreg.analysis.inspection import Inspection, of_survey
 from phreg.backbones.base import Backbone
@@ -23,6 +22,7 @@ from phreg.report.canvas import save_png
 from phreg.report.html import UNKNOWN, Origin, write_report
 from phreg.report.maps import attention_maps, sheet
 from phreg.report.page import comparison_page, inspection_page
+from phreg.settings import flatten
 from phreg.sinks.locate import Sinks
 from phreg.storage import write_text, writing
 from phreg.training.checkpoint import RunFolder, writing_run
@@ -100,7 +100,7 @@ def write_comparison(
     before = of_survey(original, "before", surveys[0], features[0], sinks=sinks)
     after = of_survey(student, "after", surveys[1], features[1], sinks=None)
     title = f"{display_name(base.source)}, before and after {config.registers} registers"
-    origin = Origin.of("distill", configuration.flatten(config.model_dump(mode="json", exclude_none=True)))
+    origin = Origin.of("distill", flatten(config.model_dump(mode="json", exclude_none=True)))
     page = comparison_page(
         title, comparison, before, after, origin, failures=failed_checks(comparison, config.checks)
     )

@@ -27,10 +27,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from phreg.config import ChecksConfig, DistillConfig, flatten, read_settings, to_toml, validate
+from phreg.config import ChecksConfig, DistillConfig
 from phreg.errors import CheckpointError
 from phreg.parsing import parse_json
 from phreg.record import weights_sha256
+from phreg.settings import flatten, read_settings, to_toml, validate
 from phreg.storage import flush, replacing, resume_command, write_text, writing
 from phreg.training.trust_region import RoleRate
 

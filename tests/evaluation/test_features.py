@@ -11,13 +11,13 @@ from PIL import Image
 
 from phreg.backbones.readout import use_readout
 from phreg.backbones.resolve import adapt
-from phreg.config import build
 from phreg.data.sources import open_images
 from phreg.errors import ConfigError, PhregError
 from phreg.evaluation.dense import Placement
 from phreg.evaluation.feature_cache import FeatureCache
 from phreg.evaluation.features import FeatureConfig, FeatureReader
 from phreg.registers import add_registers
+from phreg.settings import build
 
 ROUNDING = 1e-5
 """fp32 forwards of the same tokens in batches of another size differ in the last digits."""

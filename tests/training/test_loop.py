@@ -44,8 +44,9 @@ QUICK = {
 }
 
 
-def run(model, photos, output, **settings):
-    return api.distill(model, photos, output, **(QUICK | {"steps": 4} | settings))
+def run(model, photos, output, recipe: str | None = "relocate-0.1", **settings):
+    """Trains by the recipe with the fewest parts: whole blocks at one rate, and the last state is kept."""
+    return api.distill(model, photos, output, recipe=recipe, **(QUICK | {"steps": 4} | settings))
 
 
 def weights(output):
@@ -201,7 +202,9 @@ def test_only_what_was_unlocked_changes(tiny, photos, tmp_path):
 def test_lora_alone_leaves_the_blocks_as_they_are_but_for_products_of_its_rank(tiny, photos, tmp_path):
     model = tiny()
     lora = {"rank": 2, "blocks": 1}
-    run(model, photos, tmp_path / "run", unlock={"lora": lora}, optim={"lr": 1e-2})
+    plain = {"trust_region": False, "lr": 1e-2}
+    only = {"roles": ["pos_embed"], "lora": lora}
+    run(model, photos, tmp_path / "run", recipe=None, unlock=only, optim=plain)
     before, after = tiny().state_dict(), model.state_dict()
     changed = {name for name in before if "blocks." in name and not torch.equal(before[name], after[name])}
     linear = {f"blocks.2.{name}.weight" for name in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")}
@@ -297,6 +300,8 @@ def flags(saved, photos, output, steps):
         photos,
         "--output",
         output,
+        "--recipe",
+        "relocate-0.1",
         "--steps",
         steps,
         "--batch-size",
@@ -538,7 +543,7 @@ def test_the_papers_method_for_clip_runs_to_the_letter_and_its_adapter_loads_bac
     model, base = LIBRARIES[library]["clip"](), LIBRARIES[library]["clip"]()
     backbone = resolve.adapt(base)
     size = backbone.spec.input_size[0] + 2 * backbone.spec.patch_size[0]
-    run(model, photos, tmp_path / "run", method="paper", size=size, steps=2)
+    run(model, photos, tmp_path / "run", recipe=None, method="paper", size=size, steps=2)
     description = json.loads((tmp_path / "run" / "model" / "phreg.json").read_text())
     assert description["readout"] == "value-only"
     assert description["input_size"] == [size, size], "the position embedding was resampled once and stored"

@@ -24,11 +24,12 @@ import importlib
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, cast, runtime_checkable
 
-from phreg.config import Config, build, flatten
+from phreg.config import Config
 from phreg.errors import ConfigError, PhregError
 from phreg.evaluation.examples import Example
 from phreg.evaluation.features import FeatureReader
 from phreg.evaluation.record import Metrics, MetricSpec
+from phreg.settings import build, flatten
 
 TASKS = {
     "classification": "phreg.evaluation.tasks.classification",
