@@ -9,7 +9,7 @@ from torch.nn.functional import cosine_similarity
 from phreg.config import Config
 from phreg.data.sources import open_images
 from phreg.evaluation.examples import Mark, Panel
-from phreg.evaluation.features import FeatureReader, Reading
+from phreg.evaluation.features import FeatureConfig, FeatureReader
 from phreg.evaluation.record import Metrics, MetricSpec
 
 DATA = "any images"
@@ -19,7 +19,7 @@ METRICS = (MetricSpec("aligned"), MetricSpec("length", "norm", better="lower", l
 class Settings(Config):
     """Those of reading."""
 
-    reading: Reading = Reading(size=32)
+    reading: FeatureConfig = FeatureConfig(size=32)
     """Canvas of the pictures."""
 
 
