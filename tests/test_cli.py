@@ -182,8 +182,8 @@ def test_what_a_method_changes_is_said_beside_the_default(capsys):
     assert phreg("distill", "--help") == 0
     printed = " ".join(capsys.readouterr().out.replace("│", "").split())
     assert "(default: 4; paper: 16; test-time: 1)" in printed
-    assert "(relocate: 8; paper: 1)" in printed
-    assert "(default: pos_embed patch_embed blocks; paper: pos_embed patch_embed block.-1)" in printed
+    assert "(default: 8; paper: 1)" in printed
+    assert "(default: vectors; paper: pos_embed patch_embed block.-1)" in printed
 
 
 def test_the_version_is_told(capsys):
@@ -216,7 +216,8 @@ def test_a_failed_check_ends_in_status_3_and_keeps_the_adapter(saved, photos, tm
 
 
 def test_nothing_to_repair_is_a_verdict_and_no_failure(saved, photos, tmp_path, capsys):
-    asked = ["distill", saved, "--images", photos, "--output", tmp_path / "run", "--steps", 1, *QUICK[:-1]]
+    asked = ["distill", saved, "--images", photos, "--output", tmp_path / "run", "--steps", 1]
+    asked += [*QUICK[:-1], "--method", "relocate"]
     assert phreg(*asked) == 0
     printed = " ".join(capsys.readouterr().out.split())
     assert "Nothing to repair. No artifacts found" in printed

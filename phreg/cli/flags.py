@@ -49,15 +49,20 @@ def _flags(section: type[BaseModel] = config.DistillConfig, prefix: str = "") ->
 
 
 def _defaults(key: str, default: Any) -> str:
-    """Lists the default of a setting, and the methods that imply another one."""
+    """Tells the default of a setting, which is the default method's, and the methods that imply another."""
 
     def text(value: Any) -> str:
         return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
-    parts = [] if default in (None, ()) else [f"default: {text(default)}"]
-    parts += [
-        f"{name}: {text(method.settings[key])}" for name, method in METHODS.items() if key in method.settings
-    ]
+    usual = METHODS[config.DistillConfig.model_fields["method"].default].settings.get(key, default)
+    others: dict[str, list[str]] = {}
+    for name, method in METHODS.items():
+        # A method that trains nothing leaves most settings unused.
+        value = method.settings.get(key, default if method.trains else usual)
+        if value != usual and value not in (None, ()):
+            others.setdefault(text(value), []).append(name)
+    parts = [] if usual in (None, ()) else [f"default: {text(usual)}"]
+    parts += [f"{', '.join(names)}: {value}" for value, names in others.items()]
     return f"({'; '.join(parts)})" if parts else ""
 
 

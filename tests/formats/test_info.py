@@ -37,9 +37,9 @@ def bytes_of(folder):
 
 def test_a_run_is_told_with_its_base_method_figures_and_size(run, saved):
     shown = phreg.info(run.run)
-    assert (shown.format, shown.format_version) == ("phreg-adapter", 1)
+    assert (shown.format, shown.format_version) == ("phreg-adapter", 2)
     assert (shown.model_class, shown.registers) == ("VisionTransformer", 3)
-    assert (shown.method, shown.steps) == ("relocate", 2)
+    assert (shown.method, shown.steps) == ("auto", 2)
     assert shown.base.source == str(saved)
     assert list(shown.figures) == run.comparison.rows()
     assert (shown.tensors, shown.num_bytes) == bytes_of(run.run / "model")
@@ -80,7 +80,7 @@ def test_an_export_is_told_with_the_sizes_it_stands_for_and_the_run_it_came_of(r
     hub.commit("me/out", tmp_path / "out")
     for source in (tmp_path / "out", "me/out"):
         shown = phreg.info(source)
-        assert (shown.format, shown.method) == ("timm", "relocate")
+        assert (shown.format, shown.method) == ("timm", "auto")
         assert shown.sizes == tuple((size.size, size.claimed) for size in sizes)
         assert list(shown.figures) == run.comparison.rows()
         assert (shown.tensors, shown.num_bytes) == bytes_of(tmp_path / "out")
@@ -108,8 +108,8 @@ def test_the_command_prints_lines_and_json(run, capsys):
     cli.main(["info", str(run.run)])
     printed = " ".join(capsys.readouterr().out.split())
     for part in (
-        "phreg-adapter, version 1",
-        "relocate, 2 steps",
+        "phreg-adapter, version 2",
+        "auto, 2 steps",
         "this base is the one",
         "none failed",
         "outlier rate",

@@ -145,8 +145,8 @@ def test_the_card_fills_itself_with_front_matter_that_the_hub_reads(run, tmp_pat
     for part in (
         'phreg.load("me/vit-reg")',
         "The licence of the base model, `cc-by-nc-4.0`, is kept.",
-        "method `relocate`: 1 steps of 2 images",
-        "| optim.lr | 0.0001 |",
+        "method `auto`: 1 steps of 2 images",
+        "| optim.lr | 0.01 |",
         "| outlier rate (share of patch tokens) |",
         "![Chart of norms from block to block](report/",
         "timm ",
