@@ -5,7 +5,8 @@
     Comparison, and an Inspection of either side ──comparison_page┘
 
 The maps of all models share their scales, and where models are equally wide, the basis of their colours.
-Features averaged over moved views are sides of their own beside the models, for the divider and the pointer.
+Features averaged over moved views are sides of their own beside the models, for the divider; of one model
+alone, for the pointer too.
 """
 
 from collections.abc import Mapping, Sequence
@@ -118,7 +119,8 @@ def _page(
     averaged = agreement.averaged_features(models, count)
     features = [torch.stack([shown.features for shown in model.survey.shown[:count]]) for model in models]
     features += averaged.values()
-    codes = [[similarity_codes(grid) for grid in side] for side in features]
+    pointed_at = features if len(models) == 1 else features[: len(models)]  # a page of more grows too large
+    codes = [[similarity_codes(grid) for grid in side] for side in pointed_at]
     error = max(code.error for side in codes for code in side)
     names = tuple(model.name for model in models)
     return Page(
@@ -256,7 +258,7 @@ def _cards(
     Args:
         models: The models.
         features: Their features of these images, and then those averaged over views.
-        codes: The same, shortened.
+        codes: The same, shortened, of all sides that show similarities: the models at least.
     """
     count = len(codes[0])
     layers = {
