@@ -6,6 +6,7 @@ from sinking import faint, plant
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
+from phreg.analysis.consistency import ConsistencyReport
 from phreg.analysis.inspection import Inspection, LabelledImages, look
 from phreg.backbones.base import Backbone
 from phreg.backbones.resolve import adapt
@@ -34,6 +35,16 @@ def looked_at(
     backbone = model if isinstance(model, Backbone) else adapt(model)
     images = noise(backbone, 3) if images is None else images
     return look(backbone, name, images.split(5), **settings)
+
+
+def moved(headroom: float, error: float | None = 0.001) -> ConsistencyReport:
+    """What views would tell of a model that agrees to .97 with its own, on ten images."""
+    grid = torch.full((8, 8), 0.97)
+    return ConsistencyReport(
+        mean=0.97, worst_mean=0.8, floor=0.97 + headroom, floor_worst_mean=0.9, headroom=headroom,
+        headroom_error=error, frame_fixed=0.2, frame_fixed_by_chance=0.1, views=20, by_position=grid,
+        frame_fixed_by_position=grid, maps=grid.expand(10, 8, 8), denoised=torch.zeros(0, 8, 8, 16),
+    )  # fmt: skip
 
 
 def noise(backbone: Backbone, count: int) -> Tensor:

@@ -442,7 +442,7 @@ def test_a_clean_model_is_returned_untouched_with_the_verdict_unless_forced(meth
     assert all(torch.equal(after[name], before[name]) for name in before)
     assert all(parameter.requires_grad for parameter in model.parameters())
     assert not (tmp_path / "run" / "model").exists()
-    assert "No artifacts found" in (tmp_path / "run" / "report" / "report.html").read_text()
+    assert "No sinks found" in (tmp_path / "run" / "report" / "report.html").read_text()
     forced = api.distill(tiny(), photos, tmp_path / "forced", method=method, registers=4, steps=1, **QUICK)
     assert forced.outcome.steps == 1
     assert forced.model.num_prefix_tokens == 5

@@ -108,7 +108,8 @@ def test_what_is_missing_is_listed_at_once(capsys):
 def test_inspect_prints_a_verdict_and_writes_its_files(saved, photos, tmp_path, capsys):
     assert phreg("inspect", saved, "--images", photos, "--output", tmp_path / "out") == 0
     printed = " ".join(capsys.readouterr().out.split())
-    assert "No artifacts found" in printed
+    assert "No sinks found" in printed
+    assert "Patch features agree to " in printed
     assert "vit: sinks 1/1" in printed, "a line where there is no terminal"
     written = json.loads((tmp_path / "out" / "inspect.json").read_text())
     assert (written["outlier_rate"], written["emergence_block"]) == (0.0, None)
@@ -141,7 +142,7 @@ def test_inspect_sets_models_side_by_side_in_one_report(saved, photos, tmp_path,
         shutil.copy(photos / f"{number:02}.png", classes / name / f"{number}.png")
     asked = ["inspect", saved, "--baseline", other, "--images", photos, "--labels", classes, "--count", 3]
     assert phreg(*asked, "--output", tmp_path / "out") == 0
-    assert capsys.readouterr().out.count("No artifacts found") == 2
+    assert capsys.readouterr().out.count("No sinks found") == 2
     written = json.loads((tmp_path / "out" / "inspect.json").read_text())
     assert written["model"] == "vit"
     assert [against["model"] for against in written["against"]] == ["other"]
@@ -220,7 +221,7 @@ def test_nothing_to_repair_is_a_verdict_and_no_failure(saved, photos, tmp_path, 
     asked += [*QUICK[:-1], "--method", "relocate"]
     assert phreg(*asked) == 0
     printed = " ".join(capsys.readouterr().out.split())
-    assert "Nothing to repair. No artifacts found" in printed
+    assert "Nothing to repair. No sinks found" in printed
     assert "phreg.load" not in printed, "there is nothing to load"
     assert not (tmp_path / "run" / "model").exists()
     with pytest.raises(
@@ -350,12 +351,13 @@ def test_a_path_is_printed_whole_by_every_command_that_names_it(name):
         {
             "phreg.api.inspect": returning(SimpleNamespace(models=[found])),
             "phreg.report.verdict.verdict": returning(f"No artifacts in {path}"),
+            "phreg.report.verdict.advice": returning(f"Nothing to gain in {path}"),
         },
         wide=True,
     )
     assert code == 0
     assert squeezed(f"{path}┏") in squeezed(printed), "a title is as wide as its table"
-    assert f"No artifacts in {path}\n" in printed
+    assert f"No artifacts in {path}\nNothing to gain in {path}\n" in printed
     assert f"Written: {path / 'report.html'}" in printed
 
     code, printed = output_of(

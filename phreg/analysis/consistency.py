@@ -9,11 +9,13 @@ averages cannot come nearer.
             ├─ half of the views ──► average ─┬─ mean ─┘                                       ├─► headroom
             └─ the other half ─────► average ─┴─────────────► noise floor ─────────────────────┘
 
-It needs no labels, and no gap in the norms.
+It needs no labels, and no gap in the norms. Disagreement that is the same in all images belongs to the frame,
+like the position patterns that Yang et al. 2024 (DVT, arXiv 2401.02957) describe.
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from math import isnan
 from typing import Any
 
 import torch
@@ -53,8 +55,10 @@ class ConsistencyReport:
         frame_fixed: Share of the disagreement that is the same in all images: it belongs to the frame.
         frame_fixed_by_chance: What that share would be if images had nothing in common.
         views: Views in the average; the unmoved image is none of them.
-        by_position: Agreement at each position, mean over images.
-        maps: Agreement of each patch.
+        by_position: Agreement at each position, mean over images; NaN where half of the views never saw it.
+        frame_fixed_by_position: Share of the disagreement at each position that is the same in all images.
+        maps: Agreement of each patch; NaN where half of the views never saw it.
+        denoised: Features of the first images, averaged over all views and the unmoved image.
     """
 
     mean: float
@@ -67,7 +71,9 @@ class ConsistencyReport:
     frame_fixed_by_chance: float
     views: int
     by_position: Float[Tensor, "rows cols"]
+    frame_fixed_by_position: Float[Tensor, "rows cols"]
     maps: Float[Tensor, "images rows cols"]
+    denoised: Float[Tensor, "shown rows cols dim"]
 
     @property
     def worthwhile(self) -> bool:
@@ -76,12 +82,13 @@ class ConsistencyReport:
         return self.headroom >= WORTHWHILE and self.headroom > CERTAIN * error
 
     def to_json(self) -> dict[str, Any]:
-        """Returns the figures, and the agreement by position; not the maps."""
+        """Returns the figures, over all and by position; not the maps."""
         figures = {name: value for name, value in vars(self).items() if isinstance(value, float | int | None)}
         return figures | {
             "images": len(self.maps),
             "worthwhile": self.worthwhile,
-            "by_position": [[round(value, 5) for value in row] for row in self.by_position.tolist()],
+            "by_position": _rows(self.by_position),
+            "frame_fixed_by_position": _rows(self.frame_fixed_by_position),
         }
 
 
@@ -94,6 +101,7 @@ def consistency(
     *,
     count: int = 40,
     seed: int = 0,
+    show: int = 0,
 ) -> ConsistencyReport:
     """Measures a model's agreement with its own moved views.
 
@@ -107,12 +115,13 @@ def consistency(
         size: Height and width of the images without context, in pixels.
         count: Views an image, or as many different ones as there are; rounded down to an even number.
         seed: Seed of the views.
+        show: Images, from the first on, whose averaged features are returned.
 
     Raises:
         PhregError: There are no images, or fewer than two moved views.
     """
     margin = context_margin(views, backbone.spec, size)
-    cosines, floors, residuals = [], [], []
+    cosines, floors, residuals, denoised = [], [], [], []
     drawn = 0
     for number, whole in enumerate(batches):
         random = keyed_generator("consistency", seed, number)
@@ -135,10 +144,14 @@ def consistency(
         floors.append(_where(known, cosine_similarity(first / seen_first, second / seen_second, dim=-1)))
         residual = normalize(features, dim=-1) - normalize(average, dim=-1)
         residuals.append(residual.where(known.unsqueeze(-1), 0).cpu())
+        rest = slice(max(0, show - sum(map(len, denoised))))
+        denoised.append(((features + first + second) / (1 + seen_first + seen_second))[rest].cpu())
     if not cosines:
         raise PhregError("asked how a model agrees with its moved views, of no images; give at least one")
     agreement, floor, residual = torch.cat(cosines), torch.cat(floors), torch.cat(residuals)
     headroom = (floor - agreement).double().flatten(1).nanmean(1)
+    disagreement = residual.square().sum(-1).mean(0)
+    frame_fixed = residual.mean(0).square().sum(-1)
     return ConsistencyReport(
         mean=float(agreement.double().nanmean()),
         worst_mean=worst_mean(agreement),
@@ -146,13 +159,13 @@ def consistency(
         floor_worst_mean=worst_mean(floor),
         headroom=float(headroom.mean()),
         headroom_error=float(headroom.std() / len(headroom) ** 0.5) if len(headroom) > 1 else None,
-        frame_fixed=float(
-            residual.mean(0).square().sum() / residual.square().sum((1, 2, 3)).mean().clamp_min(1e-12)
-        ),
+        frame_fixed=float(frame_fixed.sum() / disagreement.sum().clamp_min(1e-12)),
         frame_fixed_by_chance=1 / len(agreement),
         views=drawn,
         by_position=agreement.nanmean(0),
+        frame_fixed_by_position=frame_fixed / disagreement.clamp_min(1e-12),
         maps=agreement,
+        denoised=torch.cat(denoised),
     )
 
 
@@ -160,6 +173,11 @@ def worst_mean(cosines: Float[Tensor, "..."]) -> float:
     """Returns the mean of the lowest 1 % of all values that are numbers, at least one."""
     values = cosines[~cosines.isnan()].double().sort().values
     return float(values[: max(1, len(values) // 100)].mean())
+
+
+def _rows(grid: Tensor) -> list[list[float | None]]:
+    """Lists a grid row by row as JSON can hold it."""
+    return [[None if isnan(value) else round(value, 5) for value in row] for row in grid.tolist()]
 
 
 def _where(known: Tensor, values: Tensor) -> Tensor:

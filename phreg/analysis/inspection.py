@@ -5,6 +5,7 @@ becomes of the answers.
 
     images ──survey, one pass──► norms, attention, neighbours ──┬──► sinks and their causes
        ├──tokens of the outliers found, and of others ──────────┴──► what they hold
+       ├──moved views of some of them ──► agreement, noise floor, averaged features
        ├──the same images larger──► what resampling the positions does
        └──one blank image─────────► what registers cost
 """
@@ -20,8 +21,10 @@ import torch
 from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 
+from phreg.analysis.advice import recommend
 from phreg.analysis.class_probe import GlobalProbe, global_probe
 from phreg.analysis.complexity import Cost, Latency, complexity, latency
+from phreg.analysis.consistency import ConsistencyReport, consistency
 from phreg.analysis.feature_maps import text_maps
 from phreg.analysis.interpolation import InterpolationEffect, Stripes, interpolation_effect, stripes
 from phreg.analysis.norms import NormReport
@@ -35,10 +38,14 @@ from phreg.analysis.probes import (
 from phreg.analysis.survey import Survey, survey
 from phreg.backbones.base import Backbone
 from phreg.backbones.readout import dense_readout, use_readout
+from phreg.config import ViewsConfig
 from phreg.data.crops import denormalise
+from phreg.data.sampling import subsample_indices
 from phreg.errors import UnsupportedModelError
+from phreg.seeding import keyed_generator
 from phreg.sinks.locate import Sinks, find_sinks
 from phreg.tokens import ImageBatch
+from phreg.views import distinct_views
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +54,15 @@ Progress = Callable[[str, int, int], None]
 
 PROBED = 8
 """Images that it takes at least to train a probe on some and measure it on others."""
+
+MOVED_IMAGES = 16
+"""Images whose agreement with their moved views is measured, or those shown if they are more."""
+
+MOVED_VIEWS = 20
+"""Moved views of each of them."""
+
+MOVED = ViewsConfig(fill="reflect")
+"""How they are moved. Images come without context, so views mirror them at the border."""
 
 TIMED = 5
 """Times that a forward pass of one image is timed, for each number of registers."""
@@ -72,6 +88,8 @@ class Inspection:
         position: What its tokens know of where they are; None of fewer than `PROBED` images.
         reconstruction: What they know of their patch's pixels; None likewise.
         classes: What single tokens know of the whole image; None without labelled images.
+        consistency: How its patch features agree with its own moved views; None where not measured.
+        not_moved: Why that could not be measured, in words; empty where nothing was in the way.
         interpolation: What antialiasing does where its positions are resampled; None where they are not.
         costs: What registers cost, counted.
         latency: What they cost, measured.
@@ -87,6 +105,8 @@ class Inspection:
     position: PositionProbe | None = None
     reconstruction: ReconstructionProbe | None = None
     classes: GlobalProbe | None = None
+    consistency: ConsistencyReport | None = None
+    not_moved: str = ""
     interpolation: InterpolationEffect | None = None
     costs: tuple[Cost, ...] = ()
     latency: tuple[Latency, ...] = ()
@@ -126,6 +146,7 @@ class Inspection:
             "position_probe": self.position,
             "reconstruction_probe": self.reconstruction,
             "class_probe": self.classes,
+            "consistency": self.consistency,
             "interpolation": self.interpolation,
         }
         return {
@@ -133,6 +154,7 @@ class Inspection:
             "size": list(self.size),
             **self.survey.to_json(),
             **{name: part.to_json() if part is not None else None for name, part in parts.items()},
+            "recommended_method": recommend(self.norms, self.sinks, self.consistency),
             "cost": [cost.to_json() for cost in self.costs],
             "latency": [time.to_json() for time in self.latency],
             "against": [other.to_json() for other in self.against],
@@ -186,6 +208,7 @@ def look(
     with stage("probes"):
         position, reconstruction = _patch_probes(backbone, batches, surveyed.norms)
         classes = global_probe(backbone, *labelled, surveyed.norms) if labelled else None
+    moved, not_moved = _consistency(backbone, name, batches, show, observe)
     with stage("resampled positions"):
         effect = _interpolation(backbone, resampled)
     shown = torch.cat(list(batches[:show]))[:show]
@@ -196,6 +219,8 @@ def look(
             position=position,
             reconstruction=reconstruction,
             classes=classes,
+            consistency=moved,
+            not_moved=not_moved,
             interpolation=effect,
             latency=latency(backbone, shown[:1], repeats=TIMED),
             texts={} if drawn is None else dict(zip(queries, drawn.unbind(dim=1), strict=True)),
@@ -241,6 +266,42 @@ def _patch_probes(
         return None, None
     sample = sample_tokens(backbone, batches, norms)
     return position_probe(sample), reconstruction_probe(sample)
+
+
+def _consistency(
+    backbone: Backbone, name: str, batches: Sequence[ImageBatch], show: int, observe: Progress
+) -> tuple[ConsistencyReport | None, str]:
+    """Measures the agreement with moved views, of features as the model was trained; or says why not."""
+    images = _some_images(batches, show)
+    size = (images.shape[-2], images.shape[-1])
+    random = keyed_generator("consistency", 0)
+    views = distinct_views(MOVED, backbone.spec, size, 1, MOVED_VIEWS, random).count // 2 * 2
+    if not views:
+        rows, cols = backbone.layout(images[:1]).grid
+        return None, (
+            f"a grid of {rows}x{cols} patches is too small for two different views that are moved by whole "
+            "patches; give larger images, if the model takes them"
+        )
+    parts = images.split(4)
+    what = f"{name}: agreement with moved views ({len(images)} images, {views + 1} forward passes each)"
+
+    def passing() -> Iterator[ImageBatch]:
+        for number, part in enumerate(parts):
+            observe(what, number, len(parts))
+            yield part
+
+    with use_readout(backbone):
+        report = consistency(backbone, passing(), MOVED, size, count=MOVED_VIEWS, show=show)
+    observe(what, len(parts), len(parts))
+    return report, ""
+
+
+def _some_images(batches: Sequence[ImageBatch], show: int) -> ImageBatch:
+    """Takes the images shown, and of the others as many as are to be moved, evenly spaced."""
+    every = [image for images in batches for image in images]
+    shown, others = every[:show], every[show:]
+    more = subsample_indices(len(others), max(0, MOVED_IMAGES - len(shown)))
+    return torch.stack([*shown, *(others[index] for index in more)])
 
 
 def _trained_features(backbone: Backbone, shown: ImageBatch) -> Float[Tensor, "images rows cols dim"] | None:

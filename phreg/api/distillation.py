@@ -288,7 +288,7 @@ def _worth_training(
         original, run.read(original, images, run.margin), run.config.views, run.size, count=VIEWS
     )
     logger.info(
-        "patch features agree to %.3f with the average of moved views, two such averages to %.3f",
+        "patch features agree to %.3f with the model's own moved views; averages over views agree to %.3f",
         report.mean, report.floor,
     )  # fmt: skip
     return report.worthwhile, report

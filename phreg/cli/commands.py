@@ -122,7 +122,7 @@ def inspect(
         device: Device to run on. Unset means a GPU if there is one.
     """
     from phreg import api
-    from phreg.report.verdict import causes, verdict
+    from phreg.report.verdict import advice, causes, verdict
 
     with ProgressReporter() as doing:
         inspection = api.inspect(
@@ -146,6 +146,8 @@ def inspect(
         console.print(verdict(found.norms))
         if found.sinks is not None:
             console.print(causes(found.sinks))
+        if said := advice(found):
+            console.print(said)
     say(f"Written: {output / 'report.html'}, inspect.json and pictures")
 
 

@@ -4,7 +4,8 @@ Every chart is a figure that shows itself in a notebook. It takes one model or s
 one scale, and `names` says what the models are called; without, two are before and after.
 
     positions  ──► position_map, stripes           attention ──► attention_focus, attention_share
-    quantiles  ──► neighbour_cosines               probes ──► probe_bars        cost ──► cost_lines
+    agreement  ──► agreement_by_position           probes ──► probe_bars
+    quantiles  ──► neighbour_cosines               cost ──► cost_lines
 
 Norms have charts of their own in `phreg.report.norm_charts`, sinks in `phreg.report.sink_chart`; single
 images are drawn by `phreg.report.maps`.
@@ -51,6 +52,22 @@ def position_map(*histograms: Positions, names: Sequence[str] = ()) -> Figure:
     return figure
 
 
+def agreement_by_position(*cosines: Positions, names: Sequence[str] = ()) -> Figure:
+    """Charts how patches agree with moved views at each position, bright where they agree wholly.
+
+    Args:
+        cosines: For each model, the mean cosine at each position; NaN, where it is not known, stays empty.
+        names: What the models are called.
+    """
+    figure, drawn = panels(len(cosines))
+    low = min(float(grid[~grid.isnan()].min()) for grid in cosines)
+    for axes, grid, name in zip(drawn, cosines, titles(len(cosines), names), strict=True):
+        axes.imshow(grid.cpu().numpy(), cmap="viridis", vmin=min(low, 1 - 1e-6), vmax=1)
+        _frame(axes, name)
+        paint(figure.colorbar(axes.images[0], ax=axes, format="%.3g").ax)
+    return figure
+
+
 def stripes(*histograms: Positions, names: Sequence[str] = ()) -> Figure:
     """Charts where artifacts lie, with their mean by column and by row beside the map.
 
@@ -88,6 +105,10 @@ def _top(histograms: Sequence[Positions]) -> float:
 
 def _heat(axes: Axes, shares: Positions, top: float, title: str = "") -> None:
     axes.imshow(100 * shares.cpu().numpy(), cmap="inferno", vmin=0, vmax=100 * top)
+    _frame(axes, title)
+
+
+def _frame(axes: Axes, title: str) -> None:
     axes.set(xticks=[], yticks=[])
     paint(axes)
     axes.spines[:].set_visible(True)

@@ -17,6 +17,9 @@ from phreg.report.norm_charts import norm_histograms, norm_quantiles, norm_serie
 from phreg.report.sink_chart import sink_chart
 from phreg.report.verdict import causes
 
+AGREEMENT = "Agreement with moved views"
+"""Heading of what the model's own moved views tell."""
+
 ProbeFigures = TypeVar("ProbeFigures")
 
 
@@ -37,6 +40,7 @@ def figures(models: Sequence[Inspection]) -> Iterator[DrawnChart]:
     names = [model.name for model in models] if len(models) > 1 else [""]
     yield from _norm_figures(models, names)
     yield from _position_figures(models, names)
+    yield from _agreement_figures(models, names)
     yield from _attention_figures(models, names)
     yield from _neighbour_figures(models, names)
     for number, model in enumerate((model for model in models if model.sinks), start=1):
@@ -111,6 +115,30 @@ def _position_figures(models: Sequence[Inspection], names: Sequence[str]) -> Ite
             f"library {'antialiases' if effect.library_antialiases else 'does not antialias'}. Mean cosine "
             f"between the two: {effect.cosine:.3f}. Stripes would show as even steps along the margins.",
         )
+
+
+def _agreement_figures(models: Sequence[Inspection], names: Sequence[str]) -> Iterator[DrawnChart]:
+    """Models that could not be measured are left out."""
+    measured = [(model.consistency, name) for model, name in zip(models, names, strict=True)]
+    reports = [report for report, _ in measured if report]
+    names = [name for report, name in measured if report]
+    if not reports:
+        return
+    yield DrawnChart(
+        AGREEMENT, "agreement",
+        charts.agreement_by_position(*(report.by_position for report in reports), names=names),
+        "Map of the agreement with moved views at each position",
+        "Cosine of each patch to the average over moved views, by its position in the frame, mean over "
+        "images. Dark patches say something else there than where the same content lies elsewhere.",
+    )  # fmt: skip
+    if any(len(report.maps) > 1 for report in reports):
+        yield DrawnChart(
+            AGREEMENT, "frame-fixed",
+            charts.position_map(*(report.frame_fixed_by_position for report in reports), names=names),
+            "Map of the share of the disagreement that is fixed to the frame",
+            "Share of the disagreement at each position that is the same in all images. By chance it is one "
+            "over their number everywhere.",
+        )  # fmt: skip
 
 
 def _attention_figures(models: Sequence[Inspection], names: Sequence[str]) -> Iterator[DrawnChart]:

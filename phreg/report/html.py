@@ -116,8 +116,8 @@ class ImageCard:
 
     Attributes:
         photo: The image, as the models see it.
-        maps: By name of the layer, the picture of each model; None where a model has none.
-        patches: For each model, what pointing at a patch shows; empty where nothing is known.
+        maps: By name of the layer, the picture of each side of the page; None where a side has none.
+        patches: For each side, what pointing at a patch shows; empty where nothing is known.
         name: What the image is called.
     """
 
@@ -146,11 +146,12 @@ class Chart:
 
 @dataclass(frozen=True)
 class Section:
-    """Charts under a heading."""
+    """Charts under a heading, and before them a text and a table."""
 
     title: str
     charts: Sequence[Chart]
     text: str = ""
+    lines: Sequence[Line] = ()
 
 
 @dataclass(frozen=True)
@@ -187,6 +188,7 @@ class Page:
         verdict: The outcome, in a sentence or two.
         note: What it was measured on.
         models: Names of the models; the first is what the others are compared with.
+        sides: What the maps of an image are of, where that is more than the models: the models, and others.
         lines: The table.
         layers: Caption of each layer of maps, by the name that `ImageCard.maps` has it under.
         images: The images.
@@ -198,6 +200,7 @@ class Page:
     verdict: str
     note: str = ""
     models: Sequence[str] = ("model",)
+    sides: Sequence[str] = ()
     lines: Sequence[Line] = ()
     layers: Mapping[str, str] = field(default_factory=dict)
     images: Sequence[ImageCard] = ()

@@ -50,6 +50,17 @@ def share_map(
     return _paint(shares, 0.0, high, "inferno", side)
 
 
+def agreement_map(cosines: Float[Tensor, "rows cols"], low: float, side: int = 224) -> Pixels:
+    """Draws the agreement of each patch with moved views: dark at `low` and below to bright at 1.
+
+    Args:
+        cosines: Agreement of each patch; NaN, where it is not known, is drawn grey.
+        low: Agreement drawn darkest; give maps that are compared the same.
+        side: Pixels the longer side has at least.
+    """
+    return _paint(cosines, low, 1.0, "viridis", side)
+
+
 def attention_maps(
     attention: Float[Tensor, "queries heads rows cols"], high: float, side: int = 224
 ) -> UInt8[np.ndarray, "queries mean_and_heads _height _width 3"]:
@@ -145,7 +156,7 @@ def _scaled(values: Tensor, low: float, high: float) -> np.ndarray:
 
 
 def _paint(values: Tensor, low: float, high: float, palette: str, side: int) -> np.ndarray:
-    coloured = colormaps[palette](_scaled(values, low, high))[..., :3]
+    coloured = colormaps[palette].with_extremes(bad=str(GREY / 255))(_scaled(values, low, high))[..., :3]
     return _enlarge((coloured * 255).round().astype(np.uint8), side)
 
 

@@ -5,9 +5,11 @@
     Comparison, and an Inspection of either side ──comparison_page┘
 
 The maps of all models share their scales, and where models are equally wide, the basis of their colours.
+Features averaged over moved views are sides of their own beside the models, for the divider; of one model
+alone, for the pointer too.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -16,9 +18,9 @@ from phreg.analysis.feature_maps import SimilarityCodes, attention_limits, joint
 from phreg.analysis.inspection import Inspection
 from phreg.analysis.positions import fixed_share
 from phreg.evaluation.before_after import Comparison
-from phreg.report import maps
+from phreg.report import agreement, maps
 from phreg.report.canvas import png
-from phreg.report.figures import by_kind, figures, focus_blocks, relative_error
+from phreg.report.figures import AGREEMENT, by_kind, figures, focus_blocks, relative_error
 from phreg.report.html import (
     MAX_SHOWN,
     UNKNOWN,
@@ -32,7 +34,7 @@ from phreg.report.html import (
     Report,
     Section,
 )
-from phreg.report.verdict import causes, headline, outcome
+from phreg.report.verdict import advice, causes, headline, outcome
 
 
 class InspectionReport(Inspection):
@@ -48,7 +50,7 @@ class InspectionReport(Inspection):
         return Report.of(inspection_page(self))
 
     def __repr__(self) -> str:
-        return "\n".join(f"{model.name}: {headline(model.norms, model.sinks)}" for model in self.models)
+        return "\n".join(f"{model.name}: {_verdict(model)}" for model in self.models)
 
     def _repr_html_(self) -> str:
         return self.report()._repr_html_()
@@ -65,7 +67,7 @@ def inspection_page(inspection: Inspection, origin: Origin = UNKNOWN) -> Page:
     return _page(
         models,
         title=" against ".join(model.name for model in models),
-        verdict=" ".join(_of(models, model, headline(model.norms, model.sinks)) for model in models),
+        verdict=" ".join(_of(models, model, _verdict(model)) for model in models),
         measured=f"Measured on {inspection.norms.images} images.",
         lines=_lines(models),
         origin=origin,
@@ -114,20 +116,31 @@ def _page(
     origin: Origin,
 ) -> Page:
     count = min(MAX_SHOWN, *(len(model.survey.shown) for model in models))
-    codes = [[similarity_codes(shown.features) for shown in model.survey.shown[:count]] for model in models]
+    averaged = agreement.averaged_features(models, count)
+    features = [torch.stack([shown.features for shown in model.survey.shown[:count]]) for model in models]
+    features += averaged.values()
+    pointed_at = features if len(models) == 1 else features[: len(models)]  # a page of more grows too large
+    codes = [[similarity_codes(grid) for grid in side] for side in pointed_at]
     error = max(code.error for side in codes for code in side)
+    names = tuple(model.name for model in models)
     return Page(
         title=title,
         verdict=verdict,
         note=f"{measured} Similarities on this page are those of shortened features, and true to within "
         f"{error:.2f}.",
-        models=tuple(model.name for model in models),
+        models=names,
+        sides=(*names, *averaged),
         lines=lines,
         layers=_layers(models),
-        images=_cards(models, codes),
+        images=_cards(models, features, codes),
         sections=_sections(models),
         origin=origin,
     )
+
+
+def _verdict(model: Inspection) -> str:
+    """Says whether a model has artifacts, what causes them, and which method it needs."""
+    return " ".join(filter(None, (headline(model.norms, model.sinks), advice(model))))
 
 
 def _of(models: Sequence[Inspection], model: Inspection, said: str) -> str:
@@ -139,11 +152,12 @@ def _of(models: Sequence[Inspection], model: Inspection, said: str) -> str:
 
 
 def _lines(models: Sequence[Inspection]) -> list[Line]:
-    """The table; a figure that no model has is left out."""
-    sides = [_figures(model) for model in models]
-    lines = [
-        Line(name, [side[name] for side in sides], lower_is_better=BETTER.get(name)) for name in sides[0]
-    ]
+    return _table([_figures(model) for model in models], BETTER)
+
+
+def _table(sides: Sequence[Mapping[str, float | None]], lower_is_better: Mapping[str, bool]) -> list[Line]:
+    """The table of some models' figures; a figure that no model has is left out."""
+    lines = [Line(name, [side[name] for side in sides], lower_is_better.get(name)) for name in sides[0]]
     return [line for line in lines if any(value is not None for value in line.values)]
 
 
@@ -207,16 +221,23 @@ def _texts(models: Sequence[Inspection]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(text for model in models for text in model.texts))
 
 
+def _measured(models: Sequence[Inspection]) -> bool:
+    """Whether any model's agreement with its moved views was measured."""
+    return any(model.consistency is not None for model in models)
+
+
 def _layers(models: Sequence[Inspection]) -> dict[str, str]:
     widths = {model.survey.shown[0].features.shape[-1] for model in models}
+    averaged = ". Beside them, the same averaged over moved views" if _measured(models) else ""
     basis = "one basis for all models" if len(widths) == 1 else "each model's own basis, aligned to the first"
     return {
         "norms": f"Norm of each patch token after {focus_blocks(models)}, from dark to bright in logarithms; "
         "one scale for all images and models.",
         "features": "Patch features after the last block: three principal components as red, green and "
-        f"blue; {basis}.",
+        f"blue; {basis}{averaged}.",
         "first component": "The first principal component of patch features, from blue to red over three "
         "standard deviations either way.",
+        **({agreement.LAYER: agreement.CAPTION} if _measured(models) else {}),
         **{
             f"attention of {query}": f"Where {query} looks in the last block, mean over heads, from dark to "
             "bright; one scale for all images and models."
@@ -229,23 +250,37 @@ def _layers(models: Sequence[Inspection]) -> dict[str, str]:
     }
 
 
-def _cards(models: Sequence[Inspection], codes: Sequence[Sequence[SimilarityCodes]]) -> list[ImageCard]:
-    """One card for each image that all models show."""
+def _cards(
+    models: Sequence[Inspection], features: Sequence[Tensor], codes: Sequence[Sequence[SimilarityCodes]]
+) -> list[ImageCard]:
+    """One card for each image that all models show.
+
+    Args:
+        models: The models.
+        features: Their features of these images, and then those averaged over views.
+        codes: The same, shortened, of all sides that show similarities: the models at least.
+    """
     count = len(codes[0])
     layers = {
         "norms": _norm_maps(models, count),
-        **_feature_maps(models, count),
+        **_feature_maps(features),
+        agreement.LAYER: agreement.agreement_pictures(models, count),
         **{f"attention of {query}": _attention_maps(models, query, count) for query in _queries(models)},
         **{f"text: {text}": _text_maps(models, text, count) for text in _texts(models)},
     }
+    # Averaged features have no layers but those of features.
+    sides = {name: [*maps, *[None] * (len(features) - len(maps))] for name, maps in layers.items()}
     return [
         ImageCard(
             photo=models[0].photos[index],
             maps={
-                name: [pictures[index] if pictures else None for pictures in sides]
-                for name, sides in layers.items()
+                name: [pictures[index] if pictures else None for pictures in sides[name]]
+                for name in _layers(models)
             },
-            patches=[_patches(model, index, own[index]) for model, own in zip(models, codes, strict=True)],
+            patches=[
+                *(_patches(model, index, own[index]) for model, own in zip(models, codes, strict=False)),
+                *(Patches(own[index].codes.numpy()) for own in codes[len(models) :]),
+            ],
         )
         for index in range(count)
     ]
@@ -263,8 +298,7 @@ def _norm_maps(models: Sequence[Inspection], count: int) -> list[list[Picture]]:
     ]
 
 
-def _feature_maps(models: Sequence[Inspection], count: int) -> dict[str, list[list[Picture]]]:
-    features = [torch.stack([shown.features for shown in model.survey.shown[:count]]) for model in models]
+def _feature_maps(features: Sequence[Tensor]) -> dict[str, list[list[Picture]]]:
     return {
         "features": [[Picture(pixels) for pixels in side] for side in maps.pca_maps(*features)],
         "first component": [[Picture(pixels) for pixels in side] for side in maps.component_maps(*features)],
@@ -320,5 +354,23 @@ def _sections(models: Sequence[Inspection]) -> list[Section]:
         found.setdefault(drawn.section, []).append(
             Chart(png(drawn.figure), drawn.alt, drawn.caption, drawn.name)
         )
-    texts = {"Sinks": " ".join(_of(models, model, causes(model.sinks)) for model in models if model.sinks)}
-    return [Section(title, pictures, texts.get(title, "")) for title, pictures in found.items()]
+    texts = {
+        "Sinks": _told(models, [causes(model.sinks) if model.sinks else "" for model in models]),
+        AGREEMENT: _told(models, [agreement.agreement_text(model) for model in models]),
+    }
+    if _measured(models):
+        texts[AGREEMENT] += f" {agreement.HOW_TO_READ}"
+    lines = {
+        AGREEMENT: _table([agreement.agreement_figures(model) for model in models], agreement.LOWER_IS_BETTER)
+    }
+    if texts[AGREEMENT]:
+        found.setdefault(AGREEMENT, [])  # of models that could not be measured there is no chart
+    return [
+        Section(title, pictures, texts.get(title, ""), lines.get(title, ()))
+        for title, pictures in found.items()
+    ]
+
+
+def _told(models: Sequence[Inspection], sentences: Sequence[str]) -> str:
+    """Joins what is said of each model, if anything."""
+    return " ".join(_of(models, model, said) for model, said in zip(models, sentences, strict=True) if said)

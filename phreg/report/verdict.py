@@ -1,6 +1,8 @@
 """Puts a report into one sentence."""
 
-from phreg.analysis.consistency import ConsistencyReport
+from phreg.analysis.advice import recommend
+from phreg.analysis.consistency import CERTAIN, WORTHWHILE, ConsistencyReport
+from phreg.analysis.inspection import Inspection
 from phreg.analysis.norms import BlockNorms, NormReport
 from phreg.analysis.positions import describe_positions
 from phreg.evaluation.before_after import Comparison
@@ -32,6 +34,36 @@ def headline(report: NormReport, sinks: Sinks | None) -> str:
     return f"{verdict(report).removesuffix('.')}; {cause}."
 
 
+def advice(found: Inspection) -> str:
+    """Says which method a model needs, or that none has anything to gain, with the figures.
+
+    Nothing is said of a model without sinks whose agreement with moved views nobody measured.
+    """
+    method = recommend(found.norms, found.sinks, found.consistency)
+    said = []
+    if method == "relocate":
+        said.append("Sinks can be moved into registers: --method relocate.")
+    if found.not_moved:
+        said.append(f"Agreement with moved views was not measured: {found.not_moved}.")
+    if found.consistency is not None:
+        by = " by --method denoise" if method == "denoise" else ""
+        said.append(f"{_agreement(found.consistency)}: {_gain(found.consistency)}{by}.")
+    return " ".join(said)
+
+
+def disagreement(found: ConsistencyReport) -> str:
+    """Says in a sentence or two how far disagreement with moved views is fixed to the frame, and how sure."""
+    images = len(found.maps)
+    measured = f"Measured on {images} image{'s' * (images > 1)}, in {found.views} moved views of each."
+    if images == 1:
+        return f"{measured} Spread, and what is fixed to the frame, take several images to tell."
+    fixed, by_chance = percent(found.frame_fixed), percent(found.frame_fixed_by_chance)
+    return (
+        f"{measured} {fixed} of the disagreement is the same in all images, and so fixed to the frame; of "
+        f"images that have nothing in common it would be {by_chance}."
+    )
+
+
 def nothing_to_repair(report: NormReport, moved: ConsistencyReport | None = None) -> str:
     """Says why a model was returned unchanged, and how to train it anyway.
 
@@ -41,18 +73,10 @@ def nothing_to_repair(report: NormReport, moved: ConsistencyReport | None = None
     """
     hidden = report.normed[-1].gap is not None
     asked, forced = ("relocate", " without relocation") if hidden else ("repair", "")
-    agreement = f" {agreement_with_views(moved)} That leaves nothing to gain." if moved else ""
+    agreement = f" {_agreement(moved)}: {_gain(moved)}." if moved else ""
     return (
         f"Nothing to {asked}. {verdict(report)}{agreement} The model is returned unchanged; --force distils "
         f"it{forced}."
-    )
-
-
-def agreement_with_views(moved: ConsistencyReport) -> str:
-    """Says in a sentence how a model agrees with its moved views, and what two averages of them reach."""
-    return (
-        f"Its patch features agree to {moved.mean:.3f} with the average of its moved views, and two such "
-        f"averages to {moved.floor:.3f} with each other."
     )
 
 
@@ -99,9 +123,27 @@ def percent(share: float) -> str:
     return f"{100 * share:.1f} %" if share >= 0.01 or not share else f"{100 * share:.2g} %"
 
 
+def _agreement(found: ConsistencyReport) -> str:
+    return (
+        f"Patch features agree to {found.mean:.3f} with the model's own moved views; averages over views "
+        f"agree to {found.floor:.3f}"
+    )
+
+
+def _gain(found: ConsistencyReport) -> str:
+    """Says how much there is to gain; both ends of the comparison that decides it are among the figures."""
+    error = found.headroom_error
+    figure = f"{found.headroom:.3f}" + ("" if error is None else f" ± {error:.3f}")
+    if found.worthwhile:
+        return f"up to {figure} to gain"
+    if found.headroom < WORTHWHILE:
+        return f"nothing to gain ({figure}, below {WORTHWHILE:g})"
+    return f"nothing sure to gain ({figure}, less than {CERTAIN:g} standard errors)"
+
+
 def _after_norm_only(block: BlockNorms) -> str:
     if block.gap is None:
-        return "No artifacts found: the norms of patch tokens show no gap in any block."
+        return "No sinks found: the norms of patch tokens show no gap in any block."
     return (
         f"{percent(block.outlier_rate)} of patch tokens stand apart, but only after the final norm: "
         f"{_strength(block)}; before it, norms show no gap in any block."

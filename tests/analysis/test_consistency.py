@@ -1,5 +1,7 @@
 """Agreement with moved views, by models whose right figures are known."""
 
+import json
+
 import pytest
 import torch
 from torch import nn
@@ -64,6 +66,52 @@ def test_a_pattern_that_keeps_to_the_frame_is_found_where_it_is_and_is_fixed_to_
     assert report.by_position.argmin() == 5
     assert report.frame_fixed > 0.6, "most of the disagreement is the same in all images"
     assert report.frame_fixed_by_chance == pytest.approx(1 / 3)
+
+
+def test_what_is_fixed_to_the_frame_is_told_position_by_position(local):
+    with torch.no_grad():
+        local.model.pos_embed[0, 1 + 5] += 30 * torch.randn(32, generator=torch.Generator().manual_seed(0))
+    report = measure(local)
+    shares = report.frame_fixed_by_position
+    # What is written at row 1, column 1 is far longer than what patches show. Shifts of one patch carry it to
+    # the patches around, and no further: beyond, only rounding disagrees.
+    assert (shares[:3, :3] > 0.6).all()
+    assert (torch.cat([shares[3], shares[:, 3]]) < 0.05).all()
+    assert report.frame_fixed == pytest.approx(shares[:3, :3].mean().item(), abs=0.2)
+
+
+@torch.no_grad()
+def test_averaged_features_are_the_mean_of_all_views_that_saw_a_patch_and_of_the_unmoved_image(tiny):
+    backbone, whole = adapt(tiny()), images()
+    found = consistency(backbone, whole.split(2), VIEWS, (32, 32), count=8, show=1).denoised
+    group = distinct_views(VIEWS, backbone.spec, (32, 32), 2, 8, keyed_generator("consistency", 0, 0))
+    totals, seen = backbone(whole[:1]).patches[0].clone(), torch.ones(4, 4, 1)
+    moved = backbone(group.apply(whole[:2])[0]).patches
+    for features, (down, right), flip in zip(moved, group.offsets[0], group.flips[0], strict=True):
+        grid = features.flip(1) if flip else features
+        for row in range(4):
+            for col in range(4):
+                if 0 <= row - down < 4 and 0 <= col - right < 4:
+                    totals[row, col] += grid[row - down, col - right]
+                    seen[row, col] += 1
+    assert found.shape == (1, 4, 4, 32)
+    torch.testing.assert_close(found[0], totals / seen)
+
+
+def test_as_many_averaged_features_are_returned_as_are_to_be_shown(tiny):
+    backbone = adapt(tiny())
+    for show, count in ((0, 0), (1, 1), (3, 3), (9, 3)):
+        found = consistency(backbone, images().split(2), VIEWS, (32, 32), count=2, show=show)
+        assert len(found.denoised) == count
+
+
+def test_a_position_that_half_of_the_views_never_saw_is_none_in_json(tiny):
+    # Two views, each a half: where one of them shows the fill, nothing is known.
+    report = consistency(adapt(tiny()), [images(1)], VIEWS, (32, 32), count=2)
+    assert report.by_position.isnan().any()
+    written = json.loads(json.dumps(report.to_json(), allow_nan=False))
+    unknown = [[value is None for value in row] for row in written["by_position"]]
+    assert unknown == report.by_position.isnan().tolist()
 
 
 def test_headroom_is_the_floor_less_the_agreement_image_by_image(tiny):

@@ -179,7 +179,7 @@ def test_the_slider_moves_with_the_mouse(visit: Visit, file: Path):
 def test_the_slider_moves_with_the_keyboard_and_says_where_it_is(visit: Visit, file: Path):
     tab = visit(file)
     stack = tab.locator(".stack").first
-    slider = tab.get_by_role("slider", name="Image 1: divider between two models")
+    slider = tab.get_by_role("slider", name="Image 1: divider between two maps")
     slider.focus()
     for _ in range(30):
         tab.keyboard.press("ArrowLeft")
@@ -229,6 +229,43 @@ def test_of_three_models_any_two_can_be_compared(visit: Visit, tmp_path: Path):
     assert tab.locator("tbody tr").inner_text().split() == [
         "top-1", "0.8", "0.7", "\N{MINUS SIGN}0.1", "worse", "0.9", "+0.1", "better",
     ]  # fmt: skip
+
+
+def test_one_models_features_are_divided_from_those_averaged_over_views(visit: Visit, tmp_path: Path):
+    page = a_page(1)
+    (card,) = page.images
+    card = dataclasses.replace(card, maps=card.maps | {"norms": [plain(RED), None]})
+    lines = [Line("outlier rate", (0.02,))]
+    page = dataclasses.replace(
+        page, models=("one",), sides=("one", "averaged over views"), images=[card], lines=lines
+    )
+    write(tmp_path / "averaged.html", page)
+    tab = visit(tmp_path / "averaged.html")
+    stack = tab.locator(".stack")
+    assert (seen(stack, 0.1), seen(stack, 0.9)) == (RED, RED)
+    expect(tab.get_by_role("slider")).to_have_count(0)
+    tab.get_by_role("radio", name="features").check()
+    assert (seen(stack, 0.1), seen(stack, 0.9)) == (GREEN, YELLOW)
+    assert tab.locator(".sides").inner_text().split("\n") == ["one", "averaged over views"]
+    for number, canvas in enumerate(tab.locator("canvas").all()):
+        place = [(1, 2), (0, 1)][number]  # the outlier, and the patch that holds its middle in a coarser grid
+        np.testing.assert_array_equal(drawn(canvas), expected(card.patches[number], *place))
+    expect(tab.get_by_role("status")).to_contain_text("one: norm")
+
+
+def test_where_neither_side_has_a_map_the_page_says_so(visit: Visit, tmp_path: Path):
+    page = a_page(1)
+    (card,) = page.images
+    maps = {name: [*pictures, None, None] for name, pictures in card.maps.items()}
+    card = dataclasses.replace(card, maps=maps, patches=())
+    page = dataclasses.replace(page, sides=("a", "b", "a averaged", "b averaged"), images=[card])
+    write(tmp_path / "none.html", page)
+    tab = visit(tmp_path / "none.html")
+    said = "stack => getComputedStyle(stack, '::after').content"
+    assert "no such map" not in tab.locator(".stack").evaluate(said)
+    tab.get_by_label("left").select_option("a averaged")
+    tab.get_by_label("right").select_option("b averaged")
+    assert "no such map" in tab.locator(".stack").evaluate(said)
 
 
 def test_one_model_has_its_maps_and_no_slider(visit: Visit, tmp_path: Path):

@@ -36,6 +36,23 @@ def sinks(report: NormReport) -> Sinks:
     return Sinks(report, 2, units, 1.0, chain, (0.0, 0.01, 0.2, 0.3), (torch.zeros(4, 16),))
 
 
+def test_agreement_by_position_has_one_scale_up_to_one_for_all_models():
+    grids = torch.tensor([[0.9, 0.8], [torch.nan, 0.95]]), torch.tensor([[0.7, 0.99]])
+    figure = charts.agreement_by_position(*grids, names=("a", "b"))
+    drawn = [axes.images[0] for axes in figure.axes if axes.images]
+    assert [image.get_clim() for image in drawn] == [(pytest.approx(0.7), 1)] * 2
+    for image, grid in zip(drawn, grids, strict=True):
+        np.testing.assert_array_equal(np.ma.filled(image.get_array(), np.nan), grid.numpy())
+    assert [axes.get_title() for axes in figure.axes if axes.images] == ["a", "b"]
+
+
+def test_a_model_that_agrees_wholly_is_drawn_at_the_top_of_the_scale():
+    figure = charts.agreement_by_position(torch.ones(2, 2))
+    (image,) = figure.axes[0].images
+    low, high = image.get_clim()
+    assert low < high == 1
+
+
 def quantiles(low: float, high: float) -> list[float]:
     return [low + share * (high - low) for share in QUANTILES]
 

@@ -44,7 +44,8 @@ def written(figure):
 def test_a_model_seen_from_all_sides_has_every_chart_and_no_series(charts):
     assert list(charts) == [
         "norms", "norms-after-norm", "norm-histograms-log", "norm-histograms-linear",
-        "positions", "resampled-positions-1", "attention-focus", "attention-share", "neighbours", "sinks",
+        "positions", "resampled-positions-1", "agreement", "frame-fixed",
+        "attention-focus", "attention-share", "neighbours", "sinks",
         "probe-position", "probe-pixels", "probe-class", "cost",
     ]  # fmt: skip
     for chart in charts.values():
@@ -74,6 +75,7 @@ def test_where_nothing_is_known_nothing_is_drawn(other):
         survey=dataclasses.replace(other.survey, attention=None),
         position=None,
         reconstruction=None,
+        consistency=None,
         costs=(),
         latency=(),
     )
@@ -81,6 +83,21 @@ def test_where_nothing_is_known_nothing_is_drawn(other):
         "norms", "norms-after-norm", "norm-histograms-log", "norm-histograms-linear",
         "positions", "neighbours",
     ]  # fmt: skip
+
+
+def test_what_is_fixed_to_the_frame_is_not_drawn_of_one_image(other):
+    assert "frame-fixed" in drawn(other)
+    single = dataclasses.replace(other.consistency, maps=other.consistency.maps[:1])
+    found = drawn(dataclasses.replace(other, consistency=single))
+    assert "agreement" in found
+    assert "frame-fixed" not in found
+
+
+def test_a_model_whose_views_cannot_be_moved_leaves_the_others_agreement(alone, other):
+    unmoved = dataclasses.replace(other, consistency=None)
+    text = written(one("agreement", alone, unmoved).figure)
+    assert "sinking" in text
+    assert "other" not in text
 
 
 def test_attention_of_a_model_without_outliers_falls_on_none(other):

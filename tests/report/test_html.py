@@ -1,4 +1,5 @@
 import base64
+import dataclasses
 import hashlib
 from collections.abc import Sequence
 from html.parser import HTMLParser
@@ -136,6 +137,25 @@ def test_every_picture_says_what_it_shows(path: Path):
     assert len(images) == 2 * 6 + 2
     assert all(len(image["alt"] or "") > 10 for image in images)
     assert len({image["alt"] for image in images}) == len(images)
+
+
+def test_maps_may_be_of_more_than_the_models_and_the_table_is_not(path: Path):
+    written = dataclasses.replace(page(), models=("a",), sides=SIDES, lines=[Line("rate", [0.5])])
+    reading = read(path, written)
+    names = [image["alt"] for image in reading.all("img")]
+    assert "norms of image 1, after: 1 to 2" in names
+    assert [cells for cells in reading.cells if cells] == [["figure", "value"], ["rate", "0.5"]]
+    assert len([box for box in reading.all("input") if box["type"] == "range"]) == 2, "one divider an image"
+
+
+def test_a_section_may_have_a_table_of_its_own(path: Path):
+    sections = [Section("Views", [], "Some words.", [Line("headroom", [0.25, 0.125], lower_is_better=True)])]
+    reading = read(path, dataclasses.replace(page(), sections=sections))
+    assert reading.cells[-1] == ["headroom", "0.25", "0.125", f"{MINUS}0.125 better"]
+    assert len(reading.all("table")) == 2
+    labels = [box["aria-labelledby"] for box in reading.all("div") if box.get("class") == "scroll"]
+    assert labels == ["figures", "section-1"]
+    assert ("p", "Some words.") in reading.texts
 
 
 def test_maps_and_charts_can_be_read_back_and_neither_photographs_nor_what_is_drawn_over_them(path: Path):

@@ -1,7 +1,10 @@
 import numpy as np
 import torch
+from matplotlib import colormaps
 
 from phreg.report.maps import (
+    GREY,
+    agreement_map,
     attention_maps,
     component_maps,
     cosine_map,
@@ -151,3 +154,12 @@ def test_the_photo_shows_through_a_text_map_without_its_colours():
     drawn = text_map(pixels, torch.zeros(1, 1), low=0.0, high=1.0).astype(int)
     assert light(drawn[0, 7]) > light(drawn[0, 0])
     assert np.ptp(drawn[0, 7]) <= 5  # the darkest colour of the palette is not quite black
+
+
+def test_agreement_is_brightest_at_one_darkest_at_the_limit_and_grey_where_unknown():
+    drawn = agreement_map(torch.tensor([[1.0, 0.5], [0.2, torch.nan]]), low=0.5, side=2)
+    bright, dark = (np.round(255 * np.array(colormaps["viridis"](end)[:3])) for end in (1.0, 0.0))
+    np.testing.assert_array_equal(drawn[0, 0], bright)
+    np.testing.assert_array_equal(drawn[0, 1], dark)
+    np.testing.assert_array_equal(drawn[1, 0], dark)
+    np.testing.assert_array_equal(drawn[1, 1], [GREY] * 3)

@@ -2,11 +2,24 @@ from dataclasses import replace
 
 import pytest
 import torch
+from looking import looked_at, moved, sinking_model
 from planted import CORNERS, Planted, pictures
 
+from phreg.analysis.inspection import Inspection
 from phreg.analysis.norms import outliers
-from phreg.report.verdict import causes, headline, nothing_to_repair, percent, verdict
+from phreg.report.verdict import advice, causes, disagreement, headline, nothing_to_repair, percent, verdict
 from phreg.sinks.locate import Sinks, Unit
+
+
+@pytest.fixture(scope="module")
+def clean() -> Inspection:
+    return looked_at("timm/vit")
+
+
+@pytest.fixture(scope="module")
+def sinking() -> Inspection:
+    backbone, images = sinking_model()
+    return looked_at(backbone, images=images)
 
 
 def judged(pushes: dict) -> str:
@@ -14,7 +27,7 @@ def judged(pushes: dict) -> str:
 
 
 def test_a_clean_model_is_said_to_be_clean():
-    assert judged({}) == "No artifacts found: the norms of patch tokens show no gap in any block."
+    assert judged({}) == "No sinks found: the norms of patch tokens show no gap in any block."
 
 
 def test_artifacts_are_told_by_share_strength_block_and_place():
@@ -67,6 +80,45 @@ def test_the_headline_is_one_sentence_that_ends_with_the_cause():
     assert headline(both.norms, both).endswith("; 2 hidden units cause 100.0 % of them.")
     none = sinks(explained=0.0)
     assert headline(none.norms, none).endswith("mostly at the corners; no hidden unit explains them.")
+
+
+def test_advice_names_the_method_with_the_figures(clean: Inspection, sinking: Inspection):
+    agree = "Patch features agree to 0.970 with the model's own moved views; averages over views agree to"
+    said = advice(replace(clean, consistency=moved(0.024, 0.003)))
+    assert said == f"{agree} 0.994: up to 0.024 ± 0.003 to gain by --method denoise."
+    said = advice(replace(sinking, consistency=moved(0.024, 0.003)))
+    assert said == (
+        f"Sinks can be moved into registers: --method relocate. {agree} 0.994: up to 0.024 ± 0.003 to gain."
+    )
+    said = advice(replace(clean, consistency=moved(0.001, 0.0004)))
+    assert said == f"{agree} 0.971: nothing to gain (0.001 ± 0.000, below 0.005)."
+    said = advice(replace(clean, consistency=moved(0.012, 0.008)))
+    assert said == f"{agree} 0.982: nothing sure to gain (0.012 ± 0.008, less than 2 standard errors)."
+    said = advice(replace(clean, consistency=moved(0.012, None)))
+    assert said == f"{agree} 0.982: up to 0.012 to gain by --method denoise."
+
+
+def test_advice_says_why_nothing_was_measured_and_nothing_where_nobody_asked(
+    clean: Inspection, sinking: Inspection
+):
+    bare = replace(clean, consistency=None)
+    assert advice(bare) == ""
+    assert advice(replace(bare, not_moved="too small")) == (
+        "Agreement with moved views was not measured: too small."
+    )
+    assert advice(replace(sinking, consistency=None)) == (
+        "Sinks can be moved into registers: --method relocate."
+    )
+
+
+def test_what_is_fixed_to_the_frame_is_set_against_chance():
+    assert disagreement(moved(0.02, 0.003)) == (
+        "Measured on 10 images, in 20 moved views of each. 20.0 % of the disagreement is the same in all "
+        "images, and so fixed to the frame; of images that have nothing in common it would be 10.0 %."
+    )
+    single = replace(moved(0.02, None), maps=moved(0.02, None).maps[:1])
+    assert disagreement(single).startswith("Measured on 1 image, in 20 moved views")
+    assert "%" not in disagreement(single)
 
 
 def test_without_sinks_the_headline_is_the_verdict():
