@@ -45,7 +45,7 @@ from phreg.errors import UnsupportedModelError
 from phreg.seeding import keyed_generator
 from phreg.sinks.locate import Sinks, find_sinks
 from phreg.tokens import ImageBatch
-from phreg.views import distinct_views
+from phreg.view_sampling import distinct_views
 
 logger = logging.getLogger(__name__)
 
