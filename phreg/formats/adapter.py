@@ -29,7 +29,6 @@ from phreg.record import (
     Base,
     RecordError,
     RunRecord,
-    RunSummary,
     Tower,
     read_record,
     versions,
@@ -37,6 +36,7 @@ from phreg.record import (
     write_record,
 )
 from phreg.rollback import rollback_on_error, shallow_twin
+from phreg.run_summary import RunSummary
 from phreg.sinks import test_time
 from phreg.storage import (
     ADAPTER_FILE,
