@@ -15,6 +15,7 @@ TARGET = Features(torch.tensor([[[[4.0, 3.0], [0.0, 1.0]]]]), torch.tensor([[0.0
 
 COSINE = 1 - (24 / 25 + 0) / 2
 MSE = (1 + 1 + 1 + 1) / 4
+RELATIVE = MSE / ((16 + 9 + 0 + 1) / 4)  # the target's mean square
 # Cosine 8 / (5 * 2); squared error (9 + 4) / 2, over the target's mean square 4 / 2.
 POOLED = (1 - 8 / 10) + (13 / 2) / (4 / 2)
 
@@ -41,12 +42,24 @@ def test_the_loss_is_the_weighted_sum_of_the_terms_computed_by_hand(cosine, mse,
     assert loss.item() == pytest.approx(cosine * COSINE + mse * MSE + pooled * POOLED, rel=1e-5)
 
 
-@pytest.mark.parametrize(("name", "value"), [("cosine", COSINE), ("mse", MSE), ("pooled", POOLED)])
+TERMS = {"cosine": COSINE, "mse": MSE, "relative_mse": RELATIVE, "pooled": POOLED}
+
+
+@pytest.mark.parametrize(("name", "value"), TERMS.items())
 def test_a_term_of_weight_0_is_neither_computed_nor_counted(name, value):
     loss, terms = distillation_loss(STUDENT, TARGET, only(**{name: 2.0}))
     assert terms.keys() == {name}
     assert terms[name].item() == pytest.approx(value), "terms are unweighted"
     assert loss.item() == pytest.approx(2 * value)
+
+
+@pytest.mark.parametrize("scale", [0.01, 30.0])
+def test_the_relative_error_is_the_same_for_models_of_any_scale(scale):
+    student, target = (
+        side._replace(patches=scale * side.patches, pooled=scale * side.pooled) for side in (STUDENT, TARGET)
+    )
+    loss, _ = distillation_loss(student, target, only(relative_mse=1.0))
+    assert loss.item() == pytest.approx(RELATIVE)
 
 
 def test_without_any_weight_the_loss_is_a_tensor_of_0():
