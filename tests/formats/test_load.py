@@ -414,7 +414,7 @@ def tampered(folder, **changes):
 @pytest.mark.parametrize(
     ("changes", "found"),
     [
-        ({"format_version": 2}, "version 2; this phreg.*reads versions 1 to 1: upgrade phreg"),
+        ({"format_version": 3}, "version 3; this phreg.*reads versions 1 to 2: upgrade phreg"),
         ({"format_version": 0}, "version 0; .*copy or fetch it again"),
         ({"format_version": "1"}, "version '1'"),
         ({"format_version": True}, "version True"),
@@ -493,7 +493,7 @@ def test_a_pickle_in_an_export_is_never_read(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "found"),
     [
-        ({"format_version": 2}, "version 2; this phreg"),
+        ({"format_version": 3}, "version 3; this phreg"),
         ({"format": "hologram"}, "export of the format 'hologram'; phreg loads back .*timm, transformers"),
     ],
 )
