@@ -182,6 +182,6 @@ def test_keeping_freed_memory_saves_page_faults():
     for keep in (False, True):
         python = [sys.executable, "-c", probe.format(keep=keep)]
         faults.append(int(subprocess.run(python, check=True, capture_output=True, text=True).stdout))
-    # 10 tensors of 64 MB fault in their pages anew each time; kept, once more at most. The heap settles first.
+    # 10 tensors of 64 MB fault in their pages anew each time; kept, once more at most.
     assert faults[0] > 250
     assert faults[1] <= 0.2 * faults[0]
