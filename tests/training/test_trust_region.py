@@ -59,6 +59,29 @@ def test_roles_share_the_movement_that_all_make_together() -> None:
     assert near(joint, angle_of(0.01))
 
 
+def test_roles_that_undo_each_other_are_not_given_more_than_each_has_alone() -> None:
+    weights = {"one way": {"w": with_gradient(0.0, 1.0)}, "back": {"w": with_gradient(0.0, -1.0)}}
+
+    def features() -> Features:
+        return turned_by(weights["one way"]["w"][0] + weights["back"]["w"][0])
+
+    rates = calibrate(weights, features, 0.01)
+    assert all(role.rate == role.alone for role in rates.values())
+    assert near(rates["back"].rate, angle_of(0.01))
+
+
+def test_a_rate_that_is_near_enough_is_taken_without_another_try() -> None:
+    sensitivity = angle_of(0.01) / 1e-5  # the rate that is tried first is exact
+    weight, calls = with_gradient(0.0, 1.0), []
+
+    def features() -> Features:
+        calls.append(1)
+        return turned_by(sensitivity * weight[0])
+
+    assert calibrate({"role": {"w": weight}}, features, 0.01)["role"].rate == pytest.approx(1e-5)
+    assert len(calls) == 3, "before, the role alone, all roles"
+
+
 def test_the_pooled_output_bounds_the_step_where_it_moves_further_than_the_patches() -> None:
     weight = with_gradient(0.0, 1.0)
 

@@ -2,11 +2,13 @@
 
 import math
 
+import families_open_clip
 import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
+from phreg.backbones.readout import use_readout
 from phreg.backbones.resolve import adapt
 from phreg.config import TargetConfig
 from phreg.evaluation.before_after import HeldOut
@@ -91,6 +93,24 @@ def test_the_validator_measures_agreement_by_the_references_and_drift_by_the_ori
     turned = validator(student)
     assert turned.agreement == pytest.approx(-1 + 2 / 64, abs=1e-6)
     assert turned.pooled == pytest.approx(torch.cosine_similarity(student.run(images), pooled).mean().item())
+
+
+def test_the_pooled_output_is_read_plainly_whatever_way_patches_are_read():
+    backbone = adapt(families_open_clip.FAMILIES["clip"]()).eval()
+    size = backbone.spec.input_size
+    images = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        with use_readout(backbone, "naclip"):
+            held_out = HeldOut([images], [backbone(images).patches], "itself")
+        with use_readout(backbone, "value-only"):
+            otherwise = backbone(images).pooled
+        assert not torch.allclose(otherwise, backbone.run(images)), "it would tell"
+    validator = Validator(
+        backbone, held_out, TargetConfig(teacher_readout="naclip", student_readout="value-only")
+    )
+    measured = validator(backbone)
+    assert measured.pooled == pytest.approx(1, abs=1e-6)
+    assert measured.agreement < validator.original.agreement, "patches are read through values alone"
 
 
 def test_a_student_that_trains_in_bf16_is_measured_in_fp32_as_the_original_is(tiny):
