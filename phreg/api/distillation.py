@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from phreg import demo, methods
 from phreg.analysis.consistency import ConsistencyReport, consistency
-from phreg.analysis.inspection import look
+from phreg.analysis.inspection import MOVED_VIEWS, look
 from phreg.analysis.norms import NormReport, outliers
 from phreg.api.arguments import (
     ImagesPath,
@@ -56,8 +56,8 @@ logger = logging.getLogger(__name__)
 LOOKED_AT = 8
 """Batches in the report on a model with nothing to repair."""
 
-COMPARED, VIEWS = 32, 20
-"""Images, and moved views of each, by which a model without sinks shows whether it has something to gain."""
+COMPARED = 32
+"""Images whose moved views show whether a model without sinks has something to gain."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -285,7 +285,7 @@ def _worth_training(
     images = subsample(run.train_images, COMPARED)
     logger.info("comparing the model with its own moved views on %d images", len(images))
     report = consistency(
-        original, run.read(original, images, run.margin), run.config.views, run.size, count=VIEWS
+        original, run.read(original, images, run.margin), run.config.views, run.size, count=MOVED_VIEWS
     )
     logger.info(
         "patch features agree to %.3f with the model's own moved views; averages over views agree to %.3f",

@@ -49,3 +49,13 @@ class Method:
     def implied(self, *, clip: bool) -> Mapping[str, Any]:
         """Lists the settings that it implies for a model, CLIP-type or not."""
         return self.clip_settings if clip and self.clip_settings is not None else self.settings
+
+
+def add_registers(
+    student: "Backbone", sinks: "Sinks | None", batches: "Sequence[Tensor]", config: DistillConfig
+) -> "list[LossTerm]":
+    """Adds registers as configured, and no loss term: what moves, distillation alone moves."""
+    from phreg.sinks.relocation import add_starting_registers
+
+    add_starting_registers(student, sinks, batches, config.registers, config.register_init, config.seed)
+    return []

@@ -1,18 +1,8 @@
 """Distils a model from its own moved views, without looking for sinks."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from phreg.config import DistillConfig
-from phreg.methods.base import Method
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from torch import Tensor
-
-    from phreg.backbones.base import Backbone
-    from phreg.sinks.locate import Sinks
-    from phreg.training.losses import LossTerm
+from phreg.methods.base import Method, add_registers
 
 SETTINGS: dict[str, Any] = {
     "register_init": "neutral",
@@ -35,20 +25,10 @@ Nothing here depends on the scale of a model's weights or features (benchmarks/m
 """
 
 
-def add(
-    student: "Backbone", sinks: "Sinks | None", batches: "Sequence[Tensor]", config: DistillConfig
-) -> "list[LossTerm]":
-    """Adds registers that change the model little, and no term."""
-    from phreg.sinks.relocation import add_starting_registers
-
-    add_starting_registers(student, sinks, batches, config.registers, config.register_init, config.seed)
-    return []
-
-
 METHOD = Method(
     name="denoise",
     summary="distil the model from its own moved views, without looking for sinks",
-    add=add,
+    add=add_registers,
     settings=SETTINGS,
     needs_sinks=False,
     reasons=("headroom",),

@@ -1,18 +1,8 @@
 """PH-Reg to the letter (arXiv 2505.21501), made for DINOv2- and CLIP-type models."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from phreg.config import DistillConfig
-from phreg.methods.base import Method
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from torch import Tensor
-
-    from phreg.backbones.base import Backbone
-    from phreg.sinks.locate import Sinks
-    from phreg.training.losses import LossTerm
+from phreg.methods.base import Method, add_registers
 
 DINOV2: dict[str, Any] = {
     "registers": 16,
@@ -41,20 +31,10 @@ CLIP: dict[str, Any] = DINOV2 | {
 """PH-Reg for CLIP-type models, where it differs from the defaults (PH-Reg code, CLIP part)."""
 
 
-def add(
-    student: "Backbone", sinks: "Sinks | None", batches: "Sequence[Tensor]", config: DistillConfig
-) -> "list[LossTerm]":
-    """Adds registers. Distillation alone moves the artifacts into them."""
-    from phreg.sinks.relocation import add_starting_registers
-
-    add_starting_registers(student, sinks, batches, config.registers, config.register_init, config.seed)
-    return []
-
-
 METHOD = Method(
     name="paper",
     summary="PH-Reg (arXiv 2505.21501) to the letter, for DINOv2- and CLIP-type models",
-    add=add,
+    add=add_registers,
     settings=DINOV2,
     clip_settings=CLIP,
     needs_sinks=False,

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from phreg.config import DistillConfig
 from phreg.methods import denoise
-from phreg.methods.base import Method
+from phreg.methods.base import Method, add_registers
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -23,10 +23,10 @@ def add(
     student: "Backbone", sinks: "Sinks | None", batches: "Sequence[Tensor]", config: DistillConfig
 ) -> "list[LossTerm]":
     """Adds registers that start from the triggers of the sinks, and a term that moves the sinks there."""
-    from phreg.sinks.relocation import Relocation, add_starting_registers
+    from phreg.sinks.relocation import Relocation
     from phreg.training.losses import RelocationTerm
 
-    add_starting_registers(student, sinks, batches, config.registers, config.register_init, config.seed)
+    add_registers(student, sinks, batches, config)
     if sinks is None:
         return []
     if not sinks.units or not config.registers:
