@@ -21,6 +21,7 @@ AGREEMENT = "Agreement with moved views"
 """Heading of what the model's own moved views tell."""
 
 ProbeFigures = TypeVar("ProbeFigures")
+_Report = TypeVar("_Report")
 
 
 class DrawnChart(NamedTuple):
@@ -117,11 +118,15 @@ def _position_figures(models: Sequence[Inspection], names: Sequence[str]) -> Ite
         )
 
 
+def _measured(reports: Sequence[_Report | None], names: Sequence[str]) -> tuple[list[_Report], list[str]]:
+    """Keeps the reports that there are, and the names of their models."""
+    found = [(report, name) for report, name in zip(reports, names, strict=True) if report is not None]
+    return [report for report, _ in found], [name for _, name in found]
+
+
 def _agreement_figures(models: Sequence[Inspection], names: Sequence[str]) -> Iterator[DrawnChart]:
     """Models that could not be measured are left out."""
-    measured = [(model.consistency, name) for model, name in zip(models, names, strict=True)]
-    reports = [report for report, _ in measured if report]
-    names = [name for report, name in measured if report]
+    reports, names = _measured([model.consistency for model in models], names)
     if not reports:
         return
     yield DrawnChart(
@@ -143,9 +148,7 @@ def _agreement_figures(models: Sequence[Inspection], names: Sequence[str]) -> It
 
 def _attention_figures(models: Sequence[Inspection], names: Sequence[str]) -> Iterator[DrawnChart]:
     """Models whose attention cannot be listened to are left out."""
-    measured = [(model.survey.attention, name) for model, name in zip(models, names, strict=True)]
-    reports = [report for report, _ in measured if report]
-    names = [name for report, name in measured if report]
+    reports, names = _measured([model.survey.attention for model in models], names)
     if not reports:
         return
     focus = [dict(zip(report.queries, report.focus, strict=True)) for report in reports]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from families import FAMILIES
-from looking import from_all_sides, looked_at, moved, noise
+from looking import looked_at, moved, noise
 
 from phreg.backbones.resolve import adapt
 from phreg.report import maps
@@ -16,12 +16,6 @@ from phreg.report.figures import AGREEMENT, figures
 from phreg.report.html import Report
 from phreg.report.page import inspection_page
 from phreg.report.verdict import advice
-
-
-@pytest.fixture(scope="module")
-def alone():
-    """The sinking model from all sides."""
-    return from_all_sides()[2]
 
 
 @pytest.fixture(scope="module")

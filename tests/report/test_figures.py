@@ -5,16 +5,11 @@ import dataclasses
 import pytest
 import torch
 from families import FAMILIES
-from looking import from_all_sides, looked_at, noise
+from looking import looked_at, noise
 from matplotlib.figure import Figure
 
 from phreg.backbones.resolve import adapt
 from phreg.report.figures import by_kind, figures, focus_blocks, relative_error
-
-
-@pytest.fixture(scope="module")
-def alone():
-    return from_all_sides()[2]
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from families import FAMILIES
-from looking import BLOCK, UNIT, from_all_sides, looked_at, noise, sinking_model
+from looking import BLOCK, UNIT, looked_at, noise, sinking_model
 from torch.nn.functional import interpolate, normalize
 
 from phreg.backbones.resolve import adapt
@@ -21,12 +21,6 @@ from phreg.report.verdict import advice, headline
 
 SIDE = 48
 """Pixels of the images that the second model sees: a grid of 6x6 patches."""
-
-
-@pytest.fixture(scope="module")
-def alone():
-    """The sinking model from all sides."""
-    return from_all_sides()[2]
 
 
 @pytest.fixture(scope="module")
