@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from hypothesis import settings
 from jaxtyping import install_import_hook
 from safetensors.torch import save_file
@@ -40,6 +41,13 @@ def real_model(real_data):
 def two_threads():
     """One thread a test process: several of them share the machine."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def no_accelerator_of_another_test():
+    """Accelerate keeps a process's first precision and device; no test finds those of the one before it."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture

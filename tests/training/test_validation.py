@@ -6,7 +6,6 @@ import families_open_clip
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 
 from phreg.backbones.readout import use_readout
 from phreg.backbones.resolve import adapt
@@ -122,7 +121,6 @@ def test_a_student_that_trains_in_bf16_is_measured_in_fp32_as_the_original_is(ti
     accelerator.prepare_model(backbone)
     assert backbone(images).patches.sub(held_out.references[0]).abs().max() > 1e-3, "bf16 shows"
     assert validator(backbone) == validator.original == Measurement(*[pytest.approx(1, abs=1e-6)] * 3)
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.mark.parametrize(("agreement", "warns"), [(0.87, True), (0.89, False), (math.nan, True)])
