@@ -11,8 +11,6 @@ the work can be split over processes, by --tasks, --methods and --seed, into one
 """
 
 import argparse
-import hashlib
-import json
 import os
 import platform
 import random
@@ -30,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "methods"))
 import measuring
 import methods
 import result_file
+import trained
 
 import phreg
 from phreg.api import open_model
@@ -38,7 +37,6 @@ from phreg.data.paths import SUFFIXES
 from phreg.evaluation.record import Metrics, summarise, versions
 from phreg.evaluation.results import Results
 from phreg.evaluation.tasks.table import find_task
-from phreg.methods import resolve
 from phreg.training.checkpoint import write_text
 from phreg.training.runtime import keep_freed_memory
 
@@ -243,10 +241,13 @@ class Bench:
         self.model, self.data = options.model, options.data.resolve()
         self.work = options.output.parent / ".work"
         self.changes = dict(options.set)
+        self.models = options.models
         self.training = link_samples(self.data / "imagenet_samples", self.work / "links")
+        raw = open_model(self.model)[0]
+        self.size = raw.spec.input_size[0]
         self.protocol = {
             "model": Path(self.model).name,
-            "weights": weights_sha256(open_model(self.model)[0].disk_state()),
+            "weights": weights_sha256(raw.disk_state()),
             "images": {"training": min(measuring.TRAINING, len(self.training))}
             | {name: _count(self.data / name) for name in ("camvid", "ecssd", "imagenet_samples")},
             "tasks": {
@@ -295,18 +296,11 @@ class Bench:
         """Finds the model of a method, trained with the seed where it is not there yet."""
         if method == "raw":
             return self.model
-        settings = methods.settings(method, None, 0) | {"seed": seed} | self.changes
-        if not resolve(overrides=settings).measure.keep_best:
-            settings = {"measure.images": 0} | settings
-        asked = json.dumps([self.model, settings, list(map(str, self.training))], sort_keys=True, default=str)
-        run = self.work / "models" / f"{method}-{seed}-{hashlib.sha256(asked.encode()).hexdigest()[:8]}"
-        if not (run / "model" / "phreg.json").is_file():
-            run.parent.mkdir(parents=True, exist_ok=True)
-            images = measuring.training_list(self.training, seed, run.parent / f"images-{seed}.txt")
-            with measuring.metering() as cost:
-                phreg.distill(self.model, images, run, resume=(run / "recipe.toml").is_file(), **settings)
-            write_text(run / "cost.json", json.dumps(cost))
-        return str(run)
+        own = {"size": self.size, "seed": seed} | methods.settings(method, None, 0)
+        found, row = trained.trained(method, self.model, own | self.changes, self.training, self.models)
+        if "refused" in row:
+            raise SystemExit(f"{method}: {row['refused']}")
+        return found
 
 
 def _count(folder: Path) -> int:
@@ -378,6 +372,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--set", type=methods.setting, action="append", default=[], help="KEY=JSON, for distillation"
     )
+    parser.add_argument("--models", type=Path, default=trained.FOLDER, help="where distilled models are kept")
     parser.add_argument("--table", type=Path, help="only print this result file")
     options = parser.parse_args(arguments)
     for flag, known in (("tasks", TASKS), ("methods", METHODS)):

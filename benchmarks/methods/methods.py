@@ -70,6 +70,7 @@ VARIANTS: dict[str, Settings | Callable[[int | None, int], Settings]] = {
     "before": {**OLD, "loss.relocation": 1.0, "views.fill": "white"},
     "paper-4": {"method": "paper", "epochs": 4},  # takes as long as `relocate-0.1`
     "auto-forced": {"force": True},
+    "auto-number": {"loss.relocation_counts": "number", "loss.relocation": 0.3},
 }
 """Ablations of `relocate-0.1`, each one setting away; `before`, its defaults until two changed; a longer
 `paper`; and ablations of `auto`. Two need to know the emergence block or the depth."""

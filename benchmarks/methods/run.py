@@ -27,14 +27,13 @@ import measuring
 import methods
 import planted_models
 import result_file
+import trained
 
 import phreg
 from phreg.api import open_model
 from phreg.backbones.base import Backbone
 from phreg.backbones.resolve import adapt
 from phreg.config import TargetConfig
-from phreg.errors import PhregError
-from phreg.methods import resolve
 from phreg.training.runtime import keep_freed_memory
 
 DEFAULT = ("raw", "teacher", *methods.METHODS)
@@ -49,6 +48,7 @@ class Bench:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.source, self.changes = options.model, dict(options.set)
+        self.models = options.output.parent / ".models"
         photos = options.images or planted_models.photographs(options.output.parent / ".photographs")
         self.training, measured = measuring.split(photos)
         if not self.training or not measured:
@@ -106,7 +106,7 @@ class Bench:
             return row | {"figures": measuring.figures(self.stick, self.raw, TargetConfig())}
         if name == "teacher":
             return row | self._teacher(seed)
-        return row | self._distilled(settings, seed)
+        return row | self._distilled(name, settings, seed)
 
     def _teacher(self, seed: int) -> Row:
         with measuring.metering() as cost:
@@ -117,28 +117,19 @@ class Bench:
             )
         return {"figures": {"cosine": cosine}, "cost": cost}  # it is no model, and has no other figures
 
-    def _distilled(self, settings: dict[str, Any], seed: int) -> Row:
-        model: Any = self.open().model if self.kind else self.source
-        with tempfile.TemporaryDirectory() as folder, measuring.metering() as cost:
-            images = measuring.training_list(self.training, seed, Path(folder) / "images.txt")
-            settings = {"size": self.size, "seed": seed} | settings
-            if not resolve(overrides=settings).measure.keep_best:
-                settings = {"measure.images": 0} | settings  # nothing but the table here would look at them
-            try:
-                result = phreg.distill(model, images, Path(folder) / "run", **settings)
-            except PhregError as error:
-                return {"refused": str(error)}
-        cost["steps"] = result.outcome.steps if result.outcome else 0
-        student = adapt(result.model).cpu()
+    def _distilled(self, name: str, settings: dict[str, Any], seed: int) -> Row:
+        settings = {"size": self.size, "seed": seed} | settings
+        if self.kind:
+            with tempfile.TemporaryDirectory() as folder:
+                student = self.open()
+                row = trained.distilled(student.model, settings, self.training, Path(folder) / "run")
+        else:
+            found, row = trained.trained(name, self.source, settings, self.training, self.models)
+            student = open_model(found)[0]
+        if "refused" in row:
+            return row
         target = measuring.target_of(settings, clip=self.raw.projection is not None)
-        row: Row = {"figures": measuring.figures(self.stick, student, target), "cost": cost}
-        if result.sinks is not None:
-            row["sinks"] = {
-                "block": result.sinks.block,
-                "units": len(result.sinks.units),
-                "explained": result.sinks.explained,
-            }
-        return row if result.outcome else row | {"verdict": "nothing to repair"}
+        return {"figures": measuring.figures(self.stick, student.cpu(), target)} | row
 
 
 def environment() -> dict[str, Any]:

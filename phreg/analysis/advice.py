@@ -10,12 +10,18 @@ from phreg.analysis.consistency import ConsistencyReport
 from phreg.analysis.norms import NormReport
 from phreg.sinks.locate import Sinks
 
+Reason = Literal["outliers", "headroom"]
+"""Why to train. outliers: norms of patch tokens with a gap. headroom: averages over moved views agree better
+with each other than with the model."""
+
 Advice = Literal["relocate", "denoise"]
 """Name of a method for `phreg distill --method`."""
 
 
-def recommend(norms: NormReport, sinks: Sinks | None, consistency: ConsistencyReport | None) -> Advice | None:
-    """Recommends a method.
+def reasons_to_train(
+    norms: NormReport, sinks: Sinks | None, consistency: ConsistencyReport | None
+) -> frozenset[Reason]:
+    """Says what a method could repair.
 
     Args:
         norms: Norms of the model's tokens before and after the final norm.
@@ -23,9 +29,22 @@ def recommend(norms: NormReport, sinks: Sinks | None, consistency: ConsistencyRe
         consistency: Its agreement with moved views; None where that was not measured.
 
     Returns:
-        `relocate` where the norms of any block before the final norm show sinks; otherwise `denoise` where
-        the headroom is worth training for and beyond its own spread; otherwise None.
+        `outliers` where the norms of any block before the final norm show sinks; `headroom` where it is worth
+        training for and beyond its own spread.
     """
-    if sinks is not None or norms.emergence_block is not None:
+    found: dict[Reason, bool] = {
+        "outliers": sinks is not None or norms.emergence_block is not None,
+        "headroom": consistency is not None and consistency.worthwhile,
+    }
+    return frozenset(reason for reason, there in found.items() if there)
+
+
+def recommend(norms: NormReport, sinks: Sinks | None, consistency: ConsistencyReport | None) -> Advice | None:
+    """Recommends a method: `relocate` for outliers, or else `denoise` for headroom, or else None.
+
+    The arguments are those of `reasons_to_train`.
+    """
+    reasons = reasons_to_train(norms, sinks, consistency)
+    if "outliers" in reasons:
         return "relocate"
-    return "denoise" if consistency is not None and consistency.worthwhile else None
+    return "denoise" if "headroom" in reasons else None

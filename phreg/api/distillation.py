@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from phreg import demo, methods
+from phreg.analysis.advice import reasons_to_train
 from phreg.analysis.consistency import ConsistencyReport, consistency
 from phreg.analysis.inspection import MOVED_VIEWS, look
 from phreg.analysis.norms import NormReport, outliers
@@ -278,7 +279,7 @@ def _worth_training(
     run: _Run, original: Backbone, norms: NormReport, method: Method
 ) -> tuple[bool, ConsistencyReport | None]:
     """Says whether the method has something to do, and how the model agrees with its moved views if asked."""
-    if "outliers" in method.reasons and norms.emergence_block is not None:
+    if reasons_to_train(norms, None, None) & set(method.reasons):
         return True, None
     if "headroom" not in method.reasons:
         return False, None
@@ -291,7 +292,7 @@ def _worth_training(
         "patch features agree to %.3f with the model's own moved views; averages over views agree to %.3f",
         report.mean, report.floor,
     )  # fmt: skip
-    return report.worthwhile, report
+    return "headroom" in reasons_to_train(norms, None, report), report
 
 
 def _train(

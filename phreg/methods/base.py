@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from phreg.config import DistillConfig
 
@@ -11,14 +11,10 @@ from phreg.config import DistillConfig
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from phreg.analysis.advice import Reason
     from phreg.backbones.base import Backbone
     from phreg.sinks.locate import Sinks
     from phreg.training.losses import LossTerm
-
-
-Reason = Literal["outliers", "headroom"]
-"""Why to train. outliers: norms of patch tokens with a gap. headroom: averages over moved views agree better
-with each other than with the model."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +40,7 @@ class Method:
     clip_settings: Mapping[str, Any] | None = None
     needs_sinks: bool = True
     trains: bool = True
-    reasons: tuple[Reason, ...] = ("outliers",)
+    reasons: "tuple[Reason, ...]" = ("outliers",)
 
     def implied(self, *, clip: bool) -> Mapping[str, Any]:
         """Lists the settings that it implies for a model, CLIP-type or not."""

@@ -35,7 +35,8 @@ def add(
         return []
     if not config.loss.relocation:
         return []
-    return [RelocationTerm(config.loss.relocation, Relocation(student, sinks))]
+    relocation = Relocation(student, sinks, config.loss.relocation_counts)
+    return [RelocationTerm(config.loss.relocation, relocation)]
 
 
 METHOD = Method(

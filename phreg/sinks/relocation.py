@@ -5,11 +5,13 @@ final norm, which divides the gradient into a token by the token's norm, and tha
 of a sink has no such problem. This loss asks its activation to be high on the registers and absent from the
 patches, before any norm grows:
 
-    loss = mean over registers of (h - A)² / A²  +  sum over patches of max(h, 0) / A
+    loss = mean over registers of (h - A)² / A²  +  sum over patches of max(h, 0) / A / S
 
 h is the activation of a hidden unit. A is its sink level, the activation on the original outliers; h is taken
-with the sign of A. Both terms are means over units and images. The penalty on patches is linear. Squared, a
-sink at 10 % activation would cost only 1 %. At inference only the register tokens remain.
+with the sign of A. S is the number of sinks that the unit caused in an image, so the second term is the share
+of them that is left: it counts alike on any grid and in any model (S = 1 counts them by number). Both terms
+are means over units and images. The penalty on patches is linear. Squared, a sink at 10 % activation would
+cost only 1 %. At inference only the register tokens remain.
 
 A unit that is off passes no gradient. The same weights silence a unit on patches and on registers, so a
 register that lost it would never find it again. So the gradient of a register's h is taken as if h were
@@ -143,9 +145,12 @@ class Relocation:
     Args:
         backbone: The model, with registers.
         sinks: Its sinks, found before it had any; it names at least one cause.
+        counted: How sinks on patches count: by their share of those an image had, or by their number.
     """
 
-    def __init__(self, backbone: Backbone, sinks: Sinks) -> None:
+    def __init__(
+        self, backbone: Backbone, sinks: Sinks, counted: Literal["share", "number"] = "share"
+    ) -> None:
         self.backbone = backbone
         causes = sinks.by_block()
         self._reader = UnitReader(
@@ -161,7 +166,13 @@ class Relocation:
         self._pre_activation = {
             block: as_tensor([unit.pre_activation for unit in units]) for block, units in causes.items()
         }
-        assigned = assign_registers(backbone.num_registers, [len(own) for own in sinks.triggers])
+        an_image = [len(own) for own in sinks.triggers]
+        number: dict[int | None, int] = dict(enumerate(an_image))
+        self._whole = {  # what all sinks of a unit, as an image had them, count together
+            block: as_tensor([number[unit.cluster] if counted == "share" else 1 for unit in units])
+            for block, units in causes.items()
+        }
+        assigned = assign_registers(backbone.num_registers, an_image)
         self._asked = {
             block: as_tensor([[unit.cluster in clusters for unit in units] for clusters in assigned])
             for block, units in causes.items()
@@ -183,7 +194,7 @@ class Relocation:
             proportional = layout.registers(activations.pre_activation).float() / self._pre_activation[block]
             held = layout.registers(relative).detach() + (proportional - proportional.detach()).sum(-1)
             on_registers = ((held - 1).square() * asked).sum(1).mean(0) / asked.sum(0)
-            on_patches = layout.patches(relative).clamp_min(0).sum(1).mean(0)
+            on_patches = layout.patches(relative).clamp_min(0).sum(1).mean(0) / self._whole[block]
             terms.append(on_registers + on_patches)
         return torch.cat(terms).mean()
 

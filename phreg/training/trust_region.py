@@ -26,7 +26,7 @@ TOLERANCE = 1.5
 """A movement within this factor of the one asked for is near enough: a rate is then within a quarter."""
 
 START = 1e-5
-"""Rate that is tried first."""
+"""Rate that is tried first, for the first role."""
 
 TRIALS = 8
 """Most steps tried for one rate."""
@@ -76,9 +76,10 @@ def calibrate(
         with stepped(roles, rates):
             return movement(before, features())
 
-    alone = {
-        role: _solve(lambda rate, role=role: moved_by({role: rate}), max_movement, START) for role in roles
-    }
+    alone: dict[str, float] = {}
+    near = START  # the rate of one role is a good first try for the next
+    for role in roles:
+        near = alone[role] = _solve(lambda rate, role=role: moved_by({role: rate}), max_movement, near)
     factor = _solve(
         lambda scale: moved_by({role: scale * rate for role, rate in alone.items()}),
         max_movement,

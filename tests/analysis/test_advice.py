@@ -6,7 +6,7 @@ import pytest
 from looking import moved
 from planted import CORNERS, Planted, pictures
 
-from phreg.analysis.advice import recommend
+from phreg.analysis.advice import reasons_to_train, recommend
 from phreg.analysis.consistency import WORTHWHILE
 from phreg.analysis.norms import outliers
 from phreg.sinks.locate import Sinks
@@ -45,3 +45,10 @@ def test_tokens_that_stand_apart_only_after_the_final_norm_are_no_sinks():
     normed = dataclasses.replace(CLEAN, normed=PLANTED.normed)
     assert recommend(normed, None, moved(0.0)) is None
     assert recommend(normed, None, moved(0.02)) == "denoise"
+
+
+def test_outliers_and_headroom_are_two_reasons_to_train():
+    assert reasons_to_train(CLEAN, None, moved(0.0)) == set()
+    assert reasons_to_train(PLANTED, None, None) == {"outliers"}
+    assert reasons_to_train(CLEAN, None, moved(0.02, 0.004)) == {"headroom"}
+    assert reasons_to_train(PLANTED, None, moved(0.02, 0.004)) == {"outliers", "headroom"}

@@ -106,7 +106,7 @@ def test_every_task_has_its_row_and_nothing_is_done_twice(saved, data, small, tm
     flags = [
         str(saved), "--data", str(data), "--output", str(output), "--seeds", "2", "--set", "steps=1",
         "--set", "force=true", "--set", "size=32", "--set", "data.workers=0", "--set", "views.count=1",
-        "--set", "batch_size=9",
+        "--set", "batch_size=9", "--models", str(tmp_path / "models"),
     ]  # fmt: skip
     run.main([*flags, "--methods", "raw,relocate-0.1", "--seed", "0"])
     rows = json.loads(output.read_text())["rows"]
@@ -120,7 +120,7 @@ def test_every_task_has_its_row_and_nothing_is_done_twice(saved, data, small, tm
     def refuse(*_args, **_settings):
         raise AssertionError("trained or measured again")
 
-    monkeypatch.setattr(run.phreg, "distill", refuse)
+    monkeypatch.setattr(run.trained.phreg, "distill", refuse)
     monkeypatch.setattr(run.phreg, "evaluate", refuse)
     run.main([*flags, "--methods", "raw,relocate-0.1", "--seed", "0"])
 

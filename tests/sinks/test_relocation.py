@@ -68,7 +68,17 @@ def test_the_loss_counts_silent_registers_and_loud_patches_relative_to_the_level
     assert relocation.loss({1: reading(0.0, 0.0)}, IMAGES).item() == pytest.approx(1)
     loud = reading(level, 0.0)
     loud.hidden[:, [3, 9]] = level / 2  # two patches of each image at half the level
-    assert relocation.loss({1: loud}, IMAGES).item() == pytest.approx(2 * 0.5)
+    # `sinks` says that an image had two of this cluster.
+    assert relocation.loss({1: loud}, IMAGES).item() == pytest.approx(2 * 0.5 / 2)
+    by_number = Relocation(patched, sinks((1, 5, level)), "number")
+    assert by_number.loss({1: loud}, IMAGES).item() == pytest.approx(2 * 0.5)
+
+
+def test_sinks_left_on_patches_count_by_their_share_of_those_of_their_own_cluster(patched):
+    relocation = Relocation(patched, sinks((1, 5, 10.0, 0), (1, 6, -4.0, 1)))
+    held = reading(torch.tensor([10.0, -4.0]), torch.tensor([10.0, -4.0]), num_units=2)
+    # All 16 patches at the level, where an image had 2 of the first cluster and 3 of the second.
+    assert relocation.loss({1: held}, IMAGES).item() == pytest.approx((16 / 2 + 16 / 3) / 2)
 
 
 def test_several_units_and_blocks_count_alike(patched):
@@ -153,7 +163,7 @@ def test_a_register_is_asked_for_the_units_of_its_own_cluster_and_patches_for_no
     held.hidden[:, 2, 1] = 0.0
     assert relocation.loss({1: held}, IMAGES).item() == pytest.approx(1 / 2), "one unit of two is nowhere"
     held.hidden[:, 7, 0] = 5.0
-    assert relocation.loss({1: held}, IMAGES).item() == pytest.approx(1 / 2 + 0.5 / 2)
+    assert relocation.loss({1: held}, IMAGES).item() == pytest.approx(1 / 2 + 0.5 / 2 / 2)
 
 
 def test_one_cluster_with_several_registers_asks_each_of_them_alike(patched):
@@ -217,10 +227,10 @@ def test_the_gradient_has_the_values_computed_by_hand(patched):
     hidden.requires_grad_()
     pre_activation = torch.ones(2, 19, 1, 2, requires_grad=True)
     loss = Relocation(patched, known).loss({1: UnitActivations(hidden, pre_activation)}, IMAGES[:2])
-    assert loss.item() == pytest.approx((0.5**2 + 0.2**2) / 2 + 1 / 2)
+    assert loss.item() == pytest.approx((0.5**2 + 0.2**2) / 2 + 1 / 2 / 2), "one of two sinks in one of two"
     by_hidden, by_pre_activation = torch.autograd.grad(loss, (hidden, pre_activation))
-    # d/dh of max(h, 0) / A, a mean over two images; the registers' h is taken through what feeds it.
-    assert by_hidden[0, 3].item() == pytest.approx(1 / 10 / 2)
+    # d/dh of max(h, 0) / A / S, a mean over two images; the registers' h is taken through what feeds it.
+    assert by_hidden[0, 3].item() == pytest.approx(1 / 10 / 2 / 2)
     assert not by_hidden[:, :3].any()
     # 2 (h / A - 1), a mean over two registers and two images, over the pre-activation at the sink level.
     for register, error in ((1, -0.5), (2, 0.2)):
@@ -287,7 +297,7 @@ def test_the_loss_is_in_fp32_whatever_the_model_runs_in(patched, dtype, part):
     parts[part] = parts[part].to(dtype)
     loss = relocation.loss({1: UnitActivations(*parts)}, IMAGES)
     assert loss.dtype == torch.float32
-    assert loss.item() == pytest.approx(0.25**2 + 16 * 0.25)
+    assert loss.item() == pytest.approx(0.25**2 + 16 * 0.25 / 2)
 
 
 def test_training_moves_the_demonstrations_sinks_into_registers_and_keeps_them_there():
