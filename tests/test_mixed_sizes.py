@@ -7,6 +7,7 @@ import pytest
 import torch
 from families import FAMILIES
 from safetensors.torch import load_file
+from torch._dynamo.backends.debugging import aot_eager
 
 import phreg
 from phreg import api
@@ -191,6 +192,31 @@ def test_the_first_step_is_bounded_on_images_of_the_main_size(tiny, photos, tmp_
     assert len(sides) > 3 + 3, "the rates took several trials"
     assert set(sides[:-3]) == {(32, 32)}
     assert sides[-3:] == list(SIZES)
+
+
+# Tracing reads the gradients of everything that enters a block.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.slow
+def test_compiled_blocks_are_compiled_for_any_size_at_the_second_and_lose_nothing(
+    tiny, photos, tmp_path, monkeypatch
+):
+    torch.compiler.reset()
+    compile_, graphs = torch.compile, []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return aot_eager(graph, inputs)  # which traces everything and generates no code
+
+    monkeypatch.setattr(torch, "compile", lambda forward: compile_(forward, backend=backend))
+    sizes = {"mixed_sizes": (24, 40, 48, 56, 64), "steps": 12}
+    losses = {}
+    for name in ("eager", "compiled"):
+        result = run(tiny(), photos, tmp_path / name, compile=name == "compiled", **sizes)
+        lines = (result.run / "log.jsonl").read_text().splitlines()
+        losses[name] = [json.loads(line)["loss"] for line in lines]
+    # The teacher's blocks and the student's: at most once for one size and once for any, not six times each.
+    assert 2 <= len(graphs) <= 4
+    assert losses["compiled"] == pytest.approx(losses["eager"], rel=1e-3)  # other sums, over twelve steps
 
 
 def test_a_model_of_one_size_takes_no_other(photos, tmp_path):

@@ -264,7 +264,10 @@ def test_reader_processes_do_not_change_the_run(tiny, photos, tmp_path):
         {"target": {"cache": False}},
         {"data": {"workers": 0, "limit": 4}},  # from the third step on, targets are read, not made
         {"mixed_sizes": (24, (48, 24)), "optim": {"accumulate": 2}},
-        {"mixed_sizes": (48,), "data": {"workers": 0, "limit": 8}},  # the second pass is not cut by a batch
+        {
+            "mixed_sizes": (48,),
+            "data": {"workers": 0, "limit": 10},
+        },  # third batches go on into the next pass
     ],
 )
 def test_a_run_that_stopped_and_resumed_has_the_weights_of_one_that_did_not(
