@@ -40,6 +40,10 @@ def _check_pixels(size: Any) -> Any:
     return size
 
 
+def _listed(sizes: tuple[int | tuple[int, int], ...]) -> str:
+    return ", ".join(str(size) if isinstance(size, int) else f"{size[0]}x{size[1]}" for size in sizes)
+
+
 Size = Annotated[int | tuple[int, int], BeforeValidator(_check_pixels)]
 """Height and width of images in pixels, or one number for both."""
 
@@ -261,6 +265,9 @@ class DistillConfig(Config):
     size: Size | None = None
     """Size of the images in pixels: one number for a square, or height and width. Unset means the model's
     own size."""
+    mixed_sizes: tuple[Size, ...] = ()
+    """Other sizes to train at, besides size. Each image has one size, by turns, and each batch has images of
+    one size. On the command line each number is a square."""
     mean: tuple[float, float, float] | None = None
     """Mean that images are normalised with, RGB on a scale of 0 to 1. Unset takes it from the model or its
     image processor, or else the usual one of the model's library, with a warning."""
@@ -303,6 +310,15 @@ class DistillConfig(Config):
             raise ValueError(
                 f"unlock.lora.rank: a {readout} read-out takes the last block apart, past its LoRA; "
                 'use target.student_readout = "plain" or unlock whole blocks'
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _positions_of_one_size(self) -> "DistillConfig":
+        if self.mixed_sizes and self.target.native_size:
+            raise ValueError(
+                "target.native_size saves the position embedding at one size, found mixed_sizes "
+                f"{_listed(self.mixed_sizes)} too; set target.native_size = false, or leave out mixed_sizes"
             )
         return self
 

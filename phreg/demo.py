@@ -156,11 +156,15 @@ def truth(images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch
     """Computes what the demonstration model's patch features would be without artifacts.
 
     Args:
-        images: Images of 224x224 pixels, normalised with mean and standard deviation 0.5.
+        images: Images of whole patches, normalised with mean and standard deviation 0.5. At another size than
+            224x224 pixels, the position embedding is resampled.
     """
-    clean = demo_model(planted=False).to(images.device)
+    clean, (height, width) = demo_model(planted=False).to(images.device), images.shape[-2:]
+    if (height, width) != (SIZE, SIZE):
+        clean.set_input_size(img_size=(height, width))
+    grid = (height // PATCH, width // PATCH)
     with torch.inference_mode():
-        return clean.forward_features(images)[:, clean.num_prefix_tokens :].unflatten(1, (GRID, GRID))
+        return clean.forward_features(images)[:, clean.num_prefix_tokens :].unflatten(1, grid)
 
 
 def _directions() -> _Directions:

@@ -4,7 +4,7 @@ They are parts of a `phreg.record.RunRecord`, and are read and written with it. 
 this phreg does not know.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
@@ -104,6 +104,11 @@ class RunSummary(Part):
     sinks: dict[str, Any] | None = None
     gates: Gates | None = None
     figures: RecordedFigures | None = None
+
+    @property
+    def sizes(self) -> "list[int | Sequence[int]]":
+        """Pixels of all images trained on, the main size first; empty where the run does not say."""
+        return [] if self.size is None else [self.size, *(self.setting("mixed_sizes") or ())]
 
     def setting(self, key: str) -> Any:
         """Looks up a setting by its dotted key; None where the run has none such."""

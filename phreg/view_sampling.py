@@ -42,12 +42,7 @@ def sample_views(
     grid = (size[0] // spec.patch_size[0], size[1] // spec.patch_size[1])
     crop = config.fill == "valid-crop"
     low, high, window = _shifts(config, grid)
-    different = count_different(config, grid)
-    if different is not None and config.count > different:
-        raise PhregError(
-            f"views.count asks for {config.count} views, but views.max_shift = {config.max_shift} allows "
-            f"only {different} different ones at this size; lower views.count, or raise views.max_shift"
-        )
+    different = check_different(config, spec, size)
     offsets = sample_offsets(config, low, high, batch, generator)
     flips = torch.rand(batch, config.count, generator=generator) < config.flip
     offsets[:, 0], flips[:, 0] = 0, False
@@ -153,6 +148,22 @@ def count_different(config: ViewsConfig, grid: tuple[int, int]) -> int | None:
         return None
     shifts = [side + 1 if config.fill == "valid-crop" else 2 * side + 1 for side in _reach(config, grid)]
     return shifts[0] * shifts[1] * (2 if 0 < config.flip < 1 else 1)
+
+
+def check_different(config: ViewsConfig, spec: Spec, size: tuple[int, int]) -> int | None:
+    """Counts the different views of images of a size, as `count_different`, and checks that they suffice.
+
+    Raises:
+        PhregError: More views are asked for than there are different ones.
+    """
+    different = count_different(config, (size[0] // spec.patch_size[0], size[1] // spec.patch_size[1]))
+    if different is not None and config.count > different:
+        raise PhregError(
+            f"views.count asks for {config.count} views, but views.max_shift = {config.max_shift} allows "
+            f"only {different} different ones at this size, {size[0]}x{size[1]} pixels; lower views.count, "
+            "or raise views.max_shift"
+        )
+    return different
 
 
 def _reach(config: ViewsConfig, grid: tuple[int, int]) -> tuple[int, int]:

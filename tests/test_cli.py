@@ -118,16 +118,20 @@ def test_inspect_prints_a_verdict_and_writes_its_files(saved, photos, tmp_path, 
 
 def test_size_takes_one_number_or_two_and_the_normalisation_three_each(saved, photos, tmp_path):
     given = ["--size", 16, 48, "--mean", 0.1, 0.2, 0.3, "--std", 0.4, 0.5, 0.6]
+    several = ["--mixed-sizes", 24, 32]
     assert (
         phreg("inspect", saved, "--images", photos, "--output", tmp_path / "look", "--count", 2, *given) == 0
     )
     assert json.loads((tmp_path / "look" / "inspect.json").read_text())["size"] == [16, 48]
     run = tmp_path / "run"
-    assert phreg("distill", saved, "--images", photos, "--output", run, "--steps", 1, *QUICK, *given) in (
+    assert phreg(
+        "distill", saved, "--images", photos, "--output", run, "--steps", 1, *QUICK, *given, *several
+    ) in (
         0,
         3,
     )
     resolved = methods.resolve(run / "recipe.toml")
+    assert resolved.mixed_sizes == (24, 32), "each number is a square"
     assert (resolved.size, resolved.mean, resolved.std) == ((16, 48), (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
     record = json.loads((run / "model" / "phreg.json").read_text())
     assert (record["size"], record["mean"], record["std"]) == ([16, 48], [0.1, 0.2, 0.3], [0.4, 0.5, 0.6])

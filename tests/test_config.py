@@ -1,3 +1,5 @@
+import re
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -64,10 +66,19 @@ def test_the_default_of_0_1_is_still_there_as_a_recipe():
     assert (old.loss.cosine, old.loss.mse, old.loss.relative_mse, old.loss.pooled) == (1, 1, 0, 1)
 
 
-@pytest.mark.parametrize("length", ["steps", "epochs"])
-def test_a_method_that_does_not_train_takes_no_length_of_training(length):
-    with pytest.raises(ConfigError, match=f"{length}: method test-time trains nothing, found 5"):
-        methods.resolve(None, {"method": "test-time", length: 5})
+@pytest.mark.parametrize(("setting", "value"), [("steps", 5), ("epochs", 5), ("mixed_sizes", [336])])
+def test_a_method_that_does_not_train_takes_no_length_of_training_and_no_sizes(setting, value):
+    with pytest.raises(ConfigError, match=f"{setting}: .* trains nothing, found {re.escape(str(value))}"):
+        methods.resolve(None, {"method": "test-time", setting: value})
+
+
+def test_a_resolved_recipe_of_a_method_that_does_not_train_resolves_again(tmp_path):
+    resolved = methods.resolve(None, {"method": "test-time"})
+    (tmp_path / "recipe.toml").write_text(to_toml(resolved))
+    assert methods.resolve(tmp_path / "recipe.toml") == resolved
+
+
+def test_the_paper_trains_for_one_epoch_on_all_images():
     paper = methods.resolve(None, {"method": "paper"})
     assert (paper.epochs, paper.register_init, paper.target.cache) == (1, "randn", False)
     assert (paper.data.limit, paper.views.fill) == ("all", "white")
@@ -162,6 +173,7 @@ def test_a_size_is_one_number_or_two_and_anything_else_is_one_problem(wrong):
             "registers": st.integers(0, 64),
             "seed": st.integers(0, 2**40),
             "size": st.one_of(st.integers(1, 999), st.tuples(st.integers(1, 999), st.integers(1, 999))),
+            "mixed_sizes": st.lists(st.one_of(st.integers(1, 999), st.tuples(*[st.integers(1, 999)] * 2))),
             "views.count": st.integers(1, 99),
             "optim.lr": st.floats(1e-8, 1.0),
             "unlock.roles": st.lists(st.sampled_from(["cls", "norm"])).map(tuple),
@@ -176,6 +188,20 @@ def test_a_resolved_configuration_survives_its_toml(settings):
     resolved = methods.resolve(None, settings)
     again = validate(flatten(tomllib.loads(to_toml(resolved))), source="again")
     assert again == resolved
+
+
+@pytest.mark.parametrize("wrong", [["x"], [224, 0], [[64, 64, 3]]], ids=str)
+def test_a_wrong_size_among_several_is_one_problem(wrong):
+    with pytest.raises(ConfigError, match=r"1 problem:\n  mixed_sizes: should be one number of pixels, or"):
+        methods.resolve(None, {"mixed_sizes": wrong})
+
+
+def test_a_position_embedding_of_one_size_and_several_sizes_exclude_each_other():
+    both = {"mixed_sizes": [336, (224, 448)], "target.native_size": True}
+    with pytest.raises(ConfigError, match=r"target\.native_size saves .* found mixed_sizes 336, 224x448"):
+        methods.resolve(None, both)
+    with pytest.raises(ConfigError, match=r"set target\.native_size = false, or leave out mixed_sizes"):
+        methods.resolve(None, {"method": "paper", "mixed_sizes": [336]}, clip=True)
 
 
 def test_every_setting_is_described():

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from phreg import demo
+from phreg.backbones.resolve import adapt
 from phreg.errors import DataError, PhregError
 
 MLP = f"blocks.{demo.SINK_BLOCK}.mlp"
@@ -178,6 +179,16 @@ def test_truth_is_what_the_clean_twin_says(photographs, clean):
     assert truth.shape == (2, demo.GRID, demo.GRID, demo.WIDTH)
     # Two images or many take different kernels: a few units in the last place.
     torch.testing.assert_close(truth.flatten(1, 2), clean.patches[:2], atol=1e-4, rtol=0)
+
+
+def test_truth_is_there_for_images_of_other_sizes(photographs):
+    small = torch.nn.functional.interpolate(photographs[:1], (112, 144), mode="bilinear")
+
+    truth = demo.truth(small)
+
+    expected = adapt(demo.demo_model(planted=False))(small).patches
+    torch.testing.assert_close(truth, expected, atol=1e-5, rtol=0)
+    assert truth.shape == (1, 112 // demo.PATCH, 144 // demo.PATCH, demo.WIDTH)
 
 
 def test_a_mirrored_image_has_mirrored_features_but_for_position(photographs):

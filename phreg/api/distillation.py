@@ -7,7 +7,7 @@ A clean model ends early: it is returned unchanged, with the verdict as its repo
 
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,14 +19,12 @@ from phreg.analysis.advice import reasons_to_train
 from phreg.analysis.consistency import ConsistencyReport, consistency
 from phreg.analysis.inspection import MOVED_VIEWS, look
 from phreg.analysis.norms import NormReport, outliers
-from phreg.api.arguments import (
-    ImagesPath,
-    usable_device,
-)
+from phreg.api.arguments import ImagesPath, usable_device
+from phreg.api.sizes import checked_sizes, context_margins, held_out_at_all_sizes, mixed_crops
 from phreg.backbones.base import Backbone, packed_types
 from phreg.backbones.resolve import Base, display_name
 from phreg.config import DistillConfig
-from phreg.data.crops import Crops, centre_crops
+from phreg.data.crops import MixedCrops, centre_crops
 from phreg.data.sampling import split, subsample, subsample_indices
 from phreg.data.sources import ImageSource, open_images
 from phreg.errors import ConfigError, PhregError
@@ -48,7 +46,6 @@ from phreg.training.step_log import StepRecord
 from phreg.training.task import RetrofitTask
 from phreg.training.trainable import check_trainable
 from phreg.training.validation import Validator
-from phreg.view_sampling import context_margin
 
 StepObserver = Callable[[StepRecord, int], None]
 
@@ -148,7 +145,8 @@ def distill(
             outcome, held_out = UNTRAINED, None
             if method.trains:
                 held_out = run.references(original, base)
-                outcome = _train(run, original, student, terms, held_out, observe)
+                chosen_by = run.choosing(held_out, original, base)
+                outcome = _train(run, original, student, terms, chosen_by, observe)
             if outcome.best_step == 0:
                 return _nothing_gained(run, before, original, base, seen, outcome)
         comparison = _measure_and_save(run, before, original, base, sinks, outcome, held_out)
@@ -215,9 +213,7 @@ def _open_run(
         )
     is_clip = student.projection is not None
     config = methods.resolve(recipe, given, clip=is_clip, written_by_phreg=resumed)
-    height, width = student.image_size(config.size)
-    config = config.model_copy(update={"size": height if height == width else (height, width)})
-    return student, base, source, config
+    return student, base, source, checked_sizes(student, config)
 
 
 @dataclass(frozen=True)
@@ -230,6 +226,7 @@ class _Run:
         measured_images: Those it is measured on.
         held_out: Whether none of these is trained on.
         margin: Rows and columns of context that training images and targets come with, in pixels.
+        margins: The same of all sizes that images are trained at, by size, the main one first.
     """
 
     folder: RunFolder
@@ -240,18 +237,20 @@ class _Run:
     measured_images: ImageSource
     held_out: bool
     margin: tuple[int, int]
+    margins: Mapping[tuple[int, int], tuple[int, int]]
 
     @property
     def divided(self) -> str:
-        """How many images there are, for the log."""
+        """How many images there are, and of which sizes, for the log."""
         apart = "held out to measure on" if self.held_out else "of them also measured on"
-        return f"{len(self.train_images)} images, {len(self.measured_images)} {apart}"
+        sizes = " or ".join(f"{rows}x{cols}" for rows, cols in self.margins)
+        return f"{len(self.train_images)} images of {sizes} pixels, {len(self.measured_images)} {apart}"
 
     @property
-    def crops(self) -> Crops:
-        """The training images, cut."""
+    def crops(self) -> MixedCrops:
+        """The training images, cut, each at its size."""
         where = "fixed" if self.config.target.cache else "random"
-        return Crops(self.train_images, self.size, self.config.seed, where, self.margin)
+        return mixed_crops(self.train_images, self.margins, self.config.seed, where)
 
     def references(self, original: Backbone, base: Base) -> HeldOut | None:
         """Makes what the model is measured against; None where there is no image, or none is readable."""
@@ -261,6 +260,12 @@ class _Run:
         images = self.read(original, self.measured_images, self.margin)
         return make_references(original, images, self.margin, self.config, base) if images else None
 
+    def choosing(self, held_out: HeldOut | None, original: Backbone, base: Base) -> HeldOut | None:
+        """Makes what the best state is chosen by, where it is: the measured images at all sizes in turn."""
+        if held_out is None or not self.config.mixed_sizes or not self.config.measure.keep_best:
+            return held_out
+        return held_out_at_all_sizes(original, self.measured_images, self.margins, self.config, base)
+
     def read(self, backbone: Backbone, images: ImageSource, margin: tuple[int, int] = (0, 0)) -> list[Tensor]:
         """Reads images to look at a model with, as many as are readable."""
         return list(centre_crops(backbone, images, self.size, margin, self.config.data.max_broken))
@@ -268,11 +273,10 @@ class _Run:
 
 def _start(student: Backbone, source: ImageSource, config: DistillConfig) -> _Run:
     """Starts the processes, and splits the images."""
-    folder, size = RunFolder(Path(config.output or "")), student.image_size(config.size)
+    folder, margins = RunFolder(Path(config.output or "")), context_margins(student, config)
     accelerator = start_accelerator(config, folder)
-    train_images, measured_images, held_out = split(source, config)
-    margin = context_margin(config.views, student.spec, size)
-    return _Run(folder, config, accelerator, size, train_images, measured_images, held_out, margin)
+    size = next(iter(margins))
+    return _Run(folder, config, accelerator, size, *split(source, config), margins[size], margins)
 
 
 def _worth_training(
@@ -308,7 +312,7 @@ def _train(
     bf16 = run.accelerator.mixed_precision == "bf16"
     teacher = Teacher(original, config.views, config.target, bf16=bf16)
     terms = [*distillation_terms(config.loss), *terms]
-    task = RetrofitTask(student, teacher, terms, config.target, run.margin)
+    task = RetrofitTask(student, teacher, terms, config.target)
     validator = Validator(original, held_out, config.target) if held_out is not None else None
     return train(task, run.crops, config, run.folder, run.accelerator, observe, validator)
 

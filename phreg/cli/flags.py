@@ -36,6 +36,8 @@ def _flags(section: type[BaseModel] = config.DistillConfig, prefix: str = "") ->
         # A flag that is not given is unset; none needs a way to say None.
         kinds = tuple(kind for kind in get_args(kind) if kind is not NoneType)
         kind = Union[kinds] if get_origin(kind) in (Union, UnionType) else kind  # noqa: UP007
+        if prefix + name == "mixed_sizes":
+            kind = tuple[int, ...]  # of numbers alone nobody could tell which two are one size
         description = field.description
         if prefix + name == "method":
             kind = Literal[tuple(METHODS)]

@@ -30,7 +30,7 @@ from phreg.backbones.base import Backbone
 from phreg.config import DataConfig
 from phreg.data.decode import MAX_MEGAPIXELS, unreadable
 from phreg.data.paths import some
-from phreg.data.sampling import Key, Order, subsample
+from phreg.data.sampling import Key, Order, same_size, subsample
 from phreg.data.sources import ImageSource
 from phreg.errors import DataError
 from phreg.seeding import keyed_generator
@@ -77,7 +77,7 @@ class Crops:
     For a square, the shorter side just fits. With a context margin, the rectangle and its margin are cut
     together, and the rectangle is the center. Resampling is PIL's antialiased bicubic; nothing is flipped or
     recoloured. The position of a random crop is a function of (seed, epoch, index), or of (seed, index). An
-    unreadable image is replaced by the next readable one.
+    unreadable image is replaced by the next readable one of its size.
     Source: PH-Reg's training transform (its flickr30k_dataset.py), which has no margin.
 
     Attributes:
@@ -87,6 +87,7 @@ class Crops:
         crop: `random` to train, `fixed` to train with the crop of the first epoch in all, `centre` to
             measure.
         margin: Context margin, rows and columns, in pixels on each side.
+        num_sizes: Sizes that the source's images have; these crops are of one of them (`MixedCrops`).
     """
 
     source: ImageSource
@@ -94,9 +95,15 @@ class Crops:
     seed: int = 0
     crop: Literal["random", "fixed", "centre"] = "random"
     margin: tuple[int, int] = (0, 0)
+    num_sizes: int = 1
 
     def __len__(self) -> int:
         return len(self.source)
+
+    @property
+    def parts(self) -> "tuple[Crops, ...]":
+        """The crops of each size: there is one."""
+        return (self,)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -116,8 +123,9 @@ class Crops:
     def _read(self, key: Key) -> tuple[int, UInt8[Tensor, "3 rows cols"], list[Skipped]]:
         """Reads an image, or the next readable one; tells which one, and what was skipped."""
         skipped: list[Skipped] = []
-        for offset in range(min(len(self), LONGEST_GAP)):
-            index = (key[1] + offset) % len(self)
+        candidates = same_size(key[1], len(self), self.num_sizes)
+        for offset in range(min(len(candidates), LONGEST_GAP)):
+            index = candidates[(key[1] // self.num_sizes + offset) % len(candidates)]
             name = self.source.name(index)
             crop_key = (0, index) if self.crop == "fixed" else key
             try:
@@ -143,6 +151,33 @@ class Crops:
         start = room / 2 if self.crop == "centre" else int(torch.randint(room + 1, (), generator=generator))
         left, top = (round(start), 0) if width - cols > height - rows else (0, round(start))
         return image.crop((left, top, left + cols, top + rows))
+
+
+@dataclass(frozen=True)
+class MixedCrops:
+    """Crops of several sizes. Image number i is always cut by part number i % n.
+
+    Attributes:
+        parts: The crops of each size, all from one source; the main size first.
+    """
+
+    parts: tuple[Crops, ...]
+
+    def __len__(self) -> int:
+        return len(self.parts[0])
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Height and width of an image of the main size, in pixels, without the context margin."""
+        return self.parts[0].shape
+
+    def batch(self, keys: Sequence[Key]) -> Batch:
+        """Reads images of one size. An unreadable one is replaced by one of the same size.
+
+        Raises:
+            DataError: As of `Crops.batch`.
+        """
+        return self.parts[keys[0][1] % len(self.parts)].batch(keys)
 
 
 def center_crop(
@@ -200,7 +235,7 @@ def as_input(
 class _Batches(Dataset[Batch | DataError]):
     """Batches by their keys. An error is handed over, not raised: torch would bury it in a traceback."""
 
-    crops: Crops
+    crops: Crops | MixedCrops
 
     def __getitem__(self, keys: Sequence[Key]) -> Batch | DataError:
         try:
@@ -210,7 +245,7 @@ class _Batches(Dataset[Batch | DataError]):
 
 
 def loader(
-    crops: Crops,
+    crops: Crops | MixedCrops,
     order: Order,
     start: int,
     stop: int,

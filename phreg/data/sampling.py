@@ -27,15 +27,21 @@ class Order:
     do not fill one are left out of this epoch. Rank r takes the r-th stretch of a global batch: the batches
     of all ranks, one behind the other, are that of a single process with a `world_size` times larger batch.
 
+    Of n sizes, image number i has size number i % n, and a batch has images of one size. The steps take the
+    sizes in turn. Each size has its own permutations, one behind the other, cut into global batches: what
+    does not fill a batch opens the first batch of the next permutation. So all batches are full, no image is
+    left out, and as many steps count as an epoch as with one size.
+
     Attributes:
         num_images: Images there are.
         batch_size: Images per process and step.
         seed: Seed of the permutations.
         rank: Number of this process.
         world_size: Processes that train together.
+        num_sizes: Sizes that images have.
 
     Raises:
-        DataError: There are fewer images than one global batch takes.
+        DataError: There are fewer images, of any size, than one global batch takes.
     """
 
     num_images: int
@@ -43,13 +49,15 @@ class Order:
     seed: int = 0
     rank: int = 0
     world_size: int = 1
+    num_sizes: int = 1
 
     def __post_init__(self) -> None:
-        if self.steps_per_epoch == 0:
+        if self.num_images // self.num_sizes < self.batch_size * self.world_size:
+            of_each = f", {self.num_images // self.num_sizes} of each size" if self.num_sizes > 1 else ""
             raise DataError(
                 f"cannot fill a batch: it takes {self.batch_size} images on each of {self.world_size} "
-                f"processes = {self.batch_size * self.world_size}, found {self.num_images} to train on; add "
-                "images, or lower --batch-size"
+                f"processes = {self.batch_size * self.world_size}, found {self.num_images} to train on"
+                f"{of_each}; add images, or lower --batch-size"
             )
 
     @property
@@ -63,15 +71,32 @@ class Order:
 
     def batch(self, step: int) -> list[Key]:
         """Lists (epoch, index) of this process's images at a step."""
+        if self.num_sizes > 1:
+            return self._batch_of_one_size(*divmod(step, self.num_sizes))
         epoch, position = divmod(step, self.steps_per_epoch)
         start = (position * self.world_size + self.rank) * self.batch_size
         indices = _permutation(self.num_images, self.seed, epoch)[start : start + self.batch_size]
         return [(epoch, index) for index in indices.tolist()]
 
+    def _batch_of_one_size(self, position: int, size: int) -> list[Key]:
+        """Lists the keys of the batch at a position among those of one size."""
+        images = same_size(size, self.num_images, self.num_sizes)
+        start = (position * self.world_size + self.rank) * self.batch_size
+        keys = []
+        for number in range(start, start + self.batch_size):
+            epoch, place = divmod(number, len(images))
+            keys.append((epoch, images[int(_permutation(len(images), self.seed, epoch, size)[place])]))
+        return keys
 
-@lru_cache(maxsize=2)
-def _permutation(length: int, seed: int, epoch: int) -> Int64[Tensor, " length"]:
-    return torch.randperm(length, generator=keyed_generator("order", seed, epoch))
+
+def same_size(index: int, num_images: int, num_sizes: int) -> range:
+    """Lists the images that have the same size as image number `index`: every `num_sizes`-th."""
+    return range(index % num_sizes, num_images, num_sizes)
+
+
+@lru_cache(maxsize=16)
+def _permutation(length: int, seed: int, epoch: int, *size: int) -> Int64[Tensor, " length"]:
+    return torch.randperm(length, generator=keyed_generator("order", seed, epoch, *size))
 
 
 def holdout(num_images: int, count: int) -> tuple[list[int], list[int]]:

@@ -189,12 +189,12 @@ def _pixels(size: int | Sequence[int]) -> str:
 def _method(run: RunSummary) -> Iterator[str]:
     yield "## How it was made"
     method, batch_size, images = (run.setting(key) for key in ("method", "batch_size", "images"))
-    if run.outcome is None or run.size is None or None in (method, batch_size, images):
+    if run.outcome is None or not run.sizes or None in (method, batch_size, images):
         yield "By [phreg](https://arxiv.org/abs/2505.21501); the record of the run is not at hand."
         return
     yield (
         f"By [phreg](https://arxiv.org/abs/2505.21501), method `{method}`: {run.outcome.steps} "
-        f"steps of {batch_size} images per process at {_pixels(run.size)} pixels; "
+        f"steps of {batch_size} images per process at {' or '.join(map(_pixels, run.sizes))} pixels; "
         f"{run.outcome.trained:,} weights trained."
     )
     found = {key: run.setting(key) for key in SETTINGS}

@@ -44,8 +44,8 @@ def resolve(
     elif not method.trains:
         problems += [
             f"{key}: method {name} trains nothing, found {given[key]}; leave it out, or choose another method"
-            for key in ("steps", "epochs")
-            if given.get(key) is not None
+            for key in ("steps", "epochs", "mixed_sizes")
+            if given.get(key) not in (None, (), [])
         ]
     implied = dict(method.implied(clip=clip)) if method is not None else {}
     if "steps" in given:  # which set the length too

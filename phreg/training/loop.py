@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from phreg.config import DistillConfig
-from phreg.data.crops import BrokenImages, Crops, Order, as_input, loader
+from phreg.data.crops import BrokenImages, Crops, MixedCrops, Order, as_input, loader
 from phreg.errors import Interrupted
 from phreg.run_summary import Outcome
 from phreg.seeding import keyed_generator
@@ -68,7 +68,7 @@ UNTRAINED = Outcome(steps=0, images=0, seconds=0.0, trained=0, skipped=[])
 
 def train(  # noqa: C901 (the loop reads straight down)
     task: RetrofitTask,
-    images: Crops,
+    images: Crops | MixedCrops,
     config: DistillConfig,
     run: RunFolder,
     accelerator: "Accelerator",
@@ -94,7 +94,8 @@ def train(  # noqa: C901 (the loop reads straight down)
     """
     student, size = task.student, images.shape
     rank, world, accumulate = accelerator.process_index, accelerator.num_processes, config.optim.accumulate
-    order = Order(len(images), config.batch_size, seed=config.seed, rank=rank, world_size=world)
+    num_sizes = len(images.parts)
+    order = Order(len(images), config.batch_size, config.seed, rank, world, num_sizes)
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)  # for LoRA's initial weights, which PEFT draws from the global state
         trained = unlock(student, config.unlock)
@@ -150,19 +151,21 @@ def train(  # noqa: C901 (the loop reads straight down)
 
             sums: dict[str, Tensor] = {}
             names: list[str] = []
+            sizes: list[tuple[int, int]] = []
             for micro in range(accumulate):
                 batch = next(batches)
                 broken.add(batch)
                 names += batch.names
+                indices = batch.indices.tolist()
+                part = images.parts[indices[0] % num_sizes]  # a batch has images of one size
+                sizes.append(part.shape)
                 pixels = as_input(student, batch.images)
                 views = keyed_generator("views", config.seed, step, micro, rank)
-                make_target = partial(task.target, pixels, views)
-                target = (
-                    target_cache.read(batch.indices.tolist(), make_target) if target_cache else make_target()
-                )
+                make_target = partial(task.target, pixels, views, part.margin)
+                target = target_cache.read(indices, make_target) if target_cache else make_target()
                 # Processes exchange gradients once a step, with the last accumulated batch.
                 with accelerator.no_sync(model) if micro + 1 < accumulate else nullcontext():
-                    loss, terms = task.loss(model, pixels, target)
+                    loss, terms = task.loss(model, pixels, target, part.margin)
                     accelerator.backward(loss / accumulate)
                 for name, value in {"loss": loss, **terms}.items():
                     sums[name] = sums.get(name, 0) + value.detach() / accumulate
@@ -187,7 +190,16 @@ def train(  # noqa: C901 (the loop reads straight down)
             # stop together.
             previous, metrics = (
                 metrics,
-                StepMetrics(step + 1, lr, names, sums, stop.is_set(), accelerator, measured),
+                StepMetrics(
+                    step + 1,
+                    lr,
+                    names,
+                    sums,
+                    stop.is_set(),
+                    accelerator,
+                    measured,
+                    sizes if num_sizes > 1 else None,
+                ),  # fmt: skip
             )
             stopping = previous is not None and step_logger.write(previous)
             turned = best is not None and best.turned
@@ -233,7 +245,7 @@ def train(  # noqa: C901 (the loop reads straight down)
 def calibrated_shares(
     task: RetrofitTask,
     trained: Mapping[str, nn.Parameter],
-    images: Crops,
+    images: Crops | MixedCrops,
     config: DistillConfig,
     run: RunFolder,
     accelerator: "Accelerator",
@@ -244,17 +256,20 @@ def calibrated_shares(
     """
     roles = parameter_roles(task.student, trained)
     if accelerator.is_main_process and not run.rates.is_file():
-        order = Order(len(images), config.batch_size, seed=config.seed)
-        batch = next(iter(loader(images, order, 0, 1, workers=0)))
+        order = Order(len(images), config.batch_size, config.seed, num_sizes=len(images.parts))
+        batch = next(iter(loader(images, order, 0, 1, workers=0)))  # the first one is of the main size
+        margin = images.parts[0].margin
         pixels = as_input(task.student, batch.images)
         grouped: dict[str, dict[str, nn.Parameter]] = {}
         for name, parameter in trained.items():
             grouped.setdefault(roles[name], {})[name] = parameter
         with task.running():
-            target = task.target(pixels, keyed_generator("rates", config.seed))
-            task.loss(task.student, pixels, target)[0].backward()
+            target = task.target(pixels, keyed_generator("rates", config.seed), margin)
+            task.loss(task.student, pixels, target, margin)[0].backward()
             few = pixels[:CALIBRATED]
-            rates = calibrate(grouped, lambda: task.features(task.student, few)[1], config.optim.max_movement)
+            rates = calibrate(
+                grouped, lambda: task.features(task.student, few, margin)[1], config.optim.max_movement
+            )
         task.student.zero_grad(set_to_none=True)
         write_rates(run, rates)
     accelerator.wait_for_everyone()

@@ -29,6 +29,8 @@ class StepRecord:
     images_per_second: float
     held_out: dict[str, float] | None = None
     """The student's figures on held-out images after the step, where it was measured."""
+    sizes: list[tuple[int, int]] | None = None
+    """Height and width of the images of each batch of the step, in pixels, where a run has several sizes."""
 
 
 class StepMetrics:
@@ -42,6 +44,7 @@ class StepMetrics:
         stop: Whether this process was asked to stop.
         accelerator: Says how the processes add up.
         measured: The student on held-out images after this step, where it was measured.
+        sizes: Height and width of the images of each batch, where a run has several sizes.
     """
 
     def __init__(
@@ -53,9 +56,10 @@ class StepMetrics:
         stop: bool,
         accelerator: "Accelerator",
         measured: Measurement | None = None,
+        sizes: list[tuple[int, int]] | None = None,
     ) -> None:
         self.step, self.lr, self.names, self.keys = step, lr, names, [*values, "stop"]
-        self.measured = measured
+        self.measured, self.sizes = measured, sizes
         self.made = time.perf_counter()
         asked = torch.tensor(float(stop)).to(accelerator.device, non_blocking=True)
         own = torch.stack([*(value.float() for value in values.values()), asked])
@@ -110,7 +114,9 @@ class StepLogger:
         speed, self.clock = self.images_per_step / (metrics.made - self.clock), metrics.made
         if self.accelerator.is_main_process:
             held_out = metrics.measured._asdict() if metrics.measured is not None else None
-            record = StepRecord(metrics.step, loss, values, metrics.lr, round(speed, 3), held_out)
+            record = StepRecord(
+                metrics.step, loss, values, metrics.lr, round(speed, 3), held_out, metrics.sizes
+            )
             with writing_run(self.run):
                 line = {name: value for name, value in asdict(record).items() if value is not None}
                 self.log.write(json.dumps(line) + "\n")

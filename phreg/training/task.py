@@ -29,7 +29,6 @@ class RetrofitTask:
         teacher: The frozen original, averaged over views.
         terms: The terms of the loss.
         config: Which features of both models are compared, and their read-outs.
-        margin: Rows and columns of context that images come with, in pixels on each side.
     """
 
     def __init__(
@@ -38,13 +37,11 @@ class RetrofitTask:
         teacher: Teacher,
         terms: Sequence[LossTerm],
         config: TargetConfig,
-        margin: tuple[int, int] = (0, 0),
     ) -> None:
         self.student = student
         self.teacher = teacher
         self.terms = terms
         self.config = config
-        self.margin = margin
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -56,12 +53,27 @@ class RetrofitTask:
                 stack.enter_context(term.capture())
             yield
 
-    def target(self, images: Float[Tensor, "batch 3 height width"], generator: torch.Generator) -> Features:
-        """Makes the target of images with their context margin. The generator decides the views."""
-        return self.teacher(images, generator, self.margin)
+    def target(
+        self,
+        images: Float[Tensor, "batch 3 height width"],
+        generator: torch.Generator,
+        margin: tuple[int, int] = (0, 0),
+    ) -> Features:
+        """Makes the target of images of any size, with their context margin. The generator decides the views.
+
+        Args:
+            images: Normalised images.
+            generator: A CPU generator.
+            margin: Rows and columns of their context, in pixels on each side.
+        """
+        return self.teacher(images, generator, margin)
 
     def loss(
-        self, model: nn.Module, images: Float[Tensor, "batch 3 height width"], target: Features
+        self,
+        model: nn.Module,
+        images: Float[Tensor, "batch 3 height width"],
+        target: Features,
+        margin: tuple[int, int] = (0, 0),
     ) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
         """Computes the loss of a batch.
 
@@ -69,22 +81,26 @@ class RetrofitTask:
             model: The student, as it was prepared for training (autocast, several processes).
             images: Normalised images with their context margin.
             target: The target of these images.
+            margin: Rows and columns of their context, in pixels on each side.
 
         Returns:
             The total, and each term without its weight by name, all fp32.
         """
-        seen, features = self.features(model, images)
+        seen, features = self.features(model, images, margin)
         return total_loss(self.terms, Outputs(seen, features, target))
 
     def features(
-        self, model: nn.Module, images: Float[Tensor, "batch 3 height width"]
+        self,
+        model: nn.Module,
+        images: Float[Tensor, "batch 3 height width"],
+        margin: tuple[int, int] = (0, 0),
     ) -> tuple[Float[Tensor, "batch 3 _ _"], Features]:
         """Reads the student's features of images that come with their context.
 
         Returns:
             The images without their context, and their features.
         """
-        seen = center_crop(images, self.margin)
+        seen = center_crop(images, margin)
         return seen, model(seen, self.config.layer, self.config.norm)
 
     def probe(self, size: tuple[int, int]) -> Float[Tensor, ""]:

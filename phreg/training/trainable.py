@@ -67,7 +67,7 @@ def check_trainable(student: Backbone, num_images: int, config: DistillConfig, p
     Raises:
         PhregError: The images do not fill a batch, or a role does not exist for the model.
     """
-    Order(num_images, config.batch_size, world_size=processes)
+    Order(num_images, config.batch_size, world_size=processes, num_sizes=1 + len(config.mixed_sizes))
     expand_roles(student, config.unlock.roles)
 
 

@@ -40,6 +40,7 @@ class Measurement(NamedTuple):
     Attributes:
         agreement: Mean cosine of patch features to the references.
         worst_percent: The cosine that 99 % of the patches reach.
+            Of images of several sizes, both are taken for each size first; then images count alike.
         pooled: Mean cosine of the pooled output to the original's.
     """
 
@@ -59,28 +60,40 @@ class Validator:
 
     def __init__(self, original: Backbone, held_out: HeldOut, target: TargetConfig) -> None:
         self.held_out, self.target = held_out, target
-        agreement, self._pooled = self._read(original, target.teacher_readout)
-        self.original = Measurement(agreement.mean, agreement.worst_percent, pooled=1.0)
+        mean, worst_percent, self._pooled = self._read(original, target.teacher_readout)
+        self.original = Measurement(mean, worst_percent, pooled=1.0)
 
     def __call__(self, student: Backbone) -> Measurement:
         """Measures the student; its read-out is left as it was."""
-        agreement, pooled = self._read(student, self.target.student_readout)
-        return Measurement(agreement.mean, agreement.worst_percent, drift(pooled, self._pooled).mean)
+        mean, worst_percent, pooled = self._read(student, self.target.student_readout)
+        return Measurement(mean, worst_percent, drift(pooled, self._pooled).mean)
 
     @torch.no_grad()
-    def _read(self, backbone: Backbone, readout: Readout) -> tuple[Agreement, Float[Tensor, "images dim"]]:
-        """Returns a model's agreement with the references, and its pooled output plainly read."""
-        meter, pooled = AgreementMeter(), []
+    def _read(self, backbone: Backbone, readout: Readout) -> tuple[float, float, Float[Tensor, "images dim"]]:
+        """Returns a model's agreement with the references, mean and worst, and its plain pooled output."""
+        meters: dict[tuple[int, int], AgreementMeter] = {}
+        pooled: list[Tensor] = []
         for images, reference in zip(self.held_out.images, self.held_out.references, strict=True):
             with use_readout(backbone, readout):
                 # Not by calling the model: accelerate wraps the call of one that trains in autocast.
                 features = Backbone.forward(backbone, images, self.target.layer, self.target.norm)
-            meter.update(features.patches, reference)
+            _, rows, cols, _ = reference.shape
+            meters.setdefault((rows, cols), AgreementMeter()).update(features.patches, reference)
             if readout != "plain":  # whose pooled output means nothing
                 with use_readout(backbone, "plain"):
                     features = features._replace(pooled=backbone.run(images))
             pooled.append(features.pooled.float())
-        return meter.compute(), torch.cat(pooled)
+        return *_over_sizes({grid: meter.compute() for grid, meter in meters.items()}), torch.cat(pooled)
+
+
+def _over_sizes(measured: Mapping[tuple[int, int], Agreement]) -> tuple[float, float]:
+    """Averages agreement at several grids (rows, columns), mean and worst, so that images count alike."""
+    images = {(rows, cols): found.patches // (rows * cols) for (rows, cols), found in measured.items()}
+    shares = {grid: count / sum(images.values()) for grid, count in images.items()}
+    return (
+        sum(shares[grid] * found.mean for grid, found in measured.items()),
+        sum(shares[grid] * found.worst_percent for grid, found in measured.items()),
+    )
 
 
 class BestState:

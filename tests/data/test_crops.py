@@ -19,6 +19,7 @@ from phreg.data.crops import (
     MEASURED_AT_ONCE,
     BrokenImages,
     Crops,
+    MixedCrops,
     Skipped,
     center_crop,
     denormalise,
@@ -288,6 +289,50 @@ def test_too_few_images_for_a_batch_are_counted():
         Order(15, 8, world_size=2)
 
 
+mixed = st.tuples(st.integers(1, 4), st.integers(1, 3), st.integers(2, 4), st.integers(0, 12)).map(
+    lambda t: (*t[:3], t[0] * t[1] * t[2] + t[3])  # batch size, world size, sizes, images: a batch of each
+)
+
+
+@quick
+@given(mixed=mixed, seed=st.integers(0, 99), step=st.integers(0, 60))
+def test_of_several_sizes_each_batch_has_images_of_one_and_the_sizes_take_turns(mixed, seed, step):
+    batch_size, world_size, num_sizes, num_images = mixed
+    orders = [Order(num_images, batch_size, seed, rank, world_size, num_sizes) for rank in range(world_size)]
+    assert all(len(order.batch(step)) == batch_size for order in orders)
+    assert {index % num_sizes for order in orders for _, index in order.batch(step)} == {step % num_sizes}
+    alone = Order(num_images, batch_size * world_size, seed, num_sizes=num_sizes)
+    assert [key for order in orders for key in order.batch(step)] == alone.batch(step)
+
+
+@quick
+@given(mixed=mixed, seed=st.integers(0, 99), steps=st.integers(0, 60))
+def test_of_several_sizes_no_image_is_left_out_of_any_pass(mixed, seed, steps):
+    batch_size, _, num_sizes, num_images = mixed
+    order = Order(num_images, batch_size, seed, num_sizes=num_sizes)
+    seen = [key for step in range(steps * num_sizes) for key in order.batch(step)]
+    assert len(set(seen)) == len(seen), "an image is seen once in a pass"
+    for size in range(num_sizes):
+        images = range(size, num_images, num_sizes)
+        shown = [key for key in seen if key[1] in images]
+        full_passes, rest = divmod(steps * batch_size, len(images))
+        for epoch in range(full_passes):
+            assert {index for passed, index in shown if passed == epoch} == set(images)
+        assert len(shown) == full_passes * len(images) + rest
+
+
+def test_several_sizes_take_as_many_steps_as_one_and_are_shuffled_by_pass_seed_and_size():
+    assert Order(50, 8, num_sizes=3).steps_per_epoch == Order(50, 8).steps_per_epoch
+    batches = [Order(60, 20, seed, num_sizes=3).batch(step) for seed in (0, 1) for step in range(6)]
+    places = [tuple(index // 3 for _, index in keys) for keys in batches]
+    assert len(set(places)) == 12, "two passes over three sizes, by two seeds"
+
+
+def test_too_few_images_of_a_size_are_counted():
+    with pytest.raises(DataError, match="= 8, found 23 to train on, 7 of each size; add images"):
+        Order(23, 4, world_size=2, num_sizes=3)
+
+
 @given(num_images=st.integers(0, 400), count=st.integers(0, 60))
 @quick
 def test_held_out_images_are_apart_from_the_rest_and_evenly_spaced(num_images, count):
@@ -315,6 +360,37 @@ def test_a_subsample_covers_both_ends_in_gaps_that_differ_by_at_most_one(total, 
 def test_a_subsample_covers_both_ends(total, count, last):
     chosen = subsample(InMemory([None] * total), count)
     assert (chosen.name(0), chosen.name(len(chosen) - 1)) == ("image 0", f"image {last}")
+
+
+# --- Crops of several sizes
+
+
+def test_of_several_sizes_an_image_is_cut_at_its_own():
+    source = InMemory([noise((90, 60), seed) for seed in range(7)])
+    parts = tuple(Crops(source, size, 3, "random", (4, 4), 3) for size in (16, (24, 32), 40))
+    for index, shape in enumerate([(24, 24), (32, 40), (48, 48), (24, 24), (32, 40), (48, 48), (24, 24)]):
+        batch = MixedCrops(parts).batch([(1, index)])
+        assert batch.images.shape == (1, 3, *shape)
+        alone = Crops(source, parts[index % 3].size, 3, margin=(4, 4)).batch([(1, index)])
+        assert torch.equal(batch.images, alone.images)
+
+
+def test_an_unreadable_image_is_replaced_by_one_of_its_size():
+    class Broken(InMemory):
+        def read(self, index):
+            if index in (0, 5, 6):
+                raise DataError(f"{index} is broken")
+            return super().read(index)
+
+    source = Broken([noise((60, 60), seed) for seed in range(8)])
+    crops = MixedCrops(tuple(Crops(source, size, num_sizes=3) for size in (16, 24, 32)))
+    for asked, found, skipped in ((0, 3, 1), (6, 3, 2), (5, 2, 1)):  # of 8 images, 6 and 5 are the last
+        batch = crops.batch([(0, asked)])
+        assert (batch.indices.tolist(), len(batch.skipped)) == ([found], skipped)
+        assert batch.images.shape[-1] == (16, 24, 32)[asked % 3]
+    only_broken = MixedCrops(tuple(Crops(source, size, num_sizes=6) for size in (16, 24, 32, 40, 48, 56)))
+    with pytest.raises(DataError, match="found 1 unreadable images in a row"):
+        only_broken.batch([(0, 5)])
 
 
 # --- Loading

@@ -263,6 +263,11 @@ def test_reader_processes_do_not_change_the_run(tiny, photos, tmp_path):
         {"unlock": {"roles": ["pos_embed"], "lora": {"rank": 2, "blocks": 1}}},
         {"target": {"cache": False}},
         {"data": {"workers": 0, "limit": 4}},  # from the third step on, targets are read, not made
+        {"mixed_sizes": (24, (48, 24)), "optim": {"accumulate": 2}},
+        {
+            "mixed_sizes": (48,),
+            "data": {"workers": 0, "limit": 10},
+        },  # third batches go on into the next pass
     ],
 )
 def test_a_run_that_stopped_and_resumed_has_the_weights_of_one_that_did_not(
@@ -483,6 +488,12 @@ def test_bad_input_is_one_clear_error_each_before_any_training(tiny, photos, tmp
     cases = [
         (DataError, "no images", {"images": tmp_path / "none"}),
         (PhregError, "multiple", {"size": 30}),
+        (PhregError, "size 30 asked", {"mixed_sizes": (24, 30)}),
+        (PhregError, "48x48 is there already", {"mixed_sizes": (24, 48, (48, 48))}),
+        (PhregError, "32x32 is there already", {"mixed_sizes": (32,)}),
+        (PhregError, "at this size, 8x8", {"mixed_sizes": (8,)}),
+        (DataError, "1 of each size", {"mixed_sizes": (8, 16, 24, 40, 48, 56), "views": {"count": 1}}),
+        (ConfigError, "native_size", {"mixed_sizes": (24,), "target": {"native_size": True}}),
         (PhregError, "views.count", {"views": {"count": 30, "max_shift": 0.25}}),
         (DataError, "batch", {"batch_size": 100}),
         (ConfigError, "unlock.roles", {"unlock": {"roles": ["nose"]}}),
@@ -493,6 +504,7 @@ def test_bad_input_is_one_clear_error_each_before_any_training(tiny, photos, tmp
         images = settings.pop("images", photos)
         with pytest.raises(kind, match=message):
             run(tiny(), images, tmp_path / f"run-{message}", **settings)
+        assert not (tmp_path / f"run-{message}").exists()
 
 
 def test_resuming_on_other_images_is_refused(tiny, photos, tmp_path):

@@ -18,9 +18,9 @@ from phreg.training.task import RetrofitTask
 BEFORE_NORM = TargetConfig(layer=1, norm=False)
 
 
-def task_of(student, terms=(), target=BEFORE_NORM, margin=None, **views):
+def task_of(student, terms=(), target=BEFORE_NORM, **views):
     teacher = Teacher(adapt(student.model), ViewsConfig(**({"count": 1} | views)), target)
-    return RetrofitTask(student, teacher, terms, target, *([] if margin is None else [margin]))
+    return RetrofitTask(student, teacher, terms, target)
 
 
 def images(side=32):
@@ -53,8 +53,8 @@ def test_the_loss_is_of_the_features_of_a_layer_within_the_context(tiny):
     wide = images(48)
     features = student(wide[..., 8:40, 4:44], 1, norm=False)
     target = Features(torch.ones_like(features.patches), torch.ones_like(features.pooled))
-    task = task_of(student, [Cosine(3.0), SquaredError(0.5)], margin=(8, 4))
-    total, terms = task.loss(student, wide, target)
+    task = task_of(student, [Cosine(3.0), SquaredError(0.5)])
+    total, terms = task.loss(student, wide, target, (8, 4))
     cosine = 1 - torch.cosine_similarity(features.patches, target.patches, dim=-1).mean()
     squared = (features.patches - target.patches).square().mean()
     assert terms.keys() == {"cosine", "mse"}
@@ -76,11 +76,11 @@ def test_without_a_margin_images_are_seen_and_taught_whole(tiny):
 
 
 def test_the_target_is_the_teachers_of_the_images_with_their_context(tiny):
-    task = task_of(adapt(tiny()), count=4, max_shift=0.25, fill="context", margin=(8, 8))
-    target = task.target(images(48), generator(3))
+    task = task_of(adapt(tiny()), count=4, max_shift=0.25, fill="context")
+    target = task.target(images(48), generator(3), (8, 8))
     expected = task.teacher(images(48), generator(3), (8, 8))
     assert torch.equal(target.patches, expected.patches)
-    assert not torch.equal(target.patches, task.target(images(48), generator(4)).patches)
+    assert not torch.equal(target.patches, task.target(images(48), generator(4), (8, 8)).patches)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

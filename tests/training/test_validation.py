@@ -94,6 +94,34 @@ def test_the_validator_measures_agreement_by_the_references_and_drift_by_the_ori
     assert turned.pooled == pytest.approx(torch.cosine_similarity(student.run(images), pooled).mean().item())
 
 
+def test_of_several_sizes_images_count_alike_and_each_is_compared_at_its_own(tiny):
+    backbone = adapt(tiny())
+    draw = torch.Generator().manual_seed(0)
+    batches = [
+        torch.randn(count, 3, side, side, generator=draw) for count, side in ((2, 32), (1, 48), (1, 32))
+    ]
+    with torch.no_grad():
+        references = [backbone(images).patches for images in batches]
+        pooled = torch.cat([backbone.run(images) for images in batches])
+    references[1][0, :3] *= -1  # half of the 36 patches of one image of four
+    validator = Validator(backbone, HeldOut(batches, references, ""), TargetConfig())
+    assert validator.original.agreement == pytest.approx((1 + 1 + 0 + 1) / 4, abs=1e-6)
+    assert validator.original.worst_percent == pytest.approx((1 + 1 - 1 + 1) / 4, abs=1e-6)
+
+    student = adapt(tiny())
+    with torch.no_grad():
+        student.model.norm.weight.mul_(torch.linspace(0.5, 2, 32))
+        by_image = [
+            torch.cosine_similarity(student(image[None]).patches[0], reference, dim=-1).mean()
+            for images, grids in zip(batches, references, strict=True)
+            for image, reference in zip(images, grids, strict=True)
+        ]
+        drifted = torch.cat([student.run(images) for images in batches])
+    measured = validator(student)
+    assert measured.agreement == pytest.approx(torch.stack(by_image).mean().item(), abs=1e-6)
+    assert measured.pooled == pytest.approx(torch.cosine_similarity(drifted, pooled).mean().item(), abs=1e-6)
+
+
 def test_the_pooled_output_is_read_plainly_whatever_way_patches_are_read():
     backbone = adapt(families_open_clip.FAMILIES["clip"]()).eval()
     size = backbone.spec.input_size
