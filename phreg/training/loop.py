@@ -188,19 +188,9 @@ def train(  # noqa: C901 (the loop reads straight down)
 
             # The previous step's numbers are on the host by now. All processes read the same numbers, so they
             # stop together.
-            previous, metrics = (
-                metrics,
-                StepMetrics(
-                    step + 1,
-                    lr,
-                    names,
-                    sums,
-                    stop.is_set(),
-                    accelerator,
-                    measured,
-                    sizes if num_sizes > 1 else None,
-                ),  # fmt: skip
-            )
+            of_each = sizes if num_sizes > 1 else None
+            newest = StepMetrics(step + 1, lr, names, sums, stop.is_set(), accelerator, measured, of_each)
+            previous, metrics = metrics, newest
             stopping = previous is not None and step_logger.write(previous)
             turned = best is not None and best.turned
             if stopping or turned or step + 1 == steps or (step + 1) % config.checkpoint_every == 0:
