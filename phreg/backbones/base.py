@@ -41,6 +41,8 @@ NORMALISATION = "_phreg_normalisation"
 READOUT, TRAINED_READOUT = "phreg_readout", "phreg_trained_readout"
 """Attributes of a model that say how its last block is read, and how it was when phreg trained it."""
 
+UNIT_MOVER = "phreg_unit_mover"
+"""Attribute of a model's first block that keeps what moves hidden units into test-time registers."""
 
 COMPUTE_TYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 """Types that tokens have. Quantised weights are packed in others, and unpacked as they are used."""
@@ -586,14 +588,9 @@ def matrix_of(layer: nn.Module, like: Tensor) -> Tensor:
     return layer(torch.eye(cast(Any, layer).in_features, dtype=like.dtype, device=like.device))
 
 
-def unit_movers(model: nn.Module) -> list[tuple[nn.Module, int]]:
-    """Finds the hooks of test-time registers (`phreg.sinks.test_time`): each layer, and the key there."""
-    return [
-        (layer, key)
-        for layer in model.modules()
-        for key, hook in layer._forward_pre_hooks.items()
-        if hasattr(hook, "moves_units")
-    ]
+def unit_movers(model: nn.Module) -> list[Any]:
+    """Finds each `phreg.sinks.test_time.UnitMover` of a model; one where it has test-time registers."""
+    return [vars(module)[UNIT_MOVER] for module in model.modules() if UNIT_MOVER in vars(module)]
 
 
 def prefixed(module: nn.Module, prefix: str) -> list[str]:

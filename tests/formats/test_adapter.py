@@ -120,8 +120,8 @@ def test_test_time_registers_come_back_with_the_units_that_they_move(base, tmp_p
     folder, _ = make(base, tmp_path / "adapter", units=units)
     backbone = adapt(base)
     apply_adapter(folder, backbone)
-    assert test_time.installed(backbone) == units
-    assert test_time.calibrated_size(backbone) == (32, 32)
+    moved = test_time.installed(backbone)
+    assert (moved.units, moved.size) == (units, (32, 32))
 
 
 def test_a_position_embedding_of_another_size_comes_with_its_adapter(base, tmp_path):
