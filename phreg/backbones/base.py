@@ -282,6 +282,20 @@ class Backbone(nn.Module, ABC):
         Such are several MLPs side by side, one fused with attention, or one whose layers are wrapped (PEFT).
         """
 
+    def require_mlp(self, index: int) -> Mlp:
+        """Takes apart the MLP of one block, as `mlp` does.
+
+        Raises:
+            PhregError: It is not one that the adapter knows for certain.
+        """
+        mlp = self.mlp(index)
+        if mlp is None:
+            raise PhregError(
+                f"hidden units asked of block {index} of {self.describe()}, whose MLP is wrapped (PEFT), "
+                "fused with attention or one of several side by side; unwrap it, or ask another block"
+            )
+        return mlp
+
     def to_joint(self, tokens: Float[Tensor, "batch tokens width"]) -> Float[Tensor, "batch tokens dim"]:
         """Takes tokens behind the final norm, each by itself, to the space shared with text (CLIP, SigLIP).
 

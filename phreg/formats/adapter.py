@@ -354,8 +354,9 @@ def fit(record: RunRecord, backbone: Backbone) -> Fit | None:
 
 
 def base_of(record: RunRecord) -> Base:
-    """Names the base of an adapter, which every record of one tells."""
-    assert record.base is not None  # `read_record` sees to it
+    """Names the base of an adapter; raises a LoadError where its record tells none."""
+    if record.base is None:
+        raise LoadError(f"asked for the base of a {record.format}, whose record names none; give an adapter")
     return record.base
 
 

@@ -112,9 +112,7 @@ class UnitMover:
         mlps = {block: _mlp_with(backbone, block, chosen) for block, chosen in self.units.items()}
         start = backbone.spec.num_prefix
         stop = start + backbone.num_registers
-        patch = backbone.spec.patch_size
-        self._tokens = None if size is None else stop + size[0] // patch[0] * (size[1] // patch[1])
-        self._warned = False
+        self._patch, self._ahead, self._warned = backbone.spec.patch_size, stop, False
         self._keeper = backbone.blocks[0]
         setattr(self._keeper, UNIT_MOVER, self)
         self._handles = [self._keeper.register_forward_pre_hook(self, with_kwargs=True)]
@@ -129,17 +127,20 @@ class UnitMover:
 
     def __call__(self, _block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Warns once of images of another size, as a pre-hook on the first block."""
-        tokens = (*args, *kwargs.values())[0].shape[1]
-        other = self._tokens is not None and tokens != self._tokens
-        if other and not self._warned and not torch.compiler.is_compiling():
+        if self.size is None or self._warned or torch.compiler.is_compiling():
+            return
+        (height, width), (rows, cols) = self.size, self._patch
+        tokens, expected = (
+            (*args, *kwargs.values())[0].shape[1],
+            self._ahead + height // rows * (width // cols),
+        )
+        if tokens != expected:
             self._warned = True
             logger.warning(
-                "test-time registers found on images of %s pixels, %d tokens, run on %d tokens; "
+                "test-time registers found on images of %dx%d pixels, %d tokens, run on %d tokens; "
                 "they hold for that size: find them anew at this one",
-                "x".join(map(str, self.size or ())),
-                self._tokens,
-                tokens,
-            )
+                height, width, expected, tokens,
+            )  # fmt: skip
 
     def remove(self) -> None:
         """Takes all hooks off the model, and itself; the registers stay."""

@@ -16,7 +16,15 @@ from phreg.backbones.resolve import Base, adapt, weights_sha256
 from phreg.config import LoraConfig, UnlockConfig
 from phreg.errors import LoadError
 from phreg.formats import adapter
-from phreg.formats.adapter import apply_adapter, describe_tower, fit, read_adapter, read_tensors, save_adapter
+from phreg.formats.adapter import (
+    apply_adapter,
+    base_of,
+    describe_tower,
+    fit,
+    read_adapter,
+    read_tensors,
+    save_adapter,
+)
 from phreg.record import RunRecord, write_record
 from phreg.registers import add_registers
 from phreg.sinks import test_time
@@ -113,6 +121,12 @@ def test_the_whole_base_is_known_by_its_hash_whatever_its_tower_says(base):
     assert fit(described(own, sha256), adapt(base)) == "whole"
     assert fit(described("Another", sha256), adapt(base)) == "whole", "without a tower only the hash can tell"
     assert fit(described(own, sha256[::-1]), adapt(base)) is None
+
+
+def test_the_base_of_a_model_that_was_saved_whole_is_not_known(base):
+    assert base_of(described("Another", "abc")).sha256 == "abc"
+    with pytest.raises(LoadError, match="base of a phreg-model, whose record names none"):
+        base_of(RunRecord(format="phreg-model", model_class="Another", registers=3))
 
 
 def test_test_time_registers_come_back_with_the_units_that_they_move(base, tmp_path):
