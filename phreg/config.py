@@ -7,7 +7,7 @@ field's docstring is its command-line help, its documentation and part of its er
     defaults ◄── METHODS[method].settings ◄── recipe.toml ◄── flags / keyword arguments  ──►  DistillConfig
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import (
     BaseModel,
@@ -21,6 +21,7 @@ from pydantic import (
 )
 
 from phreg.deprecated import current_attribute
+from phreg.errors import ConfigError
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 DecayRate = Annotated[float, Field(ge=0, lt=1)]
@@ -233,6 +234,14 @@ class MeasureConfig(Config):
     is better than it. Off, the last state is handed out."""
 
 
+class Required(NamedTuple):
+    """What a run cannot do without, and a recipe need not say."""
+
+    model: str
+    images: str
+    output: str
+
+
 class DistillConfig(Config):
     """All settings of `phreg distill`."""
 
@@ -329,6 +338,31 @@ class DistillConfig(Config):
                 f"steps and epochs say the same in two ways, found {self.steps} and {self.epochs}; keep one"
             )
         return self
+
+    def required(self) -> Required:
+        """Gives what a run cannot do without.
+
+        Raises:
+            ConfigError: Any of it was not given; all that is missing is listed.
+        """
+        if self.model is not None and self.images is not None and self.output is not None:
+            return Required(self.model, self.images, self.output)
+        missing = [name for name in Required._fields if getattr(self, name) is None]
+        raise ConfigError(
+            "settings", [f"{name}: not given; name it by flag, argument or recipe" for name in missing]
+        )
+
+    def num_steps(self, batches_per_epoch: int) -> int:
+        """Counts the optimizer steps of a run, at least 1: as steps says, or as epochs does.
+
+        Args:
+            batches_per_epoch: Global batches that one pass over the images makes. Where neither steps nor
+                epochs is set, there is one pass.
+        """
+        if self.steps is not None:
+            return self.steps
+        epochs = 1 if self.epochs is None else self.epochs
+        return max(1, epochs * batches_per_epoch // self.optim.accumulate)
 
 
 def __getattr__(name: str) -> Any:

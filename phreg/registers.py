@@ -82,9 +82,8 @@ def remove_registers(model: _Model) -> _Model:
         The same model. A model without phreg registers stays unchanged.
     """
     backbone = model if isinstance(model, Backbone) else adapt(model)
-    for layer, key in unit_movers(backbone.model):
-        del layer._forward_pre_hooks[key]
-        layer._forward_pre_hooks_with_kwargs.pop(key, None)
+    for mover in unit_movers(backbone.model):
+        mover.remove()
     if backbone.num_registers:
         backbone.remove_registers()
     return model

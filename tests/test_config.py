@@ -22,6 +22,28 @@ def test_all_problems_are_told_at_once_by_dotted_key_with_near_misses():
     assert "method: should be 'auto', 'relocate', 'denoise', 'paper' or 'test-time', found 'papr'" in text
 
 
+def test_all_that_a_run_lacks_is_told_at_once():
+    assert methods.resolve(None, {"model": "m", "images": "i", "output": "o"}).required() == ("m", "i", "o")
+    with pytest.raises(ConfigError) as error:
+        methods.resolve(None, {"images": "i"}).required()
+    assert [problem.partition(":")[0] for problem in error.value.problems] == ["model", "output"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "steps"),
+    [
+        ({"steps": 7}, 7),
+        ({"steps": 7, "optim.accumulate": 2}, 7),  # optimizer steps, whatever is accumulated into one
+        ({"epochs": 3}, 30),
+        ({"epochs": 3, "optim.accumulate": 4}, 7),
+        ({"epochs": 1, "optim.accumulate": 100}, 1),
+        ({"epochs": None}, 10),
+    ],
+)
+def test_a_run_is_as_long_as_its_steps_or_its_epochs_of_ten_batches(asked, steps):
+    assert methods.resolve(None, asked).num_steps(10) == steps
+
+
 def test_steps_and_epochs_exclude_each_other():
     with pytest.raises(ConfigError, match="steps and epochs"):
         methods.resolve(None, {"steps": 1, "epochs": 1})

@@ -20,6 +20,7 @@ from phreg.backbones.resolve import adapt
 from phreg.backbones.timm import TimmBackbone
 from phreg.registers import add_registers
 from phreg.testing import check_backbone, laws, native_outputs, registers_masked
+from phreg.testing.instruments import move_registers
 from phreg.tokens import TokenLayout
 
 
@@ -157,6 +158,11 @@ def test_a_change_by_zero_registers_is_caught(monkeypatch, broken):
 
     monkeypatch.setattr(laws, "add_registers", adds_always)
     assert "law 1 (0 registers change nothing) is broken: the class of visual became" in broken()
+
+
+def test_registers_that_no_parameter_holds_are_caught():
+    with pytest.raises(AssertionError, match="law 2 is broken: a patched model names no parameter"):
+        move_registers(adapt(FAMILIES["open_clip/clip"]()))
 
 
 def test_a_removal_that_leaves_registers_is_caught(monkeypatch, broken):

@@ -27,7 +27,7 @@ from phreg.config import DistillConfig
 from phreg.data.crops import MixedCrops, centre_crops
 from phreg.data.sampling import split, subsample, subsample_indices
 from phreg.data.sources import ImageSource, open_images
-from phreg.errors import ConfigError, PhregError
+from phreg.errors import PhregError
 from phreg.evaluation.before_after import Comparison, HeldOut, compare, failed_checks, make_references
 from phreg.formats.load import Model, open_model
 from phreg.formats.run import save_run
@@ -119,10 +119,10 @@ def distill(
     Raises:
         PhregError: Anything asked for does not exist or does not fit; see its subclasses.
     """
-    student, base, source, config = _open_run(model, images, output, recipe, settings, resume=resume)
+    student, base, source, folder, config = _open_run(model, images, output, recipe, settings, resume=resume)
     method = METHODS[config.method]
     with rollback_on_error(student) as before, deterministic_kernels(wanted=config.deterministic):
-        run = _start(student, source, config)
+        run = _start(student, source, folder, config)
         if method.trains:
             check_trainable(student, len(run.train_images), config, run.accelerator.num_processes)
         with starting_run(run.folder, config, run.accelerator, resume=resume):
@@ -170,7 +170,7 @@ def _open_run(
     settings: dict[str, Any],
     *,
     resume: bool,
-) -> tuple[Backbone, Base, ImageSource, DistillConfig]:
+) -> tuple[Backbone, Base, ImageSource, RunFolder, DistillConfig]:
     """Resolves what `distill` was asked for, and opens model and images; nothing is written yet."""
     asked = {
         "model": "instance" if isinstance(model, nn.Module) else model,
@@ -178,27 +178,26 @@ def _open_run(
         "output": output,
     }
     given = {key: os.fspath(value) for key, value in asked.items() if value is not None} | settings
-    resumed = resume and recipe is None and output is not None and RunFolder(Path(output)).recipe.is_file()
-    if resumed:
-        recipe = RunFolder(Path(output or "")).recipe  # settings that are not given again stay the same
+    resumed = False
+    if resume and recipe is None and output is not None:
+        written = RunFolder(Path(output)).recipe
+        if resumed := written.is_file():
+            recipe = written  # settings that are not given again stay the same
     # First without the model, so that a typo costs no download; again when its type (CLIP or not) is known.
     early = methods.resolve(recipe, given, written_by_phreg=resumed)
-    missing = [key for key in asked if getattr(early, key) is None]
-    if missing:
-        raise ConfigError(
-            "settings", [f"{key}: not given; name it by flag, argument or recipe" for key in missing]
-        )
-    check_free(Path(early.output or ""), resume=resume)
+    required = early.required()
+    folder = RunFolder(Path(required.output))
+    check_free(folder.path, resume=resume)
     if early.device is not None:
         usable_device(early.device)
     source = open_images(
-        early.images or "",
+        required.images,
         split=early.data.split,
         column=early.data.image_column,
         max_megapixels=early.data.max_megapixels,
     )
     student, base = open_model(
-        model if isinstance(model, nn.Module) else early.model or "", early.revision, early.mean, early.std
+        model if isinstance(model, nn.Module) else required.model, early.revision, early.mean, early.std
     )
     if student.num_registers:
         raise PhregError(
@@ -213,7 +212,7 @@ def _open_run(
         )
     is_clip = student.projection is not None
     config = methods.resolve(recipe, given, clip=is_clip, written_by_phreg=resumed)
-    return student, base, source, checked_sizes(student, config)
+    return student, base, source, folder, checked_sizes(student, config)
 
 
 @dataclass(frozen=True)
@@ -271,9 +270,9 @@ class _Run:
         return list(centre_crops(backbone, images, self.size, margin, self.config.data.max_broken))
 
 
-def _start(student: Backbone, source: ImageSource, config: DistillConfig) -> _Run:
+def _start(student: Backbone, source: ImageSource, folder: RunFolder, config: DistillConfig) -> _Run:
     """Starts the processes, and splits the images."""
-    folder, margins = RunFolder(Path(config.output or "")), context_margins(student, config)
+    margins = context_margins(student, config)
     accelerator = start_accelerator(config, folder)
     size = next(iter(margins))
     return _Run(folder, config, accelerator, size, *split(source, config), margins[size], margins)

@@ -41,6 +41,8 @@ NORMALISATION = "_phreg_normalisation"
 READOUT, TRAINED_READOUT = "phreg_readout", "phreg_trained_readout"
 """Attributes of a model that say how its last block is read, and how it was when phreg trained it."""
 
+UNIT_MOVER = "phreg_unit_mover"
+"""Attribute of a model's first block that keeps what moves hidden units into test-time registers."""
 
 COMPUTE_TYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 """Types that tokens have. Quantised weights are packed in others, and unpacked as they are used."""
@@ -279,6 +281,20 @@ class Backbone(nn.Module, ABC):
 
         Such are several MLPs side by side, one fused with attention, or one whose layers are wrapped (PEFT).
         """
+
+    def require_mlp(self, index: int) -> Mlp:
+        """Takes apart the MLP of one block, as `mlp` does.
+
+        Raises:
+            PhregError: It is not one that the adapter knows for certain.
+        """
+        mlp = self.mlp(index)
+        if mlp is None:
+            raise PhregError(
+                f"hidden units asked of block {index} of {self.describe()}, whose MLP is wrapped (PEFT), "
+                "fused with attention or one of several side by side; unwrap it, or ask another block"
+            )
+        return mlp
 
     def to_joint(self, tokens: Float[Tensor, "batch tokens width"]) -> Float[Tensor, "batch tokens dim"]:
         """Takes tokens behind the final norm, each by itself, to the space shared with text (CLIP, SigLIP).
@@ -586,14 +602,9 @@ def matrix_of(layer: nn.Module, like: Tensor) -> Tensor:
     return layer(torch.eye(cast(Any, layer).in_features, dtype=like.dtype, device=like.device))
 
 
-def unit_movers(model: nn.Module) -> list[tuple[nn.Module, int]]:
-    """Finds the hooks of test-time registers (`phreg.sinks.test_time`): each layer, and the key there."""
-    return [
-        (layer, key)
-        for layer in model.modules()
-        for key, hook in layer._forward_pre_hooks.items()
-        if hasattr(hook, "moves_units")
-    ]
+def unit_movers(model: nn.Module) -> list[Any]:
+    """Finds each `phreg.sinks.test_time.UnitMover` of a model; one where it has test-time registers."""
+    return [vars(module)[UNIT_MOVER] for module in model.modules() if UNIT_MOVER in vars(module)]
 
 
 def prefixed(module: nn.Module, prefix: str) -> list[str]:

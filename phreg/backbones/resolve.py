@@ -416,11 +416,10 @@ def _locate_on_hub(
         _refuse_links(folder)
         return Located(folder, source, None, commit)
     library = "open_clip" if arch else _library(folder, order, source)
-    if (folder / EXPORT_FILE).is_file():
+    if library is None or (folder / EXPORT_FILE).is_file():
         hub.snapshot(repository, commit, EXPORTED_FILES)
         _refuse_links(folder)
         return Located(folder, source, library, commit)
-    assert library is not None  # of what phreg did not export
     for name in LAYOUTS[library].weights:
         files = _files(folder, name)
         # The config is named along with them because the client warns about patterns that match nothing.

@@ -217,10 +217,11 @@ class FeatureReader:
             range(first, min(first + self.batch_size, len(source)))
             for first in range(0, len(source), self.batch_size)
         ]
+        if not chunks:
+            return
         with ThreadPoolExecutor(max_workers=1) as ahead:  # PIL decodes outside of the interpreter's lock
-            coming = ahead.submit(self._place, source, chunks[0], reading) if chunks else None
+            coming = ahead.submit(self._place, source, chunks[0], reading)
             for number, chunk in enumerate(chunks):
-                assert coming is not None
                 placed = coming.result()
                 if number + 1 < len(chunks):
                     coming = ahead.submit(self._place, source, chunks[number + 1], reading)
@@ -278,8 +279,8 @@ class FeatureReader:
         if reading.fit in ("crop", "square"):
             inside = self.snap(reading.size or own)
         else:
-            shorter = reading.size or (min(height, width) if reading.fit == "pad" else min(own))
-            assert isinstance(shorter, int)  # as `FeatureConfig` sees to
+            asked = reading.size or (picture.size if reading.fit == "pad" else own)
+            shorter = asked if isinstance(asked, int) else min(asked)
             scale = shorter / min(height, width)
             sides = max(1, round(height * scale)), max(1, round(width * scale))
             inside = sides if reading.fit == "pad" else self.snap(sides)

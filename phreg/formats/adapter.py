@@ -86,7 +86,7 @@ def save_adapter(
     Raises:
         OSError, SafetensorError: The disk does not take it; an earlier adapter there is still whole.
     """
-    tensors = _differing(backbone, base_state)
+    tensors, moved = _differing(backbone, base_state), test_time.installed(backbone)
     record = RunRecord(
         format=ADAPTER_FORMAT,
         format_version=FORMAT_VERSION,
@@ -100,8 +100,8 @@ def save_adapter(
         mean=backbone.spec.mean,
         std=backbone.spec.std,
         readout=run.readout if run else "plain",
-        test_time=test_time.installed(backbone),
-        test_time_size=test_time.calibrated_size(backbone),
+        test_time=moved.units if moved else None,
+        test_time_size=moved.size if moved else None,
         versions=versions(),
         run=run,
     ).with_sums(tensors)
@@ -187,10 +187,10 @@ def take_shape(backbone: Backbone, record: RunRecord) -> None:
     """
     if record.input_size is not None and record.input_size != backbone.spec.input_size:
         backbone.set_input_size(record.input_size)
-    if record.registers:
-        backbone.insert_registers(torch.zeros(record.registers, backbone.spec.width))
     if record.test_time:
-        test_time.attach(backbone, record.test_time, record.test_time_size)
+        test_time.install(backbone, record.test_time, record.registers, record.test_time_size)
+    elif record.registers:
+        backbone.insert_registers(torch.zeros(record.registers, backbone.spec.width))
 
 
 def _tried(
@@ -354,8 +354,9 @@ def fit(record: RunRecord, backbone: Backbone) -> Fit | None:
 
 
 def base_of(record: RunRecord) -> Base:
-    """Names the base of an adapter, which every record of one tells."""
-    assert record.base is not None  # `read_record` sees to it
+    """Names the base of an adapter; raises a LoadError where its record tells none."""
+    if record.base is None:
+        raise LoadError(f"asked for the base of a {record.format}, whose record names none; give an adapter")
     return record.base
 
 

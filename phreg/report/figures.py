@@ -44,13 +44,13 @@ def figures(models: Sequence[Inspection]) -> Iterator[DrawnChart]:
     yield from _agreement_figures(models, names)
     yield from _attention_figures(models, names)
     yield from _neighbour_figures(models, names)
-    for number, model in enumerate((model for model in models if model.sinks), start=1):
-        assert model.sinks is not None
+    with_sinks = [(model.name, model.sinks) for model in models if model.sinks]
+    for number, (name, sinks) in enumerate(with_sinks, start=1):
         yield DrawnChart(
             "Sinks",
             f"sinks-{number}" if len(models) > 1 else "sinks",
-            sink_chart(model.sinks, model.name if len(models) > 1 else ""),
-            f"Chart of the sinks of {model.name}: {causes(model.sinks)}",
+            sink_chart(sinks, name if len(models) > 1 else ""),
+            f"Chart of the sinks of {name}: {causes(sinks)}",
             "Above: what sets the causes off, from block to block, and their shares. Below: how active these "
             "units are on outliers and elsewhere, and how much attention outliers draw.",
         )
@@ -101,17 +101,16 @@ def _position_figures(models: Sequence[Inspection], names: Sequence[str]) -> Ite
         "Map of the positions of outliers",
         f"Share of images with an outlier at each patch, after {focus_blocks(models)}.",
     )  # fmt: skip
-    for number, model in enumerate((model for model in models if model.interpolation), start=1):
-        effect = model.interpolation
-        assert effect is not None
+    resampled = [(model.name, model.interpolation) for model in models if model.interpolation]
+    for number, (name, effect) in enumerate(resampled, start=1):
         yield DrawnChart(
             "Where",
             f"resampled-positions-{number}",
             charts.stripes(
                 effect.antialiased.positions, effect.plain.positions, names=("antialiased", "not antialiased")
             ),
-            f"Maps of outliers of {model.name}, its positions resampled with and without antialiasing",
-            f"Outliers of {model.name} on a grid of {effect.grid[0]}x{effect.grid[1]} instead of its own "
+            f"Maps of outliers of {name}, its positions resampled with and without antialiasing",
+            f"Outliers of {name} on a grid of {effect.grid[0]}x{effect.grid[1]} instead of its own "
             f"{effect.own_grid[0]}x{effect.own_grid[1]}, its position embedding resampled either way; its "
             f"library {'antialiases' if effect.library_antialiases else 'does not antialias'}. Mean cosine "
             f"between the two: {effect.cosine:.3f}. Stripes would show as even steps along the margins.",
@@ -214,17 +213,16 @@ def _probe_figures(models: Sequence[Inspection], names: Sequence[str]) -> Iterat
             "Error of a linear probe that predicts a patch's pixels from its token; 100 % is the mean patch"
             " every time. Lower is better.",
         )  # fmt: skip
-    classes = [
-        {entry.token: (100 * entry.mean, 100 * (entry.std or 0.0)) for entry in model.classes.tokens}
-        for model in models
-        if model.classes
-    ]
-    if classes and len(classes) == len(models):
-        assert models[0].classes is not None
+    probes = [model.classes for model in models if model.classes]
+    if probes and len(probes) == len(models):
+        classes = [
+            {entry.token: (100 * entry.mean, 100 * (entry.std or 0.0)) for entry in probe.tokens}
+            for probe in probes
+        ]
         yield DrawnChart(
             section, "probe-class",
             charts.probe_bars(
-                *classes, figure="top-1 of the class, %", names=names, chance=100 * models[0].classes.chance
+                *classes, figure="top-1 of the class, %", names=names, chance=100 * probes[0].chance
             ),
             "Chart of how well single tokens tell the class of their image",
             "Accuracy of a linear probe that is given one token of an image; bars show the standard "

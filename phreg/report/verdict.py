@@ -12,10 +12,11 @@ from phreg.sinks.locate import Sinks
 def verdict(report: NormReport) -> str:
     """Says in a sentence whether a model has artifacts: how many, how strong, since which block, where."""
     found, last = report.blocks[report.focus], report.blocks[-1]
-    if found.gap is None:
+    if found.outlier_norm is None:
         return _after_norm_only(report.normed[-1])
+    strength = _strength(found.outlier_norm, found.median)
     traits = (
-        f"{_strength(found)}, from block {report.emergence_block} on (of 0 to {last.block}), "
+        f"{strength}, from block {report.emergence_block} on (of 0 to {last.block}), "
         f"mostly {describe_positions(report.position_histogram)}"
     )
     if found is last:
@@ -142,18 +143,17 @@ def _gain(found: ConsistencyReport) -> str:
 
 
 def _after_norm_only(block: BlockNorms) -> str:
-    if block.gap is None:
+    if block.outlier_norm is None:
         return "No sinks found: the norms of patch tokens show no gap in any block."
     return (
         f"{percent(block.outlier_rate)} of patch tokens stand apart, but only after the final norm: "
-        f"{_strength(block)}; before it, norms show no gap in any block."
+        f"{_strength(block.outlier_norm, block.median)}; before it, norms show no gap in any block."
     )
 
 
-def _strength(block: BlockNorms) -> str:
+def _strength(outlier_norm: float, median: float) -> str:
     """Compares the norm of outliers with that of all tokens; outliers are too few to move its median."""
-    assert block.outlier_norm is not None, "a block with a gap has outliers"
-    times = block.outlier_norm / max(block.median, 1e-12)
+    times = outlier_norm / max(median, 1e-12)
     return (
         f"their norm is {times:.0f}x the median"
         if times >= 9.95

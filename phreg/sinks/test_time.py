@@ -1,10 +1,14 @@
-"""Test-time registers: a model's sinks moved into registers by a hook, without any training.
+"""Test-time registers: a model's sinks moved into registers by hooks, without any training.
 
 Hooks edit the hidden units that cause sinks (`phreg.sinks.locate`). Each unit's largest activation over the
 patches of an image goes to the register; everywhere else the unit is set to zero (Jiang et al. 2025, arXiv
 2506.08010; by their appendix, a register may start from zero).
 
     hidden units [cls | register | patches]  ──►  [0 | largest of the patches | 0]  ──► down projection
+
+One `UnitMover` knows the units and owns all hooks. The model's first block keeps it, so that it is copied
+and pickled with the model. Replicas (DataParallel) share it; what a hook notes of the images on their way is
+on the module that runs.
 
 This is the cheapest repair and not the best: the patches also lose what these units said about them. It holds
 for the image size of the calibration; at another size the model warns once. Inference needs the hooks, and no
@@ -13,29 +17,25 @@ stock checkpoint can carry them.
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from phreg.backbones.base import Backbone
+from phreg.backbones.base import UNIT_MOVER, Backbone, Mlp, unit_movers
 from phreg.errors import PhregError
-from phreg.registers import remove_registers
 from phreg.rollback import rollback_on_error
 from phreg.sinks.locate import Sinks
 
 logger = logging.getLogger(__name__)
 
-Units = dict[int, list[tuple[int, int]]]
+Units = Mapping[int, Sequence[tuple[int, int]]]
 """By block: each unit, and the sign of its activation on sinks."""
 
-
-def moved_units(sinks: Sinks) -> Units:
-    """Lists the units that cause sinks, as `install` takes them."""
-    return {
-        block: [(unit.index, 1 if unit.sink_level >= 0 else -1) for unit in units]
-        for block, units in sinks.by_block().items()
-    }
+PADDING = "_phreg_padding"
+"""Attribute of a down projection while its block runs: which tokens are padding, (batch, tokens), or None.
+Each replica has its own."""
 
 
 def add_test_time_registers(backbone: Backbone, sinks: Sinks | None, count: int) -> None:
@@ -58,13 +58,19 @@ def add_test_time_registers(backbone: Backbone, sinks: Sinks | None, count: int)
         )
     rows, cols = sinks.norms.position_histogram.shape
     size = (rows * backbone.spec.patch_size[0], cols * backbone.spec.patch_size[1])
-    install(backbone, moved_units(sinks), count, size)
+    units = {
+        block: [(unit.index, 1 if unit.sink_level >= 0 else -1) for unit in found]
+        for block, found in sinks.by_block().items()
+    }
+    install(backbone, units, count, size)
 
 
 def install(
     backbone: Backbone, units: Units, num_registers: int = 1, size: tuple[int, int] | None = None
 ) -> None:
     """Adds registers of zeros to a model, and the hooks that move units into them.
+
+    `phreg.remove_registers` takes out both.
 
     Args:
         backbone: The model.
@@ -77,155 +83,129 @@ def install(
     """
     with rollback_on_error(backbone):
         backbone.insert_registers(torch.zeros(num_registers, backbone.spec.width))
-        attach(backbone, units, size)
+        UnitMover(backbone, units, size)
 
 
-def attach(
-    backbone: Backbone, units: Mapping[Any, Sequence[Sequence[int]]], size: Sequence[int] | None = None
-) -> None:
-    """Attaches the hooks to a model whose registers are in place.
+def installed(backbone: Backbone) -> "UnitMover | None":
+    """Finds what moves units into a model's test-time registers; None where it has none."""
+    return next(iter(unit_movers(backbone.model)), None)
+
+
+class UnitMover:
+    """The test-time registers of a model: which units go there, and the hooks that move them.
 
     Args:
-        backbone: The model.
-        units: As `Units`; what JSON makes of them will do.
-        size: As `install` takes it.
+        backbone: The model, its registers in place. It keeps this object.
+        units: The units to move.
+        size: Pixels of the images that the units were found on; None means not known.
 
     Raises:
-        PhregError: A block or unit does not exist.
+        PhregError: A block or unit does not exist; nothing is hooked then.
+
+    Attributes:
+        units: As given, by block.
+        size: As given.
     """
-    checked = {int(block): [(int(u), int(s)) for u, s in chosen] for block, chosen in units.items()}
-    for block, chosen in checked.items():
-        mlp = backbone.mlp(block) if 0 <= block < len(backbone.blocks) else None
-        count = mlp.num_units if mlp is not None else 0
-        wrong = [unit for unit, _ in chosen if not 0 <= unit < count]
-        if wrong:
-            raise PhregError(
-                f"asked to move hidden units {wrong[:3]} of block {block} of {backbone.describe()}, which "
-                f"has {count} there; these test-time registers belong to another model"
-            )
-    prefix, patch = backbone.spec.num_prefix, backbone.spec.patch_size
-    tokens = None
-    if size is not None:
-        tokens = prefix + backbone.num_registers + size[0] // patch[0] * (size[1] // patch[1])
-    for index, chosen in sorted(checked.items()):
-        mlp, block = backbone.mlp(index), backbone.blocks[index]
-        assert mlp is not None  # checked above
-        down = next(name for name, module in block.named_modules() if module is mlp.down)
-        # The first of them knows the size, so that it is warned of once.
-        known = (size[0], size[1]) if size is not None and index == min(checked) else None
-        watch = Watch(down, known, tokens if known else None)
-        block.register_forward_pre_hook(watch, with_kwargs=True)
-        move = MoveUnits(
-            [unit for unit, _ in chosen], [sign for _, sign in chosen], prefix, backbone.num_registers
+
+    def __init__(self, backbone: Backbone, units: Units, size: tuple[int, int] | None) -> None:
+        self.units, self.size = {block: list(units[block]) for block in sorted(units)}, size
+        mlps = {block: _mlp_with(backbone, block, chosen) for block, chosen in self.units.items()}
+        start = backbone.spec.num_prefix
+        stop = start + backbone.num_registers
+        self._patch, self._ahead, self._warned = backbone.spec.patch_size, stop, False
+        self._keeper = backbone.blocks[0]
+        setattr(self._keeper, UNIT_MOVER, self)
+        self._handles = [self._keeper.register_forward_pre_hook(self, with_kwargs=True)]
+        for index, mlp in mlps.items():
+            block = backbone.blocks[index]
+            down = next(name for name, module in block.named_modules() if module is mlp.down)
+            numbers, signs = ([pair[side] for pair in self.units[index]] for side in (0, 1))
+            self._handles += [
+                block.register_forward_pre_hook(NotePadding(down), with_kwargs=True),
+                mlp.down.register_forward_pre_hook(MoveUnits(numbers, signs, start, stop)),
+            ]
+
+    def __call__(self, _block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Warns once of images of another size, as a pre-hook on the first block."""
+        if self.size is None or self._warned or torch.compiler.is_compiling():
+            return
+        (height, width), (rows, cols) = self.size, self._patch
+        tokens, expected = (
+            (*args, *kwargs.values())[0].shape[1],
+            self._ahead + height // rows * (width // cols),
         )
-        mlp.down.register_forward_pre_hook(move)
+        if tokens != expected:
+            self._warned = True
+            logger.warning(
+                "test-time registers found on images of %dx%d pixels, %d tokens, run on %d tokens; "
+                "they hold for that size: find them anew at this one",
+                height, width, expected, tokens,
+            )  # fmt: skip
+
+    def remove(self) -> None:
+        """Takes all hooks off the model, and itself; the registers stay."""
+        for handle in self._handles:
+            handle.remove()
+        delattr(self._keeper, UNIT_MOVER)
 
 
-def installed(backbone: Backbone) -> Units | None:
-    """Says which units a model's test-time registers move; None where it has none."""
-    found: Units = {}
-    for block in range(len(backbone.blocks)):
-        mlp = backbone.mlp(block)
-        for hook in mlp.down._forward_pre_hooks.values() if mlp is not None else ():
-            if isinstance(hook, MoveUnits):
-                found[block] = list(zip(hook.units, hook.signs, strict=True))
-    return found or None
+def _mlp_with(backbone: Backbone, block: int, units: Sequence[tuple[int, int]]) -> Mlp:
+    """Takes apart the MLP of a block that has certain hidden units.
 
-
-def calibrated_size(backbone: Backbone) -> tuple[int, int] | None:
-    """Says on images of which size the units were found; None where there are none, or it is not known."""
-    hooks = [hook for block in backbone.blocks for hook in block._forward_pre_hooks.values()]
-    return next((hook.size for hook in hooks if isinstance(hook, Watch)), None)
-
-
-def uninstall(backbone: Backbone) -> None:
-    """Takes hooks and registers out again, as `phreg.remove_registers` does."""
-    remove_registers(backbone)
-
-
-class Seen:
-    """Which tokens are no padding, for the images on their way; an object, as exports assign no tensors."""
-
-    tokens: Tensor | None = None
-    """Those that any token may attend to (batch, tokens); None means all."""
-
-
-SEEN = "_phreg_seen"
-"""Attribute of a down projection that holds its `Seen`: of the one that runs, as replicas (DataParallel) have
-images of their own."""
-
-
-class Watch:
-    """A pre-hook on a block that has units to move: notes padding, and warns of another size.
-
-    Args:
-        down: Path of the down projection in the block.
-        size: Pixels of the images that the units were found on; None warns of none.
-        tokens: Tokens that such images make.
+    Raises:
+        PhregError: There is no such block or unit.
     """
+    mlp = backbone.mlp(block) if 0 <= block < len(backbone.blocks) else None
+    count = mlp.num_units if mlp is not None else 0
+    wrong = [unit for unit, _ in units if not 0 <= unit < count]
+    if mlp is None or wrong:
+        raise PhregError(
+            f"asked to move hidden units {wrong[:3]} of block {block} of {backbone.describe()}, which "
+            f"has {count} there; these test-time registers belong to another model"
+        )
+    return mlp
 
-    moves_units = True
 
-    def __init__(self, down: str, size: tuple[int, int] | None, tokens: int | None) -> None:
-        self.down, self.size, self.tokens = down, size, tokens
-        self._warned = False
+@dataclass(frozen=True)
+class NotePadding:
+    """A pre-hook on a block that tells its down projection, at that path, which tokens are padding."""
+
+    down: str
 
     def __call__(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Reads the block's tokens and attention mask."""
-        tokens = (*args, *kwargs.values())[0].shape[1]
+        """Reads the block's attention mask; padding is what no token may attend to."""
         given = (*args[1:2], kwargs.get("attention_mask"), kwargs.get("attn_mask"))
         mask = next((value for value in given if isinstance(value, Tensor) and value.dim() == 4), None)
         if mask is not None and mask.is_floating_point():  # added to scores
             mask = mask > torch.finfo(mask.dtype).min / 2
-        seen = Seen()
-        seen.tokens = None if mask is None else mask.flatten(1, 2).any(1)
-        setattr(block.get_submodule(self.down), SEEN, seen)
-        other = self.tokens is not None and tokens != self.tokens
-        if other and not self._warned and not torch.compiler.is_compiling():
-            self._warned = True
-            logger.warning(
-                "test-time registers found on images of %s pixels, %d tokens, run on %d tokens; "
-                "they hold for that size: find them anew at this one",
-                "x".join(map(str, self.size or ())),
-                self.tokens,
-                tokens,
-            )
+        padding = None if mask is None else ~mask.flatten(1, 2).any(1)
+        setattr(block.get_submodule(self.down), PADDING, padding)
 
 
+@dataclass(frozen=True)
 class MoveUnits:
     """A pre-hook on a down projection that gives each unit's largest activation to the registers.
 
-    An object, not a closure, so that models which carry it can be copied and pickled.
-
-    Args:
+    Attributes:
         units: Hidden units to move.
         signs: Sign of each one's activation on sinks; the largest is the one furthest on that side.
-        num_prefix: Tokens before the registers.
-        num_registers: Registers.
+        start: Tokens before the registers.
+        stop: Tokens before the patches.
     """
 
-    moves_units = True
-    """By which `phreg.backbones.base.unit_movers` knows it."""
-
-    def __init__(
-        self,
-        units: Sequence[int],
-        signs: Sequence[int],
-        num_prefix: int,
-        num_registers: int,
-    ) -> None:
-        self.units, self.signs = list(units), list(signs)
-        self.start, self.stop = num_prefix, num_prefix + num_registers
+    units: list[int]
+    signs: list[int]
+    start: int
+    stop: int
 
     def __call__(self, down: nn.Module, args: tuple[Tensor, ...]) -> tuple[Any, ...]:
         """Edits hidden units (batch, tokens, hidden), image by image and unit by unit."""
         hidden = args[0]
         signs = hidden.new_tensor(self.signs)
         patches = hidden[:, self.stop :, self.units] * signs
-        seen = getattr(down, SEEN, Seen).tokens
-        if seen is not None:  # the units of padding count for nothing
-            padding = ~seen[:, self.stop :, None]
-            patches = patches.masked_fill(padding, torch.finfo(patches.dtype).min)
+        padding = vars(down).pop(PADDING, None)
+        if padding is not None:  # its units count for nothing
+            patches = patches.masked_fill(padding[:, self.stop :, None], torch.finfo(patches.dtype).min)
         largest = patches.amax(1, keepdim=True) * signs
         edited = hidden.clone()
         edited[:, :, self.units] = 0

@@ -68,9 +68,8 @@ def at_baseline(backbone: Backbone, units: Sequence[Unit]) -> Iterator[None]:
     """Fixes units at their baseline on patches while the model runs."""
     with ExitStack() as stack:
         for block, fixed in by_block(units).items():
-            mlp = backbone.mlp(block)
-            assert mlp is not None  # units were found there
-            stack.enter_context(ahead_of(mlp.down, _FixAtBaseline(fixed, backbone.spec.num_prefix)))
+            down = backbone.require_mlp(block).down
+            stack.enter_context(ahead_of(down, _FixAtBaseline(fixed, backbone.spec.num_prefix)))
         yield
 
 
@@ -145,8 +144,7 @@ class UnitReader:
         self._down: dict[str, int] = {}
         self._up: dict[str, tuple[int, list[Int[Tensor, " units"]]]] = {}
         for block, index in self.units.items():
-            mlp = backbone.mlp(block)
-            assert mlp is not None  # units were found there
+            mlp = backbone.require_mlp(block)
             self._down[names[mlp.down]] = block
             for layer in mlp.up:
                 starts = range(0, layer.out_features, mlp.num_units)

@@ -137,23 +137,30 @@ def first_block_input(backbone: Backbone, images: Tensor) -> Tensor:
 @torch.no_grad()
 def move_registers(backbone: Backbone) -> None:
     """Adds noise to the registers, in place."""
-    assert backbone.registers is not None
-    noise = torch.randn(backbone.registers.shape, generator=torch.Generator().manual_seed(2))
-    backbone.registers.add_(noise.to(backbone.registers))
+    registers = _registers(backbone)
+    noise = torch.randn(registers.shape, generator=torch.Generator().manual_seed(2))
+    registers.add_(noise.to(registers))
 
 
 def register_gradient(backbone: Backbone, images: Tensor, law: str) -> Tensor:
     """Takes the gradient of a random mixture of all outputs; (registers, width)."""
-    assert backbone.registers is not None
-    backbone.registers.requires_grad_(True).grad = None
+    registers = _registers(backbone).requires_grad_(True)
+    registers.grad = None
     with torch.random.fork_rng():
         torch.manual_seed(0)
         features = backbone(images)
         loss = torch.stack([(torch.randn_like(tensor) * tensor).sum() for tensor in features]).sum()
     loss.backward()
-    if backbone.registers.grad is None:
+    if registers.grad is None:
         raise AssertionError(f"{law} is broken: the registers receive no gradient")
-    return backbone.registers.grad[0]
+    return registers.grad[0]
+
+
+def _registers(backbone: Backbone) -> nn.Parameter:
+    """Finds the registers of a patched model."""
+    if backbone.registers is None:
+        raise AssertionError("law 2 is broken: a patched model names no parameter as its registers")
+    return backbone.registers
 
 
 def enable_checkpointing(model: nn.Module) -> None:

@@ -108,7 +108,7 @@ def train(  # noqa: C901 (the loop reads straight down)
     average = MovingAverage(trained, config.optim.ema) if config.optim.ema is not None else None
 
     steps_per_epoch = order.steps_per_epoch / accumulate
-    steps = config.steps or max(1, (config.epochs or 1) * order.steps_per_epoch // accumulate)
+    steps = config.num_steps(order.steps_per_epoch)
 
     saved_tensors: dict[str, Tensor] = dict(trained)
     if average is not None:

@@ -262,7 +262,7 @@ def test_test_time_registers_take_the_artifacts_and_show_it():
     register = found.norms.tokens[-1]
     assert register.name == "register 1"
     assert register.quantiles[-1][4] > 5 * found.norms.blocks[-1].median
-    assert test_time.installed(backbone) == moved
+    assert test_time.installed(backbone).units == moved
 
 
 # -- the model stays as it is -------------------------------------------------------------------------------

@@ -533,8 +533,11 @@ def test_other_mlps_are_not_taken_apart(architecture, extra):
 def test_a_wrapped_layer_is_not_taken_apart():
     model = FAMILIES["vit"]()
     model.blocks[0].mlp.fc1 = nn.Sequential(model.blocks[0].mlp.fc1)
-    assert adapt(model).mlp(0) is None
-    assert adapt(model).mlp(1) is not None
+    backbone = adapt(model)
+    assert backbone.mlp(0) is None
+    with pytest.raises(PhregError, match=r"hidden units asked of block 0 of VisionTransformer .*wrapped"):
+        backbone.require_mlp(0)
+    assert backbone.require_mlp(1).down is model.blocks[1].mlp.fc2
 
 
 # -- refusals ------------------------------------------------------------------------------------------------

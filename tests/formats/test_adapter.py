@@ -16,7 +16,15 @@ from phreg.backbones.resolve import Base, adapt, weights_sha256
 from phreg.config import LoraConfig, UnlockConfig
 from phreg.errors import LoadError
 from phreg.formats import adapter
-from phreg.formats.adapter import apply_adapter, describe_tower, fit, read_adapter, read_tensors, save_adapter
+from phreg.formats.adapter import (
+    apply_adapter,
+    base_of,
+    describe_tower,
+    fit,
+    read_adapter,
+    read_tensors,
+    save_adapter,
+)
 from phreg.record import RunRecord, write_record
 from phreg.registers import add_registers
 from phreg.sinks import test_time
@@ -115,13 +123,19 @@ def test_the_whole_base_is_known_by_its_hash_whatever_its_tower_says(base):
     assert fit(described(own, sha256[::-1]), adapt(base)) is None
 
 
+def test_the_base_of_a_model_that_was_saved_whole_is_not_known(base):
+    assert base_of(described("Another", "abc")).sha256 == "abc"
+    with pytest.raises(LoadError, match="base of a phreg-model, whose record names none"):
+        base_of(RunRecord(format="phreg-model", model_class="Another", registers=3))
+
+
 def test_test_time_registers_come_back_with_the_units_that_they_move(base, tmp_path):
     units = {1: [(5, 1), (9, -1)]}
     folder, _ = make(base, tmp_path / "adapter", units=units)
     backbone = adapt(base)
     apply_adapter(folder, backbone)
-    assert test_time.installed(backbone) == units
-    assert test_time.calibrated_size(backbone) == (32, 32)
+    moved = test_time.installed(backbone)
+    assert (moved.units, moved.size) == (units, (32, 32))
 
 
 def test_a_position_embedding_of_another_size_comes_with_its_adapter(base, tmp_path):

@@ -27,7 +27,7 @@ def hidden_units():
 
 def test_registers_get_the_largest_of_the_patches_and_all_else_is_silent():
     hidden = hidden_units()
-    (edited,) = MoveUnits([5, 9], [1, -1], num_prefix=1, num_registers=2)(torch.nn.Identity(), (hidden,))
+    (edited,) = MoveUnits([5, 9], [1, -1], start=1, stop=3)(torch.nn.Identity(), (hidden,))
     for register in (1, 2):
         assert torch.equal(edited[:, register, 5], hidden[:, 3:, 5].amax(1))
         assert torch.equal(edited[:, register, 9], hidden[:, 3:, 9].amin(1)), "its sinks are negative"
@@ -40,12 +40,12 @@ def test_registers_get_the_largest_of_the_patches_and_all_else_is_silent():
 def test_the_input_is_not_edited_in_place():
     hidden = hidden_units()
     before = hidden.clone()
-    MoveUnits([5], [1], 1, 2)(torch.nn.Identity(), (hidden,))
+    MoveUnits([5], [1], 1, 3)(torch.nn.Identity(), (hidden,))
     assert torch.equal(hidden, before)
 
 
 def test_every_image_of_a_batch_is_edited_as_it_is_alone():
-    move = MoveUnits([5, 9], [1, -1], 1, 2)
+    move = MoveUnits([5, 9], [1, -1], 1, 3)
     (together,) = move(torch.nn.Identity(), (hidden_units(),))
     for number in range(2):
         (alone,) = move(torch.nn.Identity(), (hidden_units()[number : number + 1],))
@@ -62,11 +62,11 @@ def test_every_family_takes_them_can_be_copied_and_is_itself_again_without(famil
     test_time.install(backbone, UNITS, 2)
     with_hook = backbone(images)
     assert not torch.equal(with_hook.patches, before.patches)
-    assert test_time.installed(backbone) == UNITS
+    assert test_time.installed(backbone).units == UNITS
     twin = adapt(copy.deepcopy(backbone.model))
-    assert test_time.installed(twin) == UNITS
+    assert test_time.installed(twin).units == UNITS
     assert torch.equal(twin(images).patches, with_hook.patches)
-    test_time.uninstall(backbone)
+    phreg.remove_registers(backbone)
     after = backbone(images)
     assert test_time.installed(backbone) is None
     assert torch.equal(after.patches, before.patches)
@@ -80,7 +80,7 @@ def test_a_pickled_model_keeps_its_hooks(family):
     images = torch.randn(2, 3, *backbone.spec.input_size)
     test_time.install(backbone, UNITS)
     twin = adapt(pickle.load(io.BytesIO(pickle.dumps(backbone.model))))
-    assert test_time.installed(twin) == UNITS
+    assert test_time.installed(twin).units == UNITS
     assert torch.equal(twin(images).patches, backbone(images).patches)
 
 
@@ -113,11 +113,49 @@ def test_padding_is_no_patch(filling, implementation):
     torch.testing.assert_close(padded[:, : rows * cols], alone, atol=1e-5, rtol=1e-5)
 
 
+@torch.no_grad()
+def test_a_padded_image_leaves_nothing_on_the_model_and_removal_no_trace():
+    model = FAMILIES["transformers/siglip2-vision"]()
+    before = traces(model)
+    test_time.install(adapt(model), UNITS, 2)
+    during = traces(model)
+    pixels = torch.randn(1, 12, model.embeddings.patch_embedding.in_features)
+    model(pixels, (torch.arange(12) < 6).long()[None], torch.tensor([[2, 3]]))
+    assert traces(model) == during
+    assert during != before
+    phreg.remove_registers(model)
+    assert traces(model) == before
+
+
+def traces(model):
+    """Names each module's attributes, and numbers the hooks before its forward."""
+    return {
+        name: (
+            sorted(vars(module)),
+            len(module._forward_pre_hooks),
+            len(module._forward_pre_hooks_with_kwargs),
+        )
+        for name, module in model.named_modules()
+    }
+
+
+@torch.no_grad()
+def test_a_model_with_them_that_takes_padding_is_exported_as_it_is(monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as users have it
+    model = FAMILIES["transformers/siglip2-vision"]()
+    test_time.install(adapt(model), UNITS, 2)
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randn(1, 12, model.embeddings.patch_embedding.in_features, generator=generator)
+    asked = (pixels, (torch.arange(12) < 6).long()[None], torch.tensor([[2, 3]]))
+    exported = torch.export.export(model, asked).module()
+    assert torch.equal(exported(*asked).last_hidden_state, model(*asked).last_hidden_state)
+
+
 def test_another_size_than_they_were_found_at_is_warned_of_once(caplog):
     backbone = adapt(FAMILIES["transformers/dinov2"]())
     rows, cols = backbone.spec.patch_size
     test_time.install(backbone, UNITS, size=(4 * rows, 4 * cols))
-    assert test_time.calibrated_size(backbone) == (4 * rows, 4 * cols)
+    assert test_time.installed(backbone).size == (4 * rows, 4 * cols)
     backbone(torch.randn(1, 3, 4 * rows, 4 * cols))
     assert not caplog.records
     for _ in range(2):
@@ -144,7 +182,7 @@ def test_a_model_with_them_compiles_into_one_graph(tiny, monkeypatch):
 def test_units_that_do_not_exist_are_named_and_nothing_is_hooked(tiny, units, found):
     backbone = adapt(tiny())
     with pytest.raises(PhregError, match=found):
-        test_time.attach(backbone, UNITS | units)
+        test_time.install(backbone, UNITS | units)
     assert test_time.installed(backbone) is None
 
 
@@ -161,7 +199,7 @@ def test_the_demonstrations_artifacts_are_moved_by_one_call_and_come_back_by_ano
     model, images = demo.demo_model(), photographs(every=8)
     before = model(images[:2])
     assert phreg.add_test_time_registers(model, images) is model
-    (moved,) = test_time.installed(adapt(model)).items()
+    (moved,) = test_time.installed(adapt(model)).units.items()
     assert moved[0] == demo.SINK_BLOCK
     assert set(moved[1]) == {(demo.BACKGROUND_NEURON, 1), (demo.CORNER_NEURON, 1)}
     assert phreg.inspect(model, images).outlier_rate == 0
@@ -210,8 +248,9 @@ def test_a_test_time_run_trains_nothing_and_loads_back_with_its_hooks(run):
     loaded = phreg.load(run.run)
     images = torch.randn(2, 3, 224, 224)
     assert torch.equal(loaded(images), run.model(images))
-    assert test_time.installed(adapt(loaded)) == test_time.installed(adapt(run.model))
-    assert test_time.calibrated_size(adapt(loaded)) == (224, 224)
+    moved = test_time.installed(adapt(loaded))
+    assert moved.units == test_time.installed(adapt(run.model)).units
+    assert moved.size == (224, 224)
     assert not (run.run / "log.jsonl").exists()
     assert all(parameter.requires_grad for parameter in run.model.parameters())
 

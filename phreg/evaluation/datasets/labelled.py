@@ -50,10 +50,8 @@ class Labelled:
     classes: tuple[str, ...]
 
 
-def open_labelled(
-    data: str | os.PathLike[str], split: Split | None = None, *, labels: str | os.PathLike[str] | None = None
-) -> Labelled | None:
-    """Finds out how images and their classes are stored, and lists them.
+def open_labelled(data: str | os.PathLike[str], *, labels: str | os.PathLike[str] | None = None) -> Labelled:
+    """Finds out how images and their classes are stored, and lists all of them.
 
     One of:
 
@@ -64,30 +62,45 @@ def open_labelled(
     - the id of a Hugging Face dataset, or a folder that one was saved to.
 
     Args:
-        data: Folder or dataset id.
-        split: Part to list; None means all there is.
+        data: Folder or dataset id; of a dataset with splits, the training images are listed.
         labels: File of labels.
-
-    Returns:
-        The images, or None where `data` is not divided into splits and one was asked for.
 
     Raises:
         DataError: There is nothing there, a folder is no class, or labels and images do not match.
     """
     root = Path(data)
-    if labels is None and root.is_dir():
-        labels = next(
-            (root / name for name in ("labels.csv", "labels.json") if (root / name).is_file()), None
-        )
-    if labels is not None:
-        return None if split else _listed(root, Path(labels))
-    if not root.is_dir() or (root / "dataset_dict.json").is_file() or (root / "state.json").is_file():
+    listed = _label_file(root) if labels is None else Path(labels)
+    if listed is not None:
+        return _listed(root, listed)
+    if _is_hugging_face(root):
+        return _hugging_face(os.fspath(data), "train")
+    return _class_folders(root, PART_NAMES.union(*SPLIT_NAMES.values()))
+
+
+def open_split(
+    data: str | os.PathLike[str], split: Split, *, labels: str | os.PathLike[str] | None = None
+) -> Labelled | None:
+    """Lists one split of what `open_labelled` finds; None where it is not divided into splits.
+
+    Raises:
+        DataError: There is nothing there, or a folder is no class.
+    """
+    root = Path(data)
+    if labels is not None or _label_file(root) is not None:
+        return None
+    if _is_hugging_face(root):
         return _hugging_face(os.fspath(data), split)
     divided = split_folder(root, "train") is not None and split_folder(root, "val") is not None
-    if split is None:
-        return _class_folders(root, PART_NAMES.union(*SPLIT_NAMES.values()))
     found = split_folder(root, split) if divided else None
     return _class_folders(found, PART_NAMES) if found else None
+
+
+def _label_file(root: Path) -> Path | None:
+    return next((root / name for name in ("labels.csv", "labels.json") if (root / name).is_file()), None)
+
+
+def _is_hugging_face(root: Path) -> bool:
+    return not root.is_dir() or (root / "dataset_dict.json").is_file() or (root / "state.json").is_file()
 
 
 def read_labelled(backbone: Backbone, data: str, size: int | tuple[int, int]) -> LabelledImages:
@@ -99,7 +112,7 @@ def read_labelled(backbone: Backbone, data: str, size: int | tuple[int, int]) ->
         DataError: There are none, or labels and images do not match.
     """
     found = open_labelled(data)
-    if found is None or not len(found.images):
+    if not len(found.images):
         raise DataError(f"labelled images asked for in {data}, found none; give a folder of class folders")
     numbers = subsample_indices(len(found.images), LABELLED)
     crops = Crops(found.images, size, crop="centre")
@@ -181,9 +194,9 @@ def _listed(root: Path, path: Path) -> Labelled:
     return Labelled(Files(tuple(str(root / name) for name, _ in pairs)), torch.tensor(numbers), classes)
 
 
-def _hugging_face(name: str, split: Split | None) -> Labelled:
-    """Lists a Hugging Face dataset; without a split asked for, its training images."""
-    called, images = _hugging_face_split(name, split or "train")
+def _hugging_face(name: str, split: Split) -> Labelled:
+    """Lists a split of a Hugging Face dataset."""
+    called, images = _hugging_face_split(name, split)
     import datasets
 
     saved = Path(name).is_dir()

@@ -18,9 +18,9 @@ classification, which takes the class whose name, in 80 prompts, is nearest (Rad
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from itertools import product
-from typing import Annotated, Literal, NamedTuple, get_args
+from typing import Annotated, Literal, get_args
 
 import torch
 from jaxtyping import Float, Int64
@@ -33,7 +33,7 @@ from phreg.backbones.text import imagenet_names, text_encoder
 from phreg.config import Config
 from phreg.data.sources import Subset
 from phreg.errors import DataError, PhregError
-from phreg.evaluation.datasets.labelled import Labelled, open_labelled
+from phreg.evaluation.datasets.labelled import Labelled, open_labelled, open_split
 from phreg.evaluation.datasets.vocabulary import Vocabulary, embed_vocabulary, find_vocabulary
 from phreg.evaluation.features import FeatureConfig, FeatureReader
 from phreg.evaluation.metrics.scores import top_k
@@ -86,17 +86,17 @@ class Settings(Config):
     """L2 penalty of the probe, times half the squared weights, beside the mean cross-entropy."""
 
 
-class Globals(NamedTuple):
-    """Global features of a set of images, on the CPU."""
+Globals = dict[Feature, Float[Tensor, "_ _"]]
+"""Global features of a set of images (images, dim), on the CPU."""
 
-    features: dict[Feature, Float[Tensor, "images _"]]
-    logits: Float[Tensor, "images classes"] | None
+Scores = tuple[str, Tensor]
+"""What something says of the test images, (images, classes), and its name."""
 
 
 def is_stochastic(data: str, settings: Settings) -> bool:
     """What is held back for testing is, where something learns and the data has no splits."""
     learns = not set(settings.methods) <= UNTRAINED
-    return learns and open_labelled(data, "val", labels=settings.labels) is None
+    return learns and open_split(data, "val", labels=settings.labels) is None
 
 
 def run(reader: FeatureReader, data: str, settings: Settings, seed: int) -> Metrics:
@@ -106,36 +106,25 @@ def run(reader: FeatureReader, data: str, settings: Settings, seed: int) -> Metr
         DataError: Images or labels cannot be read, there are no two classes, or one has no training image.
         PhregError: The model has no classifier, and one was asked for.
     """
-    figures: dict[str, float] = {}
-    detail: dict[str, dict[str, float]] = {}
     train, test = (
         (None, _tested(data, settings))
         if set(settings.methods) <= UNTRAINED
         else _divide(data, settings, seed)
     )
-    seen = _read(reader, test, settings, "test images", head="head" in settings.methods)
-    learned = _read(reader, train, settings, "training images", head=False) if train else None
+    seen = _read(reader, test, settings, "test images")
+    found: dict[str, Iterable[Scores]] = {
+        "head": _head_scores(reader, test, settings),
+        "zero-shot": _word_scores(reader, test, seen, settings),
+    }
+    if train is not None:
+        learned = _read(reader, train, settings, "training images")
+        found |= {name: _learned_scores(name, train, learned, test, seen, settings) for name in SCORES}
+    figures: dict[str, float] = {}
+    detail: dict[str, dict[str, float]] = {}
     for method in settings.methods:
-        if method == "head":
-            assert seen.logits is not None
-            _check_head(seen.logits, test, reader)
-            _add(figures, "head", seen.logits, test.labels)
-            continue
-        if method == "zero-shot":
-            scores = zero_shot_scores(reader, seen.features["pooled"], test.classes, settings)
-            _add(figures, _name(method), scores, test.labels)
-            if not detail:
-                detail["top1"] = _per_class(scores, test)
-            continue
-        assert train is not None
-        assert learned is not None
-        for feature in settings.features:
-            score = SCORES[method]
-            scores = score(
-                learned.features[feature], train.labels, seen.features[feature], len(test.classes), settings
-            )
-            _add(figures, _name(method, feature), scores, test.labels)
-            if not detail:
+        for name, scores in found[method]:
+            _add(figures, name, scores, test.labels)
+            if method != "head" and not detail:
                 detail["top1"] = _per_class(scores, test)
     counts = {"train": len(train.labels) if train else 0, "test": len(test.labels)}
     guarded = tuple(name for name in figures if name.endswith("top1"))
@@ -213,10 +202,37 @@ SCORES: dict[str, Callable[[Tensor, Tensor, Tensor, int, Settings], Tensor]] = {
 """Scores of test images (images, classes), by method."""
 
 
+def _head_scores(reader: FeatureReader, test: Labelled, settings: Settings) -> list[Scores]:
+    """What the model's own classifier says, read before anything is learned; nothing where not asked for."""
+    if "head" not in settings.methods:
+        return []
+    logits = reader.logits(test.images, settings.reading, "test images")
+    if int(test.labels.max()) >= logits.shape[1]:
+        raise PhregError(
+            f"head asked of {reader.backbone.describe()}, whose classifier has {logits.shape[1]} classes, on "
+            f"labels up to {int(test.labels.max())}; number the labels as the classifier does, in labels.csv"
+        )
+    return [("head", logits)]
+
+
+def _word_scores(
+    reader: FeatureReader, test: Labelled, seen: Globals, settings: Settings
+) -> Iterator[Scores]:
+    yield _name("zero-shot"), zero_shot_scores(reader, seen["pooled"], test.classes, settings)
+
+
+def _learned_scores(
+    method: str, train: Labelled, learned: Globals, test: Labelled, seen: Globals, settings: Settings
+) -> Iterator[Scores]:
+    """Learns from each feature in turn."""
+    for feature in settings.features:
+        scores = SCORES[method](learned[feature], train.labels, seen[feature], len(test.classes), settings)
+        yield _name(method, feature), scores
+
+
 def _tested(data: str, settings: Settings) -> Labelled:
     """Test images where nothing is learned: the validation split, or all there are."""
-    found = open_labelled(data, "val", labels=settings.labels) or open_labelled(data, labels=settings.labels)
-    assert found is not None
+    found = open_split(data, "val", labels=settings.labels) or open_labelled(data, labels=settings.labels)
     if "zero-shot" in settings.methods and settings.words != "imagenet":
         _check_classes(len(found.classes), data)
     return found
@@ -233,8 +249,8 @@ def _check_classes(count: int, data: str) -> None:
 
 def _divide(data: str, settings: Settings, seed: int) -> tuple[Labelled, Labelled]:
     """Training and test images: the data's own splits, or a share of each class drawn by the seed."""
-    train = open_labelled(data, "train", labels=settings.labels)
-    test = open_labelled(data, "val", labels=settings.labels)
+    train = open_split(data, "train", labels=settings.labels)
+    test = open_split(data, "val", labels=settings.labels)
     if train is not None and test is not None:
         if train.classes != test.classes:
             raise DataError(
@@ -244,7 +260,6 @@ def _divide(data: str, settings: Settings, seed: int) -> tuple[Labelled, Labelle
         _check_classes(len(train.labels.unique()), data)
         return train, test
     whole = open_labelled(data, labels=settings.labels)
-    assert whole is not None
     _check_classes(len(whole.labels.unique()), data)
     held: list[int] = []
     for label in whole.labels.unique().tolist():
@@ -265,22 +280,13 @@ def _divide(data: str, settings: Settings, seed: int) -> tuple[Labelled, Labelle
     return parts[0], parts[1]
 
 
-def _read(reader: FeatureReader, images: Labelled, settings: Settings, what: str, *, head: bool) -> Globals:
+def _read(reader: FeatureReader, images: Labelled, settings: Settings, what: str) -> Globals:
     rows: dict[Feature, list[Tensor]] = {"cls": [], "pooled": [], "patch-mean": []}
     for dense in reader.stream(images.images, settings.reading, what):
         rows["cls"].append(dense.cls)
         rows["pooled"].append(dense.pooled)
         rows["patch-mean"].append(dense.grid.mean((0, 1)))
-    features: dict[Feature, Tensor] = {name: torch.stack(found) for name, found in rows.items()}
-    return Globals(features, reader.logits(images.images, settings.reading, what) if head else None)
-
-
-def _check_head(logits: Tensor, test: Labelled, reader: FeatureReader) -> None:
-    if int(test.labels.max()) >= logits.shape[1]:
-        raise PhregError(
-            f"head asked of {reader.backbone.describe()}, whose classifier has {logits.shape[1]} classes, on "
-            f"labels up to {int(test.labels.max())}; number the labels as the classifier does, in labels.csv"
-        )
+    return {name: torch.stack(found) for name, found in rows.items()}
 
 
 def _add(figures: dict[str, float], name: str, scores: Tensor, labels: Tensor) -> None:

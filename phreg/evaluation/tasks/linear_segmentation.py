@@ -112,8 +112,8 @@ def train_head(
     """Trains batch norm and 1x1 convolution.
 
     Args:
-        batches: Features (batch, dim, rows, cols), and their truth: classes of pixels (batch, height, width),
-            or shares of patches (batch, classes, rows, cols).
+        batches: As many as settings.steps: features (batch, dim, rows, cols), and their truth, classes of
+            pixels (batch, height, width) or shares of patches (batch, classes, rows, cols).
         num_classes: Number of classes.
         settings: Steps and optimiser.
         seed: Seed of the first weights.
@@ -122,16 +122,11 @@ def train_head(
     Raises:
         DataError: Nothing that was seen shows a class.
     """
-    head: nn.Module | None = None
-    optimizer: torch.optim.Optimizer | None = None
+    first = next(batches)
+    head = _head(first[0].shape[1], num_classes, seed).to(first[0].device).train()
+    optimizer = torch.optim.AdamW(head.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
     learned = torch.zeros((), dtype=torch.bool, device=reader.device)
-    for step in range(settings.steps):
-        features, truth = next(batches)
-        if head is None or optimizer is None:
-            head = _head(features.shape[1], num_classes, seed).to(features.device).train()
-            optimizer = torch.optim.AdamW(
-                head.parameters(), lr=settings.lr, weight_decay=settings.weight_decay
-            )
+    for step, (features, truth) in enumerate(itertools.chain([first], batches)):
         for group in optimizer.param_groups:
             group["lr"] = settings.lr * _decay(step, settings)
         loss = head_loss(head(features), truth)
@@ -140,7 +135,6 @@ def train_head(
         loss.backward()
         optimizer.step()
         reader.observe("training the head", step + 1, settings.steps)
-    assert head is not None
     if not learned:
         raise DataError(
             f"none of the pixels that were seen in {settings.steps} steps of training shows a class; label "

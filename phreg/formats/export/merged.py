@@ -46,7 +46,7 @@ def unsupported_reason(backbone: Backbone) -> str | None:
 
 def contents(backbone: Backbone) -> Contents:
     """Puts together what the folder holds."""
-    tensors = backbone.disk_state()
+    tensors, moved = backbone.disk_state(), test_time.installed(backbone)
     record = RunRecord(
         format=MODEL_FORMAT,
         model_class=type(backbone.model).__name__,
@@ -57,8 +57,8 @@ def contents(backbone: Backbone) -> Contents:
         library=backbone.spec.library,
         config=_config(backbone),
         readout=backbone.readout,
-        test_time=test_time.installed(backbone),
-        test_time_size=test_time.calibrated_size(backbone),
+        test_time=moved.units if moved else None,
+        test_time_size=moved.size if moved else None,
     )
     return Contents({MODEL_TENSORS: tensors}, {}, record=record.with_sums(tensors))
 

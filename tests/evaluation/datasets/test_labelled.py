@@ -11,7 +11,7 @@ from PIL import Image
 from phreg.backbones.resolve import adapt
 from phreg.errors import DataError
 from phreg.evaluation.datasets import labelled
-from phreg.evaluation.datasets.labelled import open_labelled, read_labelled
+from phreg.evaluation.datasets.labelled import open_labelled, open_split, read_labelled
 
 
 @pytest.fixture
@@ -24,26 +24,26 @@ def class_folders(tmp_path):
 
 
 def test_class_folders_are_numbered_in_the_order_of_their_names(class_folders):
-    found = open_labelled(class_folders, "train")
+    found = open_split(class_folders, "train")
     assert found.classes == ("cat", "dog")
     assert found.labels.tolist() == [0, 0, 0, 1, 1, 1]
     assert "train/cat" in found.images.name(0)
 
 
 def test_a_folder_without_splits_is_one_set(class_folders):
-    assert open_labelled(class_folders / "train", "val") is None
+    assert open_split(class_folders / "train", "val") is None
     assert len(open_labelled(class_folders / "train").labels) == 6
 
 
 def test_a_class_without_images_is_named(class_folders):
     (class_folders / "train" / "eel").mkdir()
     with pytest.raises(DataError, match="eel"):
-        open_labelled(class_folders, "train")
+        open_split(class_folders, "train")
 
 
 def test_hidden_files_are_no_images_of_a_class(class_folders):
     leave_copies(class_folders / "train" / "dog" / "0.png")
-    found = open_labelled(class_folders, "train")
+    found = open_split(class_folders, "train")
     assert found.labels.tolist() == [0, 0, 0, 1, 1, 1]
     assert [found.images.read(number).size for number in range(6)] == [(40, 30)] * 6
 
@@ -51,13 +51,13 @@ def test_hidden_files_are_no_images_of_a_class(class_folders):
 def test_linked_folders_of_a_class_are_read(class_folders, tmp_path):
     write(tmp_path / "elsewhere" / "9.png", noise())
     (class_folders / "train" / "cat" / "more").symlink_to(tmp_path / "elsewhere")
-    assert open_labelled(class_folders, "train").labels.tolist() == [0, 0, 0, 0, 1, 1, 1]
+    assert open_split(class_folders, "train").labels.tolist() == [0, 0, 0, 0, 1, 1, 1]
 
 
 def test_links_to_nothing_are_named(class_folders, tmp_path):
     (class_folders / "train" / "cat" / "9.png").symlink_to(tmp_path / "nowhere.png")
     with pytest.raises(DataError, match=r"1 of 7 images of .*cat/9\.png"):
-        open_labelled(class_folders, "train")
+        open_split(class_folders, "train")
 
 
 @pytest.mark.parametrize("heading", ["", "file,class\n"])
@@ -67,6 +67,7 @@ def test_a_file_of_labels_numbers_a_flat_folder(tmp_path, heading):
     (tmp_path / "labels.csv").write_text(heading + "0.png,7\n1.png,2\n2.png,7\n")
     found = open_labelled(tmp_path)
     assert found.labels.tolist() == [7, 2, 7]
+    assert open_split(tmp_path, "val") is None
     (tmp_path / "other.json").write_text(json.dumps({"2.png": "dog", "0.png": "cat"}))
     named = open_labelled(tmp_path, labels=tmp_path / "other.json")
     assert (named.classes, named.labels.tolist()) == (("cat", "dog"), [1, 0])
@@ -108,7 +109,7 @@ def test_a_saved_dataset_brings_its_own_classes(tmp_path):
     rows = {"image": [noise(seed=number) for number in range(4)], "label": [0, 1, 1, 0]}
     table = datasets.Dataset.from_dict(rows, features=features)
     datasets.DatasetDict({"train": table, "test": table}).save_to_disk(str(tmp_path / "saved"))
-    found = open_labelled(tmp_path / "saved", "val")
+    found = open_split(tmp_path / "saved", "val")
     assert (found.classes, found.labels.tolist()) == (("a", "b"), [0, 1, 1, 0])
     assert found.images.read(0).size == (40, 30)
 

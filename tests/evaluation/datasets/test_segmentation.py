@@ -10,7 +10,7 @@ from pictures import leave_copies, noise, write
 from PIL import Image
 
 from phreg.errors import DataError
-from phreg.evaluation.datasets.labelled import open_labelled
+from phreg.evaluation.datasets.labelled import open_labelled, open_split
 from phreg.evaluation.datasets.masks import class_shares, read_index_mask
 from phreg.evaluation.datasets.segmentation import CAMVID, VOC, open_segmentation
 from phreg.evaluation.metrics.scores import IGNORE
@@ -510,4 +510,4 @@ def test_a_segmentation_dataset_has_no_class_folders(own_folder):
         for kind in ("images", "masks"):
             write(own_folder / split / kind / "a.png", noise())
     with pytest.raises(DataError, match="found images, masks"):
-        open_labelled(own_folder, "val")
+        open_split(own_folder, "val")

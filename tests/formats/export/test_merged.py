@@ -125,7 +125,7 @@ def test_test_time_registers_go_along_and_other_formats_name_those_with_them(for
     assert [figure.claimed for figure in figures] == [True] * 3
     if format == "merged":
         again = open_model(tmp_path / "out")[0]
-        assert test_time.installed(again) == units
+        assert test_time.installed(again).units == units
         assert torch.equal(again(pictures()).patches, backbone(pictures()).patches)
     with pytest.raises(PhregError, match=r"test-time registers.*exported as onnx or merged\."):
         export(backbone, tmp_path / "timm", "timm", base=base)
