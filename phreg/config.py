@@ -262,9 +262,9 @@ class DistillConfig(Config):
     """Register tokens to add. 0 distils without registers (an ablation)."""
     register_init: Literal["triggers", "neutral", "randn", "trunc-normal", "zeros"] = "triggers"
     """Initial values of the registers. triggers: the tokens that trigger the sinks, or randn without a sink.
-    neutral: the same, but without a sink the mean of all patch tokens that enter the blocks, which changes
-    the model little. randn: a normal distribution of std 1 / sqrt(width). trunc-normal: a truncated one of
-    std 0.02. zeros: zeros."""
+    neutral: the same, but without a sink the mean of all patch tokens that enter the blocks, fitted until
+    the model gives the features that it gave without registers. randn: a normal distribution of std
+    1 / sqrt(width). trunc-normal: a truncated one of std 0.02. zeros: zeros."""
     steps: PositiveInt | None = None
     """Optimizer steps. Unset means that epochs decides."""
     epochs: PositiveInt | None = None

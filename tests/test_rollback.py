@@ -16,7 +16,7 @@ from phreg.backbones.timm import TimmBackbone
 from phreg.errors import PhregError, TrainingError
 from phreg.formats import run
 from phreg.report import folder
-from phreg.sinks import relocation, test_time
+from phreg.sinks import starting, test_time
 from phreg.training import loop as trainer
 from phreg.training import task as tasks
 from phreg.training.task import RetrofitTask
@@ -93,7 +93,7 @@ def then_raise(monkeypatch, owner, name, error):
 
 STAGES = {
     "the search for sinks": (distillation, "outliers"),
-    "adding registers": (relocation, "add_starting_registers"),
+    "adding registers": (starting, "add_starting_registers"),
     "a change of read-out": (RetrofitTask, "running"),
     "unlocking": (trainer, "unlock"),
     "the optimizer": (trainer, "optimizer"),

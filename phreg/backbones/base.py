@@ -282,6 +282,16 @@ class Backbone(nn.Module, ABC):
         Such are several MLPs side by side, one fused with attention, or one whose layers are wrapped (PEFT).
         """
 
+    def require_registers(self) -> nn.Parameter:
+        """Finds the added registers, as `registers` does.
+
+        Raises:
+            PhregError: There are none.
+        """
+        if self.registers is None:
+            raise PhregError(f"asked for the registers of {self.describe()}, which has none; add some first")
+        return self.registers
+
     def require_mlp(self, index: int) -> Mlp:
         """Takes apart the MLP of one block, as `mlp` does.
 

@@ -51,7 +51,7 @@ def add_registers(
     student: "Backbone", sinks: "Sinks | None", batches: "Sequence[Tensor]", config: DistillConfig
 ) -> "list[LossTerm]":
     """Adds registers as configured, and no loss term: what moves, distillation alone moves."""
-    from phreg.sinks.relocation import add_starting_registers
+    from phreg.sinks.starting import add_starting_registers
 
     add_starting_registers(student, sinks, batches, config.registers, config.register_init, config.seed)
     return []

@@ -28,7 +28,6 @@ end (benchmarks/methods). With fewer registers than clusters, some registers hol
     4 and 1               4:  0 1 0 0            1:  0 and 1
 """
 
-from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Literal
 
@@ -37,106 +36,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from phreg.backbones.base import Backbone
-from phreg.registers import add_registers, initial_registers
 from phreg.sinks.locate import Sinks
-from phreg.sinks.units import UnitActivations, UnitReader, ahead_of
-
-BESIDE = 0.1
-"""Noise on registers that start at the mean patch token, as a share of a random register."""
-
-
-def assign_registers(num_registers: int, sinks_an_image: Sequence[int]) -> list[list[int]]:
-    """Assigns clusters of sinks to registers, each once before any twice.
-
-    Args:
-        num_registers: Registers.
-        sinks_an_image: Sinks that an image has of each cluster.
-
-    Returns:
-        Each register's clusters: none where there are more registers, several where there are more clusters.
-    """
-    turns = range(max(sinks_an_image))
-    order = [cluster for turn in turns for cluster, count in enumerate(sinks_an_image) if turn < count]
-    assigned: list[list[int]] = [[] for _ in range(num_registers)]
-    for number, cluster in enumerate(order[: max(num_registers, len(sinks_an_image))]):
-        assigned[number % num_registers].append(cluster)
-    return assigned
-
-
-@torch.no_grad()
-def mean_patch(backbone: Backbone, batches: Iterable[Float[Tensor, "_ 3 _ _"]]) -> Float[Tensor, " width"]:
-    """Returns the mean of all patch tokens that enter the blocks, over images and positions, before any norm.
-
-    Such a token draws the attention of an average patch and adds what an average patch adds. Sixteen near it
-    change a real DINOv2 less than four random ones do (tests/sinks/test_relocation.py).
-    """
-    entered: list[Tensor] = []
-    sums = []
-    with ahead_of(backbone.first_block_input, lambda _module, args: entered.append(args[0])):
-        for images in batches:
-            backbone.run(images)
-            patches = backbone.layout(images).patches(entered.pop())
-            sums.append((patches.double().sum((0, 1)).cpu(), patches.shape[:2].numel()))
-    return (torch.stack([total for total, _ in sums]).sum(0) / sum(count for _, count in sums)).float()
-
-
-def starting_tokens(sinks: Sinks, num_registers: int, seed: int) -> Float[Tensor, "registers width"]:
-    """Starts registers from triggers of their clusters, the most frequent first; at random without a cluster.
-
-    A register of several clusters starts at the mean of their triggers.
-    """
-    return _with_triggers(initial_registers(num_registers, sinks.triggers[0].shape[1], seed=seed), sinks)
-
-
-def neutral_tokens(
-    sinks: Sinks | None, mean: Float[Tensor, " width"], num_registers: int, seed: int
-) -> Float[Tensor, "registers width"]:
-    """Starts registers as `starting_tokens` does, and those without a cluster at the mean patch token.
-
-    These lie a little beside it, so that no two are alike.
-    """
-    tokens = mean + BESIDE * initial_registers(num_registers, len(mean), seed=seed)
-    return tokens if sinks is None else _with_triggers(tokens, sinks)
-
-
-def _with_triggers(
-    tokens: Float[Tensor, "registers width"], sinks: Sinks
-) -> Float[Tensor, "registers width"]:
-    """Replaces the tokens of registers that have a cluster by its triggers."""
-    unused = [iter(own) for own in sinks.triggers]
-    assigned = assign_registers(len(tokens), [len(own) for own in sinks.triggers])
-    for register, clusters in enumerate(assigned):
-        if clusters:
-            tokens[register] = torch.stack([next(unused[cluster]) for cluster in clusters]).mean(0)
-    return tokens
-
-
-def add_starting_registers(
-    student: Backbone,
-    sinks: Sinks | None,
-    batches: Iterable[Float[Tensor, "_ 3 _ _"]],
-    count: int,
-    init: Literal["triggers", "neutral", "randn", "trunc-normal", "zeros"],
-    seed: int,
-) -> None:
-    """Adds registers that start as `init` says.
-
-    Args:
-        student: The model.
-        sinks: Its sinks, where they are known.
-        batches: Normalised images, for the mean patch token.
-        count: Registers.
-        init: How they start. From triggers, those without a sink start at random.
-        seed: Seed of what is random.
-    """
-    if init == "triggers" and sinks is None:
-        init = "randn"
-    if init not in ("triggers", "neutral"):
-        add_registers(student, count, init, seed)
-    elif count and init == "triggers" and sinks is not None:
-        student.insert_registers(starting_tokens(sinks, count, seed))
-    elif count:
-        student.insert_registers(neutral_tokens(sinks, mean_patch(student, batches), count, seed))
+from phreg.sinks.starting import assign_registers
+from phreg.sinks.units import UnitActivations, UnitReader
 
 
 class Relocation:

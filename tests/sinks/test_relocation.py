@@ -5,37 +5,18 @@ from dataclasses import replace
 import pytest
 import torch
 from families import FAMILIES
-from planted import Planted, pictures
+from known_sinks import sinks
 from sinking import photographs
 
 from phreg import demo
-from phreg.analysis.norms import outliers
 from phreg.backbones.resolve import adapt
 from phreg.config import LoraConfig, UnlockConfig
-from phreg.registers import add_registers, initial_registers
-from phreg.sinks.locate import Sinks, Unit, find_sinks
-from phreg.sinks.relocation import (
-    Relocation,
-    add_starting_registers,
-    assign_registers,
-    mean_patch,
-    neutral_tokens,
-    starting_tokens,
-)
+from phreg.registers import add_registers
+from phreg.sinks.locate import find_sinks
+from phreg.sinks.relocation import Relocation
+from phreg.sinks.starting import starting_tokens
 from phreg.sinks.units import UnitActivations
 from phreg.training.trainable import merge_lora, unlock
-
-
-def sinks(*units):
-    """Sinks of some causes (block, unit, sink level[, cluster]) and their triggers: what relocation needs."""
-    causes = tuple(
-        Unit(block, index, level, 0.0, 1.0, *(cluster or [0]), pre_activation=(level,))
-        for block, index, level, *cluster in units
-    )
-    norms = outliers(Planted(), [pictures()])
-    # Triggers of 2 positions for the first cluster, 3 for the second, each row told by its value.
-    triggers = [10 * cluster + torch.arange(2.0 + cluster)[:, None].expand(-1, 32) for cluster in range(3)]
-    return Sinks(norms, 0, causes, 1.0, (), None, tuple(triggers[: 1 + max(unit.cluster for unit in causes)]))
 
 
 @pytest.fixture
@@ -89,67 +70,6 @@ def test_several_units_and_blocks_count_alike(patched):
     assert loss.item() == pytest.approx(1 / 3), "two of three units are where they should be"
 
 
-@pytest.mark.parametrize(
-    ("registers", "an_image", "assigned"),
-    [
-        (4, [4], [[0], [0], [0], [0]]),
-        (4, [1], [[0], [], [], []]),
-        (4, [2, 3], [[0], [1], [0], [1]]),
-        (4, [4, 1], [[0], [1], [0], [0]]),
-        (2, [5, 1, 1], [[0, 2], [1]]),
-        (1, [1, 1], [[0, 1]]),
-        (6, [2, 1], [[0], [1], [0], [], [], []]),
-    ],
-)
-def test_clusters_are_assigned_in_turn_and_each_as_often_as_an_image_has_it(registers, an_image, assigned):
-    assert assign_registers(registers, an_image) == assigned
-
-
-def test_registers_start_from_triggers_the_most_frequent_first_and_free_ones_as_asked():
-    two, mean = sinks((1, 5, 10.0, 0), (1, 6, 10.0, 1)), torch.full((32,), 100.0)
-    # Cluster 0 has triggers 0 and 1, cluster 1 has 10, 11 and 12.
-    tokens, neutral = starting_tokens(two, 7, seed=3), neutral_tokens(two, mean, 7, seed=3)
-    assert tokens[:5, 0].tolist() == neutral[:5, 0].tolist() == [0, 10, 1, 11, 12]
-    assert torch.equal(tokens[5:], initial_registers(7, 32, seed=3)[5:])
-    assert torch.allclose((neutral[5:] - 100) * 10, initial_registers(7, 32, seed=3)[5:], atol=1e-4)
-    assert starting_tokens(two, 1, seed=3)[:, 0].tolist() == [5], "halfway between the first of both"
-    assert (neutral_tokens(None, mean, 3, seed=3) - 100).abs().max() < 0.1
-
-
-def test_the_mean_patch_is_the_mean_of_what_enters_the_first_block(patched):
-    """By hand: patch embedding plus position embedding, of a model without a norm ahead of its blocks."""
-    patched.remove_registers()
-    images = torch.randn(5, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    model = patched.model
-    embedded = model.patch_embed(images) + model.pos_embed[:, -16:]
-    assert torch.allclose(mean_patch(patched, images.split(3)), embedded.mean((0, 1)), atol=1e-6)
-
-
-BATCHES = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(1)).split(2)
-
-
-@pytest.mark.parametrize("init", ["triggers", "neutral", "randn", "trunc-normal", "zeros"])
-@pytest.mark.parametrize("known", [True, False])
-def test_registers_start_as_asked_where_triggers_are_known_and_where_not(tiny, init, known):
-    backbone = adapt(tiny())
-    mean = mean_patch(backbone, BATCHES)
-    found = replace(sinks((1, 5, 10.0)), triggers=(torch.full((1, 32), 7.0),)) if known else None
-    add_starting_registers(backbone, found, BATCHES, 2, init, seed=3)
-    if init == "neutral":
-        expected = mean + initial_registers(2, 32, "randn", seed=3) / 10
-    else:
-        expected = initial_registers(2, 32, "randn" if init == "triggers" else init, seed=3)
-    if init in ("triggers", "neutral") and known:
-        expected[0] = 7.0
-    assert torch.allclose(backbone.registers[0], expected, atol=1e-6)
-
-
-def test_no_registers_are_added_where_none_are_asked_for(tiny):
-    backbone = adapt(tiny())
-    add_starting_registers(backbone, sinks((1, 5, 10.0)), BATCHES, 0, "triggers", seed=3)
-    assert backbone.num_registers == 0
-
-
 def test_a_register_is_asked_for_the_units_of_its_own_cluster_and_patches_for_none_of_any(patched):
     relocation = Relocation(patched, sinks((1, 5, 10.0, 0), (1, 6, -4.0, 1)))
     held = reading(0.0, 0.0, num_units=2)
@@ -201,10 +121,6 @@ def test_a_unit_counts_as_held_from_half_its_level_by_any_one_register(patched):
     held.hidden[:, 1] = torch.tensor([5.0, 0.0, 0.0])
     held.hidden[:, 2] = torch.tensor([0.0, 3.9, -2.0])
     assert relocation.silenced({1: held}) == ["1:6"]
-
-
-def test_registers_of_a_single_cluster_start_from_its_triggers():
-    assert starting_tokens(sinks((1, 5, 10.0)), 2, seed=3)[:, 0].tolist() == [0, 1]
 
 
 def test_gradients_reach_the_registers_and_the_units_rows_and_no_other_rows(patched):
@@ -303,7 +219,7 @@ def test_the_loss_is_in_fp32_whatever_the_model_runs_in(patched, dtype, part):
 def test_training_moves_the_demonstrations_sinks_into_registers_and_keeps_them_there():
     backbone, images = adapt(demo.demo_model()), photographs(every=12)
     found = find_sinks(backbone, images.split(8))
-    backbone.insert_registers(starting_tokens(found, 2, seed=0))
+    backbone.insert_registers(starting_tokens(backbone, found, [], 2, "triggers", seed=0))
     relocation = Relocation(backbone, found)
     rows = backbone.model.blocks[demo.SINK_BLOCK].mlp.fc1
     optimizer = torch.optim.Adam(
@@ -344,7 +260,7 @@ def test_a_real_sink_moves_into_a_register_however_many_there_are(real_model, re
     source = open_images(real_data / "imagenet_samples")
     (images,) = centre_crops(backbone, Subset(source, range(8)), 224)
     found = find_sinks(backbone, [images])
-    backbone.insert_registers(starting_tokens(found, registers, seed=0))
+    backbone.insert_registers(starting_tokens(backbone, found, [], registers, "triggers", seed=0))
     relocation = Relocation(backbone, found)
     optimizer = torch.optim.AdamW(backbone.parameters(), lr=1e-4)
     for _ in range(10):
@@ -354,25 +270,3 @@ def test_a_real_sink_moves_into_a_register_however_many_there_are(real_model, re
         optimizer.step()
         optimizer.zero_grad()
     assert relocation.silenced(hidden) == []
-
-
-@pytest.mark.real
-def test_sixteen_neutral_registers_change_a_real_dinov2_less_than_four_random_ones(real_data):
-    from phreg import api
-    from phreg.data.crops import centre_crops
-    from phreg.data.sources import Subset, open_images
-
-    backbone, _ = api.open_model(str(real_data / "models" / "dinov2-small"))
-    source = open_images(real_data / "imagenet_samples")
-    (images,) = centre_crops(backbone, Subset(source, range(8)), 224)
-
-    def changed_by(init, count):
-        before = backbone(images).patches
-        add_starting_registers(backbone, None, [images], count, init, seed=0)
-        after = backbone(images).patches
-        backbone.remove_registers()
-        return 1 - torch.cosine_similarity(before, after, dim=-1).mean().item()
-
-    with torch.no_grad():
-        assert changed_by("neutral", 16) < 0.6 * changed_by("randn", 4)
-        assert changed_by("neutral", 4) < 0.002, "of .001 asked for; one costs .0006"
