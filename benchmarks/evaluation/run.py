@@ -40,8 +40,12 @@ from phreg.evaluation.tasks.table import find_task
 from phreg.training.checkpoint import write_text
 from phreg.training.runtime import keep_freed_memory
 
-METHODS = ("raw", "test-time", "paper", "before", "relocate-0.1", "auto")
+METHODS = ("raw", "teacher", "test-time", "paper", "before", "relocate-0.1", "auto")
 Row = result_file.Row
+
+TEACHER = {"reading.views": 10}
+"""Settings of a task with which the raw model is read as the teacher of a distillation: the average over as
+many views as distillation has by default."""
 
 
 # -- tasks ---------------------------------------------------------------------------------------------------
@@ -74,6 +78,7 @@ class Task:
         figures: Figures in the table.
         protocol: Its named set of settings.
         drawn: Whether the seed of the evaluation decides anything; else one does for all.
+        averages: Whether it reads patch tokens by its `reading`, so that there is a row of the teacher.
     """
 
     name: str
@@ -82,6 +87,11 @@ class Task:
     settings: Mapping[str, Any] = field(default_factory=dict)
     protocol: str | None = None
     drawn: bool = True
+    averages: bool = False
+
+    def has(self, method: str) -> bool:
+        """Says whether there is a row of a method."""
+        return method != "teacher" or self.averages
 
 
 def own_classifier(folder: str) -> Task:
@@ -101,12 +111,14 @@ TASKS = {
         lambda data, _: data / "camvid",
         ("miou", "mean_accuracy", "pixel_accuracy", "artifact_accuracy"),
         {"reading": WINDOWS},
+        averages=True,
     ),
     "dense-nn": Task(
         "dense-nn",
         lambda data, _: data / "camvid",
         ("miou", "mean_accuracy", "pixel_accuracy", "artifact_accuracy"),
         {"reading": WINDOWS, "bank_size": 20_000},
+        averages=True,
     ),
     "lost": Task(
         "object-discovery",
@@ -129,6 +141,7 @@ TASKS = {
         ("knn_pooled_top1", "knn_patch_mean_top1", "linear_pooled_top1", "linear_patch_mean_top1"),
         {"features": ("pooled", "patch-mean")},
         drawn=False,
+        averages=True,
     ),
     "consistency": Task(
         "consistency",
@@ -260,19 +273,22 @@ class Bench:
     def row(self, name: str, method: str, seed: int) -> Row:
         """Measures one method with one seed in one task, set against the raw model."""
         task = TASKS[name]
-        model = self.patched(method, seed)
+        model = self.patched("raw" if method in methods.UNTRAINED else method, seed)
+        # Read in another way, the baseline is another too, and a folder holds the results of one way.
+        changes, folder = (TEACHER, f"{name}-teacher") if method == "teacher" else ({}, name)
         cpu = time.process_time()
         results = phreg.evaluate(
             model,
             task=task.name,
             data=task.data(self.data, self.work / "links"),
-            output=self.work / "evaluations" / name,
+            output=self.work / "evaluations" / folder,
             cache=self.work / "features",
             baseline=self.model,
             seed=seed if task.drawn else 0,
             protocol=task.protocol,
             device="cpu",
             **task.settings,
+            **changes,
         ).to_json()
         record = results["models"][0]
         return {
@@ -325,7 +341,9 @@ def table(name: str, rows: Mapping[str, Row]) -> str:
     records = {}
     for method, each in found.items():
         # What no seed decides is the same with every seed.
-        known = dict.fromkeys(seeds, *each.values()) if method == "raw" and not task.drawn else each
+        known = (
+            dict.fromkeys(seeds, *each.values()) if method in methods.UNTRAINED and not task.drawn else each
+        )
         records[method] = summarise(
             [Metrics({figure: _number(row["figures"].get(figure)) for figure in task.figures})
              for row in known.values()],
@@ -398,8 +416,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for index, seed in enumerate(options.seed or range(options.seeds)):
             for name in options.tasks:
                 key = f"{name}/{method}/{seed}"
-                once = method == "raw" and not TASKS[name].drawn
-                if key in rows or (once and (index or any(k.startswith(f"{name}/raw/") for k in rows))):
+                once = method in methods.UNTRAINED and not TASKS[name].drawn
+                known = key in rows or (
+                    once and (index or any(k.startswith(f"{name}/{method}/") for k in rows))
+                )
+                if known or not TASKS[name].has(method):
                     continue
                 print(f"{key} …", file=sys.stderr, flush=True)
                 rows = store(options.output, bench.protocol, {key: bench.row(name, method, seed)})

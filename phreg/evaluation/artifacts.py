@@ -40,7 +40,14 @@ def artifact_places(
     if baseline is None:
         return None
     before_norm = reading.model_copy(
-        update={"source": "tokens", "layer": None, "readout": "plain", "norm": False, "unit": False}
+        update={
+            "source": "tokens",
+            "layer": None,
+            "readout": "plain",
+            "norm": False,
+            "unit": False,
+            "views": 1,  # an average has hardly any left
+        }
     )
 
     def find() -> Sequence[Tensor] | None:

@@ -10,6 +10,9 @@ the grid (scores, a heat map) can be laid back onto the picture, pixel by pixel.
 Windows begin at whole patches, so where they overlap their patches coincide and the average is exact; since a
 linear head commutes with averaging, it sees what sliding-window inference would give it.
 
+With `views`, each window is also read in moved copies; the mean of what they show is the features that
+distillation teaches (`phreg.evaluation.view_average`).
+
 Registers never leave the block stack, and the CLS and register tokens are not in the grid. A task gets a
 `FeatureReader`, which reads in one of four ways:
 
@@ -24,73 +27,29 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Float, UInt8
 from PIL import Image
-from pydantic import PositiveInt, model_validator
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from phreg.backbones.base import Backbone, Readout
 from phreg.backbones.identity import identify
 from phreg.backbones.readout import dense_readout, use_readout
-from phreg.config import Config, Size
 from phreg.data.crops import as_input
 from phreg.data.sources import ImageSource
 from phreg.deprecated import current_attribute
 from phreg.evaluation.dense import Box, Dense, Placement
 from phreg.evaluation.feature_cache import FeatureCache, StoredFeatures
+from phreg.evaluation.feature_config import OUTPUTS, FeatureConfig
 from phreg.evaluation.projections import block_inputs, project
+from phreg.evaluation.view_average import average_views, draw_views
 
 Observer = Callable[[str, int, int], None]
 """Called with what is being done, how much of it is done, and how much there is."""
-
-
-OUTPUTS = ("tokens", "joint")
-"""Sources that are read off what a block puts out; the others, off what enters it."""
-
-
-class FeatureConfig(Config):
-    """What is read of a model, and on which canvas. Sizes are rounded to whole patches of the model."""
-
-    size: Size | None = None
-    """Shorter side of the canvas in pixels or, with `fit=crop` or `fit=square`, its height and width, one
-    number for both; unset means the model's own (`fit=pad`: the picture's own)."""
-    fit: Literal["keep", "square", "crop", "pad"] = "keep"
-    """How a picture gets onto the canvas: resampled with its ratio kept, the longer side too rounded to whole
-    patches; resampled to a square; cut to its central square, or to the middle in the shape of the canvas, if
-    that is none; or resampled and padded with the mean colour at
-    the right and the bottom."""
-    window: PositiveInt | None = None
-    """Side of the windows through which the canvas is read; unset reads it whole."""
-    stride: PositiveInt | None = None
-    """Distance of windows; unset means two thirds of a window."""
-    source: Literal["tokens", "queries", "keys", "values", "joint"] = "tokens"
-    """What is read: a block's output, the queries, keys or values of its attention, heads merged, or tokens
-    in the space that a CLIP-type model shares with text."""
-    layer: int | None = None
-    """Block that is read, 0-based or negative from the end; unset means the last."""
-    readout: Readout | None = None
-    """How a CLIP-type model's last block is read (phreg.backbones.readout); unset means as phreg trained the
-    model, and plain where it did not. Pooled outputs mean something when read plain alone."""
-    norm: bool = True
-    """Apply the final norm to tokens."""
-    bias: bool = True
-    """Keep the bias of the query, key or value projection."""
-    unit: bool = False
-    """Scale each patch feature to length 1, before windows are averaged."""
-
-    @model_validator(mode="after")
-    def _one_side_where_the_ratio_is_kept(self) -> "FeatureConfig":
-        if isinstance(self.size, tuple) and self.fit in ("keep", "pad"):
-            raise ValueError(
-                f"size gives height and width {self.size}, and fit={self.fit} keeps each picture's ratio; "
-                "give one number, or fit=crop or fit=square"
-            )
-        return self
 
 
 class DenseBatch(NamedTuple):
@@ -148,11 +107,14 @@ class FeatureReader:
 
     def described(self, reading: FeatureConfig) -> dict[str, Any]:
         """Says what features depend on beside the pictures, as JSON holds it."""
+        asked = reading.model_dump()
+        if reading.views == 1:
+            del asked["views"]  # as before there were any: what was kept then is found again
         return {
             "model": self.identity,
             "readout": self.readout(reading),
             "bf16": self.bf16,
-            "reading": reading.model_dump(),
+            "reading": asked,
         }
 
     def features(self, source: ImageSource, reading: FeatureConfig, what: str = "reading") -> StoredFeatures:
@@ -180,7 +142,8 @@ class FeatureReader:
 
         Args:
             source: The pictures.
-            readings: What is read; the first says on which canvas, and through which read-out.
+            readings: What is read; the first says on which canvas, through which read-out, and over how many
+                views.
             what: What this is for, told to the observer.
 
         Yields:
@@ -188,6 +151,7 @@ class FeatureReader:
 
         Raises:
             DataError: A picture cannot be read; a figure over the rest would not be comparable.
+            PhregError: Views are asked for of queries, keys or values, or more than there are.
         """
         for placed in self._batches(source, readings[0], what):
             yield from self._read_placed(placed, readings)
@@ -232,7 +196,8 @@ class FeatureReader:
         """Reads normalised images on the model's device; their sides must be whole patches.
 
         Raises:
-            PhregError: The model takes no such size.
+            PhregError: The model takes no such size; or views are asked for of queries, keys or values, or
+                more than there are.
         """
         patch = self.backbone.spec.patch_size
         self.backbone.check_size((images.shape[-2], images.shape[-1]))
@@ -337,36 +302,74 @@ class FeatureReader:
 
     @torch.no_grad()
     def _forward(self, images: Tensor, readings: Sequence[FeatureConfig]) -> list[DenseBatch]:
-        """Runs the model once and reads it in every way asked for."""
+        """Runs the model, on moved views too where asked for, and reads it in every way asked for."""
+        for reading in readings:
+            reading.check_views(readings[0].views)
         backbone, layout = self.backbone, self.backbone.layout(images)
+        autocast = torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16)
+        with autocast, use_readout(backbone, readings[0].readout):
+            pooled, unmoved = self._tokens(images, readings)
+            found = self._in_its_space(unmoved, readings)
+            averages: list[Tensor] = []
+            if readings[0].views > 1:
+                # Before the joint space, as a student's tokens are taught there.
+                averages = self._in_its_space(self._view_average(images, readings, unmoved), readings)
+        batches = []
+        for number, reading in enumerate(readings):
+            tokens = found[number].float()
+            grids = layout.to_grid(tokens)
+            cls = tokens[:, 0] if layout.num_prefix else grids.mean((1, 2))
+            if averages:
+                grids = averages[number].float().unflatten(1, layout.grid)
+            grids = normalize(grids, dim=-1) if reading.unit else grids
+            batches.append(DenseBatch(grids, pooled.float(), cls))
+        return batches
+
+    def _tokens(self, images: Tensor, readings: Sequence[FeatureConfig]) -> tuple[Tensor, list[Tensor]]:
+        """Runs the model once: its pooled output, and the tokens of each reading, not yet in joint space."""
+        backbone = self.backbone
         indices = [backbone.block_index(reading.layer) for reading in readings]
         asked = list(zip(indices, readings, strict=True))
         left = sorted({index for index, reading in asked if reading.source in OUTPUTS})
         entered = sorted({index for index, reading in asked if reading.source not in OUTPUTS})
         found = []
-        autocast = torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16)
-        with autocast, use_readout(backbone, readings[0].readout):
-            with backbone.tap(left) as outputs, block_inputs(backbone.blocks, entered) as inputs:
-                pooled = backbone.run(images)
-            for index, reading in asked:
-                if reading.source not in OUTPUTS:
-                    found.append(project(backbone, index, inputs[index], reading.source, bias=reading.bias))
-                    continue
-                normed = reading.norm or reading.source == "joint"
-                tokens = backbone.final_norm(outputs[index]) if normed else outputs[index]
-                if reading.source == "joint":
-                    found.append(backbone.to_joint(tokens))
-                    continue
-                if backbone.readout != "plain" and backbone.projection is not None:
-                    tokens = tokens @ backbone.projection
-                found.append(tokens)
-        batches = []
-        for tokens, reading in zip((tokens.float() for tokens in found), readings, strict=True):
-            grids = layout.to_grid(tokens)
-            cls = tokens[:, 0] if layout.num_prefix else grids.mean((1, 2))
-            grids = normalize(grids, dim=-1) if reading.unit else grids
-            batches.append(DenseBatch(grids, pooled.float(), cls))
-        return batches
+        with backbone.tap(left) as outputs, block_inputs(backbone.blocks, entered) as inputs:
+            pooled = backbone.run(images)
+        for index, reading in asked:
+            if reading.source not in OUTPUTS:
+                found.append(project(backbone, index, inputs[index], reading.source, bias=reading.bias))
+                continue
+            joint = reading.source == "joint"
+            tokens = backbone.final_norm(outputs[index]) if reading.norm or joint else outputs[index]
+            if not joint and backbone.readout != "plain" and backbone.projection is not None:
+                tokens = tokens @ backbone.projection
+            found.append(tokens)
+        return pooled, found
+
+    def _in_its_space(self, found: Sequence[Tensor], readings: Sequence[FeatureConfig]) -> list[Tensor]:
+        """Takes tokens to the joint space where a reading asks for it."""
+        return [
+            self.backbone.to_joint(tokens) if reading.source == "joint" else tokens
+            for tokens, reading in zip(found, readings, strict=True)
+        ]
+
+    def _view_average(
+        self, images: Tensor, readings: Sequence[FeatureConfig], unmoved: Sequence[Tensor]
+    ) -> list[Tensor]:
+        """Averages patch tokens (batch, patches, dim) over the unmoved view, which is given, and moved ones.
+
+        No forward takes more images than `batch_size`, or than are given.
+        """
+        size = (images.shape[-2], images.shape[-1])
+        layout = self.backbone.layout(images)
+        averages = average_views(
+            draw_views(readings[0].views, self.backbone.spec, size, len(images)),
+            images,
+            [layout.to_grid(tokens) for tokens in unmoved],
+            lambda moved: [layout.to_grid(tokens) for tokens in self._tokens(moved, readings)[1]],
+            self.batch_size,
+        )
+        return [mean.flatten(1, 2).to(tokens.dtype) for mean, tokens in zip(averages, unmoved, strict=True)]
 
 
 def _middle(picture: tuple[int, int], shape: tuple[int, int]) -> Box:

@@ -10,7 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from pictures import noise
 from PIL import Image
+
+from phreg.backbones.resolve import adapt
+from phreg.evaluation.feature_cache import FeatureCache
+from phreg.evaluation.features import FeatureConfig, FeatureReader
+from phreg.settings import build
 
 FOLDER = Path(__file__).parents[2] / "benchmarks" / "evaluation"
 
@@ -108,21 +114,36 @@ def test_every_task_has_its_row_and_nothing_is_done_twice(saved, data, small, tm
         "--set", "force=true", "--set", "size=32", "--set", "data.workers=0", "--set", "views.count=1",
         "--set", "batch_size=9", "--models", str(tmp_path / "models"),
     ]  # fmt: skip
-    run.main([*flags, "--methods", "raw,relocate-0.1", "--seed", "0"])
+    asked = ("raw", "teacher", "relocate-0.1")
+    run.main([*flags, "--methods", ",".join(asked), "--seed", "0"])
     rows = json.loads(output.read_text())["rows"]
-    assert list(rows) == [f"{task}/{method}/0" for task in run.TASKS for method in ("raw", "relocate-0.1")]
+    read_as_teacher = ("linear-segmentation", "dense-nn", "coarse")
+    assert list(rows) == [
+        f"{task}/{method}/0"
+        for task in run.TASKS
+        for method in asked
+        if method != "teacher" or task in read_as_teacher
+    ]
     for key, row in rows.items():
         assert row["seconds"] > 0
         first = run.TASKS[key.split("/")[0]].figures[0]
         assert math.isfinite(row["figures"][first]), key
-    assert "| raw |" in capsys.readouterr().out
+    raw, teacher = (rows[f"coarse/{method}/0"]["detail"] for method in ("raw", "teacher"))
+    assert teacher == raw, "pooled outputs, the headline, are the model's own"
+    held = json.loads((output.parent / ".work/evaluations/dense-nn-teacher/results.json").read_text())
+    (record,) = held["models"]
+    assert record["settings"]["reading"] | {"views": 10, "window": 32} == record["settings"]["reading"]
+    assert rows["dense-nn/teacher/0"]["figures"] != rows["dense-nn/raw/0"]["figures"]
+    printed = capsys.readouterr().out
+    assert "| raw |" in printed
+    assert printed.count("| teacher |") == 3
 
     def refuse(*_args, **_settings):
         raise AssertionError("trained or measured again")
 
     monkeypatch.setattr(run.trained.phreg, "distill", refuse)
     monkeypatch.setattr(run.phreg, "evaluate", refuse)
-    run.main([*flags, "--methods", "raw,relocate-0.1", "--seed", "0"])
+    run.main([*flags, "--methods", ",".join(asked), "--seed", "0"])
 
 
 def test_a_difference_is_marked_where_it_is_within_the_spread():
@@ -139,3 +160,17 @@ def test_a_difference_is_marked_where_it_is_within_the_spread():
     assert lines[2].startswith("| raw | 50.00 ± 0.00 |")
     assert "(+0.50 ± 1.32~)" in lines[3]
     assert "(+11.00 ± 1.00)" in lines[4]
+
+
+@pytest.mark.parametrize(("patch", "grid", "of_window"), [(14, (32, 43), 16), (16, (28, 37), 14)])
+def test_windows_hold_whole_patches_of_either_size(patch, grid, of_window, tiny, tmp_path, monkeypatch):
+    model = tiny(img_size=518 if patch == 14 else 224, patch_size=patch, embed_dim=8, depth=1)
+    reader = FeatureReader(adapt(model).eval(), "tiny", FeatureCache(tmp_path / "cache"), batch_size=16)
+    reading = build(FeatureConfig, run.WINDOWS | {"views": 3}, source="reading")
+    pixels, _ = reader.place(noise((480, 360)), reading)
+    seen, forward = [], reader.backbone.run
+    monkeypatch.setattr(reader.backbone, "run", lambda images: seen.append(images) or forward(images))
+    found = reader(reader.normalise(pixels[None]), reading)
+    assert found.grids.shape[1:3] == grid, "360x480 pixels become 448x597, in whole patches"
+    assert {tuple(images.shape[-2:]) for images in seen} == {(of_window * patch, of_window * patch)}
+    assert sum(map(len, seen)) == 3 * 2 * 3, "2x3 windows, and three views of each"

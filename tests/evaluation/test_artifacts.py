@@ -44,6 +44,9 @@ def test_they_are_looked_for_once_whatever_is_measured(reader, photos, tiny, mon
     again = artifact_places(another, open_images(photos), FeatureConfig(size=48, window=32))
     assert len(looked) == 1
     assert all(torch.equal(*masks) for masks in zip(first, again, strict=True))
+    views = artifact_places(another, open_images(photos), FeatureConfig(size=48, window=32, views=4))
+    assert len(looked) == 1, "an average over views is no other place"
+    assert all(torch.equal(*masks) for masks in zip(first, views, strict=True))
     artifact_places(another, open_images(photos), FeatureConfig(size=32))
     assert len(looked) == 2, "on another canvas they are others"
 

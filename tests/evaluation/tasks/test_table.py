@@ -72,4 +72,5 @@ def test_an_added_task_is_listed_with_what_it_measures_and_needs(added, capsys):
     cli.main(["tasks", "lengths"])
     printed = capsys.readouterr().out
     assert "reading.size" in printed
+    assert "reading.views" in printed
     assert "Data: any images." in printed
