@@ -72,7 +72,7 @@ def mean_patch(backbone: Backbone, batches: Iterable[Float[Tensor, "_ 3 _ _"]]) 
 def unnoticed(
     backbone: Backbone,
     tokens: Float[Tensor, "registers width"],
-    batches: Sequence[Float[Tensor, "_ 3 height width"]],
+    batches: Sequence[Float[Tensor, "_ 3 _ _"]],
 ) -> Float[Tensor, "registers width"]:
     """Moves register tokens until the model with them gives the features that it gives without.
 
@@ -117,7 +117,7 @@ def _distance(features: Features, reference: Features) -> Float[Tensor, ""]:
 def starting_tokens(
     backbone: Backbone,
     sinks: Sinks | None,
-    batches: Sequence[Float[Tensor, "_ 3 height width"]],
+    batches: Sequence[Float[Tensor, "_ 3 _ _"]],
     count: int,
     init: Literal["triggers", "neutral"],
     seed: int,
@@ -152,7 +152,7 @@ def starting_tokens(
 def add_starting_registers(
     student: Backbone,
     sinks: Sinks | None,
-    batches: Sequence[Float[Tensor, "_ 3 height width"]],
+    batches: Sequence[Float[Tensor, "_ 3 _ _"]],
     count: int,
     init: Literal["triggers", "neutral", "randn", "trunc-normal", "zeros"],
     seed: int,
