@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 
 from phreg import __version__
 from phreg.backbones.base import Backbone
@@ -103,7 +104,7 @@ class Suite:
             return
         try:
             held = parse_json(path.read_text(encoding="utf-8"))["models"][0]
-            theirs = _asked(held["task"], held["data"], held["settings"])
+            theirs = _asked(held["task"], held["data"], self._completed(held["settings"]))
         except (OSError, ValueError, LookupError, TypeError) as error:
             raise PhregError(
                 f"asked to write results to {self.folder}, whose {RESULTS} is none of phreg's; choose "
@@ -122,6 +123,13 @@ class Suite:
                 f"asked to write results to {self.folder}, which holds others: {'; '.join(changed)}. Choose "
                 f"another --output (features can be shared by --cache), or remove {RESULTS} and {TABLE} there"
             )
+
+    def _completed(self, settings: dict[str, Any]) -> dict[str, Any]:
+        """Gives settings that were not there yet when results were written their defaults."""
+        try:
+            return type(self.settings).model_validate(settings).model_dump(mode="json")
+        except ValidationError:  # of another task
+            return settings
 
     @cached_property
     def drawn(self) -> bool:

@@ -232,6 +232,18 @@ def test_results_of_something_else_are_not_overwritten(
     assert stand_in.runs == [0, 1]
 
 
+def test_results_from_before_a_setting_existed_are_gone_on_with(saved, photos, tmp_path, stand_in):
+    asked = {"task": "stand-in", "data": photos, "output": tmp_path / "out", "device": "cpu"}
+    phreg.evaluate(saved, **asked)
+    path = tmp_path / "out" / "results.json"
+    results = json.loads(path.read_text())
+    assert results["models"][0]["settings"].pop("number") == 1, "its default"
+    path.write_text(json.dumps(results))
+    with pytest.raises(PhregError, match=r"settings\.number 1 there, 2 asked for"):
+        phreg.evaluate(saved, **asked | {"number": 2})
+    assert phreg.evaluate(saved, **asked).to_json()["models"][0]["settings"]["number"] == 1
+
+
 @pytest.mark.parametrize("text", ["[]", "{", '{"models": [{"task": 3}]}'])
 def test_results_of_another_program_are_not_overwritten(saved, photos, tmp_path, stand_in, text):
     (tmp_path / "results.json").write_text(text)

@@ -116,6 +116,8 @@ def run(reader: FeatureReader, data: str, settings: Settings, seed: int) -> Metr
         DataError: The dataset is of no known layout, or a file of it is wrong.
         PhregError: The model has no such block, or takes no such size.
     """
+    for source in settings.sources:  # before any picture is read
+        settings.reading.model_copy(update={"source": source}).check_views(settings.reading.views)
     boxed, chosen = _open(data, settings, seed)
     places = artifact_places(reader, Subset(boxed.images, chosen), settings.reading)
 
