@@ -5,8 +5,10 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from phreg.analysis.norms import outliers
 from phreg.backbones.resolve import adapt
@@ -18,6 +20,7 @@ sys.path.insert(0, str(FOLDER))
 import fills  # noqa: E402
 import measuring  # noqa: E402
 import methods  # noqa: E402
+import picture  # noqa: E402
 import planted_models  # noqa: E402
 
 # Other benchmarks have a run.py too.
@@ -184,3 +187,17 @@ def test_rows_are_kept_and_a_rerun_makes_only_what_is_missing(saved, photos, tmp
 
     with pytest.raises(SystemExit, match="data or protocol"):
         run.main([*flags, "--set", "seed=1", "--methods", "raw"])
+
+
+@pytest.mark.parametrize(("flags", "across"), [([], 4), (["--norms"], 3)])
+def test_a_picture_shows_photos_beside_features_before_and_after(saved, photos, tmp_path, flags, across):
+    output, images = tmp_path / "picture.png", sorted(map(str, photos.iterdir()))[:2]
+    picture.main(
+        [str(saved), str(saved), "--images", *images, "--size", "32", "--output", str(output), *flags]
+    )
+    with Image.open(output) as drawn:
+        pixels = np.array(drawn.convert("RGB")).astype(int)
+    assert pixels.shape == (2 * 32 + 6, across * 38 - 6, 3), "two rows of maps, 6 pixels apart"
+    before, after = (pixels[:32, 38 * column : 38 * column + 32] for column in (1, 2))
+    assert (before == after).all(), "of one model"
+    assert before.std() > 0
