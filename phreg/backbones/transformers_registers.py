@@ -139,13 +139,16 @@ class StripStates:
         return output
 
     def _strip(self, states: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
-        *inner, last = states
         # None stands for a state that the caller did not ask for.
-        return (*(None if state is None else self.span.take_out(state) for state in inner), last)
+        inner = (None if state is None else self.span.take_out(state) for state in states[:-1])
+        return (*inner, *states[-1:])
 
 
 def _are_states(item: Any) -> bool:
-    """Tells hidden states (batch, tokens, width) from attention maps (batch, heads, queries, keys)."""
+    """Tells hidden states (batch, tokens, width) from attention maps (batch, heads, queries, keys).
+
+    A fused kernel gives no maps, and an empty tuple in their place; nothing is to be taken out of it.
+    """
     return isinstance(item, tuple) and all(state is None or state.dim() == 3 for state in item)
 
 

@@ -273,6 +273,25 @@ def test_single_hidden_states_can_be_asked_for() -> None:
     assert [None if state is None else state.shape[1] for state in states] == [None, 17, None, 17]
 
 
+def shapes(output):
+    """The shapes in an output, nested as it is."""
+    if isinstance(output, tuple | list):
+        return [shapes(item) for item in output]
+    return tuple(output.shape) if isinstance(output, torch.Tensor) else output
+
+
+@every_family
+@pytest.mark.parametrize("states", [False, True], ids=["attentions", "both"])
+@torch.no_grad()
+def test_a_tuple_of_outputs_is_as_the_library_gives_it_where_fused_attention_has_no_maps(name, states):
+    stock, with_registers = adapt(FAMILIES[name]()), patched(name)
+    asked = {"output_attentions": True, "output_hidden_states": states, "return_dict": False}
+
+    given = [backbone.tower(**backbone._inputs(images()) | asked) for backbone in (stock, with_registers)]
+
+    assert shapes(given[1]) == shapes(given[0])
+
+
 # -- attention
 
 
