@@ -14,7 +14,7 @@ resamples it when it loads one.
 import difflib
 import json
 import pickle
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -486,7 +486,11 @@ def load(folder: Path, arch: str | None = None, tag: str | None = None) -> Backb
     return backbone
 
 
-def build(name: str, config: dict[str, Any]) -> "NativeTower | TimmTower":
+def build(
+    name: str,
+    config: dict[str, Any],
+    tensors: Collection[str] = (),  # noqa: ARG001 (the config says all)
+) -> "NativeTower | TimmTower":
     """Builds a model of random weights in fp32, of what `open_clip_config.json` says.
 
     Raises:

@@ -17,7 +17,7 @@ import math
 import os
 import pickle
 import struct
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,8 +120,8 @@ class LibraryAdapter(Protocol):
         """Builds the model in a local folder."""
         ...
 
-    def build(self, name: str, config: dict[str, Any]) -> Backbone:
-        """Builds a model of random weights, of a class and the library's own config."""
+    def build(self, name: str, config: dict[str, Any], tensors: Collection[str]) -> Backbone:
+        """Builds a model of random weights, of a class, the library's own config and its tensors' names."""
         ...
 
 
@@ -219,15 +219,15 @@ def _adapter(library: Library) -> LibraryAdapter:
     return cast(LibraryAdapter, importlib.import_module(f"phreg.backbones.{library}"))
 
 
-def build(library: str, name: str, config: dict[str, Any]) -> Backbone:
-    """Builds a model of random weights, of a class and its library's own config.
+def build(library: str, name: str, config: dict[str, Any], tensors: Collection[str]) -> Backbone:
+    """Builds a model of random weights, of a class, its library's own config and the names of its tensors.
 
     Raises:
         LoadError: There is no such library, or it cannot make a model of them.
     """
     if library not in LAYOUTS:
         raise LoadError(f"library {library!r} is none of {', '.join(LAYOUTS)}")
-    return _adapter(library).build(name, config)
+    return _adapter(library).build(name, config, tensors)
 
 
 # -- sources ---------------------------------------------------------------------------------------------

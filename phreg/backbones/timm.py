@@ -16,7 +16,7 @@ patch inside `run`, and only there: outside they stay as strict about sizes as t
 import difflib
 import json
 import pickle
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -178,7 +178,11 @@ def load(folder: Path) -> Backbone:
     return backbone
 
 
-def build(name: str, config: dict[str, Any]) -> Backbone:
+def build(
+    name: str,
+    config: dict[str, Any],
+    tensors: Collection[str] = (),  # noqa: ARG001 (the config says all)
+) -> Backbone:
     """Builds a model of random weights in fp32, of what a timm folder's `config.json` says.
 
     Raises:

@@ -12,10 +12,11 @@ so a whole CLIPModel or LlavaForConditionalGeneration should be patched as such,
 tower cannot know what it is part of, and the whole would save itself as stock.
 """
 
+import inspect
 import json
 import math
 import pickle
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -644,8 +645,18 @@ def load(folder: Path) -> TransformersBackbone:
     return backbone
 
 
-def build(name: str, config: dict[str, Any]) -> TransformersBackbone:
+CONSTRUCTED = {"add_pooling_layer": "pooler.", "use_mask_token": "mask_token"}
+"""Constructor arguments that no config holds, and what is in the names of the tensors that they make."""
+
+
+def build(name: str, config: dict[str, Any], tensors: Collection[str] = ()) -> TransformersBackbone:
     """Builds a model of random weights in fp32, of the name of its class and its config.
+
+    Args:
+        name: Name of its class.
+        config: Its config.
+        tensors: Names of its tensors, which tell what its config does not: whether it has a pooler or a mask
+            token. Without any, it has what its class has by default.
 
     Raises:
         LoadError: They do not belong together, or to this version of transformers.
@@ -655,7 +666,13 @@ def build(name: str, config: dict[str, Any]) -> TransformersBackbone:
         named = getattr(transformers, name)
         if not (isinstance(named, type) and issubclass(named, PreTrainedModel)):
             raise LoadError(f"{name!r} is no class of models of transformers")
-        return adapt(named(described).float())
+        known = inspect.signature(named.__init__).parameters if tensors else {}
+        arguments = {
+            argument: any(part in tensor for tensor in tensors)
+            for argument, part in CONSTRUCTED.items()
+            if argument in known
+        }
+        return adapt(named(described, **arguments).float())
     except (*LOAD_FAILURES, LookupError, AttributeError) as error:
         raise LoadError(
             f"{name} cannot be built of the config of a {config.get('model_type')} ({error}); save it again "
@@ -673,11 +690,8 @@ def load_remote_code(folder: Path) -> TransformersBackbone:
     config = without_refusal(_read_json(folder / "config.json", asked))
     try:
         (name,), kind = config["architectures"], config["model_type"].removeprefix(REMOTE_MODEL_TYPE)
-        backbone = build(name.removeprefix(REMOTE_CLASS), config | {"model_type": kind})
         tensors = load_file(folder / "model.safetensors")
-        tower: Any = backbone.tower
-        if getattr(tower, "pooler", None) is not None and not any("pooler." in name for name in tensors):
-            tower.pooler = None  # as the checkpoint came
+        backbone = build(name.removeprefix(REMOTE_CLASS), config | {"model_type": kind}, tensors)
         backbone.insert_registers(torch.zeros(config["num_registers"], backbone.spec.width))
         backbone.model.load_state_dict(tensors)
     except (*LOAD_FAILURES, LookupError, AttributeError, PhregError) as error:

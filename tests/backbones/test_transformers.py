@@ -1,6 +1,8 @@
 import copy
 import dataclasses
+import inspect
 import json
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -14,12 +16,15 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.models.siglip2.image_processing_siglip2 import convert_image_to_patches
 
+import phreg
+from phreg.backbones import resolve
 from phreg.backbones import transformers as adapter
 from phreg.backbones.resolve import settle_normalisation
 from phreg.backbones.transformers import adapt, load
 from phreg.backbones.transformers_registers import PadMask, RegisterSpan
 from phreg.data.crops import as_input
 from phreg.errors import LoadError, PhregError, UnsupportedModelError
+from phreg.formats.export import export
 from phreg.formats.load import open_model
 from phreg.registers import add_registers, remove_registers
 
@@ -609,6 +614,47 @@ def test_a_tensor_of_another_model_is_refused_and_nothing_changes(tensors: dict[
 
 
 # -- saving
+
+CONSTRUCTED = [
+    (hf.ViTModel, {"add_pooling_layer": False, "use_mask_token": False}),
+    (hf.ViTModel, {"add_pooling_layer": True, "use_mask_token": True}),
+    (hf.ViTModel, {"add_pooling_layer": False, "use_mask_token": True}),
+    (hf.DeiTModel, {"add_pooling_layer": False, "use_mask_token": False}),
+    (hf.DeiTModel, {"add_pooling_layer": True, "use_mask_token": True}),
+    (hf.DeiTModel, {"add_pooling_layer": False, "use_mask_token": True}),
+    (hf.IJepaModel, {"add_pooling_layer": True, "use_mask_token": False}),
+    (hf.IJepaModel, {"add_pooling_layer": False, "use_mask_token": True}),
+    (hf.IJepaModel, {"add_pooling_layer": True, "use_mask_token": True}),
+    (hf.ViTMSNModel, {"use_mask_token": True}),
+]
+
+
+@pytest.mark.parametrize("way", ["save_pretrained", "merged"])
+@pytest.mark.parametrize(("model_class", "arguments"), CONSTRUCTED)
+@torch.no_grad()
+def test_what_the_constructor_was_told_beside_its_config_is_saved_and_loaded(
+    model_class, arguments, way, tmp_path
+):
+    model = build(partial(model_class, **arguments), model_class.config_class(**WIDE))
+    add_registers(model, 3)
+
+    if way == "merged":
+        export(adapt(model), tmp_path / "out", "merged", base=resolve.load(model)[1])
+    else:
+        model.save_pretrained(tmp_path / "out")
+    loaded = phreg.load(tmp_path / "out")
+
+    assert type(loaded) is model_class
+    assert loaded.state_dict().keys() == model.state_dict().keys()
+    assert all(torch.equal(loaded.state_dict()[name], value) for name, value in model.state_dict().items())
+    for own, other in zip(model(images()).to_tuple(), loaded(images()).to_tuple(), strict=True):
+        assert torch.equal(own, other)
+
+
+@every_family
+def test_no_constructor_takes_more_beside_its_config_than_saved_tensors_tell(name):
+    taken = inspect.signature(type(FAMILIES[name]()).__init__).parameters.keys()
+    assert taken - {"self", "config", "kwargs", "args"} <= adapter.CONSTRUCTED.keys()
 
 
 @every_family

@@ -67,7 +67,7 @@ def open_merged(found: Located, record: RunRecord) -> tuple[Backbone, Base]:
     """Builds a model that the `merged` export or a transformers model's own `save_pretrained` wrote whole."""
     tensors = read_own_tensors(found.folder / MODEL_TENSORS, record)
     try:
-        backbone = resolve.build(str(record.library), record.model_class, record.config or {})
+        backbone = resolve.build(str(record.library), record.model_class, record.config or {}, tensors)
         take_shape(backbone, record)
         missing = sorted(backbone.disk_state().keys() - tensors.keys())
         if missing:
