@@ -90,16 +90,31 @@ class RegisterVisionTransformer(VisionTransformer):
         return super()._pool(torch.cat([x[:, :1], x[:, 1 + self.registers.shape[1] :]], dim=1))
 
     def forward_intermediates(
-        self, x: Tensor, *args: Any, output_fmt: str = "NCHW", **kwargs: Any
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        stop_early: bool = False,
+        normalize_intermediates: bool = False,
+        intermediates_only: bool = False,
+        output_fmt: str = "NCHW",
+        output_extra_tokens: bool = False,
     ) -> dict[str, Any]:
         """Returns what open_clip's method of this name returns, the registers left out."""
         # Asked for a grid, the parent would fold the registers into its channels without a word.
-        output = super().forward_intermediates(x, *args, output_fmt="NLC", **kwargs)
+        fmt = "NLC" if output_fmt == "NCHW" else output_fmt
+        output = super().forward_intermediates(
+            x, indices, stop_early, normalize_intermediates, intermediates_only, fmt, output_extra_tokens
+        )
         patches = [tokens[:, self.registers.shape[1] :] for tokens in output["image_intermediates"]]
         if output_fmt == "NCHW":
             rows = x.shape[-2] // self.conv1.kernel_size[0]
             patches = [tokens.transpose(1, 2).unflatten(2, (rows, -1)).contiguous() for tokens in patches]
         return output | {"image_intermediates": patches}
+
+    def lock(self, unlocked_groups: int = 0, freeze_bn_stats: bool = False) -> None:
+        """Freezes what open_clip's method of this name freezes; registers go with the class embedding."""
+        super().lock(unlocked_groups, freeze_bn_stats)
+        self.registers.requires_grad_(self.class_embedding.requires_grad)
 
 
 class NativeTower(Backbone):

@@ -1,6 +1,7 @@
 """The open_clip adapter, where the conformance suite does not reach: sizes, roles, files and names."""
 
 import copy
+import inspect
 import json
 import pickle
 
@@ -86,6 +87,35 @@ def test_intermediates_of_a_patched_tower_are_patches_only(family, output_fmt):
 
 
 @torch.no_grad()
+def test_methods_of_a_patched_tower_take_what_those_they_stand_for_take():
+    own = {
+        name: value for name, value in vars(RegisterVisionTransformer).items() if inspect.isfunction(value)
+    }
+    assert own.keys() >= {"forward_intermediates", "lock"}
+    for name, function in own.items():
+        expected = inspect.signature(getattr(VisionTransformer, name)).parameters.values()
+        found = inspect.signature(function).parameters.values()
+        assert [(one.name, one.kind, one.default) for one in found] == [
+            (one.name, one.kind, one.default) for one in expected
+        ], name
+
+
+def test_intermediates_take_their_format_by_position_and_refuse_an_unknown_one():
+    tower = add_registers(adapt(FAMILIES["tower"]()), 2).tower
+    grid = tower.forward_intermediates(images(), [1], False, False, True, "NCHW")["image_intermediates"][0]
+    rows = tower.forward_intermediates(images(), [1], False, False, True, "NLC")["image_intermediates"][0]
+    assert torch.equal(grid.flatten(2).transpose(1, 2), rows)
+    with pytest.raises(AssertionError, match="NCHW or NLC"):
+        tower.forward_intermediates(images(), [1], False, False, True, "NHWC")
+
+
+@pytest.mark.parametrize(("groups", "trains"), [(0, False), (1, False), (3, False), (-1, False), (100, True)])
+def test_registers_are_locked_and_unlocked_with_the_class_embedding(groups, trains):
+    model = add_registers(adapt(FAMILIES["clip"]()), 2).model
+    model.lock_image_tower(unlocked_groups=groups)
+    assert model.visual.registers.requires_grad == trains == model.visual.class_embedding.requires_grad
+
+
 def test_registers_are_inserted_ahead_of_the_norm_before_the_blocks():
     backbone = add_registers(adapt(clip()), 3)
     received = []
