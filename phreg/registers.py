@@ -24,7 +24,7 @@ _Model = TypeVar("_Model", bound=nn.Module)
 def initial_registers(
     count: int, width: int, init: Init = "randn", seed: int = 0
 ) -> Float[Tensor, "count width"]:
-    """Draws register tokens.
+    """Draws register tokens, on the CPU whatever torch's default device is.
 
     Args:
         count: Number of registers.
@@ -36,11 +36,12 @@ def initial_registers(
     generator = torch.Generator().manual_seed(seed)
     match init:
         case "randn":
-            return torch.randn(count, width, generator=generator) / math.sqrt(width)
+            return torch.randn(count, width, generator=generator, device="cpu") / math.sqrt(width)
         case "trunc-normal":
-            return nn.init.trunc_normal_(torch.empty(count, width), std=0.02, generator=generator)
+            empty = torch.empty(count, width, device="cpu")
+            return nn.init.trunc_normal_(empty, std=0.02, generator=generator)
         case "zeros":
-            return torch.zeros(count, width)
+            return torch.zeros(count, width, device="cpu")
 
 
 def add_registers(model: _Model, count: int, init: Init = "randn", seed: int = 0) -> _Model:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from families import FAMILIES as EVERY
 from families_timm import FAMILIES
 
 import phreg
@@ -48,6 +49,28 @@ def test_registers_start_as_asked_in_the_model():
     assert not backbone.registers.any()
     other = adapt(add_registers(FAMILIES["vit"](), 2, "randn", 7))
     assert torch.equal(other.registers.detach()[0], initial_registers(2, 32, "randn", 7))
+
+
+@pytest.mark.parametrize("init", ["randn", "trunc-normal", "zeros"])
+@pytest.mark.parametrize("name", EVERY)
+def test_registers_lie_where_the_model_does_whatever_the_default_device(name, init):
+    model = EVERY[name]()
+    torch.set_default_device("meta")
+    try:
+        tokens = adapt(add_registers(model, 3, init)).registers
+    finally:
+        torch.set_default_device(None)
+    assert {parameter.device.type for parameter in model.parameters()} == {"cpu"}
+    expected = initial_registers(3, tokens.shape[-1], init)
+    assert torch.allclose(tokens.float()[0, -3:], expected)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_a_model_on_the_meta_device_takes_registers_there(name):
+    model = EVERY[name]().to("meta")
+    add_registers(model, 3)
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+    assert adapt(model).num_registers == 3
 
 
 def test_0_registers_change_nothing():

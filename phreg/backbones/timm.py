@@ -548,12 +548,16 @@ def is_clip(model: Any, weights: Mapping[str, Any]) -> bool:
 
 
 def _could_project(model: Any) -> bool:
-    """Tells whether a model is of CLIP's shape; projections that timm converts carry a bias of zeros."""
+    """Tells whether a model is of CLIP's shape; projections that timm converts carry a bias of zeros.
+
+    Of a bias without values (meta device), zeros are assumed.
+    """
+    bias = getattr(model.head, "bias", None)
     return (
         not isinstance(model.norm_pre, nn.Identity)
         and model.attn_pool is None
         and isinstance(model.head, nn.Linear)
-        and (model.head.bias is None or not model.head.bias.any())
+        and (bias is None or bias.is_meta or not bias.any())
     )
 
 
