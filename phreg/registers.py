@@ -70,8 +70,24 @@ def add_registers(model: _Model, count: int, init: Init = "randn", seed: int = 0
         )
     if count:
         with rollback_on_error(backbone):
-            backbone.insert_registers(initial_registers(count, backbone.spec.width, init, seed))
+            insert(backbone, initial_registers(count, backbone.spec.width, init, seed))
     return model
+
+
+def insert(backbone: Backbone, tokens: Float[Tensor, "registers width"]) -> None:
+    """Puts register tokens into a model.
+
+    Raises:
+        PhregError: Its weights are offloaded, so that new ones would be lost.
+    """
+    for name, module in backbone.model.named_modules():
+        hook = getattr(module, "_hf_hook", None)  # accelerate's
+        if any(getattr(one, "offload", False) for one in getattr(hook, "hooks", [hook])):
+            raise PhregError(
+                f"asked for registers on {backbone.describe()}, whose weights accelerate has offloaded, such "
+                f"as {name}: new ones would be lost with the next forward; add registers first, then offload"
+            )
+    backbone.insert_registers(tokens)
 
 
 def remove_registers(model: _Model) -> _Model:

@@ -1,5 +1,6 @@
 """Registers start as asked, go in once, and come out again without a trace."""
 
+import accelerate
 import pytest
 import torch
 from families import FAMILIES as EVERY
@@ -71,6 +72,17 @@ def test_a_model_on_the_meta_device_takes_registers_there(name):
     add_registers(model, 3)
     assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
     assert adapt(model).num_registers == 3
+
+
+@pytest.mark.parametrize("name", ["transformers/vit", "timm/vit", "open_clip/clip"])
+def test_a_model_that_accelerate_has_offloaded_is_refused_before_registers_are_lost(name):
+    model = EVERY[name]()
+    accelerate.cpu_offload(model, execution_device="cpu")
+    with pytest.raises(PhregError, match=r"accelerate has offloaded, such as .*; add registers first"):
+        add_registers(model, 2)
+    assert adapt(model).num_registers == 0
+    whole = accelerate.dispatch_model(EVERY[name](), {"": "cpu"})
+    assert adapt(add_registers(whole, 2)).num_registers == 2
 
 
 def test_0_registers_change_nothing():

@@ -35,6 +35,7 @@ from phreg.record import (
     weights_sha256,
     write_record,
 )
+from phreg.registers import add_registers
 from phreg.rollback import rollback_on_error, shallow_twin
 from phreg.run_summary import RunSummary
 from phreg.sinks import test_time
@@ -190,7 +191,7 @@ def take_shape(backbone: Backbone, record: RunRecord) -> None:
     if record.test_time:
         test_time.install(backbone, record.test_time, record.registers, record.test_time_size)
     elif record.registers:
-        backbone.insert_registers(torch.zeros(record.registers, backbone.spec.width))
+        add_registers(backbone, record.registers, "zeros")
 
 
 def _tried(

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from phreg.backbones.base import Backbone, Features
-from phreg.registers import add_registers, initial_registers, remove_registers
+from phreg.registers import add_registers, initial_registers, insert, remove_registers
 from phreg.sinks.locate import Sinks
 from phreg.sinks.units import ahead_of
 
@@ -89,7 +89,7 @@ def unnoticed(
     images = [part for batch in batches[:few] for part in batch.split(FIT_BATCH)][:few]
     with torch.no_grad():
         references = [backbone(part) for part in images]
-    backbone.insert_registers(tokens)
+    insert(backbone, tokens)
     registers = backbone.require_registers()
     native = registers.shape[1] - len(tokens)  # of the class's own, which come first
     optimizer = torch.optim.Adam([registers], lr=FIT_RATE * float(tokens.std()))
@@ -169,6 +169,6 @@ def add_starting_registers(
     """
     if init in ("triggers", "neutral"):
         if count:
-            student.insert_registers(starting_tokens(student, sinks, batches, count, init, seed))
+            insert(student, starting_tokens(student, sinks, batches, count, init, seed))
     else:
         add_registers(student, count, init, seed)

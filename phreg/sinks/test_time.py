@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from phreg.backbones.base import UNIT_MOVER, Backbone, Mlp, unit_movers
 from phreg.errors import PhregError
+from phreg.registers import insert
 from phreg.rollback import rollback_on_error
 from phreg.sinks.locate import Sinks
 
@@ -82,7 +83,7 @@ def install(
         PhregError: A block or unit does not exist, or the model has registers from phreg; it is as it was.
     """
     with rollback_on_error(backbone):
-        backbone.insert_registers(torch.zeros(num_registers, backbone.spec.width))
+        insert(backbone, torch.zeros(num_registers, backbone.spec.width, device="cpu"))
         UnitMover(backbone, units, size)
 
 
