@@ -330,13 +330,13 @@ def describe_tower(backbone: Backbone) -> Tower:
     prefixes = [name.removesuffix(some) for name in names if name.endswith(some)]
     prefix = next(prefix for prefix in prefixes if all(prefix + name in names for name in alone))
     state = backbone.tower_state()
-    return Tower(
-        prefix, {name: weights_sha256(_cast(state, getattr(torch, name))) for name in TOWER_PRECISIONS}
-    )
-
-
-def _cast(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    return {name: tensor.to(dtype) for name, tensor in tensors.items()}
+    sums = {
+        precision: weights_sha256(
+            {name: tensor.to(getattr(torch, precision)) for name, tensor in state.items()}
+        )
+        for precision in TOWER_PRECISIONS
+    }
+    return Tower(prefix, sums)
 
 
 def fit(record: RunRecord, backbone: Backbone) -> Fit | None:
