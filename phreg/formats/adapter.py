@@ -58,7 +58,6 @@ PICKLES = {".bin", ".pt", ".pth", ".pkl", ".ckpt"}
 TOWER_PRECISIONS = ("float32", "float16", "bfloat16")
 """Precisions that a base's vision tower is known again in."""
 
-
 Fit = Literal["whole", "tower"]
 """What of a model an adapter was made for."""
 
@@ -330,12 +329,10 @@ def describe_tower(backbone: Backbone) -> Tower:
     prefixes = [name.removesuffix(some) for name in names if name.endswith(some)]
     prefix = next(prefix for prefix in prefixes if all(prefix + name in names for name in alone))
     state = backbone.tower_state()
-    sums = {
-        precision: weights_sha256(
-            {name: tensor.to(getattr(torch, precision)) for name, tensor in state.items()}
-        )
-        for precision in TOWER_PRECISIONS
-    }
+    sums = {}
+    for precision in TOWER_PRECISIONS:
+        dtype = getattr(torch, precision)
+        sums[precision] = weights_sha256({name: tensor.to(dtype) for name, tensor in state.items()})
     return Tower(prefix, sums)
 
 
