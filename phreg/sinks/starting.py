@@ -95,17 +95,17 @@ def unnoticed(
     optimizer = torch.optim.Adam([registers], lr=FIT_RATE * float(tokens.std()))
     for step in range(FIT_STEPS):
         number = step % len(images)
-        loss = _distance(backbone(images[number]), references[number])
+        loss = distance(backbone(images[number]), references[number])
         (gradient,) = torch.autograd.grad(loss, [registers])
         gradient[:, :native] = 0
         registers.grad = gradient
         optimizer.step()
-    fitted = registers.detach()[0, native:].float().cpu().clone()
+    fitted = registers.detach()[0, native:].float().cpu()
     remove_registers(backbone)
     return fitted
 
 
-def _distance(features: Features, reference: Features) -> Float[Tensor, ""]:
+def distance(features: Features, reference: Features) -> Float[Tensor, ""]:
     """Adds the mean cosine distances of patch features and of pooled outputs."""
     near = [
         torch.cosine_similarity(own.float(), other.float(), dim=-1).mean()

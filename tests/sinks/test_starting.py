@@ -7,11 +7,13 @@ import torch
 from families import FAMILIES
 from known_sinks import sinks
 
+from phreg.backbones.base import Features
 from phreg.backbones.resolve import adapt
 from phreg.registers import initial_registers
 from phreg.sinks.starting import (
     add_starting_registers,
     assign_registers,
+    distance,
     mean_patch,
     starting_tokens,
     unnoticed,
@@ -122,6 +124,17 @@ def test_no_registers_are_added_where_none_are_asked_for(tiny):
     backbone = adapt(tiny())
     add_starting_registers(backbone, sinks((1, 5, 10.0)), BATCHES, 0, "triggers", seed=3)
     assert backbone.num_registers == 0
+
+
+def test_the_fit_compares_each_patch_by_itself_and_adds_the_pooled_output():
+    generator = torch.Generator().manual_seed(0)
+    patches, pooled = (torch.randn(*shape, generator=generator) for shape in ((2, 3, 4, 8), (2, 8)))
+    louder = Features(patches * torch.rand(2, 3, 4, 1, generator=generator), pooled * 5)
+    assert distance(louder, Features(patches, pooled)).item() == pytest.approx(0, abs=1e-6)
+    turned = Features(patches, -pooled)
+    assert distance(turned, Features(patches, pooled)).item() == pytest.approx(2, abs=1e-6)
+    half = Features(torch.cat([patches[:, :, :2], -patches[:, :, 2:]], dim=2), pooled)
+    assert distance(half, Features(patches, pooled)).item() == pytest.approx(1, abs=1e-6)
 
 
 @pytest.mark.real
