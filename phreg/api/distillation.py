@@ -145,8 +145,8 @@ def distill(
             outcome, held_out = UNTRAINED, None
             if method.trains:
                 held_out = run.references(original, base)
-                chosen_by = run.choosing(held_out, original, base)
-                outcome = _train(run, original, student, terms, chosen_by, observe)
+                choosing = run.choosing(held_out, original, base)
+                outcome = _train(run, original, student, terms, choosing, observe)
             if outcome.best_step == 0:
                 return _nothing_gained(run, before, original, base, seen, outcome)
         comparison = _measure_and_save(run, before, original, base, sinks, outcome, held_out)
@@ -220,23 +220,29 @@ class _Run:
     """A run that is under way: its folder, processes and images.
 
     Attributes:
-        size: Height and width of its images.
         train_images: Those it trains on.
         measured_images: Those it is measured on.
         held_out: Whether none of these is trained on.
-        margin: Rows and columns of context that training images and targets come with, in pixels.
-        margins: The same of all sizes that images are trained at, by size, the main one first.
+        margins: Rows and columns of context that images come with, in pixels, by size, the main one first.
     """
 
     folder: RunFolder
     config: DistillConfig
     accelerator: Any
-    size: tuple[int, int]
     train_images: ImageSource
     measured_images: ImageSource
     held_out: bool
-    margin: tuple[int, int]
     margins: Mapping[tuple[int, int], tuple[int, int]]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of images of the main size."""
+        return next(iter(self.margins))
+
+    @property
+    def margin(self) -> tuple[int, int]:
+        """The context margin of the main size."""
+        return self.margins[self.size]
 
     @property
     def divided(self) -> str:
@@ -274,8 +280,7 @@ def _start(student: Backbone, source: ImageSource, folder: RunFolder, config: Di
     """Starts the processes, and splits the images."""
     margins = context_margins(student, config)
     accelerator = start_accelerator(config, folder)
-    size = next(iter(margins))
-    return _Run(folder, config, accelerator, size, *split(source, config), margins[size], margins)
+    return _Run(folder, config, accelerator, *split(source, config), margins)
 
 
 def _worth_training(
@@ -310,8 +315,7 @@ def _train(
     config = run.config
     bf16 = run.accelerator.mixed_precision == "bf16"
     teacher = Teacher(original, config.views, config.target, bf16=bf16)
-    terms = [*distillation_terms(config.loss), *terms]
-    task = RetrofitTask(student, teacher, terms, config.target)
+    task = RetrofitTask(student, teacher, [*distillation_terms(config.loss), *terms], config.target)
     validator = Validator(original, held_out, config.target) if held_out is not None else None
     return train(task, run.crops, config, run.folder, run.accelerator, observe, validator)
 

@@ -79,7 +79,9 @@ def calibrate(
     alone: dict[str, float] = {}
     near = START  # the rate of one role is a good first try for the next
     for role in roles:
-        near = alone[role] = _solve(lambda rate, role=role: moved_by({role: rate}), max_movement, near)
+        alone[role] = _solve(lambda rate, role=role: moved_by({role: rate}), max_movement, near)
+        if any(one.grad is not None and one.grad.any() for one in roles[role].values()):
+            near = alone[role]
     factor = _solve(
         lambda scale: moved_by({role: scale * rate for role, rate in alone.items()}),
         max_movement,

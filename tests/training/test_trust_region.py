@@ -108,6 +108,18 @@ def test_a_step_goes_against_the_gradient_by_the_rate_whatever_the_gradients_siz
     assert [up.item(), down.item(), unreached.item()] == [1.0, 1.0, 1.0]
 
 
+def test_a_role_without_a_gradient_does_not_set_where_the_next_one_starts() -> None:
+    idle, weight, asked = with_gradient(0.0, 0.0), with_gradient(0.0, 1.0), []
+
+    def features() -> Features:
+        asked.append(float(weight[0]))
+        return turned_by(weight[0])
+
+    rates = calibrate({"idle": {"w": idle}, "role": {"w": weight}}, features, 0.01)
+    assert near(rates["role"].alone, angle_of(0.01))
+    assert max(map(abs, asked)) < 1, "no step of this role is tried that the idle one's rate would make"
+
+
 def test_a_role_that_moves_nothing_ends_with_a_finite_rate() -> None:
     idle = with_gradient(0.0, 1.0)
     rates = calibrate({"idle": {"w": idle}}, lambda: turned_by(torch.zeros(())), 0.01)
