@@ -2,10 +2,10 @@
 
 All that a model is (classes, attributes, hooks, parameters and buffers, what they hold, gradients, modes) is
 noted before it is patched, trained or moved, and can be put back exactly. Values are never copied for that.
-The model's own tensors are set aside instead, and the work is done on copies, of which training needs one
-anyway, for its frozen teacher:
+Whoever writes into tensors writes into copies of them instead. So a frozen twin of the model, the teacher,
+shares with it all that does not train:
 
-    before  model ──► own tensors            during  model ──► copies, trained
+    before  model ──► own tensors            during  model ──► own tensors, and copies of those that train
                                                      twin  ──► own tensors, frozen: the teacher
 
 It notes the attributes of modules, and what lists, dictionaries and configs among those hold; not what lies
@@ -69,16 +69,13 @@ class ModelState(Generic[_Model]):
             tensor.data = data.clone()
 
     def frozen_twin(self) -> _Model:
-        """Copies the model, frozen, without using more memory than any copy does.
+        """Copies the model, frozen; both hold the same tensors, in the same memory, without gradients.
 
-        The twin gets the model's own tensors, and the model goes on with the copies, without gradients.
+        Whoever trains the model gives the tensors that train memory of their own first, as `unlock` does.
         """
-        twin = copy.deepcopy(self.model).requires_grad_(False)
-        others = _tensors(twin)
-        for name, tensor in _tensors(self.model).items():
+        for tensor in _tensors(self.model).values():
             tensor.grad = None
-            tensor.data, others[name].data = others[name].data, tensor.data
-        return twin
+        return shallow_twin(self.model).requires_grad_(False)
 
     def restore_precision(self, model: nn.Module | None = None) -> None:
         """Gives tensors the precision that those of their name had, and new ones that of most weights.
@@ -135,8 +132,7 @@ def shallow_twin(model: _Model) -> _Model:
 def rollback_on_error(model: _Model) -> Iterator[ModelState[_Model]]:
     """Puts a model back exactly as it was if anything is raised inside, `KeyboardInterrupt` included.
 
-    Whoever writes into the model's tensors inside works on copies of them: see `ModelState.frozen_twin` and
-    `ModelState.work_on_copies`.
+    Whoever writes into the model's tensors inside works on copies of them: see `ModelState.work_on_copies`.
 
     Args:
         model: The model; a backbone includes the user's model.

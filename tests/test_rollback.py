@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from families import LIBRARIES
+from families import FAMILIES, LIBRARIES
 from sinking import faint, plant
 from torch import nn
 
@@ -13,6 +13,7 @@ from phreg import api, rollback
 from phreg.api import distillation, loading, training_free
 from phreg.backbones.resolve import adapt
 from phreg.backbones.timm import TimmBackbone
+from phreg.config import UnlockConfig
 from phreg.errors import PhregError, TrainingError
 from phreg.formats import run
 from phreg.report import folder
@@ -20,6 +21,7 @@ from phreg.sinks import starting, test_time
 from phreg.training import loop as trainer
 from phreg.training import task as tasks
 from phreg.training.task import RetrofitTask
+from phreg.training.trainable import unlock
 
 QUICK = {
     "steps": 2,
@@ -287,18 +289,63 @@ def test_a_run_goes_on_from_a_failure_with_the_same_instance(tiny, photos, tmp_p
         assert torch.equal(model.state_dict()[name], tensor)
 
 
-def test_the_twin_has_the_models_own_tensors_and_writing_into_the_model_does_not_reach_it(tiny):
+def test_a_frozen_twin_takes_no_memory_and_what_trains_does_not_reach_it(tiny):
     model = tiny()
     own = {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
-    with rollback.rollback_on_error(model) as state:
-        twin = state.frozen_twin()
+    with rollback.rollback_on_error(adapt(model)) as state:
+        twin = state.frozen_twin().model
+        assert {name: parameter.data_ptr() for name, parameter in twin.named_parameters()} == own
+        trained = unlock(state.model, UnlockConfig(roles=("block.1", "vectors")))
         with torch.no_grad():
-            for parameter in model.parameters():
+            for parameter in trained.values():
                 parameter.zero_()
     assert {name: parameter.data_ptr() for name, parameter in twin.named_parameters()} == own
     assert all(torch.equal(twin.state_dict()[name], tensor) for name, tensor in tiny().state_dict().items())
     assert not any(parameter.requires_grad for parameter in twin.parameters())
-    assert not any(parameter.any() for parameter in model.parameters())
+    apart = {name for name, parameter in model.named_parameters() if parameter.data_ptr() != own[name]}
+    assert apart == {name.removeprefix("model.") for name in trained}
+    assert not any(parameter.any() for parameter in trained.values())
+
+
+@pytest.mark.parametrize(
+    ("family", "unlocked"),
+    [
+        ("timm/vit", {"roles": ("vectors",), "lora": {"rank": 2, "blocks": "all"}}),
+        ("transformers/dinov2", {"roles": ("vectors",), "lora": {"rank": 2, "blocks": "all"}}),
+        # Without LoRA: PEFT makes the weights of fused attention anew at every forward.
+        ("open_clip/clip", {"roles": ("vectors", "block.-1")}),
+    ],
+)
+def test_a_run_holds_one_copy_of_the_weights_that_do_not_train(
+    family, unlocked, photos, tmp_path, monkeypatch
+):
+    def held(*modules):
+        storages = [parameter.untyped_storage() for module in modules for parameter in module.parameters()]
+        return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+    def watched(task, *arguments):
+        tasks.append(task)
+        return real(task, *arguments)
+
+    def looked(*_):
+        student, teacher = tasks[0].student, tasks[0].teacher.backbone
+        trained = sum(one.nbytes for one in student.parameters() if one.requires_grad)
+        sizes.add(held(student, teacher) - trained)
+
+    twin = FAMILIES[family]()
+    own = {parameter.data_ptr() for parameter in twin.parameters()}
+    phreg.add_registers(twin, 2)
+    reshaped = sum(  # timm keeps the registers' positions apart from those of patches
+        parameter.nbytes
+        for name, parameter in twin.named_parameters()
+        if parameter.data_ptr() not in own and "reg" not in name
+    )
+    tasks, sizes, real = [], set(), distillation.train
+    monkeypatch.setattr(distillation, "train", watched)
+    model = FAMILIES[family]()
+    before = held(model)
+    api.distill(model, photos, tmp_path / "run", observe=looked, unlock=unlocked, method="relocate", **QUICK)
+    assert sizes == {before + reshaped}
 
 
 def test_a_shallow_twin_takes_no_memory_and_its_structure_is_its_own(tiny):

@@ -126,9 +126,8 @@ def distill(
         if method.trains:
             check_trainable(student, len(run.train_images), config, run.accelerator.num_processes)
         with starting_run(run.folder, config, run.accelerator, resume=resume):
+            to_fp32(student.eval().to(run.accelerator.device))
             original = before.frozen_twin()
-            for backbone in (original, student):
-                to_fp32(backbone.eval().to(run.accelerator.device))
             logger.info("looking for sinks on up to %d images", config.sinks.images)
             seen = run.read(original, subsample(run.train_images, config.sinks.images))
             norms = outliers(original, seen)

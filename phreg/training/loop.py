@@ -221,7 +221,7 @@ def train(  # noqa: C901 (the loop reads straight down)
         best.restore()
     elif average is not None:
         average.apply()
-    student.low_rank = merge_lora(student)
+    student.low_rank = merge_lora(student, task.teacher.backbone)
     return Outcome(
         steps=done,
         images=(done - started_at) * step_logger.images_per_step,

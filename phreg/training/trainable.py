@@ -35,6 +35,8 @@ LORA_SHARE = 0.08
 def unlock(backbone: Backbone, config: UnlockConfig) -> dict[str, nn.Parameter]:
     """Freezes a model except its registers and the configured roles, and injects LoRA if configured.
 
+    Parameters that train get memory of their own; the others may share theirs with the model's twin.
+
     Returns:
         The parameters that train, by name in `backbone`.
 
@@ -53,6 +55,7 @@ def unlock(backbone: Backbone, config: UnlockConfig) -> dict[str, nn.Parameter]:
     for name, parameter in backbone.named_parameters():
         parameter.requires_grad_(id(parameter) in chosen or "lora_" in name)
         if parameter.requires_grad:
+            parameter.data = parameter.data.clone()
             trained[name] = parameter
     if not trained:
         raise ConfigError(
@@ -142,8 +145,13 @@ def freeze_unused(
 
 
 @torch.no_grad()
-def merge_lora(backbone: Backbone) -> dict[str, Factors]:
+def merge_lora(backbone: Backbone, original: Backbone) -> dict[str, Factors]:
     """Merges LoRA into the weights and removes it. Models without LoRA stay unchanged.
+
+    Args:
+        backbone: The model.
+        original: The model as it was. Its frozen weights are what is added to: PEFT rounds those of fused
+            attention anew at every forward.
 
     Returns:
         What was added to each weight, by its name in the model, to the bit.
@@ -178,7 +186,9 @@ def merge_lora(backbone: Backbone) -> dict[str, Factors]:
                 )
             factors = merged[f"{name}.{weight}"] = factors.rounded()
             parameter = plain.get_parameter(weight)
-            parameter.copy_(changed(parameter, factors))
+            frozen = original.model.get_parameter(f"{name}.{weight}")
+            # In new memory, as the original shares that of weights which did not train.
+            parameter.data = changed(parameter if parameter.requires_grad else frozen, factors)
         backbone.model.set_submodule(name, plain)
     return merged
 

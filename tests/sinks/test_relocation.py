@@ -1,5 +1,6 @@
 """The relocation loss is zero where registers hold the sinks, and its gradient leads there."""
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -183,6 +184,7 @@ def test_a_register_that_is_off_is_led_back_on(name):
 
 def test_layers_that_lora_wraps_later_are_listened_to_with_it(patched):
     relocation = Relocation(patched, sinks((1, 5, 10.0)))
+    original = copy.deepcopy(patched)
     unlock(patched, UnlockConfig(lora=LoraConfig(rank=2, blocks=3)))
     with torch.no_grad():
         for name, parameter in patched.named_parameters():
@@ -190,7 +192,7 @@ def test_layers_that_lora_wraps_later_are_listened_to_with_it(patched):
                 parameter.add_(0.1)
     with relocation.capture() as hidden:
         patched.run(IMAGES)
-    merge_lora(patched)
+    merge_lora(patched, original)
     with relocation.capture() as merged:
         patched.run(IMAGES)
     # Merging adds the low-rank product to the weight first: another order of the same sums.

@@ -1,3 +1,4 @@
+import copy
 import itertools
 import logging
 import math
@@ -148,7 +149,8 @@ def test_a_loss_without_terms_is_an_error_that_names_its_weights(tiny):
 @pytest.mark.parametrize(("rank", "alpha"), [(2, 6.0), (3, 1.5)])
 def test_merged_lora_adds_alpha_over_rank_times_the_product(tiny, rank, alpha):
     backbone = patched(tiny())
-    before = backbone.model.blocks[2].mlp.fc1.weight.detach().clone()
+    original = copy.deepcopy(backbone)
+    before = original.model.blocks[2].mlp.fc1.weight.detach()
     lora = LoraConfig(rank=rank, alpha=alpha, blocks=1)
     trained = unlock.unlock(backbone, UnlockConfig(roles=(), lora=lora))
     (down,) = (p for name, p in trained.items() if "blocks.2.mlp.fc1" in name and "lora_A" in name)
@@ -159,7 +161,7 @@ def test_merged_lora_adds_alpha_over_rank_times_the_product(tiny, rank, alpha):
         for part in (down, up):
             part.copy_(torch.randn(part.shape, generator=generator))
         expected = before + alpha / rank * up @ down
-        unlock.merge_lora(backbone)
+        unlock.merge_lora(backbone, original)
     torch.testing.assert_close(backbone.model.blocks[2].mlp.fc1.weight.detach(), expected)
 
 
@@ -176,11 +178,12 @@ def test_lora_goes_onto_every_linear_layer_of_so_many_last_blocks(tiny, count):
 def test_broken_lora_is_never_merged(tiny, build):
     model = tiny() if build == "timm" else families_open_clip.FAMILIES["clip"]()
     backbone = patched(model)
+    original = copy.deepcopy(backbone)
     trained = unlock.unlock(backbone, UnlockConfig(roles=(), lora=LoraConfig(rank=2, blocks=1)))
     with torch.no_grad():
         next(parameter for name, parameter in trained.items() if "lora_B" in name).fill_(float("nan"))
     with pytest.raises(TrainingError, match="NaN"):
-        unlock.merge_lora(backbone)
+        unlock.merge_lora(backbone, original)
 
 
 @pytest.mark.parametrize("build", ["timm", "open_clip", "transformers"])
@@ -192,7 +195,7 @@ def test_lora_changes_nothing_at_first_trains_and_is_merged_into_plain_weights(t
         model = table[next(name for name in table if name.startswith(("dinov2", "native", "clip")))]()
     backbone = patched(model).eval()
     images = torch.randn(2, 3, *backbone.spec.input_size, generator=torch.Generator().manual_seed(1))
-    keys = set(backbone.disk_state())
+    original, keys = copy.deepcopy(backbone), set(backbone.disk_state())
     before = backbone(images).patches.detach()
     trained = unlock.unlock(backbone, UnlockConfig(roles=(), lora=LoraConfig(rank=2, blocks=1)))
     assert any("lora_" in name for name in trained), "adapters train"
@@ -204,7 +207,7 @@ def test_lora_changes_nothing_at_first_trains_and_is_merged_into_plain_weights(t
                 parameter.add_(0.1)
     during = backbone(images).patches.detach()
     assert (during - before).abs().max() > 1e-3
-    unlock.merge_lora(backbone)
+    unlock.merge_lora(backbone, original)
     # Merging adds the low-rank product to the weight first: another order of the same sums.
     torch.testing.assert_close(backbone(images).patches.detach(), during, atol=1e-4, rtol=1e-4)
     assert set(backbone.disk_state()) == keys
