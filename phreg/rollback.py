@@ -2,8 +2,8 @@
 
 All that a model is (classes, attributes, hooks, parameters and buffers, what they hold, gradients, modes) is
 noted before it is patched, trained or moved, and can be put back exactly. Values are never copied for that.
-Whoever writes into tensors writes into copies of them instead. So a frozen twin of the model, the teacher,
-shares with it all that does not train:
+Whoever changes a tensor gives it new memory instead. So a frozen twin of the model, the teacher, shares with
+it all that does not train:
 
     before  model ──► own tensors            during  model ──► own tensors, and copies of those that train
                                                      twin  ──► own tensors, frozen: the teacher
@@ -62,11 +62,6 @@ class ModelState(Generic[_Model]):
             if tensor.requires_grad != trains:
                 tensor.requires_grad_(trains)
             tensor.grad = gradient
-
-    def work_on_copies(self) -> None:
-        """Has the model go on with copies of its tensors, so that its own can be put back."""
-        for tensor, data, _, _ in self._tensors:
-            tensor.data = data.clone()
 
     def frozen_twin(self) -> _Model:
         """Copies the model, frozen; both hold the same tensors, in the same memory, without gradients.
@@ -132,7 +127,7 @@ def shallow_twin(model: _Model) -> _Model:
 def rollback_on_error(model: _Model) -> Iterator[ModelState[_Model]]:
     """Puts a model back exactly as it was if anything is raised inside, `KeyboardInterrupt` included.
 
-    Whoever writes into the model's tensors inside works on copies of them: see `ModelState.work_on_copies`.
+    Whoever changes tensors inside gives them new memory (`tensor.data = …`), and writes into none.
 
     Args:
         model: The model; a backbone includes the user's model.

@@ -362,6 +362,16 @@ def test_a_shallow_twin_takes_no_memory_and_its_structure_is_its_own(tiny):
     assert_same(portrait(model), before)
 
 
+def test_an_adapter_takes_memory_for_what_it_changes_alone(tiny, photos, tmp_path):
+    unlocked = {"roles": ("block.1",), "lora": {"rank": 0}}
+    api.distill(tiny(), photos, tmp_path / "run", unlock=unlocked, method="relocate", **QUICK)
+    model = tiny()
+    own = {name: parameter.data_ptr() for name, parameter in model.blocks.named_parameters()}
+    phreg.load(tmp_path / "run", into=model)
+    apart = {name for name, parameter in model.blocks.named_parameters() if parameter.data_ptr() != own[name]}
+    assert apart == {name for name in own if name.startswith("1.")}
+
+
 def test_a_model_that_was_moved_and_cast_comes_back():
     model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
     before = portrait(model)

@@ -554,10 +554,12 @@ def _note(model: nn.Module, attribute: str, readout: Readout) -> None:
 
 
 def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor], described: str) -> None:
-    """Copies named tensors into a model in place, parameters and buffers staying the same objects.
+    """Gives a model named tensors; parameters and buffers stay the same objects, in new memory.
+
+    Who holds what they held before, such as a twin of the model, keeps it.
 
     Raises:
-        PhregError: A name is missing from the model, or a shape differs; nothing is copied then.
+        PhregError: A name is missing from the model, or a shape differs; nothing has changed then.
     """
     own = model.state_dict(keep_vars=True)
     unknown = sorted(set(tensors) - set(own))
@@ -573,7 +575,7 @@ def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor], described: str
             )
     with torch.no_grad():
         for name, tensor in tensors.items():
-            own[name].copy_(tensor)
+            own[name].data = torch.empty_like(own[name]).copy_(tensor)
 
 
 def first_unpacked(tensors: Iterable[Tensor]) -> Tensor:

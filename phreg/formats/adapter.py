@@ -170,8 +170,7 @@ def apply_adapter(folder: Path, backbone: Backbone) -> None:
     except PhregError as error:
         raise LoadError(f"the adapter in {folder} does not fit: {error}") from error
     # Nothing is refused from here on; an interruption leaves the model as it was all the same.
-    with rollback_on_error(backbone) as state:
-        state.work_on_copies()
+    with rollback_on_error(backbone):
         target = _part(backbone, kind)
         take_shape(backbone, record)
         target.load_disk_state(tensors)
