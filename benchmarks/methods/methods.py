@@ -31,6 +31,10 @@ METHODS: dict[str, Settings] = {
 """Methods: settings that differ from the defaults."""
 
 
+RATES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
+"""Learning rates that a user may ask for."""
+
+
 def from_block(first: int | None, depth: int) -> Settings:
     """Unlocks embeddings as the defaults do, but blocks only from `first` on (None: all of them)."""
     blocks = (f"block.{index}" for index in range(first or 0, depth))
@@ -71,6 +75,7 @@ VARIANTS: dict[str, Settings | Callable[[int | None, int], Settings]] = {
     "paper-4": {"method": "paper", "epochs": 4},  # takes as long as `relocate-0.1`
     "auto-forced": {"force": True},
     "auto-number": {"loss.relocation_counts": "number", "loss.relocation": 0.3},
+    **{f"auto-lr-{rate:g}": {"force": True, "optim.lr": rate} for rate in RATES},
 }
 """Ablations of `relocate-0.1`, each one setting away; `before`, its defaults until two changed; a longer
 `paper`; and ablations of `auto`. Two need to know the emergence block or the depth."""

@@ -48,7 +48,7 @@ class Bench:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.source, self.changes = options.model, dict(options.set)
-        self.models = options.output.parent / ".models"
+        self.models, self.limit = options.output.parent / ".models", options.training
         photos = options.images or planted_models.photographs(options.output.parent / ".photographs")
         self.training, measured = measuring.split(photos)
         if not self.training or not measured:
@@ -67,7 +67,7 @@ class Bench:
             "model": Path(self.source).name,
             "size": self.size,
             "set": self.changes,
-            "images": {"training": min(measuring.TRAINING, len(self.training)), "measured": len(measured)},
+            "images": {"training": min(self.limit, len(self.training)), "measured": len(measured)},
             "references": ["clean twin"]
             if self.kind
             else {
@@ -122,9 +122,11 @@ class Bench:
         if self.kind:
             with tempfile.TemporaryDirectory() as folder:
                 student = self.open()
-                row = trained.distilled(student.model, settings, self.training, Path(folder) / "run")
+                row = trained.distilled(
+                    student.model, settings, self.training, Path(folder) / "run", self.limit
+                )
         else:
-            found, row = trained.trained(name, self.source, settings, self.training, self.models)
+            found, row = trained.trained(name, self.source, settings, self.training, self.models, self.limit)
             student = open_model(found)[0]
         if "refused" in row:
             return row
@@ -219,6 +221,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("model", nargs="?", help="anything that phreg opens, or planted:KIND")
     parser.add_argument("--images", type=Path, help="folder of images named NNN…; planted: has its own")
     parser.add_argument("--labels", choices=["index-in-name"], help="the NNN are the model's classes")
+    parser.add_argument(
+        "--training",
+        type=int,
+        default=measuring.TRAINING,
+        help="draw so many images to train on, by the seed",
+    )
     parser.add_argument("--output", type=Path)
     parser.add_argument("--methods", type=methods.names, default=list(DEFAULT), help=", ".join(methods.ROWS))
     parser.add_argument("--seeds", type=int, default=3, help="how many seeds, from 0")

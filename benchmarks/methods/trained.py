@@ -21,7 +21,13 @@ FOLDER = Path(__file__).parent / "results" / ".models"
 """Where runs are kept. Delete it when phreg changes: it is named by settings, not by code."""
 
 
-def distilled(model: Any, settings: dict[str, Any], training: Sequence[Path], run: Path) -> result_file.Row:
+def distilled(
+    model: Any,
+    settings: dict[str, Any],
+    training: Sequence[Path],
+    run: Path,
+    limit: int = measuring.TRAINING,
+) -> result_file.Row:
     """Distils a model on images drawn with the seed of its settings.
 
     Args:
@@ -29,13 +35,14 @@ def distilled(model: Any, settings: dict[str, Any], training: Sequence[Path], ru
         settings: Settings of `phreg.distill`, by dotted key, with seed.
         training: All images that may be trained on.
         run: Run folder to write.
+        limit: How many of them are drawn.
 
     Returns:
         What it cost, the sinks that were found, and the verdict where the model was left as it was; or why it
         was refused.
     """
     run.parent.mkdir(parents=True, exist_ok=True)
-    images = measuring.training_list(training, settings["seed"], run.parent / f"{run.name}-images.txt")
+    images = measuring.training_list(training, settings["seed"], run.parent / f"{run.name}-images.txt", limit)
     if not resolve(overrides=settings).measure.keep_best:
         settings = {"measure.images": 0} | settings  # nothing but the run's own table would look at them
     with measuring.metering() as cost:
@@ -60,6 +67,7 @@ def trained(
     settings: dict[str, Any],
     training: Sequence[Path],
     folder: Path = FOLDER,
+    limit: int = measuring.TRAINING,
 ) -> tuple[str, result_file.Row]:
     """Finds the run of a method, or distils it where it is not there yet.
 
@@ -69,15 +77,17 @@ def trained(
         settings: As `distilled` takes them, with the size of the images.
         training: As there.
         folder: Where runs are kept.
+        limit: As there.
 
     Returns:
         What to open: the run, or the model where that was left as it was. And what `distilled` returns.
     """
-    asked = json.dumps([str(source), settings, [path.name for path in training]], sort_keys=True)
+    few = [limit] if limit != measuring.TRAINING else []
+    asked = json.dumps([str(source), settings, [path.name for path in training], *few], sort_keys=True)
     run = folder / f"{name}-{settings['seed']}-{hashlib.sha256(asked.encode()).hexdigest()[:8]}"
     facts = run / "facts.json"
     if not facts.is_file():
-        found = distilled(source, settings, training, run)
+        found = distilled(source, settings, training, run, limit)
         if "refused" in found:
             return source, found
         write_text(facts, json.dumps(found))
