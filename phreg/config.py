@@ -258,8 +258,9 @@ class DistillConfig(Config):
     """How registers are retrofitted (phreg.methods)."""
     force: bool = False
     """Train even if there is nothing to repair."""
-    registers: Annotated[int, Field(ge=0)] = 4
-    """Register tokens to add. 0 distils without registers (an ablation)."""
+    registers: Annotated[int, Field(ge=0)] | Literal["auto"] = 4
+    """Register tokens to add. auto: as many as an image has sinks on average, or 1 where none were found. 0
+    distils without registers (an ablation)."""
     register_init: Literal["triggers", "neutral", "randn", "trunc-normal", "zeros"] = "triggers"
     """Initial values of the registers. triggers: the tokens that trigger the sinks, or randn without a sink.
     neutral: the same, but without a sink the mean of all patch tokens that enter the blocks, fitted until

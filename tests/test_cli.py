@@ -186,7 +186,7 @@ def test_every_setting_is_a_flag_of_its_section():
 def test_what_a_method_changes_is_said_beside_the_default(capsys):
     assert phreg("distill", "--help") == 0
     printed = " ".join(capsys.readouterr().out.replace("│", "").split())
-    assert "(default: 4; paper: 16; test-time: 1)" in printed
+    assert "(default: 4; paper: 16; test-time: auto)" in printed
     assert "(default: 8; paper: 1)" in printed
     assert "(default: vectors; paper: pos_embed patch_embed block.-1)" in printed
 

@@ -65,7 +65,7 @@ def test_the_default_method_looks_first_and_runs_for_eight_epochs_unless_told_ot
     assert (resolved.epochs, resolved.steps) == (8, None)
     assert (resolved.register_init, resolved.views.fill) == ("neutral", "context")
     assert methods.resolve(None, {"steps": 5}).epochs is None
-    assert methods.resolve(None, {"method": "test-time"}).registers == 1
+    assert methods.resolve(None, {"method": "test-time"}).registers == "auto"
 
 
 @pytest.mark.parametrize("method", ["auto", "relocate", "denoise"])

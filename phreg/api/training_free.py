@@ -54,7 +54,7 @@ def denoise(
 
 
 def add_test_time_registers(
-    model: nn.Module, images: Float[Tensor, "batch 3 height width"], num_registers: int = 1
+    model: nn.Module, images: Float[Tensor, "batch 3 height width"], num_registers: int | None = None
 ) -> nn.Module:
     """Moves a model's artifacts into added registers by a hook, in place and without training.
 
@@ -64,7 +64,7 @@ def add_test_time_registers(
         model: Any supported model; put in eval mode. Whatever ends the call early leaves it as it was.
         images: Normalised images to find the artifacts and their causes on, a few dozen at least, of the size
             that the model is to be used at.
-        num_registers: Registers to add.
+        num_registers: Registers to add; None means as many as an image has artifacts on average.
 
     Returns:
         The same model.
@@ -78,7 +78,7 @@ def add_test_time_registers(
     return model
 
 
-def _add_test_time_registers(backbone: Backbone, images: Tensor, num_registers: int) -> None:
+def _add_test_time_registers(backbone: Backbone, images: Tensor, num_registers: int | None) -> None:
     """Finds a model's artifacts and moves them."""
     images = checked_batch(backbone, images)
     if not len(images):
@@ -94,7 +94,8 @@ def _add_test_time_registers(backbone: Backbone, images: Tensor, num_registers: 
             f"asked for test-time registers on {backbone.describe()}, whose norms on {len(images)} images "
             "show no artifacts in any block; there is nothing to repair, unless more images show some"
         )
-    test_time.add_test_time_registers(backbone, sinks, num_registers)
+    count = sinks.an_image if num_registers is None else num_registers
+    test_time.add_test_time_registers(backbone, sinks, count)
 
 
 def _views(settings: dict[str, Any]) -> ViewsConfig:

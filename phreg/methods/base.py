@@ -47,11 +47,19 @@ class Method:
         return self.clip_settings if clip and self.clip_settings is not None else self.settings
 
 
+def num_registers(sinks: "Sinks | None", config: DistillConfig) -> int:
+    """Says how many registers a model with these sinks is to have."""
+    if config.registers == "auto":
+        return sinks.an_image if sinks is not None else 1
+    return config.registers
+
+
 def add_registers(
     student: "Backbone", sinks: "Sinks | None", batches: "Sequence[Tensor]", config: DistillConfig
 ) -> "list[LossTerm]":
     """Adds registers as configured, and no loss term: what moves, distillation alone moves."""
     from phreg.sinks.starting import add_starting_registers
 
-    add_starting_registers(student, sinks, batches, config.registers, config.register_init, config.seed)
+    count = num_registers(sinks, config)
+    add_starting_registers(student, sinks, batches, count, config.register_init, config.seed)
     return []

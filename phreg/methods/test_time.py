@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from phreg.config import DistillConfig
-from phreg.methods.base import Method
+from phreg.methods.base import Method, num_registers
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -24,14 +24,14 @@ def add(
     """Adds test-time registers."""
     from phreg.sinks.test_time import add_test_time_registers
 
-    add_test_time_registers(student, sinks, config.registers)
+    add_test_time_registers(student, sinks, num_registers(sinks, config))
     return []
 
 
 METHOD = Method(
     name="test-time",
-    summary="move the sinks into one register by a hook, without training",
+    summary="move the sinks into registers by a hook, without training",
     add=add,
-    settings={"registers": 1},
+    settings={"registers": "auto"},
     trains=False,
 )

@@ -99,7 +99,7 @@ def write_comparison(
     surveys, features = comparison.surveys, comparison.shown
     before = of_survey(original, "before", surveys[0], features[0], sinks=sinks)
     after = of_survey(student, "after", surveys[1], features[1], sinks=None)
-    title = f"{display_name(base.source)}, before and after {config.registers} registers"
+    title = f"{display_name(base.source)}, before and after {student.num_registers} registers"
     origin = Origin.of("distill", flatten(config.model_dump(mode="json", exclude_none=True)))
     page = comparison_page(
         title, comparison, before, after, origin, failures=failed_checks(comparison, config.checks)

@@ -68,8 +68,7 @@ class Sinks:
         units: Hidden units that cause them; none where no unit does.
         explained: Share of the outliers that vanish when those units are fixed at their baseline.
         chain: Units of earlier blocks that activate the causes, by share.
-        attention: Share of CLS attention (where there is no CLS, of the patches') that falls on outliers,
-            block by block.
+        attention: Share of CLS attention (without CLS, of the patches') that falls on outliers, by block.
         triggers: For each cluster, the tokens that enter the blocks at its outliers, before any norm. There
             are as many as an image has outliers on average: the means at the positions that have most of
             them. With several clusters, a cluster's outliers are those that its units respond to; with one,
@@ -88,6 +87,11 @@ class Sinks:
     def fixed(self) -> bool:
         """Whether position triggers them rather than content: most lie where most images have one."""
         return fixed_share(self.norms.position_histogram) > 0.5
+
+    @property
+    def an_image(self) -> int:
+        """How many sinks an image has on average, at least one of each cluster."""
+        return sum(map(len, self.triggers))
 
     def by_block(self) -> dict[int, list[Unit]]:
         """The causes, block by block, first to last."""

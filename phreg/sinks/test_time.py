@@ -2,7 +2,8 @@
 
 Hooks edit the hidden units that cause sinks (`phreg.sinks.locate`). Each unit's largest activation over the
 patches of an image goes to the register; everywhere else the unit is set to zero (Jiang et al. 2025, arXiv
-2506.08010; by their appendix, a register may start from zero).
+2506.08010; by their appendix, a register may start from zero). There should be as many registers as an image
+has sinks: each draws the attention of one, so with fewer the patches get more of it (benchmarks/methods).
 
     hidden units [cls | register | patches]  ──►  [0 | largest of the patches | 0]  ──► down projection
 

@@ -5,15 +5,17 @@ import io
 import pickle
 
 import jaxtyping
+import known_sinks
 import pytest
 import torch
 from families import FAMILIES
 from sinking import faint, photographs, plant
 
 import phreg
-from phreg import api, demo
+from phreg import api, demo, methods
 from phreg.backbones.resolve import adapt
 from phreg.errors import PhregError
+from phreg.methods.base import num_registers
 from phreg.sinks import test_time
 from phreg.sinks.test_time import MoveUnits
 
@@ -198,10 +200,13 @@ def test_removing_registers_removes_the_hooks_too(tiny):
 def test_the_demonstrations_artifacts_are_moved_by_one_call_and_come_back_by_another():
     model, images = demo.demo_model(), photographs(every=8)
     before = model(images[:2])
+    likeness = torch.cosine_similarity(adapt(model)(images).patches, demo.truth(images), dim=-1)
+    artifacts = float((likeness < 0.5).sum() / len(images))
     assert phreg.add_test_time_registers(model, images) is model
     (moved,) = test_time.installed(adapt(model)).units.items()
     assert moved[0] == demo.SINK_BLOCK
     assert set(moved[1]) == {(demo.BACKGROUND_NEURON, 1), (demo.CORNER_NEURON, 1)}
+    assert abs(adapt(model).num_registers - artifacts) <= 1, "one for each that an image has, of two kinds"
     assert phreg.inspect(model, images).outlier_rate == 0
     phreg.remove_registers(model)
     assert torch.equal(model(images[:2]), before)
@@ -222,6 +227,15 @@ def test_one_call_is_refused_where_there_is_nothing_to_move_or_nowhere_to_move_i
     plant(backbone, 1, 5, faint(backbone))
     with pytest.raises(PhregError, match="use 1 or more"):
         phreg.add_test_time_registers(backbone.model, faint(backbone), num_registers=0)
+
+
+@pytest.mark.parametrize(
+    ("found", "registers"), [(known_sinks.sinks((0, 1, 9.0), (0, 2, 9.0, 1)), 5), (None, 1)]
+)
+def test_automatic_registers_are_as_many_as_an_image_has_sinks(found, registers):
+    config = methods.resolve(None, {"method": "test-time"})
+    assert num_registers(found, config) == registers  # two of the first cluster, three of the second
+    assert num_registers(found, config.model_copy(update={"registers": 2})) == 2
 
 
 QUICK = {
