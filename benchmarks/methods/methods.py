@@ -73,12 +73,14 @@ VARIANTS: dict[str, Settings | Callable[[int | None, int], Settings]] = {
     "relocation-0": {**OLD, "loss.relocation": 0.0},  # registers and distillation alone
     "before": {**OLD, "loss.relocation": 1.0, "views.fill": "white"},
     "paper-4": {"method": "paper", "epochs": 4},  # takes as long as `relocate-0.1`
+    "test-time-1": {"method": "test-time", "registers": 1},
     "auto-forced": {"force": True},
+    "auto-pooled-1": {"loss.pooled": 1.0},
     "auto-number": {"loss.relocation_counts": "number", "loss.relocation": 0.3},
     **{f"auto-lr-{rate:g}": {"force": True, "optim.lr": rate} for rate in RATES},
 }
 """Ablations of `relocate-0.1`, each one setting away; `before`, its defaults until two changed; a longer
-`paper`; and ablations of `auto`. Two need to know the emergence block or the depth."""
+`paper`; and ablations of `test-time` and `auto`. Two need to know the emergence block or the depth."""
 
 ROWS = (*UNTRAINED, *METHODS, *VARIANTS)
 """Everything that `--methods` takes, in the order of the table."""

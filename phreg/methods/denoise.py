@@ -10,6 +10,7 @@ SETTINGS: dict[str, Any] = {
     "views.fill": "context",
     "loss.mse": 0.0,
     "loss.relative_mse": 1.0,
+    "loss.pooled": 0.25,
     "loss.relocation": 1.0,
     "unlock.roles": ("vectors",),
     "unlock.lora.rank": "auto",

@@ -184,7 +184,8 @@ def train(  # noqa: C901 (the loop reads straight down)
                     measured = on_all_processes(validator(student), accelerator)
                     if best is not None:
                         best.update(step + 1, measured)
-                warn_wrecked(step + 1, measured, validator.original)
+                if best is None:  # a worse state would be the result
+                    warn_wrecked(step + 1, measured, validator.original)
 
             # The previous step's numbers are on the host by now. All processes read the same numbers, so they
             # stop together.

@@ -1,4 +1,5 @@
 import copy
+import itertools
 import json
 import os
 import random
@@ -31,6 +32,7 @@ from phreg.errors import (
 from phreg.sinks.locate import Sinks, Unit
 from phreg.training import runtime, step_log
 from phreg.training.task import RetrofitTask
+from phreg.training.validation import Measurement, Validator
 
 QUICK = {
     "batch_size": 2,
@@ -148,10 +150,23 @@ def test_a_run_that_keeps_its_last_state_is_measured_once_and_says_where_it_dama
     assert "after 10 steps the model agrees less with its own moved views" in caplog.text
 
 
-def test_a_run_that_only_damages_hands_out_the_original(tiny, photos, tmp_path):
+def test_the_best_state_of_a_run_that_averages_its_weights_is_an_average(tiny, photos, tmp_path, monkeypatch):
+    rising = map(float, itertools.count(2))
+    monkeypatch.setattr(Validator, "__call__", lambda *_: Measurement(next(rising), 0.0, 1.0))
+    settings = {"optim": {"ema": 0.5}, "steps": 4}
+    best = run(tiny(), photos, tmp_path / "best", measure=KEEP_BEST, **settings)
+    last = run(tiny(), photos, tmp_path / "last", measure=KEEP_BEST | {"keep_best": False}, **settings)
+    assert best.outcome.best_step == 4
+    assert equal(best.model.state_dict(), last.model.state_dict())
+
+
+def test_a_run_that_only_damages_hands_out_the_original(tiny, photos, tmp_path, caplog):
     model = tiny()
     result = run(model, photos, tmp_path / "run", measure=KEEP_BEST, optim={"lr": 1.0}, steps=6)
     assert result.outcome.best_step == 0
+    assert "after 6 steps the model agrees less" not in caplog.text, (
+        "nothing is lost, so nothing is to be done"
+    )
     assert equal(model.state_dict(), tiny().state_dict()), "registers are gone too"
     assert result.unchanged
     with pytest.raises(LoadError, match="nothing to repair or to gain; use its base"):
