@@ -1,7 +1,7 @@
 """What becomes of every family in every format: the table, and a function that finds it out.
 
 `outcome` finds it out, `EXPECTED` is what it should find, and `markdown` writes that down for readers:
-`python tests/export_outcomes.py` prints the tables of phreg/formats/export/README.md and of README.md.
+`python tests/export_outcomes.py` prints the tables of phreg/formats/export/README.md and of docs/share.md.
 """
 
 import re
@@ -209,7 +209,7 @@ def expected(family: str, format: str) -> str:
 
 SIGNS = {EVERY_SIZE: "yes", OWN_SIZE: "own size"}
 START, END = "<!-- python tests/export_outcomes.py -->", "<!-- end -->"
-"""What the tables stand between in phreg/formats/export/README.md and README.md."""
+"""What the tables stand between in phreg/formats/export/README.md and docs/share.md."""
 
 GROUPS = {
     "DINOv2, classifiers and backbones too": "transformers/dinov2(-swiglu|-classifier|-backbone)?",
@@ -242,7 +242,7 @@ def markdown() -> str:
 
 
 def short_markdown() -> str:
-    """Writes the table of the main README: a row for a group of families, and how equal a format is."""
+    """Writes the table of docs/share.md: a row for a group of families, and how equal a format is."""
     lines = [f"| | {' | '.join(f'`{format}`' for format in FORMATS)} |", "|---" * (len(FORMATS) + 1) + "|"]
     for group, pattern in GROUPS.items():
         families = [family for family in FAMILIES if re.fullmatch(pattern, family)]
@@ -276,7 +276,7 @@ def shown() -> dict[Path, str]:
     root = Path(__file__).parents[1]
     return {
         root / "phreg" / "formats" / "export" / "README.md": markdown(),
-        root / "README.md": short_markdown(),
+        root / "docs" / "share.md": short_markdown(),
     }
 
 

@@ -42,7 +42,7 @@ def _flags(section: type[BaseModel] = config.DistillConfig, prefix: str = "") ->
         if prefix + name == "method":
             kind = Literal[tuple(METHODS)]
             description = f"{description} {' '.join(f'{m.name}: {m.summary}.' for m in METHODS.values())}"
-        text = " ".join(f"{description} {_defaults(prefix + name, field.default)}".split())
+        text = " ".join(f"{description} {default_text(prefix + name, field.default)}".split())
         flags[name] = Annotated[kind, arg(help=text, help_behavior_hint="")]
     make: Any = TypedDict
     made = make(section.__name__, flags, total=False)
@@ -50,7 +50,7 @@ def _flags(section: type[BaseModel] = config.DistillConfig, prefix: str = "") ->
     return made
 
 
-def _defaults(key: str, default: Any) -> str:
+def default_text(key: str, default: Any) -> str:
     """Tells the default of a setting, which is the default method's, and the methods that imply another."""
 
     def text(value: Any) -> str:
