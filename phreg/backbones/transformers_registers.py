@@ -10,6 +10,7 @@ place, and DataParallel runs replicas with weights of their own. A patched model
 of its own, which no stock loader takes for the unpatched model.
 """
 
+import inspect
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -180,6 +181,30 @@ class PadMask:
             mask = self.span.open_up(mask, -2, mask.amax(-2, keepdim=True).expand(-1, -1, count, -1))
         seen = 0 if mask.is_floating_point() else 1  # added to scores, or a flag
         return self.span.open_up(mask, -1, mask.new_full((*mask.shape[:-1], count), seen))
+
+
+@dataclass(frozen=True)
+class RefuseStockSaving:
+    """A hook on registers that keeps them out of the file of a model around the one that was patched.
+
+    That model does not know of them, and saves itself by transformers' own `save_pretrained`, as stock.
+    """
+
+    def __call__(self, _registers: nn.Module, _prefix: str, _keep_vars: bool) -> None:
+        """Looks at who collects the tensors.
+
+        Raises:
+            PhregError: It is that `save_pretrained`.
+        """
+        frame = inspect.currentframe()
+        while frame is not None and frame.f_code is not PreTrainedModel.save_pretrained.__code__:
+            frame = frame.f_back
+        if frame is not None:
+            raise PhregError(
+                f"asked to save {type(frame.f_locals['self']).__name__}, whose vision tower was given "
+                "registers by itself, and they would be lost on loading; write it by phreg.export(model, "
+                'folder, format="merged"), or save the tower alone, or add registers to the whole model'
+            )
 
 
 def attach(

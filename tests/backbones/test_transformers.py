@@ -710,6 +710,62 @@ def test_a_part_without_the_registers_is_not_saved_alone(tmp_path: Path) -> None
         patched("dinov2").model.encoder.save_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["clip", "siglip", "aimv2", "dinov2-classifier", "clip-vision-projection"])
+@torch.no_grad()
+def test_a_model_patched_in_its_tower_alone_is_saved_by_export_or_refused(name: str, tmp_path: Path) -> None:
+    model = FAMILIES[name]()
+    tower = adapt(model).tower
+    add_registers(tower, 4)
+
+    with pytest.raises(
+        PhregError, match=rf"asked to save {type(model).__name__}, whose vision tower.*merged"
+    ):
+        model.save_pretrained(tmp_path / "whole")
+    phreg.export(model, tmp_path / "out", format="merged")
+    tower.save_pretrained(tmp_path / "tower")
+
+    assert not (tmp_path / "whole" / "model.safetensors").exists()
+    assert torch.equal(adapt(phreg.load(tmp_path / "out")).run(images()), adapt(model).run(images()))
+    assert torch.equal(adapt(phreg.load(tmp_path / "tower")).run(images()), adapt(tower).run(images()))
+    remove_registers(tower)
+    model.save_pretrained(tmp_path / "whole")
+    assert (tmp_path / "whole" / "model.safetensors").is_file()
+
+
+@torch.no_grad()
+def test_a_model_patched_in_its_tower_alone_still_gives_its_tensors_to_whoever_else_asks(tmp_path) -> None:
+    model = FAMILIES["clip"]()
+    add_registers(model.vision_model, 4)
+
+    torch.save(model.state_dict(), tmp_path / "state")
+    twin = FAMILIES["clip"]()
+    add_registers(twin.vision_model, 4, "zeros")
+    twin.load_state_dict(torch.load(tmp_path / "state"))
+
+    assert torch.equal(adapt(twin).run(images()), adapt(model).run(images()))
+
+
+NESTED = {
+    "the whole": lambda model: model,
+    "its inner model": lambda model: model.model,
+    "its vision tower": lambda model: model.model.vision_tower,
+}
+
+
+@pytest.mark.parametrize("part", NESTED)
+@torch.no_grad()
+def test_every_model_around_a_patched_encoder_saves_itself_with_it(part: str, tmp_path: Path) -> None:
+    model = add_registers(llava(hf.LlavaForConditionalGeneration), 4)
+    saved = NESTED[part](model)
+
+    saved.save_pretrained(tmp_path)
+    loaded = phreg.load(tmp_path)
+
+    assert type(loaded) is type(saved)
+    assert loaded.state_dict().keys() == saved.state_dict().keys()
+    assert all(torch.equal(loaded.state_dict()[name], value) for name, value in saved.state_dict().items())
+
+
 def test_the_text_tower_of_a_patched_model_saves_as_ever(tmp_path: Path) -> None:
     model = patched("clip").model
 
