@@ -41,7 +41,8 @@ def load(
         revision: Hub commit, branch or tag of it.
         into: The adapter's base, where it is at hand already, or a model around the same vision tower: a
             vision-language model, a depth model, a detector. It is patched in place.
-        device: Where to put the model; None means the CPU, and `into` stays where it is.
+        device: Where to put the model; None means torch's default device, which is the CPU unless it was set,
+            and `into` stays where it is.
         cls: Class of transformers to load it as, with another head or without, or an Auto class; None means
             the class that was saved.
         settings: What that class's `from_pretrained` takes, such as `num_labels`, or
@@ -52,7 +53,7 @@ def load(
 
     Raises:
         LoadError: phreg did not write it, its base cannot be found, or its weights or its base's are others;
-            or `cls` is no class that the model can be loaded as.
+            or `cls` is no class that the model can be loaded as; or torch's default device is `meta`.
         PhregError: There is no such device, or `into` is given along with `cls` or settings.
     """
     if into is not None and (cls is not None or settings):
@@ -62,6 +63,7 @@ def load(
         )
     if device is not None:
         device = usable_device(device, for_weights=True)
+    resolve.refuse_meta_device(path)
     found = resolve.locate(path, revision)
     with rollback_on_error(into) if into is not None else nullcontext():
         if into is None:

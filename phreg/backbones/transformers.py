@@ -179,8 +179,9 @@ class TransformersBackbone(Backbone):
                 "call remove_registers first"
             )
         tower, blocks = self.tower, self.blocks
-        like = first_unpacked(blocks[0].parameters())
-        registers = Registers(tokens.to(like), self.spec.num_prefix)
+        # Of the type of the tokens that they join, which norms that are kept in fp32 do not tell.
+        device = first_unpacked(blocks[0].parameters()).device
+        registers = Registers(tokens.to(device, self.dtype), self.spec.num_prefix)
         registers.register_state_dict_pre_hook(RefuseStockSaving())
         attach(tower, registers.train(tower.training), self.first_block_input, blocks, self.collector)
         for module in self._models_that_save():

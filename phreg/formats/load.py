@@ -92,6 +92,7 @@ def open_as_it_is(
     """Opens a model as `open_model` does, but does not settle how its images are normalised."""
     if isinstance(source, nn.Module):
         return resolve.load(source)
+    resolve.refuse_meta_device(source)
     if os.fspath(source) == "demo":
         backbone = adapt(demo.demo_model())
         return backbone, Base("demo", backbone.spec.library, None, weights_sha256(backbone.disk_state()))
