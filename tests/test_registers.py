@@ -1,5 +1,8 @@
 """Registers start as asked, go in once, and come out again without a trace."""
 
+import ast
+from pathlib import Path
+
 import accelerate
 import pytest
 import torch
@@ -64,6 +67,94 @@ def test_registers_lie_where_the_model_does_whatever_the_default_device(name, in
     assert {parameter.device.type for parameter in model.parameters()} == {"cpu"}
     expected = initial_registers(3, tokens.shape[-1], init)
     assert torch.allclose(tokens.float()[0, -3:], expected)
+
+
+UNITS = {1: [(5, 1), (9, -1)]}
+
+
+def with_test_time_registers(model):
+    """Adds test-time registers, where the MLP of block 1 can be taken apart; else others."""
+    backbone = adapt(model)
+    if backbone.mlp(1) is None:
+        add_registers(backbone, 3, "zeros")
+    else:
+        test_time.install(backbone, UNITS, 3)
+    return backbone
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_test_time_registers_lie_where_the_model_does_whatever_the_default_device(name):
+    model, expected = EVERY[name](), with_test_time_registers(EVERY[name]())
+    torch.set_default_device("meta")
+    try:
+        backbone = with_test_time_registers(model)
+    finally:
+        torch.set_default_device(None)
+    assert {parameter.device.type for parameter in model.parameters()} == {"cpu"}
+    images = torch.randn(2, 3, *backbone.spec.input_size, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.equal(backbone(images).patches, expected(images).patches)
+    assert {
+        tensor.device.type for tensor in with_test_time_registers(EVERY[name]().to("meta")).parameters()
+    } == {"meta"}
+
+
+def answer(backbone):
+    """Calls a model as its library does, which is where accelerate's hooks are."""
+    images = torch.randn(2, 3, *backbone.spec.input_size, generator=torch.Generator().manual_seed(0))
+    if backbone.spec.library == "transformers":
+        return backbone.run(images)
+    return getattr(backbone.model, "visual", backbone.model)(images)
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in EVERY if name != "open_clip/coca"]
+)  # it answers by a tuple
+@torch.no_grad()
+def test_a_patched_model_that_accelerate_offloads_keeps_its_registers(name):
+    backbone, stock = adapt(add_registers(EVERY[name](), 3)), EVERY[name]()
+    expected = answer(backbone)
+    for model in (stock, backbone.model):
+        accelerate.cpu_offload(model, execution_device="cpu")
+    try:
+        answer(adapt(stock))
+    except RuntimeError as error:
+        pytest.skip(f"its library does not run it offloaded: {error}")
+    assert {parameter.device.type for parameter in backbone.model.parameters()} == {"meta"}
+    assert torch.equal(answer(backbone), expected)
+
+
+@pytest.mark.filterwarnings("ignore:The following device_map keys do not match:UserWarning")
+@pytest.mark.parametrize("name", EVERY)
+@torch.no_grad()
+def test_a_model_that_accelerate_spreads_module_by_module_takes_registers(name):
+    model = EVERY[name]()
+    children = {child: "cpu" for child, _ in model.named_children()}
+    own = {parameter: "cpu" for parameter, _ in model.named_parameters(recurse=False)}
+    spread = accelerate.dispatch_model(model, children | own, force_hooks=True)
+    assert any(hasattr(module, "_hf_hook") for module in spread.modules())
+    backbone, expected = adapt(add_registers(spread, 3)), adapt(add_registers(EVERY[name](), 3))
+    images = torch.randn(2, 3, *backbone.spec.input_size, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(backbone(images).patches, expected(images).patches)
+
+
+ALLOWED = {
+    "registers.py",  # `insert`, which all that adds registers to a user's model goes through
+    "backbones/open_clip.py",  # a tower hands them on to timm's trunk
+    "backbones/transformers.py",  # a model that phreg builds itself, of a remote-code export
+    "backbones/transformers_classes.py",  # and one of another class
+}
+
+
+def test_registers_get_into_a_users_model_in_one_place():
+    root = Path(phreg.__file__).parent
+    callers = {
+        path.relative_to(root).as_posix()
+        for path in root.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and getattr(node.func, "attr", None) == "insert_registers"
+    }
+    assert callers == ALLOWED
 
 
 @pytest.mark.parametrize("name", EVERY)

@@ -355,6 +355,20 @@ def locate(source: str | os.PathLike[str], revision: str | None = None) -> Locat
         raise LoadError(f"{error}; nor is there a local folder '{text}'") from error
 
 
+def refuse_meta_device(source: str | os.PathLike[str]) -> None:
+    """Refuses to load a model where torch makes all tensors without values.
+
+    Raises:
+        LoadError: The default device is `meta`, by `torch.device` as context or by `set_default_device`.
+    """
+    if torch.empty(0).is_meta:
+        raise LoadError(
+            f"asked to load '{os.fspath(source)}' under torch.device('meta'), where tensors have no values "
+            "to load into; load it outside of that context, or, for a model without values, build one of its "
+            "class inside and call phreg.add_registers on it"
+        )
+
+
 def find_adapter(folder: Path) -> Path | None:
     """Finds the phreg adapter in a folder: itself, or the `model` folder of a run; None without one."""
     return next((path for path in (folder, folder / "model") if (path / ADAPTER_FILE).is_file()), None)

@@ -42,6 +42,7 @@ from phreg.backbones.transformers_registers import (
     REGISTERS,
     REMOTE_CLASS,
     REMOTE_MODEL_TYPE,
+    RefuseStockSaving,
     Registers,
     SavePatched,
     attach,
@@ -178,8 +179,10 @@ class TransformersBackbone(Backbone):
                 "call remove_registers first"
             )
         tower, blocks = self.tower, self.blocks
-        like = first_unpacked(blocks[0].parameters())
-        registers = Registers(tokens.to(like), self.spec.num_prefix)
+        # Of the type of the tokens that they join, which norms that are kept in fp32 do not tell.
+        device = first_unpacked(blocks[0].parameters()).device
+        registers = Registers(tokens.to(device, self.dtype), self.spec.num_prefix)
+        registers.register_state_dict_pre_hook(RefuseStockSaving())
         attach(tower, registers.train(tower.training), self.first_block_input, blocks, self.collector)
         for module in self._models_that_save():
             vars(module)["save_pretrained"] = SavePatched(module, tower)
@@ -666,18 +669,23 @@ def build(name: str, config: dict[str, Any], tensors: Collection[str] = ()) -> T
         named = getattr(transformers, name)
         if not (isinstance(named, type) and issubclass(named, PreTrainedModel)):
             raise LoadError(f"{name!r} is no class of models of transformers")
-        known = inspect.signature(named.__init__).parameters if tensors else {}
-        arguments = {
-            argument: any(part in tensor for tensor in tensors)
-            for argument, part in CONSTRUCTED.items()
-            if argument in known
-        }
+        arguments = constructor_arguments(named, tensors) if tensors else {}
         return adapt(named(described, **arguments).float())
     except (*LOAD_FAILURES, LookupError, AttributeError) as error:
         raise LoadError(
             f"{name} cannot be built of the config of a {config.get('model_type')} ({error}); save it again "
             "with this version of transformers"
         ) from error
+
+
+def constructor_arguments(model_class: type[PreTrainedModel], tensors: Collection[str]) -> dict[str, bool]:
+    """Finds arguments of `CONSTRUCTED` that a class takes, by the names of the tensors that there are."""
+    known = inspect.signature(model_class.__init__).parameters
+    return {
+        argument: any(part in tensor for tensor in tensors)
+        for argument, part in CONSTRUCTED.items()
+        if argument in known
+    }
 
 
 def load_remote_code(folder: Path) -> TransformersBackbone:

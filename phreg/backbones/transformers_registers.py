@@ -10,6 +10,7 @@ place, and DataParallel runs replicas with weights of their own. A patched model
 of its own, which no stock loader takes for the unpatched model.
 """
 
+import inspect
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -62,7 +63,8 @@ class Registers(nn.Module):
 
     def forward(self, sequence: Float[Tensor, "batch tokens width"]) -> Float[Tensor, "batch longer width"]:
         """Inserts the registers into a sequence."""
-        registers = self.tokens.to(sequence.dtype).expand(sequence.shape[0], -1, -1)
+        # Of its type, and where it lies: a model's embeddings and blocks may be on different devices.
+        registers = self.tokens.to(sequence).expand(sequence.shape[0], -1, -1)
         before, after = sequence[:, : self.num_prefix], sequence[:, self.num_prefix :]
         return torch.cat([before, registers, after], dim=1)
 
@@ -182,6 +184,30 @@ class PadMask:
         return self.span.open_up(mask, -1, mask.new_full((*mask.shape[:-1], count), seen))
 
 
+@dataclass(frozen=True)
+class RefuseStockSaving:
+    """A hook on registers that keeps them out of the file of a model around the one that was patched.
+
+    That model does not know of them, and saves itself by transformers' own `save_pretrained`, as stock.
+    """
+
+    def __call__(self, _registers: nn.Module, _prefix: str, _keep_vars: bool) -> None:
+        """Looks at who collects the tensors.
+
+        Raises:
+            PhregError: It is that `save_pretrained`.
+        """
+        frame = inspect.currentframe()
+        while frame is not None and frame.f_code is not PreTrainedModel.save_pretrained.__code__:
+            frame = frame.f_back
+        if frame is not None:
+            raise PhregError(
+                f"asked to save {type(frame.f_locals['self']).__name__}, whose vision tower was given "
+                "registers by itself, and they would be lost on loading; write it by phreg.export(model, "
+                'folder, format="merged"), or save the tower alone, or add registers to the whole model'
+            )
+
+
 def attach(
     tower: nn.Module,
     registers: Registers,
@@ -293,11 +319,18 @@ def save_patched(
         state_dict: Tensors to write in place of the model's own.
 
     Raises:
-        PhregError: The model has no registers or test-time ones, or the folder holds a stock model, which
-            would be taken for it, or cannot be written.
+        PhregError: The model has no registers or test-time ones, or tensors without values, or the folder
+            holds a stock model, which would be taken for it, or cannot be written.
     """
     registers = _registers_to_save(model, folder)
     tensors = disk_names(model, model.state_dict() if state_dict is None else state_dict)
+    empty = [name for name, tensor in tensors.items() if tensor.is_meta]
+    if empty:
+        raise PhregError(
+            f"asked to save {type(model).__name__} with registers, of which {len(empty)} tensors, such as "
+            f"{empty[0]}, have no values: it is on the meta device, or accelerate has offloaded it; save it "
+            "before that, or give state_dict=accelerate.utils.modeling.get_state_dict_offloaded_model(model)"
+        )
     # Copies, since tied weights are two names of one tensor, which safetensors does not write.
     plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     record = RunRecord(

@@ -9,7 +9,7 @@ What phreg did not write is a base model: see `phreg.backbones.resolve`.
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from phreg.errors import LoadError, PhregError
 from phreg.formats.adapter import apply_adapter, fit
 from phreg.formats.export.spec import find_spec, needs_base, recorded_names
 from phreg.record import Base, RecordError, RunRecord, read_record, weights_sha256
+from phreg.sinks import test_time
 from phreg.storage import ADAPTER_FILE, EXPORT_FILE, OWN_FORMATS
 
 Model = str | os.PathLike[str] | nn.Module
@@ -91,6 +92,7 @@ def open_as_it_is(
     """Opens a model as `open_model` does, but does not settle how its images are normalised."""
     if isinstance(source, nn.Module):
         return resolve.load(source)
+    resolve.refuse_meta_device(source)
     if os.fspath(source) == "demo":
         backbone = adapt(demo.demo_model())
         return backbone, Base("demo", backbone.spec.library, None, weights_sha256(backbone.disk_state()))
@@ -139,6 +141,36 @@ def open_as_trained(folder: Path) -> Backbone:
     backbone, _ = open_saved(resolve.locate(folder))
     set_readout(backbone, backbone.trained_readout)
     return backbone
+
+
+def open_as_class(
+    found: Located, backbone: Backbone, model_class: type | None, settings: Mapping[str, Any]
+) -> Backbone:
+    """Turns a patched model of transformers that was just opened into one of another class.
+
+    Args:
+        found: Where it was found.
+        backbone: The model; not to be used any more.
+        model_class: The class; None means its own.
+        settings: What the class's `from_pretrained` takes.
+
+    Raises:
+        LoadError: It is of another library, or the class cannot hold it.
+    """
+    if backbone.spec.library != "transformers":
+        raise LoadError(
+            f"asked to load {found.source} with {', '.join(['cls'] * bool(model_class) + sorted(settings))}, "
+            f"and it is a {backbone.describe()}; these are for models of transformers: load it as it is, and "
+            "change its head by its own library, in timm by model.reset_classifier(classes)"
+        )
+    from phreg.backbones.transformers_classes import as_class  # which imports transformers
+
+    moved, path = test_time.installed(backbone), vars(backbone.model)["name_or_path"]
+    other = as_class(backbone, model_class, settings)  # pyright: ignore[reportArgumentType]
+    vars(other.model)["name_or_path"] = path
+    if moved is not None:
+        test_time.UnitMover(other, moved.units, moved.size)
+    return other
 
 
 def open_into(found: Located, model: nn.Module) -> Backbone:

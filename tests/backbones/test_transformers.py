@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from unittest import mock
 
+import accelerate
 import peft
 import pytest
 import torch
@@ -708,6 +709,122 @@ def test_a_patched_model_is_not_saved_over_a_stock_one(tmp_path: Path) -> None:
 def test_a_part_without_the_registers_is_not_saved_alone(tmp_path: Path) -> None:
     with pytest.raises(PhregError, match="save the whole model"):
         patched("dinov2").model.encoder.save_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["clip", "siglip", "aimv2", "dinov2-classifier", "clip-vision-projection"])
+@torch.no_grad()
+def test_a_model_patched_in_its_tower_alone_is_saved_by_export_or_refused(name: str, tmp_path: Path) -> None:
+    model = FAMILIES[name]()
+    tower = adapt(model).tower
+    add_registers(tower, 4)
+
+    with pytest.raises(
+        PhregError, match=rf"asked to save {type(model).__name__}, whose vision tower.*merged"
+    ):
+        model.save_pretrained(tmp_path / "whole")
+    phreg.export(model, tmp_path / "out", format="merged")
+    tower.save_pretrained(tmp_path / "tower")
+
+    assert not (tmp_path / "whole" / "model.safetensors").exists()
+    assert torch.equal(adapt(phreg.load(tmp_path / "out")).run(images()), adapt(model).run(images()))
+    assert torch.equal(adapt(phreg.load(tmp_path / "tower")).run(images()), adapt(tower).run(images()))
+    remove_registers(tower)
+    model.save_pretrained(tmp_path / "whole")
+    assert (tmp_path / "whole" / "model.safetensors").is_file()
+
+
+@torch.no_grad()
+def test_a_model_patched_in_its_tower_alone_still_gives_its_tensors_to_whoever_else_asks(tmp_path) -> None:
+    model = FAMILIES["clip"]()
+    add_registers(model.vision_model, 4)
+
+    torch.save(model.state_dict(), tmp_path / "state")
+    twin = FAMILIES["clip"]()
+    add_registers(twin.vision_model, 4, "zeros")
+    twin.load_state_dict(torch.load(tmp_path / "state"))
+
+    assert torch.equal(adapt(twin).run(images()), adapt(model).run(images()))
+
+
+@every_family
+@pytest.mark.parametrize("limit", ["10KB", 20_000])
+@torch.no_grad()
+def test_a_patched_model_is_saved_and_loaded_whatever_the_size_of_shards_asked_for(name, limit, tmp_path):
+    model = patched(name).model
+    model.save_pretrained(tmp_path, max_shard_size=limit)
+    loaded = phreg.load(tmp_path)
+    assert all(torch.equal(loaded.state_dict()[key], value) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["dinov2-swiglu", "clip", "siglip2-vision", "vit-classifier"])
+@torch.no_grad()
+def test_a_base_in_shards_takes_registers_when_it_is_opened_or_spread_by_accelerate(name, tmp_path):
+    FAMILIES[name]().save_pretrained(tmp_path / "base", max_shard_size="10KB")
+    assert len(list((tmp_path / "base").glob("model-*.safetensors"))) > 2
+    stock = type(FAMILIES[name]())
+    children = {child: "cpu" for child, _ in FAMILIES[name]().named_children()}
+    own = {parameter: "cpu" for parameter, _ in FAMILIES[name]().named_parameters(recurse=False)}
+    expected = patched(name).run(images())
+
+    for model in (
+        open_model(tmp_path / "base")[0].model,
+        stock.from_pretrained(tmp_path / "base", device_map="cpu"),
+        stock.from_pretrained(tmp_path / "base", device_map=children | own),
+    ):
+        add_registers(model, 4)
+        model.save_pretrained(tmp_path / "saved")
+        assert torch.equal(adapt(model).run(images()), expected)
+        assert torch.equal(adapt(phreg.load(tmp_path / "saved")).run(images()), expected)
+
+
+def test_registers_go_where_the_sequence_lies_that_they_join() -> None:
+    registers = adapter.Registers(torch.zeros(2, 8), num_prefix=1)
+
+    joined = registers(torch.empty(1, 5, 8, device="meta", dtype=torch.bfloat16))
+
+    assert (joined.device.type, joined.dtype, joined.shape) == ("meta", torch.bfloat16, (1, 7, 8))
+
+
+@pytest.mark.parametrize("way", ["offloaded", "meta"])
+@torch.no_grad()
+def test_a_model_without_values_is_saved_by_its_state_or_refused(way: str, tmp_path: Path) -> None:
+    model = patched("clip").model
+    expected = adapt(model).run(images())
+    if way == "offloaded":
+        accelerate.cpu_offload(model, execution_device="cpu")
+    else:
+        model.to("meta")
+
+    with pytest.raises(PhregError, match=r"have no values.*state_dict=accelerate"):
+        model.save_pretrained(tmp_path / "refused")
+
+    assert not (tmp_path / "refused").exists()
+    if way == "offloaded":
+        model.save_pretrained(
+            tmp_path / "saved", state_dict=accelerate.utils.modeling.get_state_dict_offloaded_model(model)
+        )
+        assert torch.equal(adapt(phreg.load(tmp_path / "saved")).run(images()), expected)
+
+
+NESTED = {
+    "the whole": lambda model: model,
+    "its inner model": lambda model: model.model,
+    "its vision tower": lambda model: model.model.vision_tower,
+}
+
+
+@pytest.mark.parametrize("part", NESTED)
+@torch.no_grad()
+def test_every_model_around_a_patched_encoder_saves_itself_with_it(part: str, tmp_path: Path) -> None:
+    model = add_registers(llava(hf.LlavaForConditionalGeneration), 4)
+    saved = NESTED[part](model)
+
+    saved.save_pretrained(tmp_path)
+    loaded = phreg.load(tmp_path)
+
+    assert type(loaded) is type(saved)
+    assert loaded.state_dict().keys() == saved.state_dict().keys()
+    assert all(torch.equal(loaded.state_dict()[name], value) for name, value in saved.state_dict().items())
 
 
 def test_the_text_tower_of_a_patched_model_saves_as_ever(tmp_path: Path) -> None:

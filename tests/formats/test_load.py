@@ -609,6 +609,38 @@ def test_towers_are_known_apart_from_what_stands_around_them():
     assert describe_tower(headed).prefix == "dinov2."
 
 
+# -- where there are no values -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["context", "default device"])
+@pytest.mark.parametrize(
+    "kind", ["base", "demo", "adapter", "test-time adapter", "merged", "saved whole", "timm"]
+)
+def test_loading_on_the_meta_device_is_refused_with_what_works_there(kind, how, saved, tmp_path):
+    source = {"base": saved, "demo": "demo"}.get(kind, tmp_path / "whole")
+    if kind == "timm":
+        phreg.export(phreg.add_registers(families_timm.FAMILIES["vit"](), 3), source, format="timm")
+    elif kind not in ("base", "demo"):
+        saved_as(kind, source, saved)
+    torch.set_default_device("meta" if how == "default device" else None)
+    try:
+        for read in [open_model, *([phreg.load] if kind not in ("base", "demo") else [])]:
+            with torch.device("meta"), pytest.raises(LoadError, match=r"torch\.device\('meta'\).*outside"):
+                read(source)
+        with torch.device("meta"):  # the advice
+            phreg.add_registers(timm.create_model("test_vit"), 2)
+    finally:
+        torch.set_default_device(None)
+
+
+def test_an_adapter_goes_into_no_model_on_the_meta_device_s_context(adapter, saved):
+    model = timm.create_model(f"local-dir:{saved}", pretrained=True).eval()
+    before = state_of(model)
+    with torch.device("meta"), pytest.raises(LoadError, match="outside of that context"):
+        phreg.load(adapter[0], into=model)
+    assert all(torch.equal(model.state_dict()[name], before[name]) for name in before)
+
+
 # -- damage --------------------------------------------------------------------------------------------------
 
 
