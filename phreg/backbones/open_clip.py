@@ -18,6 +18,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import FunctionType
 from typing import Any
 
 import open_clip
@@ -75,19 +76,37 @@ def adapt(model: nn.Module) -> "NativeTower | TimmTower":
 # -- open_clip's own tower -----------------------------------------------------------------------------------
 
 
+def _renamed(function: FunctionType, name: str) -> FunctionType:
+    """Copies a function under another name, by which TorchScript keeps it apart from what overrides it."""
+    copied = FunctionType(
+        function.__code__, function.__globals__, name, function.__defaults__, function.__closure__
+    )
+    copied.__annotations__ = function.__annotations__
+    return copied
+
+
 class RegisterVisionTransformer(VisionTransformer):
-    """open_clip's vision transformer with registers inside its block stack."""
+    """open_clip's vision transformer with registers inside its block stack.
+
+    TorchScript compiles `_embeds` and `_pool`, and knows no `super()`: the methods that they stand for are
+    called by names of their own.
+    """
 
     registers: nn.Parameter
+    # TorchScript reads a class's own annotations alone.
+    output_tokens: torch.jit.Final[bool]  # pyright: ignore[reportPrivateImportUsage]
+
+    _stock_embeds = _renamed(VisionTransformer._embeds, "_stock_embeds")
+    _stock_pool = _renamed(VisionTransformer._pool, "_stock_pool")
 
     def _embeds(self, x: Tensor) -> Tensor:
-        x = super()._embeds(x)
+        x = self._stock_embeds(x)
         # ln_pre norms every token by itself, so this is the same as insertion ahead of it.
         registers = self.ln_pre(self.registers.to(x.dtype)).expand(x.shape[0], -1, -1)
         return torch.cat([x[:, :1], registers, x[:, 1:]], dim=1)
 
     def _pool(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return super()._pool(torch.cat([x[:, :1], x[:, 1 + self.registers.shape[1] :]], dim=1))
+        return self._stock_pool(torch.cat([x[:, :1], x[:, 1 + self.registers.shape[1] :]], dim=1))
 
     def forward_intermediates(
         self,

@@ -4,6 +4,12 @@
     embeddings ─► InsertRegisters ─► (pre-norm) ─► block 0 … block N ─► Strip ─► norm, pooler, heads
                                                     └ PadMask, each       └► StripStates: hidden_states
 
+Hidden states are handed out without registers. Where gradients are on and a call asks for hidden states,
+`RouteStates` leads the sequence through what is handed out, so that gradients reach it:
+
+    block k ─► tokens ─┬─► state, handed out ─┬─► block k + 1
+                       └─► registers ─────────┘
+
 Hooks are small objects, never closures or bound methods: a deep copy of the model copies them along. They
 hold no module, and take what they need from the one that runs: PEFT puts a trainable copy in a module's
 place, and DataParallel runs replicas with weights of their own. A patched model also saves itself in a format
@@ -47,6 +53,9 @@ RUNNING = "phreg_running_registers"
 """Attribute of the module before which registers come in: those to insert, in a tuple, so that they are no
 child of it."""
 
+STATE = "phreg_hidden_state"
+"""Attribute of a sequence with registers that holds the hidden state that it was made of."""
+
 
 class Registers(nn.Module):
     """Register tokens, and where in a sequence they belong.
@@ -80,9 +89,9 @@ class RegisterSpan:
         """Takes a sequence without its registers."""
         return torch.cat([tokens[:, : self.start], tokens[:, self.start + self.count :]], dim=1)
 
-    def open_up(self, mask: Tensor, dim: int, filling: Tensor) -> Tensor:
-        """Makes room for the registers along one axis of a mask."""
-        before, after = mask.split([self.start, mask.shape[dim] - self.start], dim)
+    def open_up(self, shorter: Tensor, dim: int, filling: Tensor) -> Tensor:
+        """Makes room for the registers along one axis of a mask or a sequence."""
+        before, after = shorter.split([self.start, shorter.shape[dim] - self.start], dim)
         return torch.cat([before, filling, after], dim)
 
 
@@ -124,6 +133,42 @@ class Strip:
 
 
 @dataclass(frozen=True)
+class TellBlocks:
+    """A forward pre-hook on the module that returns hidden states: tells blocks if the config asks for some.
+
+    What a call asks for, transformers hands down to the blocks itself.
+    """
+
+    def __call__(self, collector: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Adds `output_hidden_states` to the keywords."""
+        asked = kwargs.get("output_hidden_states", getattr(collector.config, "output_hidden_states", False))
+        return (args, kwargs | {"output_hidden_states": asked}) if asked else None
+
+
+@dataclass(frozen=True)
+class RouteStates:
+    """A hook that makes the sequence of the hidden state that is handed out, so that gradients reach that.
+
+    It is a forward pre-hook on the first block and a forward hook on all but the last, and does nothing
+    unless gradients are on and the call asks for hidden states. No value changes.
+    """
+
+    span: RegisterSpan
+
+    def __call__(self, _block: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any = None) -> Any:
+        """Replaces the sequence: the output, or the first argument."""
+        tokens = args[0] if output is None else output
+        # What a compiler makes of a model is one step to autograd, registers or not.
+        if not (kwargs.get("output_hidden_states") and tokens.requires_grad) or torch.compiler.is_compiling():
+            return None
+        state = self.span.take_out(tokens)
+        registers = tokens[:, self.span.start : self.span.start + self.span.count]
+        routed = self.span.open_up(state, 1, registers)
+        setattr(routed, STATE, state)
+        return routed if output is not None else ((routed, *args[1:]), kwargs)
+
+
+@dataclass(frozen=True)
 class StripStates:
     """A forward hook that takes registers out of the hidden states of a model's output, object or tuple.
 
@@ -142,8 +187,12 @@ class StripStates:
 
     def _strip(self, states: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
         # None stands for a state that the caller did not ask for.
-        inner = (None if state is None else self.span.take_out(state) for state in states[:-1])
+        inner = (None if state is None else self._strip_one(state) for state in states[:-1])
         return (*inner, *states[-1:])
+
+    def _strip_one(self, state: Tensor) -> Tensor:
+        routed = getattr(state, STATE, None)
+        return self.span.take_out(state) if routed is None else routed
 
 
 def _are_states(item: Any) -> bool:
@@ -233,8 +282,14 @@ def attach(
         first_block_input.register_forward_pre_hook(InsertRegisters()),
         # Ahead of the hooks that collect hidden states, which come with the first call that wants some.
         blocks[-1].register_forward_hook(Strip(span), prepend=True),
+        collector.register_forward_pre_hook(TellBlocks(), with_kwargs=True),
         collector.register_forward_hook(StripStates(span)),
         *(block.register_forward_pre_hook(PadMask(span), with_kwargs=True) for block in blocks),
+        blocks[0].register_forward_pre_hook(RouteStates(span), with_kwargs=True),
+        *(
+            block.register_forward_hook(RouteStates(span), with_kwargs=True, prepend=True)
+            for block in blocks[:-1]
+        ),
     ]
 
 

@@ -89,7 +89,9 @@ def test_intermediates_of_a_patched_tower_are_patches_only(family, output_fmt):
 @torch.no_grad()
 def test_methods_of_a_patched_tower_take_what_those_they_stand_for_take():
     own = {
-        name: value for name, value in vars(RegisterVisionTransformer).items() if inspect.isfunction(value)
+        name: value
+        for name, value in vars(RegisterVisionTransformer).items()
+        if inspect.isfunction(value) and hasattr(VisionTransformer, name)
     }
     assert own.keys() >= {"forward_intermediates", "lock"}
     for name, function in own.items():
@@ -114,6 +116,28 @@ def test_registers_are_locked_and_unlocked_with_the_class_embedding(groups, trai
     model = add_registers(adapt(FAMILIES["clip"]()), 2).model
     model.lock_image_tower(unlocked_groups=groups)
     assert model.visual.registers.requires_grad == trains == model.visual.class_embedding.requires_grad
+
+
+# torch points to torch.compile; what it deprecates is what people have in place.
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # of sizes that timm and open_clip compare
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "make", [torch.jit.script, lambda tower: torch.jit.trace(tower, images())], ids=["script", "trace"]
+)
+@torch.no_grad()
+def test_torchscript_of_a_patched_tower_is_the_tower_and_follows_its_registers(family, make, monkeypatch):
+    for name in ("_embeds", "_pool"):  # as users have them, without the check of types
+        stated = inspect.unwrap(getattr(RegisterVisionTransformer, name))
+        monkeypatch.setattr(RegisterVisionTransformer, name, stated)
+    backbone = add_registers(adapt(FAMILIES[family]()), 3)
+    tower = backbone.tower
+    program, before = make(tower), tower(images())
+    torch.testing.assert_close(program(images()), before, **CLOSE)
+    backbone.registers.neg_()
+    torch.testing.assert_close(program(images()), tower(images()), **CLOSE)
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(program(images()), before, **CLOSE)
 
 
 def test_registers_are_inserted_ahead_of_the_norm_before_the_blocks():

@@ -65,6 +65,19 @@ def test_it_passes_the_conformance_suite(family):
         check_backbone(FAMILIES[family](), dense=native_dense)
 
 
+# torch points to torch.compile; what it deprecates is what people have in place.
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+@pytest.mark.parametrize("family", FIXED_SIZE)  # timm's NaFlexVit is none that TorchScript compiles
+def test_torchscript_of_a_patched_model_is_the_model_and_follows_its_registers(family):
+    backbone = add_registers(adapt(FAMILIES[family]()), 3)
+    model, images = backbone.model, images_for(backbone)
+    program, before = torch.jit.script(model), model(images)
+    torch.testing.assert_close(program(images), before, rtol=1e-4, atol=1e-5)  # sums in another order
+    backbone.registers.neg_()
+    torch.testing.assert_close(program(images), model(images), rtol=1e-4, atol=1e-5)
+    assert relative(program(images), before) > 1e-3
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "family", ["vit", "clip", "siglip", "eva02", "dinov3", "vit-rope-mixed", "naflexvit"]

@@ -2,6 +2,7 @@ import copy
 import dataclasses
 import inspect
 import json
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from unittest import mock
@@ -277,6 +278,85 @@ def test_single_hidden_states_can_be_asked_for() -> None:
     states = backbone.model(images(), output_hidden_states=[1, 3]).hidden_states
 
     assert [None if state is None else state.shape[1] for state in states] == [None, 17, None, 17]
+
+
+ASKED = {"output_hidden_states": True}
+
+
+def loss_and_states(backbone: adapter.TransformersBackbone, **asked):
+    """Runs a tower in double precision; the loss weighs each value of its main output differently."""
+    output = backbone.tower(**backbone._inputs(images().double()) | asked)
+    maps = output.get("feature_maps")
+    found = maps[-1] if maps else output.last_hidden_state
+    return (found * torch.arange(found.numel()).reshape(found.shape).sin()).sum(), output.get("hidden_states")
+
+
+@every_family
+def test_gradients_reach_the_hidden_states_that_are_handed_out(name: str) -> None:
+    backbone = patched(name)
+    backbone.model.double()
+    loss, states = loss_and_states(backbone, **ASKED)
+    for state in states:
+        state.retain_grad()
+    loss.backward()
+
+    for number, state in enumerate(states):
+        moved = torch.randn(state.shape, generator=torch.Generator().manual_seed(number)).double()
+        losses = []
+        for step in (1e-3, -1e-3):
+            with moved_state(backbone, number, step * moved), torch.no_grad():
+                losses.append(loss_and_states(backbone)[0])
+        slope = (losses[0] - losses[1]) / 2e-3
+        # Central differences are off by the square of the step, and AIMv2 norms in fp32 whatever its type.
+        torch.testing.assert_close((state.grad * moved).sum(), slope, rtol=1e-3, atol=1e-4)
+
+
+@contextmanager
+def moved_state(backbone: adapter.TransformersBackbone, number: int, by: torch.Tensor):
+    """Adds to a hidden state, in its place in the stack: after a block, or before the first."""
+    start, count = backbone.spec.num_prefix, backbone.num_registers
+
+    def add(tokens):
+        room = by.new_zeros(len(by), count, by.shape[2])
+        return tokens + torch.cat([by[:, :start], room, by[:, start:]], 1)
+
+    block = backbone.blocks[max(number - 1, 0)]
+    handle = (
+        block.register_forward_hook(lambda _, args, output: add(output), prepend=True)
+        if number
+        else block.register_forward_pre_hook(lambda _, args: (add(args[0]), *args[1:]))
+    )
+    yield
+    handle.remove()
+
+
+@every_family
+def test_what_is_handed_out_for_gradients_is_the_same_to_the_bit(name: str) -> None:
+    backbone = patched(name)
+    with torch.no_grad():
+        expected = backbone.tower(**backbone._inputs(images()) | ASKED)
+        alone = backbone.tower(**backbone._inputs(images())).get("last_hidden_state")
+
+    found = backbone.tower(**backbone._inputs(images()) | ASKED)
+
+    assert all(state.grad_fn is not None for state in found.hidden_states)
+    for state, without in zip(found.hidden_states, expected.hidden_states, strict=True):
+        assert torch.equal(state, without)
+    if alone is not None:
+        assert torch.equal(found.last_hidden_state, alone)
+
+
+@pytest.mark.parametrize("asked_by", ["argument", "config"])
+def test_gradients_reach_hidden_states_however_they_were_asked_for(asked_by: str) -> None:
+    backbone = patched("dinov2-classifier")
+    keywords = ASKED
+    if asked_by == "config":
+        backbone.collector.config.output_hidden_states, keywords = True, {}
+
+    output = backbone.model(images(), **keywords)
+    found = torch.autograd.grad(output.logits.sum(), output.hidden_states)
+
+    assert all(gradient.any() for gradient in found)
 
 
 def shapes(output):

@@ -2,6 +2,7 @@
 
 import pickle
 
+import families_open_clip
 import families_timm
 import families_transformers
 import jaxtyping
@@ -16,9 +17,15 @@ COUNT = 3
 PICTURES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
 
-def classifier(library):
-    families = {"transformers": families_transformers.FAMILIES, "timm": families_timm.FAMILIES}[library]
-    return phreg.add_registers(families["vit-classifier" if library == "transformers" else "vit"](), COUNT)
+BUILDERS = {
+    "transformers": families_transformers.FAMILIES["vit-classifier"],
+    "timm": families_timm.FAMILIES["vit"],
+    "open_clip": families_open_clip.FAMILIES["tower"],
+}
+
+
+def patched(library):
+    return phreg.add_registers(BUILDERS[library](), COUNT)
 
 
 def scores(model):
@@ -27,12 +34,12 @@ def scores(model):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("library", ["transformers", "timm"])
+@pytest.mark.parametrize("library", BUILDERS)
 @torch.no_grad()
 def test_generated_code_gives_what_the_model_gives_and_follows_its_registers(library, monkeypatch):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as users have it
     torch.compiler.reset()
-    model = classifier(library)
+    model = patched(library)
     compiled = torch.compile(model, fullgraph=True)
     for _ in range(2):
         # Generated kernels sum in another order than torch's own, over three blocks.
@@ -43,10 +50,10 @@ def test_generated_code_gives_what_the_model_gives_and_follows_its_registers(lib
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("library", ["transformers", "timm"])
+@pytest.mark.parametrize("library", BUILDERS)
 @torch.no_grad()
 def test_an_exported_program_holds_the_registers_when_saved_and_loaded(library, tmp_path):
-    model = classifier(library)
+    model = patched(library)
     torch.export.save(torch.export.export(model, (PICTURES,)), tmp_path / "model.pt2")
     program = torch.export.load(tmp_path / "model.pt2")
     held = [tensor for name, tensor in program.state_dict.items() if "reg" in name]
@@ -60,7 +67,7 @@ def test_an_exported_program_holds_the_registers_when_saved_and_loaded(library, 
 @pytest.mark.parametrize("library", ["transformers", "timm"])
 @torch.no_grad()
 def test_int8_linears_leave_registers_in_place_and_scores_close(library):
-    model = classifier(library)
+    model = patched(library)
     quantised = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
     assert not [layer for layer in quantised.modules() if type(layer) is nn.Linear]
     assert [layer for layer in model.modules() if type(layer) is nn.Linear]

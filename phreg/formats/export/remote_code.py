@@ -44,6 +44,8 @@ HOOKS = (
     hooks.LinkRegisters,
     hooks.InsertRegisters,
     hooks.Strip,
+    hooks.TellBlocks,
+    hooks.RouteStates,
     hooks.StripStates,
     hooks._are_states,
     hooks.PadMask,
@@ -76,6 +78,7 @@ REFUSAL = "$refusal"
 REGISTERS = "$registers"
 HANDLES = "$handles"
 RUNNING = "$running"
+STATE = "$state"
 
 
 $hooks
@@ -195,6 +198,7 @@ def _code(backbone: TransformersBackbone, named: dict[str, Any]) -> str:
         registers=hooks.REGISTERS,
         handles=hooks.HANDLES,
         running=hooks.RUNNING,
+        state=hooks.STATE,
         hooks="\n\n".join(_source(part) for part in HOOKS).rstrip(),
         tower=f'self.get_submodule("{backbone.tower_name}")' if backbone.tower_name else "self",
         blocks=backbone.family.blocks,
