@@ -17,7 +17,7 @@ from torch import nn
 import phreg
 from phreg.backbones.resolve import adapt_inside
 from phreg.errors import UnsupportedModelError
-from phreg.storage import EXPORT_FILE
+from phreg.storage import ADAPTER_FILE, EXPORT_FILE
 
 NUM_REGISTERS = 3
 
@@ -174,10 +174,13 @@ def _leads_to_phreg(stock_load: Callable[..., Any]) -> Callable[..., Any]:
     """Makes `from_pretrained` load through phreg what a patched model saved, as its user has to."""
 
     @functools.wraps(stock_load)
-    def load(cls: type, name: str | os.PathLike[str] | None = None, *args: Any, **kwargs: Any) -> Any:
-        if name is None or not (Path(name) / EXPORT_FILE).is_file():
-            return stock_load(cls, name, *args, **kwargs)
-        model = phreg.load(name)
+    def load(
+        cls: type, pretrained_model_name_or_path: str | os.PathLike[str] | None, *args: Any, **kwargs: Any
+    ) -> Any:
+        folder = Path(pretrained_model_name_or_path or "")
+        if not any((folder / file).is_file() for file in (ADAPTER_FILE, EXPORT_FILE)):
+            return stock_load(cls, pretrained_model_name_or_path, *args, **kwargs)
+        model = phreg.load(folder)
         return model.to(kwargs["dtype"]) if isinstance(kwargs.get("dtype"), torch.dtype) else model
 
     return load
