@@ -72,7 +72,6 @@ LIBRARIES = {
                 "tests/test_models.py",
                 "tests/test_model_input.py",
                 "tests/test_checkpoint_loading.py",
-                "tests/test_optim.py",
             ),
             options=("--phreg-max-parameters=10e6",),
             # As on timm's own CI: neither its largest models nor weights from the hub.
