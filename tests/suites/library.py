@@ -11,6 +11,9 @@ FAST_METHODS = ("-LoraConfig-", "-VeraConfig-", "-OFTConfig-", "-IA3Config-")
 """Parts of the names of tests of the fast core of PEFT, in `peft_vision`."""
 
 
+FAST_CHECKS = ("hidden_state", "attention_outputs", "outputs_equivalence", "save_load", "fp32_pad_left")
+"""Parts of the names of tests of the fast core of transformers."""
+
 TRANSFORMERS_FAMILIES = (
     *("aimv2", "clip", "deit", "dinov2", "dinov2_with_registers", "dinov3_vit", "ijepa", "metaclip_2"),
     *("siglip", "siglip2", "vit", "vit_mae", "vit_msn"),
@@ -99,6 +102,7 @@ LIBRARIES = {
             own_files=("transformers_vision.py",),
             requirements=("parameterized",),
             checkout_tests=tuple(f"tests/models/{family}" for family in TRANSFORMERS_FAMILIES),
+            fast=("-k", f"(TestVit or TestDinov2) and ({' or '.join(FAST_CHECKS)})"),
         ),
     )
 }

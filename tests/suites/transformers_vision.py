@@ -69,7 +69,9 @@ class VisionModelTester:
         self.config = config
         for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size"):
             setattr(self, name, getattr(config, name))
-        self.seq_length = (self.image_size // self.patch_size) ** 2 + num_prefix
+        self.mask_length = (self.image_size // self.patch_size) ** 2
+        self.num_masks = self.mask_length // 2
+        self.seq_length = self.mask_length + num_prefix
 
     def get_config(self) -> hf.PretrainedConfig:
         return copy.deepcopy(self.config)
@@ -89,6 +91,15 @@ class VisionTests(ModelTesterMixin):
     def setUp(self) -> None:
         config, num_prefix, _ = FAMILIES[self.family]
         self.model_tester = VisionModelTester(config, num_prefix)
+
+    def test_last_hidden_state(self) -> None:
+        """Its length is what each model's own test file checks first, and no common test."""
+        tester = self.model_tester
+        config, inputs = tester.prepare_config_and_inputs_for_common()
+        model = self.all_model_classes[0](config).eval()
+        with torch.no_grad():
+            found = model(**inputs).last_hidden_state
+        self.assertEqual(found.shape, (tester.batch_size, tester.seq_length, tester.hidden_size))
 
 
 for name, (_, _, classes) in FAMILIES.items():
