@@ -99,7 +99,7 @@ class VisionTests(ModelTesterMixin):
         model = self.all_model_classes[0](config).eval()
         with torch.no_grad():
             found = model(**inputs).last_hidden_state
-        self.assertEqual(found.shape, (tester.batch_size, tester.seq_length, tester.hidden_size))
+        assert found.shape == (tester.batch_size, tester.seq_length, tester.hidden_size)
 
 
 for name, (_, _, classes) in FAMILIES.items():
