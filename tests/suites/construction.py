@@ -120,7 +120,18 @@ def wrap_timm(construction: Construction) -> None:
     from timm.models.naflexvit import NaFlexVit
     from timm.models.vision_transformer import VisionTransformer
 
-    construction.wrap_function("create_model", timm, timm.models, _factory)
+    stock = timm.create_model
+    patched = construction.wrap(stock)
+
+    @functools.wraps(stock)
+    def create_model(model_name: str, *args: Any, **kwargs: Any) -> Any:
+        if not model_name.startswith("local-dir:"):
+            return patched(model_name, *args, **kwargs)
+        with construction.inside():  # what a patched model saved, timm builds with its registers
+            return stock(model_name, *args, **kwargs)
+
+    for module in (timm, timm.models, _factory):
+        module.create_model = create_model
     for model_class in (VisionTransformer, Eva, NaFlexVit):
         construction.wrap_class(model_class)
 

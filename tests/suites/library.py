@@ -93,6 +93,7 @@ LIBRARIES = {
             name="open_clip",
             distribution="open_clip_torch",
             tests=("tests/test_inference.py", "tests/test_training_simple.py"),
+            requirements=("braceexpand", "webdataset"),  # of open_clip_train
             options=("-k", "not RN50 and not (test_training and not unfreezing and not coca and not jit)"),
         ),
         Library(
