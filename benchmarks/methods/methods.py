@@ -76,7 +76,7 @@ VARIANTS: dict[str, Settings | Callable[[int | None, int], Settings]] = {
     "test-time-1": {"method": "test-time", "registers": 1},
     "auto-forced": {"force": True},
     "auto-pooled-1": {"loss.pooled": 1.0},
-    "auto-number": {"loss.relocation_counts": "number", "loss.relocation": 0.3},
+    "auto-number": {"loss.relocation_counts": "number", "loss.relocation": 0.3, "loss.pooled": 1.0},
     **{f"auto-lr-{rate:g}": {"force": True, "optim.lr": rate} for rate in RATES},
 }
 """Ablations of `relocate-0.1`, each one setting away; `before`, its defaults until two changed; a longer
