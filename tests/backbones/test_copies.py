@@ -72,8 +72,8 @@ def pictures(backbone: Backbone) -> Tensor:
 
 
 def reachable(model: nn.Module) -> Iterator[Any]:
-    """Walks to all that a model holds, hooks and notes on it included; not to classes, functions, modules."""
-    kept = (type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType, str, bytes, int, float)
+    """Walks to all that a model holds: hooks, notes on it, what phreg's functions among them close over."""
+    kept = (type, types.ModuleType, types.BuiltinFunctionType, str, bytes, int, float)
     seen: dict[int, Any] = {}
     waiting: list[Any] = [model]
     while waiting:
@@ -81,6 +81,11 @@ def reachable(model: nn.Module) -> Iterator[Any]:
         if id(found) in seen or isinstance(found, kept):
             continue
         seen[id(found)] = found
+        if isinstance(found, types.FunctionType):  # which every copy shares
+            if found.__module__.startswith("phreg"):
+                cells = (cell.cell_contents for cell in found.__closure__ or ())
+                waiting += [*cells, *(found.__defaults__ or ())]
+            continue
         yield found
         waiting += gc.get_referents(found) if not isinstance(found, Tensor) else []
 
