@@ -45,10 +45,29 @@ from phreg.backbones.base import Attention, Backbone, Mlp, Spec, first_unpacked,
 from phreg.errors import LoadError, PhregError, UnsupportedModelError
 from phreg.parsing import parse_json
 
+_BIAS = "its blocks have relative position biases for a fixed sequence"
+_WINDOWS = "its tokens are merged on the way, or attend within windows, so no token lives through all blocks"
+_STREAMS = "it runs a second stream of tokens beside its patches, and a register would belong to neither"
+_NO_PREFIX = "its blocks and what comes after them take patches alone, so a register has no place in them"
 REFUSED = {
     "VisionTransformerDistilled": "its distillation token leaves no room for registers",
-    "Beit": "its blocks have relative position biases for a fixed sequence",
-    "VisionTransformerRelPos": "its blocks have relative position biases for a fixed sequence",
+    "Beit": _BIAS,
+    "VisionTransformerRelPos": _BIAS,
+    "ConVit": _BIAS,
+    "Cait": "its class token joins the patches in the last blocks alone, so there is no one stack",
+    "Xcit": "its blocks attend over channels and mix patches by convolutions, with no place for a register",
+    "CrossVit": _STREAMS,
+    "TNT": _STREAMS,
+    "Hiera": _WINDOWS,
+    "HieraDet": _WINDOWS,
+    "Twins": _WINDOWS,
+    "VisionTransformerSAM": _WINDOWS,
+    "DeepseekVitClassifier": _NO_PREFIX,
+    "DeepseekVitEncoder": _NO_PREFIX,
+    "Gemma4VitClassifier": _NO_PREFIX,
+    "Gemma4VitEncoder": _NO_PREFIX,
+    "Qwen3VitClassifier": _NO_PREFIX,
+    "Qwen3VitEncoder": _NO_PREFIX,
     "FeatureGetterNet": "it is the features_only wrapper; pass the model inside, its attribute `model`",
 }
 """Classes near the supported ones, and why they are not supported."""

@@ -1,9 +1,13 @@
 """timm models: patched in timm's own terms, undone to the bit, run at any size, loaded and named."""
 
 import copy
+import inspect
 import json
 import math
 import pickle
+import re
+import sys
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from unittest import mock
@@ -15,11 +19,11 @@ from families_timm import ARCHITECTURES, FAMILIES
 from families_timm import build as build_tiny
 from timm.layers.mlp import GatedMlp, GluMlp, SwiGLU, SwiGLUPacked
 from timm.layers.mlp import Mlp as TimmMlp
-from timm.models import save_for_hf
+from timm.models import model_entrypoint, save_for_hf
 from timm.models.vision_transformer import ParallelScalingBlock
 from torch import nn
 
-from phreg.backbones.timm import adapt, hub_id, is_name, load
+from phreg.backbones.timm import REFUSED, adapt, hub_id, is_name, load
 from phreg.errors import LoadError, PhregError, UnsupportedModelError
 from phreg.formats.load import open_model
 from phreg.registers import add_registers, remove_registers
@@ -564,7 +568,7 @@ def test_a_wrapped_layer_is_not_taken_apart():
         ("vit_relpos_small_patch16_224", "VisionTransformerRelPos: its blocks have relative position biases"),
         ("vit_tiny_r_s16_p8_224", "convolutional network \\(HybridEmbed\\)"),
         ("swin_tiny_patch4_window7_224", "SwinTransformer: it is not a plain stack"),
-        ("hiera_tiny_224", "Hiera: it is not a plain stack"),
+        ("hiera_tiny_224", "Hiera: its tokens are merged on the way"),
         ("resnet10t", "ResNet: it is not a plain stack"),
     ],
 )
@@ -574,6 +578,48 @@ def test_other_architectures_are_refused_with_a_reason(architecture, reason):
     with pytest.raises(UnsupportedModelError, match=reason) as caught:
         adapt(model)
     assert "Supported are VisionTransformer, Eva and NaFlexVit" in str(caught.value)
+
+
+class Asked(Exception):
+    """Raised in place of building a model."""
+
+
+def architectures_by_class():
+    """Finds the class of each of timm's architectures, without building one."""
+
+    def ask(model_class, *args, **kwargs):
+        raise Asked(model_class)
+
+    found = {}
+    with ExitStack() as patches:
+        for module in [module for name, module in sys.modules.items() if name.startswith("timm.models.")]:
+            if hasattr(module, "build_model_with_cfg"):
+                patches.enter_context(mock.patch.object(module, "build_model_with_cfg", ask))
+        for architecture in timm.list_models():
+            with pytest.raises(Asked) as caught:
+                model_entrypoint(architecture)()
+            found.setdefault(caught.value.args[0], []).append(architecture)
+    return found
+
+
+def test_every_class_of_timm_with_blocks_over_patches_is_supported_or_refused_with_a_reason_of_its_own():
+    supported, refused = set(), set()
+    for model_class, (architecture, *_) in architectures_by_class().items():
+        name = model_class.__name__
+        if name not in REFUSED and "self.blocks" not in inspect.getsource(model_class):
+            continue
+        with torch.device("meta"):
+            model = timm.create_model(architecture)
+        children = dict(model.named_children())
+        if name in REFUSED:
+            with pytest.raises(UnsupportedModelError, match=re.escape(REFUSED[name])):
+                adapt(model)
+            refused.add(name)
+        elif "blocks" in children and any("embed" in child for child in children):
+            adapt(model)
+            supported.add(name)
+    assert supported == {"VisionTransformer", "Eva", "NaFlexVit"}
+    assert refused == REFUSED.keys() - {"FeatureGetterNet"}  # which wraps any of them
 
 
 def test_images_of_one_channel_are_refused():
