@@ -29,6 +29,7 @@ import torch
 from jaxtyping import Float
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, create_mask
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
@@ -52,6 +53,9 @@ HANDLES = "phreg_hooks"
 RUNNING = "phreg_running_registers"
 """Attribute of the module before which registers come in: those to insert, in a tuple, so that they are no
 child of it."""
+
+LONGER_MASK = "phreg_longer_mask"
+"""Attribute of a mask of flex_attention that keeps the one with room for registers, for all blocks."""
 
 STATE = "phreg_hidden_state"
 """Attribute of a sequence with registers that holds the hidden state that it was made of."""
@@ -220,7 +224,9 @@ class PadMask:
             return args, kwargs | {"attention_mask": self._pad(kwargs["attention_mask"])}
         return None
 
-    def _pad(self, mask: Any) -> Tensor:
+    def _pad(self, mask: Any) -> Any:
+        if isinstance(mask, BlockMask):
+            return self._pad_blocks(mask)
         if not isinstance(mask, Tensor):
             raise PhregError(
                 f"a model with registers was run with a {type(mask).__name__} as attention mask, which "
@@ -231,6 +237,22 @@ class PadMask:
             mask = self.span.open_up(mask, -2, mask.amax(-2, keepdim=True).expand(-1, -1, count, -1))
         seen = 0 if mask.is_floating_point() else 1  # added to scores, or a flag
         return self.span.open_up(mask, -1, mask.new_full((*mask.shape[:-1], count), seen))
+
+    def _pad_blocks(self, mask: BlockMask) -> BlockMask:
+        """Makes a longer mask for flex_attention, once for all blocks."""
+        longer: dict[RegisterSpan, BlockMask] = vars(mask).setdefault(LONGER_MASK, {})
+        if self.span not in longer:
+            batch, heads = mask.kv_num_blocks.shape[:2]
+            device = mask.kv_num_blocks.device
+            seen = self._pad(create_mask(mask.mask_mod, batch, heads, *mask.seq_lengths, device=device))
+            # A mask for all images, or all heads, has one row for them.
+            images, heads_apart = int(batch > 1), int(heads > 1)
+            longer[self.span] = create_block_mask(
+                lambda image, head, query, key: seen[image * images, head * heads_apart, query, key],
+                *(batch, heads, *seen.shape[-2:]),
+                device=device,
+            )
+        return longer[self.span]
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@ import copy
 import dataclasses
 import inspect
 import json
+import warnings
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -15,6 +16,7 @@ import transformers as hf
 from families_transformers import FAMILIES, NAFLEX, TEXT, TINY, VISION, WIDE, build, joint
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.nn.attention.flex_attention import create_block_mask, create_mask, flex_attention
 from transformers import PreTrainedModel
 from transformers.models.siglip2.image_processing_siglip2 import convert_image_to_patches
 
@@ -493,6 +495,50 @@ def test_a_mask_makes_room_where_the_registers_are(mask: torch.Tensor, expected:
     args, _ = pad(nn.Identity(), (torch.zeros(1, 2, 4), mask), {})
 
     assert args[1].tolist() == expected
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["no-mask", "padded"])
+@pytest.mark.parametrize("name", ["vit", "dinov2", "deit", "ijepa"])
+@torch.no_grad()
+def test_flex_attention_gives_what_fused_attention_gives(name: str, padded: bool, monkeypatch) -> None:
+    # Compiled, as transformers does it, each shape takes seconds.
+    monkeypatch.setattr(
+        "transformers.integrations.flex_attention.WrappedFlexAttention.__call__", lambda _: uncompiled_flex
+    )
+    monkeypatch.setattr("transformers.masking_utils.create_block_mask", uncompiled_mask)
+    backbone, outputs = patched(name), []
+    mask = torch.ones(2, 16 + backbone.spec.num_prefix, dtype=torch.long)
+    mask[1, 9:] = 0
+    for implementation in ("sdpa", "flex_attention"):
+        backbone.model.set_attn_implementation(implementation)
+        keywords = {"attention_mask": mask} if padded else {}
+        outputs.append(backbone.model(images(), **keywords).last_hidden_state)
+
+    torch.testing.assert_close(outputs[1], outputs[0], **ROUNDING)
+
+
+def uncompiled_mask(**kwargs):
+    return create_block_mask(**kwargs | {"_compile": False})
+
+
+def uncompiled_flex(*args, **kwargs):
+    with warnings.catch_warnings():  # that this is the slow way
+        warnings.simplefilter("ignore")
+        return flex_attention(*args, **kwargs)
+
+
+def test_a_block_mask_makes_room_where_the_registers_are() -> None:
+    pad, causal = PadMask(RegisterSpan(start=1, count=2)), lambda image, head, query, key: query >= key
+    mask = create_block_mask(causal, None, None, 3, 3, device="cpu")
+
+    args, _ = pad(nn.Identity(), (torch.zeros(1, 3, 4), mask), {})
+    again, _ = pad(nn.Identity(), (torch.zeros(1, 3, 4), mask), {})
+
+    found = create_mask(args[1].mask_mod, 2, 2, 5, 5, device="cpu")  # for two images and heads alike
+    expected = [[1, 1, 1, 0, 0], [1, 1, 1, 1, 1], [1, 1, 1, 1, 1], [1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]
+    assert found.tolist() == [[[[bool(seen) for seen in row] for row in expected]] * 2] * 2
+    assert args[1].seq_lengths == (5, 5)
+    assert again[1] is args[1]
 
 
 def test_a_mask_that_cannot_grow_is_refused_with_a_way_out() -> None:

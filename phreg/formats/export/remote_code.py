@@ -72,12 +72,14 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, create_mask
 from transformers import $config, $stock
 
 REFUSAL = "$refusal"
 REGISTERS = "$registers"
 HANDLES = "$handles"
 RUNNING = "$running"
+LONGER_MASK = "$longer_mask"
 STATE = "$state"
 
 
@@ -198,6 +200,7 @@ def _code(backbone: TransformersBackbone, named: dict[str, Any]) -> str:
         registers=hooks.REGISTERS,
         handles=hooks.HANDLES,
         running=hooks.RUNNING,
+        longer_mask=hooks.LONGER_MASK,
         state=hooks.STATE,
         hooks="\n\n".join(_source(part) for part in HOOKS).rstrip(),
         tower=f'self.get_submodule("{backbone.tower_name}")' if backbone.tower_name else "self",

@@ -171,12 +171,16 @@ def test_outputs_are_shaped_as_ever_at_any_size_in_bf16_and_in_a_copy(tmp_path):
     assert {state.shape for state in found.hidden_states} == {(2, 1 + 5 * 3, 32)}
 
 
-def test_its_registers_learn(tmp_path):
+def test_its_registers_learn_and_gradients_reach_hidden_states(tmp_path):
     exported("vit-classifier", tmp_path / "out")
     auto = hf.AutoModelForImageClassification
     model = auto.from_pretrained(tmp_path / "out", trust_remote_code=True).train()
-    model(pictures(), labels=torch.tensor([0, 1])).loss.backward()
+    output = model(pictures(), labels=torch.tensor([0, 1]), output_hidden_states=True)
+    for state in output.hidden_states:
+        state.retain_grad()
+    output.loss.backward()
     assert model.vit.registers.tokens.grad.abs().max() > 0
+    assert all(state.grad.any() for state in output.hidden_states)
 
 
 def test_a_model_of_its_config_alone_has_registers_each_another(tmp_path):
@@ -261,7 +265,7 @@ def test_the_code_says_where_it_comes_from_and_is_short(tmp_path):
     assert "Apache-2.0" in code
     assert "import phreg" not in code
     assert "from phreg" not in code
-    assert len(code.splitlines()) < 240
+    assert len(code.splitlines()) < 320
 
 
 @pytest.mark.parametrize("family", ["dinov2-backbone", "dinov3-backbone"])
