@@ -113,13 +113,15 @@ def answer(backbone):
 @torch.no_grad()
 def test_a_patched_model_that_accelerate_offloads_keeps_its_registers(name):
     backbone, stock = adapt(add_registers(EVERY[name](), 3)), EVERY[name]()
-    expected = answer(backbone)
+    expected, stock_expected = answer(backbone), answer(adapt(stock))
     for model in (stock, backbone.model):
         accelerate.cpu_offload(model, execution_device="cpu")
     try:
-        answer(adapt(stock))
+        right = torch.equal(answer(adapt(stock)), stock_expected)
     except RuntimeError as error:
         pytest.skip(f"its library does not run it offloaded: {error}")
+    if not right:
+        pytest.skip("its library gives other answers where it is offloaded, registers or not")
     assert {parameter.device.type for parameter in backbone.model.parameters()} == {"meta"}
     assert torch.equal(answer(backbone), expected)
 

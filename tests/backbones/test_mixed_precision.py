@@ -131,7 +131,7 @@ def combinations():
                 yield name, types, "test-time registers"
 
 
-@pytest.mark.parametrize(("name", "types", "patch"), combinations())
+@pytest.mark.parametrize(("name", "types", "patch"), list(combinations()))
 def test_every_module_gets_and_gives_the_types_that_it_did_without_registers(name, types, patch):
     stock, first, last = (FAMILIES[name]() for _ in range(3))
     TYPES[types](stock)
