@@ -406,7 +406,8 @@ def save_patched(
         raise PhregError(
             f"asked to save {type(model).__name__} with registers, of which {len(empty)} tensors, such as "
             f"{empty[0]}, have no values: it is on the meta device, or accelerate has offloaded it; save it "
-            "before that, or give state_dict=accelerate.utils.modeling.get_state_dict_offloaded_model(model)"
+            "before that, or bring offloaded values back first, by "
+            "accelerate.hooks.remove_hook_from_module(model, recurse=True)"
         )
     # Copies, since tied weights are two names of one tensor, which safetensors does not write.
     plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
