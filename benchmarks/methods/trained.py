@@ -82,8 +82,7 @@ def trained(
     Returns:
         What to open: the run, or the model where that was left as it was. And what `distilled` returns.
     """
-    few = [limit] if limit != measuring.TRAINING else []
-    asked = json.dumps([str(source), settings, [path.name for path in training], *few], sort_keys=True)
+    asked = json.dumps([str(source), settings, [path.name for path in training], limit], sort_keys=True)
     run = folder / f"{name}-{settings['seed']}-{hashlib.sha256(asked.encode()).hexdigest()[:8]}"
     facts = run / "facts.json"
     if not facts.is_file():

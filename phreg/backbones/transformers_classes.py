@@ -50,8 +50,6 @@ def as_class(
         with torch.device("meta"):  # to learn its names alone
             known = inspect.signature(found.__init__).parameters
             named = adapt(found(config, **{name: options[name] for name in options.keys() & known}))
-        if named.family is not backbone.family:
-            raise _wrong_class(asked, backbone)
         disk = disk_names(named.model, _renamed(weights, backbone, named))
         model, report = found.from_pretrained(
             None, config=config, state_dict=disk, output_loading_info=True, **options
