@@ -104,8 +104,8 @@ def _config_of(
         told = {"vision_config": tower.to_dict()}
     else:
         raise _wrong_class(asked, backbone)
-    options = {name: settings[name] for name in ("dtype",) if name in settings}
-    others = {name: value for name, value in settings.items() if name not in options}
+    options = {"dtype": settings[name] for name in ("torch_dtype", "dtype") if name in settings}
+    others = {name: value for name, value in settings.items() if name not in ("torch_dtype", "dtype")}
     config, unused = kind.from_dict(told, return_unused_kwargs=True, **others)
     return config, options | unused
 

@@ -396,11 +396,19 @@ def save_patched(
         state_dict: Tensors to write in place of the model's own.
 
     Raises:
-        PhregError: The model has no registers or test-time ones, or tensors without values, or the folder
-            holds a stock model, which would be taken for it, or cannot be written.
+        PhregError: The model has no registers or test-time ones, or tensors without values, or `state_dict`
+            lacks some, or the folder holds a stock model, which would be taken for it, or cannot be written.
     """
     registers = _registers_to_save(model, folder)
-    tensors = disk_names(model, model.state_dict() if state_dict is None else state_dict)
+    own = model.state_dict()
+    lacking = sorted(own.keys() - (own if state_dict is None else state_dict).keys())
+    if lacking:
+        raise PhregError(
+            f"asked to save {type(model).__name__} with registers by a state_dict that lacks {len(lacking)} "
+            f"of its tensors, such as {lacking[0]}, so that it could not be loaded again; give all of them, "
+            "or leave state_dict out"
+        )
+    tensors = disk_names(model, own if state_dict is None else state_dict)
     empty = [name for name, tensor in tensors.items() if tensor.is_meta]
     if empty:
         raise PhregError(

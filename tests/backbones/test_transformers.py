@@ -931,6 +931,18 @@ def test_a_model_without_values_is_refused_until_they_are_back(way: str, tmp_pat
         assert torch.equal(adapt(phreg.load(tmp_path / "saved")).run(images()), expected)
 
 
+def test_a_state_that_lacks_some_of_the_model_is_refused_before_it_is_written(tmp_path: Path) -> None:
+    model = patched("clip").model
+    state = {name: tensor for name, tensor in model.state_dict().items() if name != "logit_scale"}
+
+    with pytest.raises(
+        PhregError, match=r"lacks 1 of its tensors, such as logit_scale.*leave state_dict out"
+    ):
+        model.save_pretrained(tmp_path / "out", state_dict=state)
+
+    assert not (tmp_path / "out").exists()
+
+
 NESTED = {
     "the whole": lambda model: model,
     "its inner model": lambda model: model.model,

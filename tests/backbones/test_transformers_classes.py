@@ -179,9 +179,10 @@ def test_a_pooler_that_was_not_saved_is_left_out_unless_it_is_asked_for(tmp_path
     assert torch.equal(with_pooler(IMAGES).last_hidden_state, without(IMAGES).last_hidden_state)
 
 
-def test_a_precision_that_is_asked_for_holds_for_registers_too(tmp_path):
+@pytest.mark.parametrize("name", ["dtype", "torch_dtype"])  # transformers takes both
+def test_a_precision_that_is_asked_for_holds_for_registers_too(name, tmp_path):
     saved("vit", tmp_path / "saved")
-    model = phreg.load(tmp_path / "saved", cls=hf.ViTForImageClassification, dtype=torch.bfloat16)
+    model = phreg.load(tmp_path / "saved", cls=hf.ViTForImageClassification, **{name: torch.bfloat16})
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     assert model(IMAGES.bfloat16()).logits.dtype == torch.bfloat16
 

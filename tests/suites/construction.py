@@ -191,10 +191,7 @@ def _leads_to_phreg(stock_load: Callable[..., Any]) -> Callable[..., Any]:
         folder = Path(pretrained_model_name_or_path or "")
         if not any((folder / file).is_file() for file in (ADAPTER_FILE, EXPORT_FILE)):
             return stock_load(cls, pretrained_model_name_or_path, *args, **kwargs)
-        model = phreg.load(folder)
-        if "attn_implementation" in kwargs:
-            model.set_attn_implementation(kwargs["attn_implementation"])
-        return model.to(kwargs["dtype"]) if isinstance(kwargs.get("dtype"), torch.dtype) else model
+        return phreg.load(folder, cls=cls, **kwargs)
 
     return load
 
