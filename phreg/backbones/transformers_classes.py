@@ -104,9 +104,9 @@ def _config_of(
         told = {"vision_config": tower.to_dict()}
     else:
         raise _wrong_class(asked, backbone)
-    options = {"dtype": settings[name] for name in ("torch_dtype", "dtype") if name in settings}
-    others = {name: value for name, value in settings.items() if name not in ("torch_dtype", "dtype")}
-    config, unused = kind.from_dict(told, return_unused_kwargs=True, **others)
+    renamed = {{"torch_dtype": "dtype"}.get(name, name): value for name, value in settings.items()}
+    options = {name: renamed.pop(name) for name in ("dtype",) if name in renamed}
+    config, unused = kind.from_dict(told, return_unused_kwargs=True, **renamed)
     return config, options | unused
 
 

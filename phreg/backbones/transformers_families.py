@@ -172,7 +172,7 @@ REFUSED: dict[str, str] = {
     "resnet": "it is a convolutional network without tokens",
     "beit": _BIAS,
     "data2vec-vision": _BIAS,
-    "timm_wrapper": "it wraps a timm model; hand over its .timm_model, and write that by phreg.export, as the "
-    "wrapper's save_pretrained does not note registers in its config",
+    "timm_wrapper": "it wraps a timm model; hand over its .timm_model, and write that by phreg.export, as "
+    "the wrapper's save_pretrained does not note registers in its config",
 }
 """`model_type` -> why phreg cannot patch it."""
