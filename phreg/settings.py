@@ -5,7 +5,7 @@ recipe.toml, {"optim.lr": 1e-3} ──► by dotted key, current names ──►
 
 import difflib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar
@@ -66,6 +66,42 @@ def validate(settings: Mapping[str, Any], *, source: str) -> DistillConfig:
         ConfigError: Any setting is wrong; all problems are listed.
     """
     return build(DistillConfig, settings, source=source)
+
+
+MEANINGS = {
+    "bs": "batch_size",
+    "data": "images",
+    "dataset": "images",
+    "decay": "optim.weight_decay",
+    "dtype": "precision",
+    "ema_decay": "optim.ema",
+    "grad_clip": "optim.clip_norm",
+    "gradient_accumulation_steps": "optim.accumulate",
+    "image_size": "size",
+    "img_size": "size",
+    "input_size": "size",
+    "learning_rate": "optim.lr",
+    "lora": "unlock.lora.rank",
+    "max_grad_norm": "optim.clip_norm",
+    "max_steps": "steps",
+    "mixed_precision": "precision",
+    "num_epochs": "epochs",
+    "num_registers": "registers",
+    "num_train_epochs": "epochs",
+    "num_views": "views.count",
+    "num_workers": "data.workers",
+    "optimizer": "optim.name",
+    "output_dir": "output",
+    "per_device_train_batch_size": "batch_size",
+    "r": "unlock.lora.rank",
+    "report_to": "trackers",
+    "resolution": "size",
+    "save_steps": "checkpoint_every",
+    "scheduler": "optim.schedule",
+    "views": "views.count",
+    "warmup": "optim.warmup_steps",
+}
+"""Settings by names that other tools have for them, or people try."""
 
 
 def build(kind: type[AnyConfig], settings: Mapping[str, Any], *, source: str) -> AnyConfig:
@@ -167,12 +203,21 @@ def _nest(settings: Mapping[str, Any]) -> dict[str, Any]:
     return tree
 
 
-def _unknown(key: str, known: Mapping[str, Any]) -> str:
+def nearest(key: str, known: Collection[str]) -> str | None:
+    """Finds the setting that an unknown name means: by meaning, by spelling, by its last part's spelling."""
+    leaf = key.rsplit(".", 1)[-1]
+    meant = MEANINGS.get(leaf)
+    if meant in known:
+        return meant
     leaves = {name.rsplit(".", 1)[-1]: name for name in known}
-    near = difflib.get_close_matches(key, known, n=1) or [
-        leaves[leaf] for leaf in difflib.get_close_matches(key.rsplit(".", 1)[-1], leaves, n=1)
-    ]
-    return f"{key}: unknown key" + (f"; did you mean {near[0]}?" if near else "")
+    near = difflib.get_close_matches(key, known, n=1)
+    near = near or [leaves[name] for name in difflib.get_close_matches(leaf, leaves, n=1)]
+    return near[0] if near else None
+
+
+def _unknown(key: str, known: Mapping[str, Any]) -> str:
+    near = nearest(key, known)
+    return f"{key}: unknown key" + (f"; did you mean {near}?" if near else "")
 
 
 def _problem(details: Any) -> str:

@@ -16,8 +16,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from phreg import cli, config, load, methods
+from phreg.cli.commands import COMMANDS
 from phreg.cli.printing import console
 from phreg.cli.progress import ProgressReporter
+from phreg.cli.suggestions import suggestions
 from phreg.errors import LoadError
 from phreg.evaluation.results import RESULTS
 from phreg.settings import fields, recipes
@@ -189,6 +191,79 @@ def test_what_a_method_changes_is_said_beside_the_default(capsys):
     assert "(default: 4; paper: 16; test-time: auto)" in printed
     assert "(default: 8; paper: 1)" in printed
     assert "(default: vectors; paper: pos_embed patch_embed block.-1)" in printed
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        (["inspct"], ["There is no command inspct; did you mean phreg inspect?"]),
+        (["frobnicate"], []),
+        (["--verison"], []),
+        (["distill", "m", "--method", "relocat"], ["--method relocat: did you mean relocate?"]),
+        (["distill", "m", "--method=relocat"], ["--method relocat: did you mean relocate?"]),
+        (["distill", "m", "--method", "relocate", "denois"], []),
+        (["export", "run", "--format", "onxx"], ["--format onxx: did you mean onnx?"]),
+        (
+            ["distill", "m", "--optim.learning-rate", "1e-3"],
+            [
+                "--optim.learning-rate: no flag of phreg distill; did you mean --optim.lr?",
+                "All flags: phreg distill --help",
+            ],
+        ),
+        (
+            ["distill", "m", "--views=5"],
+            [
+                "--views: no flag of phreg distill; did you mean --views.count?",
+                "All flags: phreg distill --help",
+            ],
+        ),
+        (["distill", "m", "--views.no-subpatch", "--resume"], []),
+        (
+            ["inspect", "m", "--imags", "photos", "--zzz"],
+            [
+                "--imags: no flag of phreg inspect; did you mean --images?",
+                "--zzz: no flag of phreg inspect",
+                "All flags: phreg inspect --help",
+            ],
+        ),
+    ],
+)
+def test_what_a_mistyped_command_line_may_have_meant(typed, said):
+    assert suggestions(typed, COMMANDS) == said
+
+
+def test_a_mistyped_command_gets_its_suggestion_after_the_parsers_message(capsys):
+    assert phreg("inspct") == 2
+    assert (
+        capsys.readouterr().err.splitlines()[-1] == "There is no command inspct; did you mean phreg inspect?"
+    )
+
+
+def test_the_help_begins_with_what_the_program_does_and_in_which_order(capsys):
+    assert phreg("--help") == 0
+    printed = capsys.readouterr().out
+    commands = ["phreg inspect", "phreg distill", "phreg evaluate", "phreg export"]
+    places = [printed.index(f"  {command} ") for command in commands]
+    assert places == sorted(places)
+    assert "--version" in printed
+
+
+def test_the_help_of_distill_begins_with_examples_and_common_flags(capsys):
+    assert phreg("distill", "--help") == 0
+    printed = capsys.readouterr().out
+    assert printed.index("  phreg distill --recipe") < printed.index("--recipe NAME")
+    flags = ["--images", "--output", "--method", "--registers", "--size", "--epochs", "--revision", "--steps"]
+    places = [printed.index(f"{flag} ") for flag in flags]
+    assert places == sorted(places)
+
+
+def test_output_that_nobody_reads_to_its_end_is_no_crash(tmp_path):
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, "-m", "phreg", "distill", "--help"], stdout=writer, stderr=subprocess.PIPE, text=True
+    )
+    assert (done.returncode, done.stderr) == (141, "")
 
 
 def test_the_version_is_told(capsys):

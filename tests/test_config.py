@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from phreg import methods
 from phreg.errors import ConfigError
-from phreg.settings import fields, flatten, recipes, to_toml, validate
+from phreg.settings import MEANINGS, fields, flatten, recipes, to_toml, validate
 
 
 def test_all_problems_are_told_at_once_by_dotted_key_with_near_misses():
@@ -20,6 +20,20 @@ def test_all_problems_are_told_at_once_by_dotted_key_with_near_misses():
     assert "views.cuont: unknown key; did you mean views.count?" in text
     assert "optim.lr: should be a valid number, found 'fast'" in text
     assert "method: should be 'auto', 'relocate', 'denoise', 'paper' or 'test-time', found 'papr'" in text
+
+
+@pytest.mark.parametrize(
+    ("tried", "meant"),
+    [("optim.learning_rate", "optim.lr"), ("learning_rate", "optim.lr"), ("views", "views.count")],
+)
+def test_a_name_that_other_tools_use_is_led_to_the_setting(tried, meant):
+    with pytest.raises(ConfigError, match=rf"{tried}: unknown key; did you mean {meant}\?"):
+        methods.resolve(None, {tried: 5})
+
+
+def test_each_name_that_people_try_leads_to_a_setting_and_is_none_itself():
+    assert set(MEANINGS.values()) <= set(fields())
+    assert not set(MEANINGS) & set(fields())
 
 
 def test_all_that_a_run_lacks_is_told_at_once():

@@ -26,12 +26,28 @@ from phreg.cli.printing import (
     say,
 )
 from phreg.cli.progress import ProgressReporter, TrainingProgress
+from phreg.config import DistillConfig
 from phreg.errors import Interrupted, MaxDropError
 from phreg.formats import Format
 from phreg.settings import fields, flatten, read_toml
 from phreg.settings import recipes as shipped_recipes
 
 app = SubcommandApp()
+
+ABOUT = """Give register tokens to a pretrained Vision Transformer, so that its patch
+features lose their artifacts.
+
+The usual order, with a model, a folder of images, and a task's data:
+
+  phreg inspect facebook/dinov2-small --images photos/ --output look/
+  phreg distill facebook/dinov2-small --images photos/ --output run/
+  phreg evaluate facebook/dinov2-small run/ --task dense-nn --data voc/ \\
+      --output scores/
+  phreg export run/ --format transformers --output dinov2-small-reg/
+
+phreg COMMAND --help tells more of each. phreg quickstart shows all in minutes,
+phreg --version the version.
+"""
 
 CHECK_FAILED = 3
 """Exit status of a run or an evaluation with a failed check."""
@@ -68,6 +84,12 @@ def distill(
     resume: bool = False,
 ) -> None:
     """Retrofit registers onto a model by self-distillation.
+
+    The flags that most runs need come first. The others have defaults for any model.
+
+      phreg distill facebook/dinov2-small --images photos/ --output run/
+      phreg distill timm/vit_small_patch16_224 --images photos/ --output run/
+      phreg distill --recipe mine.toml --resume
 
     Args:
         model: Hub id, timm or open_clip name, or local folder. The recipe can name it instead.
@@ -352,5 +374,16 @@ def recipes() -> None:
     table = Table(Column("recipe", overflow="fold"), Column("model", overflow="fold"), "method")
     for name, path in shipped_recipes().items():
         settings = read_toml(path)
-        table.add_row(name, settings.get("model", "any"), settings.get("method", "relocate"))
+        table.add_row(
+            name,
+            settings.get("model", "any"),
+            settings.get("method", DistillConfig.model_fields["method"].default),
+        )
     console.print(table)
+
+
+COMMANDS = {
+    command.__name__: command
+    for command in (quickstart, distill, inspect, export, evaluate, tasks, push, info, recipes)
+}
+"""The functions of the commands, by name."""

@@ -17,6 +17,9 @@ from phreg.errors import ConfigError
 from phreg.methods import METHODS
 from phreg.parsing import parse_toml
 
+COMMON = ("images", "output", "method", "registers", "size", "epochs", "batch_size", "device")
+"""What most runs set; the help begins with it."""
+
 
 def unset(metavar: str) -> Any:
     """Describes a flag whose help says itself what leaving it out means."""
@@ -26,7 +29,8 @@ def unset(metavar: str) -> Any:
 def _flags(section: type[BaseModel] = config.DistillConfig, prefix: str = "") -> Any:
     """Builds the type of distill's flags from the settings: a dictionary of given flags, by section."""
     flags: dict[str, Any] = {}
-    for name, field in section.model_fields.items():
+    rank = {name: place for place, name in enumerate(COMMON)}
+    for name, field in sorted(section.model_fields.items(), key=lambda item: rank.get(item[0], len(rank))):
         kind: Any = field.annotation
         if prefix + name == "model":
             continue

@@ -1,6 +1,8 @@
 """The program around the commands: log lines, signals, errors and the exit status."""
 
 import logging
+import os
+import select
 import signal
 import sys
 import warnings
@@ -12,15 +14,22 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 from phreg import __version__
-from phreg.cli.commands import CHECK_FAILED, app
+from phreg.cli.commands import ABOUT, CHECK_FAILED, COMMANDS, app
 from phreg.cli.printing import PLAIN, console, say
+from phreg.cli.suggestions import suggestions
 from phreg.deprecated import OldNameWarning, current_command_line
 from phreg.errors import Interrupted, MaxDropError, PhregError
 
 logger = logging.getLogger("phreg")
 
+REFUSED = 2
+"""Exit status of a command line that is wrong, as argparse and tyro set it."""
+
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells set it."""
+
+READER_GONE = 141
+"""Exit status where the output's reader has left, as shells set it for SIGPIPE."""
 
 TERMINATED = 143
 """Exit status after SIGTERM, as shells set it."""
@@ -44,6 +53,28 @@ def _old_names_logged() -> Iterator[None]:
         yield
 
 
+def _reader_is_gone() -> bool:
+    """Tells whether who read the output has left, as `head` does, and writes no more to them."""
+    poll = select.poll()
+    for descriptor in (1, 2):
+        poll.register(descriptor, 0)
+    gone = [descriptor for descriptor, event in poll.poll(0) if event & select.POLLERR]
+    for descriptor in gone:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+    return bool(gone)
+
+
+def _parse_and_run(words: list[str]) -> None:
+    """Runs a command; a command line that is refused gets suggestions."""
+    try:
+        app.cli(prog="phreg", description=ABOUT, args=words)
+    except SystemExit as end:
+        if end.code == REFUSED:
+            for line in suggestions(words, COMMANDS):
+                say(line, to=Console(stderr=True, **PLAIN))
+        raise
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line; a deliberate error is printed without a traceback."""
     logging.basicConfig(
@@ -60,11 +91,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
     try:
         with _old_names_logged():
-            app.cli(prog="phreg", args=current_command_line(words))
+            _parse_and_run(current_command_line(words))
     except PhregError as error:
         say(str(error), alarm="phreg: ", to=Console(stderr=True, **PLAIN))
         if isinstance(error, MaxDropError):
             sys.exit(CHECK_FAILED)
         sys.exit(INTERRUPTED if isinstance(error, Interrupted) else 1)
+    except BrokenPipeError:
+        if not _reader_is_gone():
+            raise
+        sys.exit(READER_GONE)
     finally:
         signal.signal(signal.SIGTERM, before)
