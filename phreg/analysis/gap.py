@@ -101,6 +101,23 @@ def outlier_mask(norms: Float[Tensor, "*tokens"], gap: Gap | None) -> Bool[Tenso
     return norms > gap.threshold if gap.side == "high" else norms < gap.threshold
 
 
+def wider_of(norms: Float[Tensor, "*tokens"], own: Gap | None, original: Gap | None) -> Gap | None:
+    """Chooses between a changed model's own gap and its original's: the one with more tokens beyond it.
+
+    Where a repair leaves a part of the artifacts, too few or too close for a gap of their own, the original's
+    gap still counts them. It is left aside where more than `MAX_SHARE` of the tokens are beyond it: then
+    norms have moved as a whole.
+
+    Args:
+        norms: Norms of one block's patch tokens in the changed model.
+        own: The gap in them.
+        original: The gap in the norms of the same block of the original.
+    """
+    beyond = float(outlier_mask(norms, original).float().mean())
+    more = float(outlier_mask(norms, own).float().mean()) < beyond <= MAX_SHARE
+    return original if more else own
+
+
 def bimodality(norms: Float[Tensor, "*tokens"]) -> float:
     """Measures how far log norms fall into two kinds, by Sarle's bimodality coefficient.
 

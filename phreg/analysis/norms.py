@@ -23,7 +23,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from phreg.analysis.gap import Gap, bimodality, outlier_mask, outlier_threshold
+from phreg.analysis.gap import Gap, bimodality, outlier_mask, outlier_threshold, wider_of
 from phreg.backbones.base import Backbone
 from phreg.errors import DataError
 
@@ -78,7 +78,8 @@ class BlockNorms:
     Attributes:
         block: Index of the block.
         quantiles: Norms at `QUANTILES`.
-        gap: The gap, or None where the norms show none.
+        gap: The gap, or None where the norms show none. Of a model compared with its original it is the
+            original's, where that has more tokens beyond it.
         outlier_rate: Share of patch tokens beyond the gap.
         outlier_norm: Median norm of those; None where there are none.
         bimodality: Bimodality of log norms; see `phreg.analysis.gap.bimodality`.
@@ -191,6 +192,7 @@ def outliers(
     *,
     layers: Sequence[int] | None = None,
     show: int = 8,
+    original: NormReport | None = None,
 ) -> NormReport:
     """Measures the norms of a model's patch tokens, and which of them are outliers.
 
@@ -201,6 +203,7 @@ def outliers(
         batches: Normalised images, all of one size.
         layers: Blocks to measure, negative from the end; None means all.
         show: Images, from the first on, whose norm maps are kept.
+        original: What the same images and blocks gave in the model before it was changed. Its gaps count too.
 
     Raises:
         DataError: There are no images, or their sizes differ.
@@ -215,7 +218,7 @@ def outliers(
         token_norms(backbone, images, backbone.block_tokens(images, wanted))
         for images in of_one_size(backbone, batches)
     ]
-    return norm_report(backbone, join(measured), wanted, show)
+    return norm_report(backbone, join(measured), wanted, show, original)
 
 
 def of_one_size(
@@ -266,7 +269,9 @@ def join(batches: Sequence[Norms]) -> Norms:
     return Norms(*(torch.cat(parts, dim=2) for parts in zip(*batches, strict=True)))
 
 
-def norm_report(backbone: Backbone, norms: Norms, layers: Sequence[int], show: int) -> NormReport:
+def norm_report(
+    backbone: Backbone, norms: Norms, layers: Sequence[int], show: int, original: NormReport | None = None
+) -> NormReport:
     """Finds the outliers among norms, and sums all up.
 
     Args:
@@ -274,8 +279,14 @@ def norm_report(backbone: Backbone, norms: Norms, layers: Sequence[int], show: i
         norms: What was measured.
         layers: Indices of the blocks that were.
         show: Images, from the first on, whose norm maps are kept.
+        original: The report of the model before it was changed; see `outliers`.
     """
-    before, after = (tuple(map(_block_norms, layers, stage)) for stage in norms.patches)
+    nothing = [None] * len(layers)
+    theirs = (original.blocks, original.normed) if original else (nothing, nothing)
+    before, after = (
+        tuple(map(_block_norms, layers, stage, blocks))
+        for stage, blocks in zip(norms.patches, theirs, strict=True)
+    )
     masks = [outlier_mask(block, found.gap) for block, found in zip(norms.patches[0], before, strict=True)]
     quantiles = np.quantile(norms.special.numpy(), QUANTILES, axis=2).transpose(3, 1, 2, 0).tolist()
     return NormReport(
@@ -291,8 +302,8 @@ def norm_report(backbone: Backbone, norms: Norms, layers: Sequence[int], show: i
     )
 
 
-def _block_norms(block: int, norms: Tensor) -> BlockNorms:
-    gap = outlier_threshold(norms)
+def _block_norms(block: int, norms: Tensor, original: BlockNorms | None) -> BlockNorms:
+    gap = wider_of(norms, outlier_threshold(norms), original and original.gap)
     mask = outlier_mask(norms, gap)
     values = norms.double().numpy().ravel()
     longest = max(values.max(), np.finfo(np.float32).tiny)

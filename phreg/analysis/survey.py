@@ -94,7 +94,13 @@ class Survey:
 
 
 @torch.no_grad()
-def survey(backbone: Backbone, batches: Iterable[Float[Tensor, "_ 3 _ _"]], *, show: int = 8) -> Survey:
+def survey(
+    backbone: Backbone,
+    batches: Iterable[Float[Tensor, "_ 3 _ _"]],
+    *,
+    show: int = 8,
+    original: NormReport | None = None,
+) -> Survey:
     """Measures norms, attention and patch embeddings in one pass.
 
     The model runs in the mode it is in; put it in eval mode first.
@@ -103,6 +109,7 @@ def survey(backbone: Backbone, batches: Iterable[Float[Tensor, "_ 3 _ _"]], *, s
         backbone: The model.
         batches: Normalised images, all of one size.
         show: Images, from the first on, that are kept whole.
+        original: Norms of the model before it was changed, on the same images. Its gaps count too.
 
     Raises:
         DataError: There are no images, or their sizes differ.
@@ -115,7 +122,7 @@ def survey(backbone: Backbone, batches: Iterable[Float[Tensor, "_ 3 _ _"]], *, s
         batch_results.append(result)
         shown += examples
     norms = join([result.norms for result in batch_results])
-    report = norm_report(backbone, norms, range(len(backbone.blocks)), show)
+    report = norm_report(backbone, norms, range(len(backbone.blocks)), show, original)
     outliers = outlier_mask(norms.patches[0, report.focus], report.blocks[report.focus].gap)
     return Survey(
         norms=report,

@@ -66,7 +66,7 @@ def print_run(result: Any) -> None:
         return
     apart = "not trained on" if result.comparison.held_out else "that were trained on too"
     print_figures(result.comparison.rows(), title=f"on {result.comparison.images} images {apart}")
-    before, after = (norms.outlier_rate for norms in result.comparison.norms)
+    before, after = (most.outlier_rate for most in result.comparison.most_outliers)
     if before and after > REMAINING * before:
         console.print(
             f"{after / before:.0%} of the artifacts remain. Train on more images, or for more epochs."

@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from phreg import demo
-from phreg.analysis.norms import NormReport
+from phreg.analysis.norms import BlockNorms, NormReport
 from phreg.analysis.survey import Survey, survey
 from phreg.backbones.base import Backbone
 from phreg.backbones.readout import set_readout, use_readout
@@ -85,6 +85,12 @@ class Comparison:
         """Norms of patch tokens, before and after."""
         before, after = self.surveys
         return before.norms, after.norms
+
+    @property
+    def most_outliers(self) -> tuple[BlockNorms, BlockNorms]:
+        """The block with the largest outlier rate, before and after."""
+        before, after = (max(side.blocks, key=lambda block: block.outlier_rate) for side in self.norms)
+        return before, after
 
     def rows(self) -> list[Row]:
         """The table."""
@@ -154,8 +160,9 @@ def compare(
     sides, batches = (original, patched), measured.images
     for side in sides:
         set_readout(side, "plain")
-    surveys = survey(original, batches, show=show), survey(patched, batches, show=show)
-    were_outliers = surveys[0].outliers.split([len(images) for images in batches])
+    before = survey(original, batches, show=show)
+    surveys = before, survey(patched, batches, show=show, original=before.norms)
+    were_outliers = before.outliers.split([len(images) for images in batches])
 
     set_readout(original, target.teacher_readout)
     set_readout(patched, target.student_readout)
@@ -218,7 +225,7 @@ def failed_checks(comparison: Comparison, checks: ChecksConfig) -> list[str]:
     Outliers are judged in the last block, and in the block with most: they can rise inside the model alone.
     """
     rates = [report.outlier_rate for report in comparison.norms]
-    most = [max(report.blocks, key=lambda block: block.outlier_rate) for report in comparison.norms]
+    most = comparison.most_outliers
     before, after = comparison.agreement
     risen = f"by more than checks.outlier_rate = {checks.outlier_rate:g}"
     last_holds = rates[1] <= rates[0] + checks.outlier_rate

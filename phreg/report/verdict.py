@@ -91,10 +91,10 @@ def nothing_gained(steps: int) -> str:
 
 def outcome(comparison: Comparison) -> str:
     """Says in a sentence what a retrofit changed: artifacts, agreement with the reference, global output."""
-    rates = [percent(report.outlier_rate) for report in comparison.norms]
+    rates = [percent(most.outlier_rate) for most in comparison.most_outliers]
     before, after = comparison.agreement
     return (
-        f"Artifacts went from {rates[0]} to {rates[1]} of patch tokens; "
+        f"Artifacts went from {rates[0]} to {rates[1]} of patch tokens, in the block with most; "
         f"agreement with {comparison.reference} from {before.mean:.3f} to {after.mean:.3f}; "
         f"the global output keeps a cosine of {comparison.drift.mean:.3f} to the original's."
     )

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from planted import CORNERS, DEPTH, Planted, pictures
 
-from phreg.analysis.gap import bimodality, outlier_mask, outlier_threshold
-from phreg.analysis.norms import outliers
+from phreg.analysis.gap import bimodality, outlier_mask, outlier_threshold, wider_of
+from phreg.analysis.norms import NormReport, Norms, norm_report, outliers
 from phreg.errors import DataError, PhregError
 
 REAL = Path(__file__).parents[3] / "shared" / "data"
@@ -119,6 +119,70 @@ def test_dead_tokens_are_low_outliers():
 def test_norms_that_are_not_finite_are_refused(value: float):
     with pytest.raises(PhregError, match="2 of which are not finite"):
         outlier_threshold(torch.tensor([1.0, value, 2.0, value]))
+
+
+def half_repaired() -> tuple[torch.Tensor, torch.Tensor]:
+    """Makes norms of 1000 tokens before a repair and after it.
+
+    Of 50 artifacts 7 are left, spread from the longest ordinary norm to 124.
+    """
+    ordinary = bulk(950)
+    before = torch.cat([ordinary, torch.full((50,), 124.0)])
+    left = torch.logspace(math.log10(float(ordinary.max())), math.log10(124), 8)[1:]
+    return before, torch.cat([ordinary, bulk(43, seed=1), left])
+
+
+def test_artifacts_that_a_repair_left_are_counted_by_the_gap_of_the_original():
+    before, after = half_repaired()
+    original, own = outlier_threshold(before), outlier_threshold(after)
+    assert original is not None
+    beyond = int((after > original.threshold).sum())
+    assert 0 < beyond < 7, "some are left on either side of the original's threshold"
+    assert int(outlier_mask(after, own).sum()) < beyond, "by themselves they are no kind of their own"
+
+    assert wider_of(after, own, original) is original
+    assert wider_of(before, original, own) is original, "a model's own gap counts where it finds more"
+    assert wider_of(after, own, None) is own
+
+
+def test_norms_that_have_moved_as_a_whole_are_not_judged_by_the_gap_of_the_original():
+    before, _ = half_repaired()
+    original = outlier_threshold(before)
+    assert original is not None
+    assert wider_of(10 * bulk(1000), None, original) is None
+
+
+def test_a_report_of_a_changed_model_counts_what_lies_beyond_the_gaps_of_the_original_in_each_block():
+    before, after = half_repaired()
+    backbone = Planted({})
+    clean, specials = bulk(1000, seed=2), torch.ones(2, 2, 10, len(backbone.special_tokens))
+
+    def report(inner: torch.Tensor, last: torch.Tensor, original: NormReport | None = None) -> NormReport:
+        blocks = torch.stack([inner, last]).reshape(1, 2, 10, 10, 10).expand(2, -1, -1, -1, -1)
+        return norm_report(backbone, Norms(blocks, specials), [0, 1], 2, original)
+
+    original = report(before, clean)
+    found = report(after, clean, original)
+
+    gap = original.blocks[0].gap
+    assert gap is not None
+    beyond = after > gap.threshold
+    for blocks in (found.blocks, found.normed):
+        assert [block.outlier_rate for block in blocks] == pytest.approx([float(beyond.sum()) / 1000, 0])
+        assert blocks[0].gap == gap
+    assert blocks[0].outlier_norm == float(after[beyond].median())
+    assert torch.equal(found.positions[0], beyond.reshape(10, 10, 10).float().mean(dim=0))
+    assert report(after, clean).blocks[0].outlier_rate < found.blocks[0].outlier_rate
+
+
+def test_a_changed_model_is_measured_against_its_original():
+    original = outliers(Planted({1: (CORNERS, 300.0)}), [pictures()])
+    gap = original.blocks[-1].gap
+    assert gap is not None
+    weak = Planted({1: (CORNERS[:1], 1.2 * gap.threshold)})
+    alone, compared = outliers(weak, [pictures(1)]), outliers(weak, [pictures(1)], original=original)
+    assert alone.outlier_rate == 0, "one token does not stand out far enough for a gap of its own"
+    assert compared.outlier_rate == 1 / 64
 
 
 def test_no_gap_marks_no_token():

@@ -10,9 +10,10 @@ from planted import CORNERS, DEPTH, Planted, pictures
 
 from phreg.analysis.norms import outliers
 from phreg.analysis.survey import survey
+from phreg.backbones.base import Backbone
 from phreg.backbones.resolve import adapt
-from phreg.config import ChecksConfig
-from phreg.evaluation.before_after import Comparison, failed_checks, table
+from phreg.config import ChecksConfig, TargetConfig
+from phreg.evaluation.before_after import Comparison, HeldOut, compare, failed_checks, table
 from phreg.evaluation.metrics.agreement import Drift, agreement
 
 INSIDE = {1: (CORNERS, 300.0), 2: (CORNERS, -300.0)}
@@ -42,6 +43,36 @@ def compared(seen, before, after, **changes):
         "shown": (features, features),
     }
     return Comparison(**values | changes)
+
+
+def pushed(tokens_of, strength: float) -> Backbone:
+    """A tiny model in whose second block some patch tokens are lengthened."""
+    backbone = adapt(FAMILIES["timm/vit"]()).eval()
+
+    def push(_mlp, _inputs, tokens):
+        tokens = tokens.clone()
+        patches = tokens[:, backbone.model.num_prefix_tokens :]
+        patches[tokens_of(patches)] += strength
+        return tokens
+
+    backbone.blocks[1].mlp.register_forward_hook(push)
+    return backbone
+
+
+def test_what_a_repair_left_is_judged_by_the_gap_of_the_original():
+    images = torch.randn(8, 3, *adapt(FAMILIES["timm/vit"]()).spec.input_size)
+    original = pushed(lambda patches: (slice(None), 0), 6.0)  # the first patch of every image
+    student = pushed(lambda patches: (0, 0), 6.0)  # of one image
+
+    measured = HeldOut([images], [original(images).patches], "the original")
+    found = compare(original, student, measured, TargetConfig(), held_out=True)
+
+    patches = original.layout(images).num_patches
+    rates = pytest.approx([1 / patches, 1 / (8 * patches)])
+    assert [norms.blocks[1].outlier_rate for norms in found.norms] == rates
+    assert [block.outlier_rate for block in found.most_outliers] == rates
+    assert int(found.surveys[1].outliers.sum()) == 1
+    assert outliers(student, [images]).blocks[1].outlier_rate == 0, "one token has no gap of its own"
 
 
 def test_artifacts_that_rise_inside_the_model_alone_fail_the_check_and_show_in_the_table(seen):

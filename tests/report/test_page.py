@@ -215,7 +215,9 @@ def test_texts_have_maps_over_the_photo_that_are_marked_as_such(alone, both, wit
 
 def test_a_comparison_tells_both_outlier_rates_and_what_was_kept(sides, without_charts):
     found = comparison_page("a model", compared(sides), *sides)
-    assert found.verdict.startswith("Artifacts went from 6.2 % to 0.0 % of patch tokens; ")
+    assert found.verdict.startswith(
+        "Artifacts went from 6.2 % to 0.0 % of patch tokens, in the block with most; "
+    )
     assert "the global output keeps a cosine of " in found.verdict
     assert found.note.startswith("Measured on 12 images not trained on. ")
     seen = comparison_page("a model", compared(sides, held_out=False), *sides)

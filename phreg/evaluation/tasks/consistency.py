@@ -19,7 +19,7 @@ from jaxtyping import Float
 from pydantic import PositiveInt
 from torch import Tensor
 
-from phreg.analysis.gap import outlier_mask
+from phreg.analysis.gap import Gap, outlier_mask
 from phreg.analysis.norms import outliers
 from phreg.backbones.base import Backbone, Readout
 from phreg.backbones.readout import use_readout
@@ -95,11 +95,14 @@ def run(reader: FeatureReader, data: str, settings: Settings, seed: int) -> Metr
         "flip_agreement": _over(flipped, chosen),
         "outlier_rate": _over(flipped, chosen),
     }
-    rate = {"outlier_rate": outliers(reader.backbone, batches, show=1).outlier_rate}
     baseline = reader.reference or reader.backbone
     reason = incomparable_reason(reader.backbone, baseline)
-    if reason is None:
-        found = _reference(reader, reading, baseline, batches, settings.views, seed)
+    before = outliers(baseline, batches, layers=[-1], show=1) if reason is None else None
+    norms = outliers(reader.backbone, batches, layers=[-1], show=1, original=before)
+    rate = {"outlier_rate": norms.outlier_rate}
+    if before is not None:
+        gap = before.blocks[-1].gap
+        found = _reference(reader, reading, baseline, batches, settings.views, seed, gap)
         figures |= {"reference_agreement": found.mean, "reference_worst_percent": found.worst_percent} | rate
         counts |= dict.fromkeys(("reference_agreement", "reference_worst_percent"), _over(found, chosen))
         if found.masked is not None:
@@ -163,11 +166,11 @@ def _reference(
     batches: Sequence[Tensor],
     views: int,
     seed: int,
+    gap: Gap | None,
 ) -> Agreement:
-    """Compares with the mean of many views of the baseline; masked is where that has artifacts."""
+    """Compares with the mean of many views of the baseline; masked is beyond the gap in its norms."""
     teacher = Teacher(baseline, ViewsConfig(count=views, sampler="uniform"), bf16=reader.bf16)
     last = len(baseline.blocks) - 1
-    gap = outliers(baseline, batches, layers=[last], show=1).blocks[-1].gap
     meter = AgreementMeter()
     for number, images in enumerate(batches):
         with use_readout(baseline, reader.readout(reading)):

@@ -63,6 +63,25 @@ def test_the_reference_is_the_baselines(reader, tiny, photos):
     assert against.figures["shift_agreement"] == own.figures["shift_agreement"]
 
 
+def test_artifacts_that_a_repair_left_are_counted_by_the_gap_of_the_baseline(reader, tiny, photos):
+    def pushed(all_images, strength=16.0):
+        model = tiny()
+
+        def push(_mlp, _inputs, tokens):
+            tokens = tokens.clone()
+            tokens[slice(None) if all_images else 0, model.num_prefix_tokens] += strength
+            return tokens
+
+        model.blocks[-1].mlp.register_forward_hook(push)
+        return model
+
+    student, original = pushed(all_images=False), adapt(pushed(all_images=True)).eval()
+    few = FEW.model_copy(update={"count": 3})  # one batch
+    compared = consistency.run(reader(student, original), str(photos), few, seed=0).figures
+    assert compared["outlier_rate"] == pytest.approx(1 / (3 * 16))
+    assert consistency.run(reader(student), str(photos), few, seed=0).figures["outlier_rate"] == 0
+
+
 def test_pictures_are_taken_from_the_whole_folder(reader, photos, monkeypatch):
     asked = []
     read = Subset.read
