@@ -3,6 +3,7 @@ import contextlib
 import io
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -63,6 +64,7 @@ def test_distill_prints_the_table_and_leaves_the_run(saved, photos, tmp_path, ca
     assert "outlier rate" in printed
     assert "pooled output" in printed
     assert "images not trained on" in " ".join(printed.split())
+    assert "Artifacts went from " in printed
     assert "step 2/2" in printed, "a line where there is no terminal"
     assert (tmp_path / "run" / "report" / "report.html").is_file()
 
@@ -341,6 +343,7 @@ def output_of(arguments, places, wide=False):
         contextlib.redirect_stdout(io.StringIO()) as out,
         contextlib.redirect_stderr(io.StringIO()) as err,
     ):
+        patch.setattr("phreg.report.verdict.outcome", returning("It is better."))
         for place, value in places.items():
             patch.setattr(place, value)
         if wide:  # so that no cell of a table is broken
@@ -360,8 +363,8 @@ def returning(value):
 def outcome(path):
     """What a run says that skipped a picture and failed a check."""
     done = SimpleNamespace(images=3, steps=1, seconds=1.0, skipped=[f"{path}/1.png"])
-    norms = SimpleNamespace(outlier_rate=0.0)
-    comparison = SimpleNamespace(rows=list, held_out=True, images=2, norms=(norms, norms))
+    block = SimpleNamespace(outlier_rate=0.0)
+    comparison = SimpleNamespace(rows=list, held_out=True, images=2, most_outliers=(block, block))
     return SimpleNamespace(
         run=path,
         outcome=done,
@@ -402,6 +405,9 @@ def test_a_path_is_printed_whole_by_every_command_that_names_it(name):
     )
     assert code == 3
     assert f"Run folder: {path}\n" in printed
+    assert f"Report:     {path / 'report' / 'report.html'}\n" in printed
+    assert f"phreg evaluate demo {shlex.quote(str(path))} --task" in printed
+    assert f"phreg export {shlex.quote(str(path))} --format" in printed
 
     code, printed = output_of(
         ["export", "x", "--output", path, "--format", "timm"], {"phreg.api.export": returning([])}

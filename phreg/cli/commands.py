@@ -21,6 +21,7 @@ from phreg.cli.printing import (
     description,
     inside_quotes,
     print_figures,
+    print_next,
     print_results,
     print_run,
     say,
@@ -103,9 +104,7 @@ def distill(
         result = api.distill(model, recipe=recipe, resume=resume, observe=steps, **settings)
     if result.main_process:
         print_run(result)
-        say(f"\nRun folder: {result.run}")
-        if not result.unchanged:
-            say(f'In Python:  model = phreg.load("{inside_quotes(result.run)}")')
+        print_next(result, model or "MODEL")
     if result.failures:
         sys.exit(CHECK_FAILED)
 

@@ -4,6 +4,7 @@ Texts are printed without markup, since names of folders and models can hold any
 """
 
 import json
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -42,16 +43,18 @@ def print_figures(rows: Sequence[Any], title: str | None = None) -> None:
 
 def print_run(result: Any) -> None:
     """Prints what a run found, and its before/after table."""
-    from phreg.report.verdict import causes, nothing_gained, nothing_to_repair
+    from phreg.report import verdict
 
     outcome = result.outcome
     if result.unchanged:
         console.print(
-            nothing_gained(outcome.steps) if outcome else nothing_to_repair(result.norms, result.consistency)
+            verdict.nothing_gained(outcome.steps)
+            if outcome
+            else verdict.nothing_to_repair(result.norms, result.consistency)
         )
         return
     if result.sinks is not None:
-        console.print(causes(result.sinks))
+        console.print(verdict.causes(result.sinks))
     if outcome.images:
         done = (
             f"{outcome.steps} steps in all; in this session {outcome.images} images, {outcome.seconds:.0f} s"
@@ -71,10 +74,31 @@ def print_run(result: Any) -> None:
         console.print(
             f"{after / before:.0%} of the artifacts remain. Train on more images, or for more epochs."
         )
+    console.print(verdict.outcome(result.comparison))
     for failure in result.failures:
         say(f"{failure}.", alarm="Check failed: ")
     if result.failures:
-        console.print("The adapter is written, and marked in phreg.json and in its model card.")
+        console.print(
+            "The adapter is written, and marked in phreg.json and in its model card. Try, in this order: "
+            "more images, more epochs, a smaller --optim.max-movement."
+        )
+
+
+def print_next(result: Any, model: str) -> None:
+    """Prints where the report of a run is, and what to do with its model.
+
+    Args:
+        result: The run.
+        model: Its base, as it was asked for.
+    """
+    say(f"\nReport:     {result.run / 'report' / 'report.html'}")
+    say(f"Run folder: {result.run}")
+    if result.unchanged:
+        return
+    base, run = shlex.quote(model), shlex.quote(str(result.run))
+    say(f'In Python:  model = phreg.load("{inside_quotes(result.run)}")')
+    say(f"Compare:    phreg evaluate {base} {run} --task TASK --data DATA --output FOLDER  (phreg tasks)")
+    say(f"Export:     phreg export {run} --format FORMAT --output FOLDER  (phreg export --help)")
 
 
 def print_results(results: Any, output: Path) -> None:

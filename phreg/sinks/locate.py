@@ -135,7 +135,7 @@ def find_sinks(
     found = every = _remaining(backbone, batches, norms, ())
     for _ in range(ROUNDS):
         named = _name_units(backbone, batches, found)
-        logger.info("sinks in block %d: trying whether %d hidden units cause them", found.block, len(named))
+        logger.info("sinks in block %d: trying whether hidden units cause them (%d)", found.block, len(named))
         tried = _remaining(backbone, batches, norms, (*found.units, *named)) if named else found
         if found.count - tried.count < WORTH_IT * every.count:
             break

@@ -290,7 +290,7 @@ def test_an_mlp_that_writes_nothing_is_not_blamed(tiny, caplog):
     with caplog.at_level("INFO", "phreg.sinks.locate"):
         found = find_sinks(backbone, images.split(8))
     assert found.units == ()
-    assert "in block 1: trying whether 0 hidden units cause them" in caplog.text
+    assert "in block 1: trying whether hidden units cause them (0)" in caplog.text
 
 
 @pytest.mark.real
