@@ -11,8 +11,7 @@ becomes of the answers.
 """
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -42,15 +41,13 @@ from phreg.config import ViewsConfig
 from phreg.data.crops import denormalise
 from phreg.data.sampling import subsample_indices
 from phreg.errors import UnsupportedModelError
+from phreg.progress import stage, track
 from phreg.seeding import keyed_generator
 from phreg.sinks.locate import Sinks, find_sinks
 from phreg.tokens import ImageBatch
 from phreg.view_sampling import distinct_views
 
 logger = logging.getLogger(__name__)
-
-Progress = Callable[[str, int, int], None]
-"""Told what is being looked at, how much of it is done, and how much there is."""
 
 PROBED = 8
 """Images that it takes at least to train a probe on some and measure it on others."""
@@ -171,7 +168,6 @@ def look(
     labelled: LabelledImages | None = None,
     queries: Sequence[str] = (),
     show: int = 8,
-    observe: Progress = lambda *_: None,
 ) -> Inspection:
     """Runs all analyses of a model.
 
@@ -184,36 +180,23 @@ def look(
         labelled: Images with classes, for the probe of what single tokens know of the whole image.
         queries: Texts whose likeness to each patch is mapped; takes a whole image-text model.
         show: Images, from the first on, that are kept to be shown.
-        observe: Told of progress.
 
     Raises:
         PhregError: There are no images, their sizes differ, a norm is not finite, or the model has no text
             tower for the queries.
     """
-
-    @contextmanager
-    def stage(what: str) -> Iterator[None]:
-        observe(f"{name}: {what}", 0, 1)
-        yield
-        observe(f"{name}: {what}", 1, 1)
-
-    def passing() -> Iterator[ImageBatch]:
-        for number, images in enumerate(batches, start=1):
-            yield images
-            observe(f"{name}: norms, attention, neighbours", number, len(batches))
-
-    surveyed = survey(backbone, passing(), show=show)
-    with stage("sinks"):
+    surveyed = survey(backbone, track(f"{name}: norms, attention, neighbours", batches), show=show)
+    with stage(f"{name}: sinks"):
         sinks = find_sinks(backbone, batches, surveyed.norms)
-    with stage("probes"):
+    with stage(f"{name}: probes"):
         position, reconstruction = _patch_probes(backbone, batches, surveyed.norms)
         classes = global_probe(backbone, *labelled, surveyed.norms) if labelled else None
-    moved, not_moved = _consistency(backbone, name, batches, show, observe)
-    with stage("resampled positions"):
+    moved, not_moved = _consistency(backbone, name, batches, show)
+    with stage(f"{name}: resampled positions"):
         effect = _interpolation(backbone, resampled)
     shown = torch.cat(list(batches[:show]))[:show]
     drawn = text_maps(backbone, shown, queries) if queries else None
-    with stage("cost"):
+    with stage(f"{name}: cost"):
         return replace(
             of_survey(backbone, name, surveyed, _trained_features(backbone, shown), sinks=sinks),
             position=position,
@@ -269,7 +252,7 @@ def _patch_probes(
 
 
 def _consistency(
-    backbone: Backbone, name: str, batches: Sequence[ImageBatch], show: int, observe: Progress
+    backbone: Backbone, name: str, batches: Sequence[ImageBatch], show: int
 ) -> tuple[ConsistencyReport | None, str]:
     """Measures the agreement with moved views, of features as the model was trained; or says why not."""
     images = _some_images(batches, show)
@@ -284,16 +267,8 @@ def _consistency(
         )
     parts = images.split(4)
     what = f"{name}: agreement with moved views ({len(images)} images, {views + 1} forward passes each)"
-
-    def passing() -> Iterator[ImageBatch]:
-        for number, part in enumerate(parts):
-            observe(what, number, len(parts))
-            yield part
-
     with use_readout(backbone):
-        report = consistency(backbone, passing(), MOVED, size, count=MOVED_VIEWS, show=show)
-    observe(what, len(parts), len(parts))
-    return report, ""
+        return consistency(backbone, track(what, parts), MOVED, size, count=MOVED_VIEWS, show=show), ""
 
 
 def _some_images(batches: Sequence[ImageBatch], show: int) -> ImageBatch:

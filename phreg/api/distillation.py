@@ -33,6 +33,7 @@ from phreg.formats.load import Model, open_model
 from phreg.formats.run import save_run
 from phreg.methods import METHODS
 from phreg.methods.base import Method
+from phreg.progress import track
 from phreg.report.folder import write_comparison, write_inspection
 from phreg.rollback import ModelState, rollback_on_error, to_fp32
 from phreg.run_summary import Outcome
@@ -130,7 +131,7 @@ def distill(
             original = before.frozen_twin()
             logger.info("looking for sinks on up to %d images", config.sinks.images)
             seen = run.read(original, subsample(run.train_images, config.sinks.images))
-            norms = outliers(original, seen)
+            norms = outliers(original, track("norms", seen))
             sinks = find_sinks(original, seen, norms) if method.needs_sinks else None
             if not config.force:
                 worth, moved = _worth_training(run, original, norms, method)
@@ -292,9 +293,8 @@ def _worth_training(
         return False, None
     images = subsample(run.train_images, COMPARED)
     logger.info("comparing the model with its own moved views on %d images", len(images))
-    report = consistency(
-        original, run.read(original, images, run.margin), run.config.views, run.size, count=MOVED_VIEWS
-    )
+    moving = track("moved views", run.read(original, images, run.margin))
+    report = consistency(original, moving, run.config.views, run.size, count=MOVED_VIEWS)
     logger.info(
         "patch features agree to %.3f with the model's own moved views; averages over views agree to %.3f",
         report.mean, report.floor,
@@ -376,6 +376,7 @@ def _nothing_to_repair(
     """Leaves the model as it was, and shows it in the run's report."""
     student, main_process = before.model, run.accelerator.is_main_process
     if main_process:
+        logger.info("looking at the model as it is, for the report")
         shown = [seen[number] for number in subsample_indices(len(seen), LOOKED_AT)]
         write_inspection(run.folder.report, look(original, display_name(base.source), shown))
     run.accelerator.wait_for_everyone()

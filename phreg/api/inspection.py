@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,8 +19,8 @@ from phreg.data.sources import open_images
 from phreg.deprecated import accept_old_arguments
 from phreg.errors import PhregError
 from phreg.evaluation.datasets.labelled import read_labelled
-from phreg.evaluation.features import Observer as Progress
 from phreg.formats.load import Model, open_model
+from phreg.progress import ProgressListener, told_to
 from phreg.report.folder import check_output, write_inspection
 from phreg.report.html import Origin
 from phreg.report.page import InspectionReport
@@ -40,7 +41,7 @@ def inspect(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     device: str | None = None,
-    observe: Progress | None = None,
+    observe: ProgressListener | None = None,
 ) -> InspectionReport:
     """Inspects a model: its artifacts, where they come from, and what they hold.
 
@@ -69,12 +70,11 @@ def inspect(
     """
     others = [baseline] if isinstance(baseline, str | os.PathLike | nn.Module) else [*baseline]
     _check_look(images, others, output, count, device)
-    looks = [
-        _look(
-            name, given, images, size, count, labels, texts, mean, std, device, observe or (lambda *_: None)
-        )
-        for name, given in short_names(named_models([model, *others])).items()
-    ]
+    with told_to(observe) if observe else nullcontext():
+        looks = [
+            _look(name, given, images, size, count, labels, texts, mean, std, device)
+            for name, given in short_names(named_models([model, *others])).items()
+        ]
     inspection = InspectionReport.of(replace(looks[0], against=tuple(looks[1:])))
     if output is not None:
         shown = {"images": images if isinstance(images, str | os.PathLike) else "given as a tensor"}
@@ -114,14 +114,13 @@ def _look(
     mean: Sequence[float] | None,
     std: Sequence[float] | None,
     device: str | None,
-    observe: Progress,
 ) -> Inspection:
     """Looks at one of the models that `inspect` was asked about."""
     backbone = open_model(model, mean=mean, std=std)[0]
     with unchanged(*([backbone] if isinstance(model, nn.Module) else [])):
         if device is not None or not isinstance(model, nn.Module):
             backbone.to(usable_device(device))
-        return _look_at(backbone.eval(), name, images, size, count, labels, texts, observe)
+        return _look_at(backbone.eval(), name, images, size, count, labels, texts)
 
 
 def _look_at(
@@ -132,7 +131,6 @@ def _look_at(
     count: int,
     labels: ImagesPath | None,
     texts: Sequence[str],
-    observe: Progress,
 ) -> Inspection:
     """Looks at an opened model, where it is."""
     if isinstance(images, str | os.PathLike):
@@ -151,5 +149,4 @@ def _look_at(
         resampled=resampled,
         labelled=read_labelled(backbone, os.fspath(labels), size) if labels is not None else None,
         queries=texts,
-        observe=observe,
     )

@@ -26,10 +26,11 @@ from phreg.cli.printing import (
     print_run,
     say,
 )
-from phreg.cli.progress import ProgressReporter, TrainingProgress
+from phreg.cli.progress import ProgressReporter
 from phreg.config import DistillConfig
 from phreg.errors import Interrupted, MaxDropError
 from phreg.formats import Format
+from phreg.progress import told_to
 from phreg.settings import fields, flatten, read_toml
 from phreg.settings import recipes as shipped_recipes
 
@@ -64,8 +65,8 @@ def quickstart(output: Path = Path("runs/quickstart")) -> None:
     from phreg import api
 
     started = time.perf_counter()
-    with TrainingProgress() as steps:
-        result = api.quickstart(output, observe=steps)
+    with ProgressReporter() as doing, told_to(doing):
+        result = api.quickstart(output, observe=doing.step)
     print_run(result)
     seconds = time.perf_counter() - started
     say(f"\nDone in {seconds:.0f} s. Open {output / 'report' / 'report.html'} in a browser.")
@@ -100,8 +101,8 @@ def distill(
     """
     from phreg import api
 
-    with TrainingProgress() as steps:
-        result = api.distill(model, recipe=recipe, resume=resume, observe=steps, **settings)
+    with ProgressReporter() as doing, told_to(doing):
+        result = api.distill(model, recipe=recipe, resume=resume, observe=doing.step, **settings)
     if result.main_process:
         print_run(result)
         print_next(result, model or "MODEL")
@@ -145,10 +146,10 @@ def inspect(
     from phreg import api
     from phreg.report.verdict import advice, causes, verdict
 
-    with ProgressReporter() as doing:
+    with ProgressReporter() as doing, told_to(doing):
         inspection = api.inspect(
             model, images, baseline=baseline, output=output, size=size, count=count, labels=labels,
-            texts=texts, mean=mean, std=std, device=device, observe=doing,
+            texts=texts, mean=mean, std=std, device=device,
         )  # fmt: skip
     for found in inspection.models:
         table = Table(

@@ -37,36 +37,12 @@ class ProgressReporter(AbstractContextManager["ProgressReporter"]):
             self._last = time.perf_counter()
             say(f"{what} {done}/{total}")
 
-
-class TrainingProgress(AbstractContextManager["TrainingProgress"]):
-    """Shows training steps: a bar on a terminal, a line every few seconds elsewhere."""
-
-    def __init__(self) -> None:
-        loss, speed = "loss {task.fields[loss]:.4f}", "{task.fields[speed]:.1f} images/s"
-        columns = [
-            MofNCompleteColumn(),
-            BarColumn(),
-            TextColumn(loss),
-            TextColumn(speed),
-            TimeRemainingColumn(),
-        ]
-        self._progress = Progress(TextColumn("step"), *columns, console=console, transient=True)
-        self._task: Any = None
-        self._last = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        self._progress.stop()
-
-    def __call__(self, record: Any, steps: int) -> None:
-        """Shows one step's record."""
+    def step(self, record: Any, steps: int) -> None:
+        """Shows one training step's record."""
+        described = f"loss {record.loss:.4f}  {record.images_per_second:.1f} images/s"
         if console.is_terminal:
-            if self._task is None:
-                self._progress.start()
-                self._task = self._progress.add_task("train", total=steps, loss=record.loss, speed=0.0)
-            self._progress.update(
-                self._task, completed=record.step, loss=record.loss, speed=record.images_per_second
-            )
+            self("training", record.step, steps)
+            self._progress.update(self._tasks["training"], description=f"training  {described}")
         elif time.perf_counter() - self._last > LINE_EVERY or record.step == steps:
             self._last = time.perf_counter()
-            speed = f"{record.images_per_second:.1f} images/s"
-            console.print(f"step {record.step}/{steps}  loss {record.loss:.4f}  {speed}")
+            say(f"step {record.step}/{steps}  {described}")

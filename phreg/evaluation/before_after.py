@@ -25,6 +25,7 @@ from phreg.backbones.resolve import Base
 from phreg.config import ChecksConfig, DistillConfig, TargetConfig
 from phreg.data.crops import center_crop
 from phreg.evaluation.metrics.agreement import Agreement, AgreementMeter, Drift, drift
+from phreg.progress import track
 from phreg.seeding import keyed_generator
 from phreg.teacher import Teacher
 from phreg.view_sampling import count_different
@@ -160,15 +161,17 @@ def compare(
     sides, batches = (original, patched), measured.images
     for side in sides:
         set_readout(side, "plain")
-    before = survey(original, batches, show=show)
-    surveys = before, survey(patched, batches, show=show, original=before.norms)
+    before = survey(original, track("surveying the original", batches), show=show)
+    student = track("surveying the student", batches)
+    surveys = before, survey(patched, student, show=show, original=before.norms)
     were_outliers = before.outliers.split([len(images) for images in batches])
 
     set_readout(original, target.teacher_readout)
     set_readout(patched, target.student_readout)
     meters = AgreementMeter(), AgreementMeter()
     shown: tuple[list[Tensor], list[Tensor]] = ([], [])
-    for images, truth, mask in zip(batches, measured.references, were_outliers, strict=True):
+    compared = track("comparing both", batches)
+    for images, truth, mask in zip(compared, measured.references, were_outliers, strict=True):
         features = [side(images, target.layer, target.norm).patches.float() for side in sides]
         for meter, grids, grid in zip(meters, shown, features, strict=True):
             meter.update(grid, truth, mask.to(grid.device))
@@ -214,7 +217,7 @@ def make_references(
     with use_readout(original, config.target.teacher_readout):
         references = [
             teacher(whole, keyed_generator("reference", config.seed, number), margin).patches
-            for number, whole in enumerate(batches)
+            for number, whole in enumerate(track("averaging over views", batches))
         ]
     return HeldOut(images, references, f"the original averaged over {count} views")
 

@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from phreg.backbones.base import Backbone, Features
+from phreg.progress import track
 from phreg.registers import add_registers, initial_registers, insert, remove_registers
 from phreg.sinks.locate import Sinks
 from phreg.sinks.units import ahead_of
@@ -93,7 +94,7 @@ def unnoticed(
     registers = backbone.require_registers()
     native = registers.shape[1] - len(tokens)  # of the class's own, which come first
     optimizer = torch.optim.Adam([registers], lr=FIT_RATE * float(tokens.std()))
-    for step in range(FIT_STEPS):
+    for step in track("fitting registers", range(FIT_STEPS)):
         number = step % len(images)
         loss = distance(backbone(images[number]), references[number])
         (gradient,) = torch.autograd.grad(loss, [registers])

@@ -21,6 +21,7 @@ from torch import nn
 from torch.nn.functional import cosine_similarity
 
 from phreg.backbones.base import Features
+from phreg.progress import track
 
 TOLERANCE = 1.5
 """A movement within this factor of the one asked for is near enough: a rate is then within a quarter."""
@@ -78,7 +79,7 @@ def calibrate(
 
     alone: dict[str, float] = {}
     near = START  # the rate of one role is a good first try for the next
-    for role in roles:
+    for role in track("measuring steps", list(roles)):
         alone[role] = _solve(lambda rate, role=role: moved_by({role: rate}), max_movement, near)
         if any(one.grad is not None and one.grad.any() for one in roles[role].values()):
             near = alone[role]

@@ -25,6 +25,7 @@ from phreg.data.sampling import subsample
 from phreg.data.sources import open_images
 from phreg.errors import PhregError
 from phreg.formats.load import open_model
+from phreg.progress import told_to
 from phreg.registers import add_registers
 from phreg.sinks import test_time
 from phreg.sinks.locate import find_sinks
@@ -308,7 +309,8 @@ def test_every_stage_that_begins_is_told_to_end():
     def observe(what, done, total):
         progress.setdefault(what, []).append((done, total))
 
-    looked_at("timm/vit", "vit", observe=observe)
+    with told_to(observe):
+        looked_at("timm/vit", "vit")
     assert list(progress) == [
         f"vit: {stage}"
         for stage in (

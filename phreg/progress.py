@@ -1,0 +1,51 @@
+"""Progress of long work, told to whoever listens.
+
+    with told_to(listener):               # phreg.cli draws bars
+        for images in track("norms", batches): …
+
+The work that takes time is deep inside, so the listener is not handed down. It belongs to the current
+context. Without one nothing is told.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import TypeVar
+
+ProgressListener = Callable[[str, int, int], None]
+"""Takes the name of the work, how many parts of it are done, and how many there are."""
+
+Part = TypeVar("Part")
+
+_listener: ContextVar[ProgressListener] = ContextVar("listener", default=lambda *_: None)
+
+
+@contextmanager
+def told_to(listener: ProgressListener) -> Iterator[None]:
+    """Tells progress to a listener for as long as the context lasts."""
+    token = _listener.set(listener)
+    try:
+        yield
+    finally:
+        _listener.reset(token)
+
+
+def track(what: str, parts: Sequence[Part]) -> Iterator[Part]:
+    """Goes through the parts of some work, and tells how many are done: none at first, all at the end.
+
+    Args:
+        what: Name of the work.
+        parts: The parts.
+    """
+    tell = _listener.get()
+    tell(what, 0, len(parts))
+    for number, part in enumerate(parts, start=1):
+        yield part
+        tell(what, number, len(parts))
+
+
+@contextmanager
+def stage(what: str) -> Iterator[None]:
+    """Tells of work that is not counted: that it begins, and that it is done."""
+    for _ in track(what, range(1)):
+        yield
