@@ -15,7 +15,7 @@ from typing import TypeVar
 ProgressListener = Callable[[str, int, int], None]
 """Takes the name of the work, how many parts of it are done, and how many there are."""
 
-Part = TypeVar("Part")
+PartType = TypeVar("PartType")
 
 _listener: ContextVar[ProgressListener] = ContextVar("listener", default=lambda *_: None)
 
@@ -30,7 +30,7 @@ def told_to(listener: ProgressListener) -> Iterator[None]:
         _listener.reset(token)
 
 
-def track(what: str, parts: Sequence[Part]) -> Iterator[Part]:
+def track(what: str, parts: Sequence[PartType]) -> Iterator[PartType]:
     """Goes through the parts of some work, and tells how many are done: none at first, all at the end.
 
     Args:
