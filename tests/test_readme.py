@@ -1,5 +1,6 @@
 """README and the pages of docs/ are executed: commands become settings, Python is bound to real functions."""
 
+import functools
 import inspect
 import os
 import re
@@ -10,6 +11,8 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import torch
+import transformers
 from packaging.requirements import Requirement
 
 import phreg
@@ -127,3 +130,67 @@ def test_constraints_pin_every_direct_dependency_within_its_floor():
     for requirement in map(Requirement, wanted):
         pinned = pins[requirement.name.lower().replace("-", "_")]
         assert requirement.specifier.contains(pinned), requirement
+
+
+LIMITS = {
+    "inspect": "--count 8 --size 112",
+    "distill": "--steps 2 --batch-size 4 --size 112 --sinks.images 8 --views.count 2 --measure.images 4 "
+    "--measure.views 4 --measure.no-keep-best --data.workers 0",
+    "export": "",
+    "evaluate": "--set reading.size=112 steps=2",
+}
+"""What README's commands get besides, to end soon. Two steps gain nothing, and the last state is kept."""
+
+
+@pytest.fixture
+def at_home(real_data, tmp_path, monkeypatch):
+    """A folder in which README's names stand for real weights and pictures."""
+    for name in ("dinov2-small", "dinov2-base"):
+        (tmp_path / "facebook").mkdir(exist_ok=True)
+        (tmp_path / "facebook" / name).symlink_to(real_data / "models" / "dinov2-small")
+    (tmp_path / "photos").mkdir()
+    for photo in sorted((real_data / "imagenet_samples").glob("*.jpg"))[:12]:
+        (tmp_path / "photos" / photo.name).symlink_to(photo)
+    for split in ("images/train", "images/val", "masks/train", "masks/val"):
+        folder = tmp_path / "VOCdevkit" / "VOC2012" / split
+        folder.mkdir(parents=True)
+        for file in sorted((real_data / "camvid" / split).iterdir())[:8]:
+            (folder / file.name).symlink_to(file)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.slow
+@pytest.mark.real
+def test_the_commands_of_readme_run_one_after_the_other_on_a_real_model(at_home):
+    usage = README.partition("## Use it")[2].partition("```\n")[2].partition("```")[0].splitlines()
+    assert [line.split()[1] for line in usage] == list(LIMITS)
+    for line in usage:
+        command = shlex.split(line)[1:]
+        done = subprocess.run(
+            [sys.executable, "-m", "phreg", *command, *shlex.split(LIMITS[command[0]])],
+            capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)},
+        )  # fmt: skip
+        assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
+    written = ["look/report.html", "dinov2-small-reg/config.json", "results/results.md"]
+    assert all((at_home / file).is_file() for file in written)
+
+
+@pytest.mark.slow
+@pytest.mark.real
+def test_the_python_of_readme_runs_on_a_real_model(at_home, monkeypatch):
+    small = {"steps": 2, "batch_size": 4, "size": 112, "sinks": {"images": 8}, "data": {"workers": 0}}
+    small |= {"views": {"count": 2}, "measure": {"images": 4, "views": 4, "keep_best": False}}
+    monkeypatch.setattr(phreg, "distill", functools.partial(phreg.distill, **small))
+    first, second = re.findall(r"^```python\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+    names = {}
+    exec(first, names)
+    assert type(names["model"]).__name__ == "Dinov2Model"
+    stock = transformers.AutoModel.from_pretrained("dinov2-base-reg").eval()
+    assert type(stock).__name__ == "Dinov2WithRegistersModel"
+    images = torch.randn(1, 3, 518, 518, generator=torch.Generator().manual_seed(0))  # the model's own size
+    with torch.no_grad():
+        pooled = [model(images).pooler_output for model in (names["model"], stock)]
+    assert torch.allclose(*pooled, atol=1e-4)
+    model = transformers.AutoModel.from_pretrained("facebook/dinov2-small").eval()
+    exec(second, {"phreg": phreg, "model": model, "images": images[..., :112, :112]})

@@ -136,7 +136,9 @@ def _look_at(
     if isinstance(images, str | os.PathLike):
         size = backbone.image_size(size)
         chosen = subsample(open_images(images), count)
-        looked_at, resampled = list(centre_crops(backbone, chosen, size)), larger(backbone, chosen)
+        looked_at = list(centre_crops(backbone, chosen, size))
+        # At another size than the model's own, positions are resampled as it is.
+        resampled = looked_at[:1] if size != backbone.spec.input_size else larger(backbone, chosen)
     else:
         images = checked_batch(backbone, images)
         size = (images.shape[-2], images.shape[-1])
