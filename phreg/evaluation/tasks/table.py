@@ -28,6 +28,7 @@ from phreg.config import Config
 from phreg.errors import ConfigError, PhregError
 from phreg.evaluation.examples import Example
 from phreg.evaluation.features import FeatureReader
+from phreg.evaluation.protocol import ProtocolSettings
 from phreg.evaluation.record import Metrics, MetricSpec
 from phreg.settings import build, flatten
 
@@ -129,6 +130,20 @@ def resolve_settings(name: str, given: Mapping[str, Any], protocol: str | None =
         key: value.split(",") if isinstance(value, str) and isinstance(defaults.get(key), tuple) else value
         for key, value in flatten(given).items()
     }
-    return build(
-        task.Settings, defaults | flatten(known.get(protocol or "", {})) | asked, source=f"task {name}"
+    row = flatten(known.get(protocol or "", {}))
+    published = defaults | row
+    settings = build(task.Settings, published | asked, source=f"task {name}")
+    if not isinstance(settings, ProtocolSettings):
+        return settings
+    if protocol is None:
+        return settings.model_copy(update={"protocol": None})
+    theirs = flatten(build(task.Settings, published, source=f"task {name}").model_dump())
+    # Texts that a protocol does not name tell where data is, or what it is called.
+    changed = [
+        f"{key} is {value}"
+        for key, value in flatten(settings.model_dump()).items()
+        if theirs.get(key) != value and (key in row or not isinstance(value, str)) and key != "protocol"
+    ]
+    return settings.model_copy(
+        update={"protocol": protocol, "differs": tuple(dict.fromkeys([*settings.differs, *changed]))}
     )

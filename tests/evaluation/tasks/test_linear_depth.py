@@ -181,4 +181,4 @@ def test_protocols_are_whole_settings(protocol):
     settings = resolve_settings("linear-depth", {"steps": 7}, protocol)
     assert settings.augment
     assert settings.steps == 7
-    assert (settings.reading.size, settings.reading.fit) == (None, "pad")
+    assert (settings.reading.size, settings.reading.fit) == (None, "centred")
