@@ -164,11 +164,13 @@ def _order(
     return (present @ patches_of * torch.rand(len(shown), generator=generator)).argsort()
 
 
-Views = Iterator[tuple[Float[Tensor, "patches dim"], Float[Tensor, "patches classes"]]]
+LabelledPatches = Iterator[tuple[Float[Tensor, "patches dim"], Float[Tensor, "patches classes"]]]
 """Patches of training images, and the share of each class in them."""
 
 
-def _whole(reader: FeatureReader, train: Segmentation, settings: Settings, _seed: int, _epoch: int) -> Views:
+def _whole(
+    reader: FeatureReader, train: Segmentation, settings: Settings, _seed: int, _epoch: int
+) -> LabelledPatches:
     for number, dense in enumerate(reader.stream(train.images, settings.reading, "training images")):
         size = dense.placement.picture_size
         classes = _known(train.mask(number, size), settings)
@@ -177,7 +179,9 @@ def _whole(reader: FeatureReader, train: Segmentation, settings: Settings, _seed
         yield dense.grid.flatten(0, 1), class_shares(canvas, grid, len(train.classes)).flatten(0, 1)
 
 
-def _crops(reader: FeatureReader, train: Segmentation, settings: Settings, seed: int, epoch: int) -> Views:
+def _crops(
+    reader: FeatureReader, train: Segmentation, settings: Settings, seed: int, epoch: int
+) -> LabelledPatches:
     """Crops of random area and shape, resampled to the square, and recoloured."""
     height, width = reader.snap(settings.reading.size or reader.backbone.spec.input_size)
     recolour = [

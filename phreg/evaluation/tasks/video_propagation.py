@@ -20,8 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int64
+from PIL import Image
 from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor
 from torch.nn.functional import interpolate, one_hot
@@ -63,7 +65,8 @@ class Settings(ProtocolSettings):
     """Temperature of their votes."""
     enlarge: Literal["scores", "objects"] = "scores"
     """What is enlarged from the canvas to the frame: scores, bilinearly, or the objects that they say, each
-    pixel that of the nearest on the canvas."""
+    pixel that of the nearest on the canvas. With objects, the first frame's mask is reduced to patches at
+    once, not by way of the canvas."""
 
 
 PROTOCOLS: Mapping[str, Mapping[str, Any]] = {
@@ -214,7 +217,7 @@ def _follow(reader: FeatureReader, video: Video, settings: Settings) -> dict[str
             f"mask {video.masks[0]} shows no object{void}; only those of a first frame are followed: write "
             f"them there, or take {video.name} off the list"
         )
-    first = start.grid.to(reader.device), _labels(mask, objects, start).to(reader.device)
+    first = start.grid.to(reader.device), _labels(mask, objects, start, settings).to(reader.device)
     recent: deque[tuple[Tensor, Tensor]] = deque(maxlen=settings.frames)
     scores: list[list[tuple[float, float]]] = []
     for number, dense in enumerate(stream, start=1):
@@ -250,13 +253,17 @@ def _score(predicted: Bool[Tensor, "rows cols"], truth: Bool[Tensor, "rows cols"
     return region_similarity(predicted, truth), boundary_accuracy(predicted, truth)
 
 
-def _labels(mask: Tensor, objects: list[int], dense: Dense) -> Float[Tensor, "rows cols objects"]:
+def _labels(
+    mask: Tensor, objects: list[int], dense: Dense, settings: Settings
+) -> Float[Tensor, "rows cols objects"]:
     """Labels patches by the pixel in their middle: 1 at the place of its object, 0 the background's."""
     places = torch.zeros_like(mask)
     for place, name in enumerate(objects, start=1):
         places[mask == name] = place
-    canvas = dense.placement.put(places[None].float(), 0)
     rows, cols = dense.grid.shape[:2]
+    if settings.enlarge == "objects":
+        return one_hot(_nearest(places, (rows, cols)), len(objects) + 1).float()
+    canvas = dense.placement.put(places[None].float(), 0)
     middle = interpolate(canvas[None], (rows, cols), mode="nearest-exact")[0, 0]
     return one_hot(middle.long(), len(objects) + 1).float()
 
@@ -271,7 +278,15 @@ def _objects(
     top, left, height, width = placement.inside
     canvas = interpolate(patches[None], placement.canvas, mode="bilinear", align_corners=False)[0]
     objects = _strongest(canvas[..., top : top + height, left : left + width])
-    return interpolate(objects[None, None].float(), placement.part[2:], mode="nearest-exact")[0, 0].long()
+    return _nearest(objects, (placement.part[2], placement.part[3]))
+
+
+def _nearest(
+    objects: Int64[Tensor, "height width"], size: tuple[int, int]
+) -> Int64[Tensor, "new_height new_width"]:
+    """Resamples object numbers as PIL does, which decides ties between two pixels in fp64."""
+    image = Image.fromarray(objects.to(torch.uint8).numpy())
+    return torch.from_numpy(np.array(image.resize((size[1], size[0]), Image.Resampling.NEAREST))).long()
 
 
 def _strongest(maps: Float[Tensor, "objects height width"]) -> Int64[Tensor, "height width"]:

@@ -181,3 +181,22 @@ def test_a_model_without_text_is_refused(tiny, pictures, tmp_path):
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_protocols_are_settings(protocol):
     assert resolve_settings("zero-shot-segmentation", {}, protocol).reading.stride == 112
+
+
+def test_naclip_reads_vocs_pictures_whole_and_others_through_windows(reader, clip, pictures, monkeypatch):
+    asked = []
+
+    def note(_reader, test, reading, *_args, **_kwargs):
+        asked.append((test.layout, reading.window, reading.fit))
+        raise StopIteration
+
+    monkeypatch.setattr("phreg.evaluation.tasks.zero_shot_segmentation.measure_segmentation", note)
+    settings = resolve_settings("zero-shot-segmentation", {"template": "a {}"}, "naclip")
+    others = resolve_settings(
+        "zero-shot-segmentation", {"template": "a {}", "whole_layouts": ("folder",)}, "naclip"
+    )
+    for each in (settings, others):
+        with pytest.raises(StopIteration):
+            run(reader, str(pictures), each, seed=0)
+    assert asked == [("folder", 224, "centred"), ("folder", None, "keep")]
+    assert settings.whole_layouts == ("voc20", "voc21")
