@@ -9,7 +9,7 @@ RESAMPLING = "pictures are resampled bicubically and antialiased, theirs bilinea
 class ProtocolSettings(Config):
     """Settings of a task that has published protocols."""
 
-    protocol: str | None = None
+    published: str | None = None
     """Published protocol that the settings started from; --protocol sets it, and nothing else does."""
     differs: tuple[str, ...] = ()
     """What of that protocol is not followed, which every result says; settings given beside a protocol are

@@ -249,7 +249,7 @@ class Results:
     def _protocol(self) -> list[str]:
         """Says which published protocol the figures follow, and in what they do not."""
         first = self.records[0]
-        name = first.settings.get("protocol")
+        name = first.settings.get("published")
         limits = [*first.settings.get("differs", ()), *first.notes[0].get("limits", ())]
         return [
             *([f"Protocol {name}"] if name else []),

@@ -131,19 +131,19 @@ def resolve_settings(name: str, given: Mapping[str, Any], protocol: str | None =
         for key, value in flatten(given).items()
     }
     row = flatten(known.get(protocol or "", {}))
-    published = defaults | row
-    settings = build(task.Settings, published | asked, source=f"task {name}")
+    as_published = defaults | row
+    settings = build(task.Settings, as_published | asked, source=f"task {name}")
     if not isinstance(settings, ProtocolSettings):
         return settings
     if protocol is None:
-        return settings.model_copy(update={"protocol": None})
-    theirs = flatten(build(task.Settings, published, source=f"task {name}").model_dump())
+        return settings.model_copy(update={"published": None})
+    theirs = flatten(build(task.Settings, as_published, source=f"task {name}").model_dump())
     # Texts that a protocol does not name tell where data is, or what it is called.
     changed = [
         f"{key} is {value}"
         for key, value in flatten(settings.model_dump()).items()
-        if theirs.get(key) != value and (key in row or not isinstance(value, str)) and key != "protocol"
+        if theirs.get(key) != value and (key in row or not isinstance(value, str)) and key != "published"
     ]
     return settings.model_copy(
-        update={"protocol": protocol, "differs": tuple(dict.fromkeys([*settings.differs, *changed]))}
+        update={"published": protocol, "differs": tuple(dict.fromkeys([*settings.differs, *changed]))}
     )

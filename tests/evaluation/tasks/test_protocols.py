@@ -64,7 +64,7 @@ def test_resolved_settings_are_those_of_the_protocol_and_say_its_name(task, prot
     resolved = resolve_settings(task, {}, protocol)
     found = json.loads(json.dumps(flatten(resolved.model_dump())))
     assert {key: found[key] for key in settings[task, protocol]} == settings[task, protocol]
-    assert found["protocol"] == protocol
+    assert found["published"] == protocol
     assert found["differs"] == limits[task, protocol]
 
 
@@ -77,8 +77,8 @@ def test_numbers_given_beside_a_protocol_are_said_to_differ():
 
 
 def test_no_setting_makes_a_record_claim_a_protocol_that_was_not_asked_for():
-    settings = resolve_settings("linear-segmentation", {"protocol": "dinov2"})
-    assert settings.protocol is None
+    settings = resolve_settings("linear-segmentation", {"published": "dinov2"})
+    assert settings.published is None
     with pytest.raises(ConfigError, match="no protocol 'dino'; there are dinov2, dinov3"):
         resolve_settings("linear-segmentation", {}, "dino")
 
