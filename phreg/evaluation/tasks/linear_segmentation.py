@@ -112,8 +112,17 @@ def run(reader: FeatureReader, data: str, settings: Settings, seed: int) -> Metr
         DataError: The dataset is of no known layout, or a file of it is wrong.
     """
     train, test = settings.open(data, "train"), settings.open(data, "val")
-    batches = (_crops if settings.augment else _cached)(reader, train, settings, seed)
-    head = train_head(batches, len(train.classes), settings, seed, reader)
+    head = train_head(batches(reader, train, settings, seed), len(train.classes), settings, seed, reader)
+    return try_head(head, reader, test, settings)
+
+
+def try_head(head: nn.Module, reader: FeatureReader, test: Segmentation, settings: Settings) -> Metrics:
+    """Tests a head on a model's features.
+
+    Raises:
+        DataError: A picture or a mask is wrong.
+        PhregError: No pixel counts.
+    """
 
     def score(dense: Dense) -> Tensor:
         return head(dense.grid.permute(2, 0, 1)[None].to(reader.device))[0]
@@ -127,6 +136,7 @@ def train_head(
     settings: Settings,
     seed: int,
     reader: FeatureReader,
+    trained: nn.Module | None = None,
 ) -> nn.Module:
     """Trains batch norm and 1x1 convolution.
 
@@ -137,12 +147,14 @@ def train_head(
         settings: Steps and optimiser.
         seed: Seed of the first weights.
         reader: Its `observe` is called with the progress.
+        trained: A head to train on, which is changed; None starts a new one.
 
     Raises:
         DataError: Nothing that was seen shows a class.
     """
     first = next(batches)
-    head = _head(first[0].shape[1], num_classes, seed).to(first[0].device).train()
+    new = trained or _head(first[0].shape[1], num_classes, seed)
+    head = new.to(first[0].device).train()
     optimizer = torch.optim.AdamW(head.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
     learned = torch.zeros((), dtype=torch.bool, device=reader.device)
     for step, (features, truth) in enumerate(itertools.chain([first], batches)):
@@ -203,6 +215,13 @@ def _drop(
         return features
     draws = torch.rand(*features.shape[:2], 1, 1, generator=keyed_generator("dropout", seed, step))
     return features * ((draws >= share) / (1 - share)).to(features)
+
+
+def batches(
+    reader: FeatureReader, train: Segmentation, settings: Settings, seed: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Makes the batches of a training, as `train_head` takes them."""
+    return (_crops if settings.augment else _cached)(reader, train, settings, seed)
 
 
 def _cached(

@@ -35,6 +35,7 @@ from phreg.settings import build, flatten
 TASKS = {
     "classification": "phreg.evaluation.tasks.classification",
     "linear-segmentation": "phreg.evaluation.tasks.linear_segmentation",
+    "head-transfer": "phreg.evaluation.tasks.head_transfer",
     "linear-depth": "phreg.evaluation.tasks.linear_depth",
     "zero-shot-segmentation": "phreg.evaluation.tasks.zero_shot_segmentation",
     "dense-nn": "phreg.evaluation.tasks.dense_nn",
