@@ -63,9 +63,9 @@ class Settings(SegmentationSettings):
     """What training pixels that do not count are in the bank: left out, or of the first class."""
 
 
-PROTOCOLS: Mapping[str, Mapping[str, Any]] = {
-    "hummingbird": {
-        "reading": {"size": 512, "fit": "square"},
+def _hummingbird(size: int) -> dict[str, Any]:
+    return {
+        "reading": {"size": size, "fit": "square"},
         "bank_size": 10_240_000,
         "neighbours": 30,
         "temperature": 0.02,
@@ -77,9 +77,15 @@ PROTOCOLS: Mapping[str, Mapping[str, Any]] = {
             "masks are compared at the size of each picture, theirs at that of the square",
             "neighbours are searched for exactly, theirs approximately",
         ),
-    },
+    }
+
+
+PROTOCOLS: Mapping[str, Mapping[str, Any]] = {
+    "hummingbird": _hummingbird(512),
+    "hummingbird-14": _hummingbird(504),
 }
-"""That of open-hummingbird-eval, with sources in `phreg/evaluation/README.md`."""
+"""Those of open-hummingbird-eval for patches of 16 and of 14 pixels, with sources in
+`phreg/evaluation/README.md`."""
 
 CROP_AREA = (0.5, 2.0)
 """Range of a crop's share of the image; where none fits, it is the middle."""
