@@ -227,3 +227,16 @@ def test_a_remark_of_the_data_is_in_every_result(reader, motorcycle, monkeypatch
     monkeypatch.setattr(linear_depth, "open_depths", remarked)
     found = linear_depth.run(reader, str(motorcycle), Settings(**SMALL | {"steps": 1}), seed=0)
     assert found.notes["limits"] == ["few pictures"]
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_a_protocol_runs_on_sizes_that_are_no_whole_patches(reader, motorcycle, protocol):
+    few = {"steps": 3, "warmup": 1, "scale_only": 1, "train_batch_size": 2, "reading.size": 60}
+    settings = resolve_settings("linear-depth", few | {"crop.size": (44, 53)}, protocol)
+    found = linear_depth.run(reader, str(motorcycle), settings, seed=0)
+    assert math.isfinite(found.figures["rmse"])
+    assert found.counts["rmse"]["images"] == 1
+    depths = linear_depth._crops(reader, open_depths(motorcycle, "train"), settings, seed=0)
+    features, truth = next(depths)
+    assert truth.shape == (2, 1, 44, 53), "to the pixel"
+    assert features.shape[-2:] == (6, 7), "of the padded crop"

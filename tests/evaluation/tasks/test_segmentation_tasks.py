@@ -255,3 +255,30 @@ def test_patches_of_rare_classes_are_drawn_first():
     ]
     of_the_rare = sum(place < 2 for pair in first for place in pair) / 40
     assert of_the_rare > 0.5, "by chance it were 2 of 20"
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_a_protocol_learns_on_sizes_that_are_no_whole_patches(reader, stripes, protocol):
+    # The same sides as published, 16 times smaller: a window is padded, and three cover a picture.
+    small = {"reading.size": 30, "reading.window": 30, "reading.stride": 20, "crop.size": 30}
+    few = {"steps": 40, "warmup": 2, "lr": 0.03, "train_batch_size": 2, "crop.colour": 0}
+    settings = resolve_settings("linear-segmentation", small | few, protocol)
+    found = linear_segmentation.run(reader, stripes, settings, seed=0)
+    assert found.figures["miou"] > 0.7
+    assert found.counts["miou"]["pixels"] == 32 * (32 + 48) - 2 * 16, "of whole pictures"
+    crops = linear_segmentation._crops(reader, settings.open(stripes, "train"), settings, seed=0)
+    features, truth = next(crops)
+    assert truth.shape == (2, 30, 30), "to the pixel"
+    assert features.shape[-2:] == (4, 4), "of the padded crop"
+
+
+def test_channels_are_dropped_whole_and_the_rest_made_up_for():
+    features = torch.rand(3, 400, 2, 2, generator=torch.Generator().manual_seed(0)) + 1
+    dropped = linear_segmentation._drop(features, 0.1, 0, 5)
+    kept = dropped[:, :, 0, 0] != 0
+    torch.testing.assert_close(dropped, features * kept[..., None, None] / 0.9)
+    assert 0.85 < kept.float().mean() < 0.95
+    assert not torch.equal(kept[0], kept[1]), "of each picture anew"
+    assert torch.equal(linear_segmentation._drop(features, 0.1, 0, 5), dropped)
+    assert not torch.equal(linear_segmentation._drop(features, 0.1, 0, 6), dropped)
+    assert torch.equal(linear_segmentation._drop(features, 0.0, 0, 5), features)
