@@ -47,6 +47,8 @@ def artifact_places(
             "norm": False,
             "unit": False,
             "views": 1,  # an average has hardly any left
+            # Patches of windows that begin at any pixel have no grid to be marked on.
+            "fit": "keep" if reading.fit == "centred" else reading.fit,
         }
     )
 

@@ -21,11 +21,19 @@ class FeatureConfig(Config):
     size: Size | None = None
     """Shorter side of the canvas in pixels or, with `fit=crop` or `fit=square`, its height and width, one
     number for both; unset means the model's own (`fit=pad`: the picture's own)."""
-    fit: Literal["keep", "square", "crop", "pad"] = "keep"
+    fit: Literal["keep", "square", "crop", "pad", "centred"] = "keep"
     """How a picture gets onto the canvas: resampled with its ratio kept, the longer side too rounded to whole
     patches; resampled to a square; cut to its central square, or to the middle in the shape of the canvas, if
     that is none; or resampled and padded with the mean colour at
-    the right and the bottom."""
+    the right and the bottom. centred keeps ratio and size to the pixel: what is read, the picture or a window
+    that begins at any pixel, is padded to whole patches evenly on all sides after normalising, and its grid
+    is laid over the unpadded pixels, as DINOv2's linear evaluations do."""
+    resize: PositiveInt | None = None
+    """With `fit=crop`, the shorter side that a picture is resampled to before its middle is cut out; unset
+    means as small as just covers the cut."""
+    floor: PositiveInt | None = None
+    """Where the ratio is kept, the longer side is rounded down to a multiple of so many pixels, before it is
+    rounded to whole patches; unset rounds to whole patches alone."""
     window: PositiveInt | None = None
     """Side of the windows through which the canvas is read; unset reads it whole."""
     stride: PositiveInt | None = None
@@ -51,10 +59,20 @@ class FeatureConfig(Config):
 
     @model_validator(mode="after")
     def _one_side_where_the_ratio_is_kept(self) -> "FeatureConfig":
-        if isinstance(self.size, tuple) and self.fit in ("keep", "pad"):
+        if isinstance(self.size, tuple) and self.fit in ("keep", "pad", "centred"):
             raise ValueError(
                 f"size gives height and width {self.size}, and fit={self.fit} keeps each picture's ratio; "
                 "give one number, or fit=crop or fit=square"
+            )
+        if self.resize is not None and self.fit != "crop":
+            raise ValueError(
+                f"resize gives a shorter side {self.resize} to cut the middle from, and fit={self.fit} cuts "
+                "none; set fit=crop, or leave resize out"
+            )
+        if self.floor is not None and self.fit in ("crop", "square"):
+            raise ValueError(
+                f"floor rounds the longer side down to multiples of {self.floor}, and fit={self.fit} has no "
+                "ratio to keep; set fit=keep, or leave floor out"
             )
         return self
 

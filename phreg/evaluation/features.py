@@ -22,14 +22,12 @@ Registers never leave the block stack, and the CLS and register tokens are not i
     reader(images, reading)                a batch already on the device, e.g. after augmentation
 """
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from jaxtyping import Float, UInt8
 from PIL import Image
@@ -42,7 +40,9 @@ from phreg.backbones.readout import dense_readout, use_readout
 from phreg.data.crops import as_input
 from phreg.data.sources import ImageSource
 from phreg.deprecated import current_attribute
-from phreg.evaluation.dense import Box, Dense, Placement
+from phreg.errors import PhregError
+from phreg.evaluation.canvas import pad_to_patches, place_picture, snap, window_starts
+from phreg.evaluation.dense import Dense, Placement
 from phreg.evaluation.feature_cache import FeatureCache, StoredFeatures
 from phreg.evaluation.feature_config import OUTPUTS, FeatureConfig
 from phreg.evaluation.projections import block_inputs, project
@@ -108,8 +108,9 @@ class FeatureReader:
     def described(self, reading: FeatureConfig) -> dict[str, Any]:
         """Says what features depend on beside the pictures, as JSON holds it."""
         asked = reading.model_dump()
-        if reading.views == 1:
-            del asked["views"]  # as before there were any: what was kept then is found again
+        for added in ("views", "resize", "floor"):
+            if asked[added] == FeatureConfig.model_fields[added].default:
+                del asked[added]  # as before there was any: what was kept then is found again
         return {
             "model": self.identity,
             "readout": self.readout(reading),
@@ -200,6 +201,9 @@ class FeatureReader:
                 more than there are.
         """
         patch = self.backbone.spec.patch_size
+        if reading.fit == "centred":
+            _check_whole(reading)
+            images = pad_to_patches(images, self.backbone.spec)
         self.backbone.check_size((images.shape[-2], images.shape[-1]))
         rows, cols = images.shape[-2] // patch[0], images.shape[-1] // patch[1]
         if reading.window is None:
@@ -209,8 +213,8 @@ class FeatureReader:
         step = self.snap(reading.stride or reading.window * 2 // 3)
         starts = [
             (top, left)
-            for top in _starts(rows, window[0], step[0] // patch[0])
-            for left in _starts(cols, window[1], step[1] // patch[1])
+            for top in window_starts(rows, window[0], step[0] // patch[0])
+            for left in window_starts(cols, window[1], step[1] // patch[1])
         ]
         total = count = torch.zeros(1, device=images.device)
         pooled, cls = [], []
@@ -237,41 +241,12 @@ class FeatureReader:
     def place(
         self, picture: Image.Image, reading: FeatureConfig
     ) -> tuple[UInt8[Tensor, "3 height width"], Placement]:
-        """Puts a picture onto a canvas of whole patches, by PIL's antialiased bicubic resampling."""
-        width, height = picture.size
-        part = (0, 0, height, width)
-        own = self.backbone.spec.input_size
-        if reading.fit in ("crop", "square"):
-            inside = self.snap(reading.size or own)
-        else:
-            asked = reading.size or (picture.size if reading.fit == "pad" else own)
-            shorter = asked if isinstance(asked, int) else min(asked)
-            scale = shorter / min(height, width)
-            sides = max(1, round(height * scale)), max(1, round(width * scale))
-            inside = sides if reading.fit == "pad" else self.snap(sides)
-        if reading.fit == "crop":
-            part = _middle((height, width), inside)
-            picture = picture.crop((part[1], part[0], part[1] + part[3], part[0] + part[2]))
-        if picture.size != (inside[1], inside[0]):
-            picture = picture.resize((inside[1], inside[0]), Image.Resampling.BICUBIC)
-        pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
-        patch = self.backbone.spec.patch_size
-        canvas = tuple(math.ceil(side / unit) * unit for side, unit in zip(inside, patch, strict=True))
-        if canvas != inside:
-            mean = torch.tensor([round(255 * value) for value in self.backbone.spec.mean], dtype=torch.uint8)
-            padded = mean[:, None, None].repeat(1, *canvas)
-            padded[:, : inside[0], : inside[1]] = pixels
-            pixels = padded
-        return pixels.contiguous(), Placement((height, width), (canvas[0], canvas[1]), (0, 0, *inside), part)
+        """Puts a picture onto a canvas, see `phreg.evaluation.canvas`."""
+        return place_picture(picture, reading, self.backbone.spec)
 
     def snap(self, size: int | tuple[int, int]) -> tuple[int, int]:
         """Rounds height and width, or one number for both, to whole patches, one at least."""
-        sides = (size, size) if isinstance(size, int) else size
-        height, width = (
-            max(1, round(side / unit)) * unit
-            for side, unit in zip(sides, self.backbone.spec.patch_size, strict=True)
-        )
-        return height, width
+        return snap(size, self.backbone.spec)
 
     def _place(
         self, source: ImageSource, numbers: Sequence[int], reading: FeatureConfig
@@ -287,8 +262,11 @@ class FeatureReader:
         for canvas in {placement.canvas for _, placement in placed}:
             group = [number for number, (_, placement) in enumerate(placed) if placement.canvas == canvas]
             images = self.normalise(torch.stack([placed[number][0] for number in group]))
+            if readings[0].fit == "centred":
+                _check_whole(readings[0])
+                images = pad_to_patches(images, self.backbone.spec)
             if whole:
-                self.backbone.check_size(canvas)
+                self.backbone.check_size((images.shape[-2], images.shape[-1]))
             batches = (
                 self._forward(images, readings) if whole else [self(images, reading) for reading in readings]
             )
@@ -372,19 +350,14 @@ class FeatureReader:
         return [mean.flatten(1, 2).to(tokens.dtype) for mean, tokens in zip(averages, unmoved, strict=True)]
 
 
-def _middle(picture: tuple[int, int], shape: tuple[int, int]) -> Box:
-    """Finds the largest part of a picture, in its middle, that has the shape of another size."""
-    (height, width), (rows, cols) = picture, shape
-    if height * cols > width * rows:  # too high
-        part = (max(1, round(width * rows / cols)), width)
-    else:
-        part = (height, max(1, round(height * cols / rows)))
-    return (height - part[0]) // 2, (width - part[1]) // 2, *part
-
-
-def _starts(length: int, window: int, step: int) -> list[int]:
-    """Where windows begin along one axis; the last is moved back inside."""
-    return [*range(0, length - window, step), length - window]
+def _check_whole(reading: FeatureConfig) -> None:
+    """Refuses windows that begin at any pixel, whose patches have no grid in common to be averaged on."""
+    if reading.window is not None:
+        raise PhregError(
+            f"features asked for through windows of {reading.window} pixels with fit=centred, whose "
+            "patches do not coincide; only segmentation averages scores of such windows: leave out "
+            "reading.window, or set reading.fit=keep"
+        )
 
 
 def __getattr__(name: str) -> Any:

@@ -206,7 +206,13 @@ class Results:
             whose = "the baseline" if against is self.baseline else against.model
             spread = ", seed by seed, ~ where it is within its spread" if several else ""
             parts.append(f"in brackets the difference to {whose}{spread}")
-        sentences = ["; ".join(parts), "Shares are in per cent", *self._computed_over(), *self._left_out()]
+        sentences = [
+            "; ".join(parts),
+            "Shares are in per cent",
+            *self._computed_over(),
+            *self._left_out(),
+            *self._protocol(),
+        ]
         return " ".join(f"{sentence}." for sentence in sentences)
 
     def write(self, folder: Path) -> None:
@@ -239,6 +245,16 @@ class Results:
         reasons = {name: reason for note in notes for name, reason in note.items()}
         missing = "; ".join(f"{name} ({reason})" for name, reason in reasons.items())
         return [f"Left out: {missing}"] if missing else []
+
+    def _protocol(self) -> list[str]:
+        """Says which published protocol the figures follow, and in what they do not."""
+        first = self.records[0]
+        name = first.settings.get("published")
+        limits = [*first.settings.get("differs", ()), *first.notes[0].get("limits", ())]
+        return [
+            *([f"Protocol {name}"] if name else []),
+            *([f"Not as published: {'; '.join(limits)}"] if limits else []),
+        ]
 
     def _labelled(self) -> list[tuple[Record, str]]:
         ahead = [(self.baseline, " (baseline)")] if self.baseline else []

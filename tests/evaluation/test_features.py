@@ -124,9 +124,9 @@ def test_overlapping_windows_are_averaged_patch_by_patch(reader):
 
 @given(rows=st.integers(4, 9), cols=st.integers(4, 9), stride=st.integers(1, 40))
 def test_windows_cover_every_patch_whatever_the_stride(rows, cols, stride):
-    from phreg.evaluation.features import _starts
+    from phreg.evaluation.canvas import window_starts
 
-    starts = _starts(max(rows, cols), 4, max(1, round(stride / 8)))
+    starts = window_starts(max(rows, cols), 4, max(1, round(stride / 8)))
     covered = {place for start in starts for place in range(start, start + 4)}
     assert covered >= set(range(max(rows, cols))) or stride > 32  # a stride beyond the window leaves gaps
     assert max(covered) == max(rows, cols) - 1

@@ -45,6 +45,10 @@ NYU_FOLDERS: Mapping[Split, tuple[str, ...]] = {
     "val": ("official_splits/test", "test", "val"),
 }
 NYU_MAT = "nyu_depth_v2_labeled.mat"
+NYU_MAT_REMARK = (
+    "NYUv2's labelled pictures have 795 to train on, not the list of about 24,000 of the raw set that "
+    "published depth probes are trained on"
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,12 +60,14 @@ class DepthMaps:
         read: Reads the depths of one in metres, (height, width).
         names: Where each one's depths are, for messages.
         eigen: Whether what lies outside of `EIGEN_CROP` does not count.
+        remark: How these differ from what is usually trained on, which results say; None where they do not.
     """
 
     images: ImageSource
     read: Callable[[int], np.ndarray]
     names: Sequence[str]
     eigen: bool
+    remark: str | None = None
 
     def __len__(self) -> int:
         return len(self.images)
@@ -303,7 +309,7 @@ def _read_nyu_mat(root: Path, split: Split, _unit: float | None) -> DepthMaps:
             return file["depths"][numbers[number]].T
 
     names = [f"{path}[{number}]" for number in numbers]
-    return DepthMaps(images, read, names, eigen=True)
+    return DepthMaps(images, read, names, eigen=True, remark=NYU_MAT_REMARK)
 
 
 LAYOUTS: Mapping[str, Layout[Callable[[Path, Split, float | None], DepthMaps]]] = {

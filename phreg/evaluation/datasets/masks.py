@@ -35,6 +35,7 @@ class Segmentation:
         classes: Name of each class.
         numbering: Class of each index found in a mask, `IGNORE` for those not counted.
         background: The class that stands for everything unnamed; None where there is none.
+        layout: Name of the layout that they were found in.
     """
 
     images: Files
@@ -42,6 +43,7 @@ class Segmentation:
     classes: tuple[str, ...]
     numbering: Mapping[int, int]
     background: int | None = None
+    layout: str = ""
 
     def __len__(self) -> int:
         return len(self.masks)

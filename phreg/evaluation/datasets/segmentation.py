@@ -56,13 +56,13 @@ def open_segmentation(
     """
     known = find_layout(root, layout, LAYOUTS, lacking="is of no known layout")
     own = known is LAYOUTS["folder"]
+    name = next(name for name, other in LAYOUTS.items() if other is known)
     if ignore_index is not None and not own:
-        name = next(name for name, other in LAYOUTS.items() if other is known)
         raise DataError(
             f"ignore_index={ignore_index} asked of {root}, layout {name}, which says itself what is not "
             "counted; leave ignore_index out, or set layout=folder where the masks are your own"
         )
-    found = known.read(Path(root), split)
+    found = replace(known.read(Path(root), split), layout=name)
     if ignore_index is not None:
         numbering = {index: index for index in range(len(found.classes))} | {ignore_index: IGNORE}
         found = replace(found, numbering=numbering)

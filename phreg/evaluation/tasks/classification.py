@@ -18,25 +18,25 @@ classification, which takes the class whose name, in 80 prompts, is nearest (Rad
 """
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import product
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import torch
 from jaxtyping import Float, Int64
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import BeforeValidator, Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor
 from torch.nn.functional import normalize, one_hot
 
 from phreg.analysis.linear import fit_softmax
 from phreg.backbones.text import imagenet_names, text_encoder
-from phreg.config import Config
 from phreg.data.sources import Subset
 from phreg.errors import DataError, PhregError
 from phreg.evaluation.datasets.labelled import Labelled, open_labelled, open_split
 from phreg.evaluation.datasets.vocabulary import Vocabulary, embed_vocabulary, find_vocabulary
 from phreg.evaluation.features import FeatureConfig, FeatureReader
 from phreg.evaluation.metrics.scores import top_k
+from phreg.evaluation.protocol import ProtocolSettings
 from phreg.evaluation.record import Metrics, MetricSpec
 from phreg.seeding import keyed_generator
 
@@ -50,6 +50,11 @@ def _name(*parts: str) -> str:
     return "_".join(parts).replace("-", "_")
 
 
+def _several(value: Any) -> Any:
+    """Takes `10,20` for two numbers."""
+    return value.split(",") if isinstance(value, str) and "," in value else value
+
+
 DATA = "images with a class each: class folders, a file of labels, or a Hugging Face dataset"
 METRICS = tuple(
     MetricSpec(_name(*classifier, figure))
@@ -59,7 +64,7 @@ METRICS = tuple(
 """Of the first classifier without its name, then of each."""
 
 
-class Settings(Config):
+class Settings(ProtocolSettings):
     """Classification from frozen global features."""
 
     methods: tuple[Literal["knn", "linear", "head", "zero-shot"], ...] = ("knn", "linear")
@@ -78,13 +83,26 @@ class Settings(Config):
     """Canvas of the images; read plain, as global features mean something."""
     val_share: Annotated[float, Field(gt=0, lt=1)] = 0.2
     """Share of each class that is tested on, where the data has no splits."""
-    neighbours: PositiveInt = 20
-    """Neighbours that vote; at most as many as there are training images."""
+    neighbours: Annotated[PositiveInt | tuple[PositiveInt, ...], BeforeValidator(_several)] = 20
+    """Neighbours that vote, at most as many as there are training images. Of several numbers the first is
+    that of the figures, and the details have top-1 with each."""
     temperature: PositiveFloat = 0.07
     """Temperature of votes."""
     penalty: NonNegativeFloat = 1e-3
     """L2 penalty of the probe, times half the squared weights, beside the mean cross-entropy."""
 
+
+PROTOCOLS: Mapping[str, Mapping[str, Any]] = {
+    "dinov2": {
+        "methods": ("knn",),
+        "features": ("pooled",),
+        "reading": {"size": 224, "resize": 256, "fit": "crop"},
+        "neighbours": (20, 10, 100, 200),
+        "temperature": 0.07,
+    },
+}
+"""DINOv2's k-NN, with sources in `phreg/evaluation/README.md`; of its four numbers of neighbours, 20 comes
+first, which it says to be best mostly."""
 
 Globals = dict[Feature, Float[Tensor, "_ _"]]
 """Global features of a set of images (images, dim), on the CPU."""
@@ -116,6 +134,7 @@ def run(reader: FeatureReader, data: str, settings: Settings, seed: int) -> Metr
         "head": _head_scores(reader, test, settings),
         "zero-shot": _word_scores(reader, test, seen, settings),
     }
+    learned: Globals = {}
     if train is not None:
         learned = _read(reader, train, settings, "training images")
         found |= {name: _learned_scores(name, train, learned, test, seen, settings) for name in SCORES}
@@ -126,6 +145,8 @@ def run(reader: FeatureReader, data: str, settings: Settings, seed: int) -> Metr
             _add(figures, name, scores, test.labels)
             if method != "head" and not detail:
                 detail["top1"] = _per_class(scores, test)
+    if train is not None and "knn" in settings.methods:
+        detail |= _by_neighbours(train, learned, test, seen, settings)
     counts = {"train": len(train.labels) if train else 0, "test": len(test.labels)}
     guarded = tuple(name for name in figures if name.endswith("top1"))
     over = {"images": len(test.labels), "classes": len(test.labels.unique())}
@@ -188,7 +209,8 @@ def _vocabulary(classes: tuple[str, ...], words: str | None) -> Vocabulary:
 
 
 def _knn(bank: Tensor, labels: Tensor, queries: Tensor, num_classes: int, settings: Settings) -> Tensor:
-    return knn_scores(bank, labels, queries, num_classes, settings.neighbours, settings.temperature)
+    number = settings.neighbours[0] if isinstance(settings.neighbours, tuple) else settings.neighbours
+    return knn_scores(bank, labels, queries, num_classes, number, settings.temperature)
 
 
 def _linear(bank: Tensor, labels: Tensor, queries: Tensor, num_classes: int, settings: Settings) -> Tensor:
@@ -228,6 +250,22 @@ def _learned_scores(
     for feature in settings.features:
         scores = SCORES[method](learned[feature], train.labels, seen[feature], len(test.classes), settings)
         yield _name(method, feature), scores
+
+
+def _by_neighbours(
+    train: Labelled, learned: Globals, test: Labelled, seen: Globals, settings: Settings
+) -> dict[str, dict[str, float]]:
+    """Measures top-1 of each feature with each number of neighbours, where several are asked for."""
+    if isinstance(settings.neighbours, int):
+        return {}
+    found: dict[str, dict[str, float]] = {}
+    for feature in settings.features:
+        parts = found[_name("knn", feature, "top1")] = {}
+        for number in settings.neighbours:
+            alone = settings.model_copy(update={"neighbours": number})
+            scores = _knn(learned[feature], train.labels, seen[feature], len(test.classes), alone)
+            parts[f"{number} neighbours"] = top_k(scores, test.labels, 1)
+    return found
 
 
 def _tested(data: str, settings: Settings) -> Labelled:

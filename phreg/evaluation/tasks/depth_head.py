@@ -1,6 +1,6 @@
 """The head of linear depth, and the losses that it learns by.
 
-    [patch, CLS] ──linear──► scores, 4 times as fine ──relu + 0.1, over their sum──► shares ──· bins──► metres
+    [patch, CLS] ──linear──► scores, made finer ──relu + 0.1, over their sum──► shares ──· bins──► metres
 
 DINOv2's head (Oquab et al. 2024, arXiv 2304.07193, section 7.4) with the bins of AdaBins (arXiv 2011.14141),
 the scale-invariant loss of BTS (arXiv 1907.10326) and the gradient matching of MegaDepth (arXiv 1804.00607).
@@ -11,9 +11,6 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from phreg.seeding import keyed_generator
-
-FINER = 4
-"""Scores are resampled so many times finer than patches, before they become depths."""
 
 FLOOR = 0.1
 """Added to each score, so that none of the shares is 0."""
@@ -29,10 +26,16 @@ class DepthHead(nn.Module):
         dim: Channels of both together.
         depths: The bins, in metres.
         seed: Seed of the first weights.
+        finer: Scores are resampled so many times finer than patches, before they become depths.
+        batch_norm: Whether features are normalised first, by the statistics of batches.
     """
 
-    def __init__(self, dim: int, depths: Float[Tensor, " bins"], seed: int) -> None:
+    def __init__(
+        self, dim: int, depths: Float[Tensor, " bins"], seed: int, *, finer: int = 4, batch_norm: bool = False
+    ) -> None:
         super().__init__()
+        self.finer = finer
+        self.norm = nn.BatchNorm2d(dim) if batch_norm else nn.Identity()
         self.score = nn.Conv2d(dim, len(depths), 1)
         weight, bias = self.score.parameters()
         nn.init.normal_(weight, std=0.01, generator=keyed_generator("head", seed))
@@ -42,9 +45,11 @@ class DepthHead(nn.Module):
     def forward(
         self, features: Float[Tensor, "batch dim rows cols"]
     ) -> Float[Tensor, "batch 1 fine_rows fine_cols"]:
-        """Computes depths in metres, `FINER` times as fine as the features."""
+        """Computes depths in metres, `finer` times as fine as the features."""
         # A linear map and resampling commute; this way round, fewer channels are resampled.
-        scores = interpolate(self.score(features), scale_factor=FINER, mode="bilinear", align_corners=False)
+        scores = interpolate(
+            self.score(self.norm(features)), scale_factor=self.finer, mode="bilinear", align_corners=False
+        )
         shares = scores.relu() + FLOOR
         return (shares * self.depths.view(-1, 1, 1)).sum(1, keepdim=True) / shares.sum(1, keepdim=True)
 

@@ -14,29 +14,29 @@ pictures.
 import itertools
 import logging
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
-from typing import Annotated, Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from PIL import Image, ImageOps
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from phreg.config import Config
 from phreg.data.sources import ImageSource
 from phreg.errors import DataError
 from phreg.evaluation.artifacts import artifact_places
-from phreg.evaluation.datasets.augmentation import CropConfig, PairedCrops
+from phreg.evaluation.datasets.augmentation import PairedCrops
 from phreg.evaluation.datasets.depth import DepthMaps, open_depths
 from phreg.evaluation.dense import Dense
-from phreg.evaluation.features import FeatureConfig, FeatureReader
+from phreg.evaluation.features import FeatureReader
 from phreg.evaluation.metrics.scores import DepthErrors, depth_errors
 from phreg.evaluation.record import Metrics, MetricSpec
 from phreg.evaluation.tasks.depth_head import DepthHead, gradient_loss, scale_loss
+from phreg.evaluation.tasks.depth_settings import PROTOCOLS as PROTOCOLS
+from phreg.evaluation.tasks.depth_settings import Settings, first_beta, learning_rate
 from phreg.seeding import keyed_generator
 
 logger = logging.getLogger(__name__)
@@ -54,69 +54,6 @@ METRICS = (
 )
 
 
-class Settings(Config):
-    """A linear head of depth bins on frozen tokens."""
-
-    layout: str = "auto"
-    """Layout of the dataset: nyu-mat, nyu-folders or folder (images/ and depths/, each with train/ and val/);
-    auto tells it by what lies in the folder."""
-    unit: PositiveFloat | None = None
-    """Metres a step of all depth maps; unset means 0.001 for grey PNG of 16 bits, 1 for .npy of floats; of
-    other files it must be set."""
-    min_depth: PositiveFloat = 1e-3
-    """Nearest depth in metres; nearer pixels do not count."""
-    max_depth: PositiveFloat = 10.0
-    """Farthest depth in metres; farther pixels do not count."""
-    bins: Annotated[int, Field(ge=2)] = 256
-    """Depths the head scores, evenly spaced."""
-    reading: FeatureConfig = FeatureConfig(size=448)
-    """Canvas of the pictures when testing, and when training without crops."""
-    flip: bool = True
-    """Test the mirror image too, and take the mean."""
-    augment: bool = False
-    """Train on random crops, read anew each step, rather than on features read once."""
-    crop: CropConfig = CropConfig(size=416, scale=(1.0, 1.0), max_class_share=1.0)
-    """Those crops."""
-    steps: PositiveInt = 1000
-    """Training steps."""
-    train_batch_size: PositiveInt = 8
-    """Pictures per training step."""
-    lr: PositiveFloat = 5e-3
-    """Highest learning rate of AdamW."""
-    weight_decay: NonNegativeFloat = 1e-2
-    """Weight decay of AdamW."""
-    warmup: NonNegativeInt = 100
-    """Steps of linear warm-up, ahead of a cosine decay to 0."""
-    scale_only: NonNegativeInt = 100
-    """First steps, in which the loss sees the mean error of log depths alone."""
-    gradient_weight: NonNegativeFloat = 0.5
-    """Weight of the gradient loss."""
-    clip: PositiveFloat = 35.0
-    """Largest norm of the gradient."""
-
-    @model_validator(mode="after")
-    def _range(self) -> "Settings":
-        if self.min_depth >= self.max_depth:
-            raise ValueError(
-                f"min_depth should be less than max_depth, found {self.min_depth:g} and {self.max_depth:g}"
-            )
-        return self
-
-
-PROTOCOLS: Mapping[str, Mapping[str, Any]] = {
-    "ph-reg": {
-        "reading": {"size": None, "fit": "pad"},
-        "augment": True,
-        "crop": {"size": (416, 544), "scale": (426 / 416, 426 / 416), "rotation": 2.5},
-        "steps": 30_000,
-        "train_batch_size": 16,
-        "warmup": 12_800,
-    },
-}
-"""PH-Reg's settings for NYUv2: pictures at their own 480x640, padded to whole patches when testing. Crops lie
-within the 426x560 pixels that count, theirs in 427x565 without the frame; both become whole patches."""
-
-
 def run(reader: FeatureReader, data: str, settings: Settings, seed: int) -> Metrics:
     """Trains a head on the training split and tests it on the validation split.
 
@@ -128,8 +65,28 @@ def run(reader: FeatureReader, data: str, settings: Settings, seed: int) -> Metr
     )
     _check_depths(train, settings)
     batches = (_crops if settings.augment else _cached)(reader, train, settings, seed)
-    head = train_head(batches, settings, seed, reader)
-    return _measure(reader, test, settings, head)
+    found: dict[int, Metrics] = {}
+
+    def check(step: int, head: DepthHead) -> None:
+        if step == settings.steps or (settings.keep_best and step % settings.keep_best == 0):
+            found[step] = _measure(reader, test, settings, head)
+
+    train_head(batches, settings, seed, reader, check)
+    return _kept(found, settings)
+
+
+def _kept(found: Mapping[int, Metrics], settings: Settings) -> Metrics:
+    """Keeps the best of the heads that were tested, and says how it was chosen."""
+    last = found[settings.steps]
+    if settings.keep_best is None:
+        return last
+    step = min(found, key=lambda step: found[step].figures["abs_rel"])
+    chosen = {
+        "step": step,
+        "by": f"least abs_rel on the test pictures, of every {settings.keep_best} steps",
+        "last": dict(last.figures),
+    }
+    return replace(found[step], notes={**found[step].notes, "kept": chosen})
 
 
 def _check_depths(train: DepthMaps, settings: Settings) -> None:
@@ -150,7 +107,11 @@ def _counted(truth: Float[Tensor, "*shape"], settings: Settings) -> Bool[Tensor,
 
 
 def train_head(
-    batches: Iterator[tuple[Tensor, Tensor]], settings: Settings, seed: int, reader: FeatureReader
+    batches: Iterator[tuple[Tensor, Tensor]],
+    settings: Settings,
+    seed: int,
+    reader: FeatureReader,
+    check: Callable[[int, DepthHead], None] = lambda _step, _head: None,
 ) -> DepthHead:
     """Trains a head.
 
@@ -159,22 +120,28 @@ def train_head(
         settings: Bins, steps and optimiser.
         seed: Seed of the first weights.
         reader: Its `observe` is called with the progress.
+        check: Called after each step with how many are done, and the head in eval mode.
 
     Raises:
         DataError: No depth that was seen counts.
     """
     first = next(batches)
     bins = torch.linspace(settings.min_depth, settings.max_depth, settings.bins)
-    head = DepthHead(first[0].shape[1], bins, seed).to(first[0].device).train()
+    head = DepthHead(first[0].shape[1], bins, seed, finer=settings.finer, batch_norm=settings.batch_norm).to(
+        first[0].device
+    )
     optimizer = torch.optim.AdamW(head.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
     learned = torch.zeros((), dtype=torch.bool, device=reader.device)
     for step, (features, truth) in enumerate(itertools.chain([first], batches)):
         for group in optimizer.param_groups:
-            group["lr"] = settings.lr * _decay(step, settings)
+            group["lr"] = settings.lr * learning_rate(step, settings)
+            group["betas"] = first_beta(step, settings), settings.beta2
+        head.train()
         predicted = interpolate(head(features), truth.shape[-2:], mode="bilinear", align_corners=False)
         counted = _counted(truth, settings)
         learned |= counted.any()
-        errors = predicted.log() - truth.where(counted, 1).log()
+        offset = settings.log_offset
+        errors = (predicted + offset).log() - (truth.where(counted, 1) + offset).log()
         loss = scale_loss(errors, counted, mean_only=step < settings.scale_only)
         loss = loss + settings.gradient_weight * gradient_loss(errors, counted)
         optimizer.zero_grad()
@@ -182,6 +149,7 @@ def train_head(
         nn.utils.clip_grad_norm_(head.parameters(), settings.clip)
         optimizer.step()
         reader.observe("training the head", step + 1, settings.steps)
+        check(step + 1, head.eval())
     if not learned:
         raise DataError(
             f"none of the depths that were seen in {settings.steps} steps of training is between "
@@ -220,7 +188,7 @@ def _measure(reader: FeatureReader, test: DepthMaps, settings: Settings, head: D
     """Compares with the truth picture by picture, and the pixels at the baseline's artifacts on their own."""
 
     def predict(dense: Dense) -> Tensor:
-        features = _features(dense.grid[None], dense.cls[None]).to(reader.device)
+        features = _features(dense.grid[None], dense.cls[None], settings).to(reader.device)
         return dense.placement.restore(head(features)[0])[0].cpu()
 
     places = artifact_places(reader, test.images, settings.reading)
@@ -254,6 +222,8 @@ def _measure(reader: FeatureReader, test: DepthMaps, settings: Settings, head: D
     figures = {name: float(np.mean([getattr(errors, name) for errors in found])) for name in names}
     counts = {name: {"pixels": pixels, "images": len(found)} for name in names}
     notes: dict[str, Any] = {"images": len(found), "readout": reader.readout(settings.reading)}
+    if test.remark is not None:
+        notes["limits"] = [test.remark]
     if places is not None:
         there = [squares for squares in repaired if squares.pixels]
         notes["pixels_at_artifacts"] = at_artifacts = sum(squares.pixels for squares in there)
@@ -268,17 +238,13 @@ def _measure(reader: FeatureReader, test: DepthMaps, settings: Settings, head: D
 
 
 def _features(
-    grids: Float[Tensor, "batch rows cols dim"], cls: Float[Tensor, "batch dim"]
+    grids: Float[Tensor, "batch rows cols dim"], cls: Float[Tensor, "batch dim"], settings: Settings
 ) -> Float[Tensor, "batch both rows cols"]:
-    """Puts the CLS beside each patch."""
+    """Puts the CLS beside each patch, where asked for."""
+    if not settings.class_token:
+        return grids.permute(0, 3, 1, 2)
     beside = cls[:, None, None].expand_as(grids)
     return torch.cat([grids, beside], dim=-1).permute(0, 3, 1, 2)
-
-
-def _decay(step: int, settings: Settings) -> float:
-    """Warms up linearly and decays as a cosine, both over all steps, as mmcv's schedule does."""
-    decay = (1 + math.cos(math.pi * step / settings.steps)) / 2
-    return decay * min(1.0, (step + 1) / settings.warmup) if settings.warmup else decay
 
 
 def _cached(
@@ -302,7 +268,7 @@ def _cached(
             for place, item in zip(chosen, items, strict=True)
         ]
         features = _features(
-            torch.stack([item.grid for item in items]), torch.stack([item.cls for item in items])
+            torch.stack([item.grid for item in items]), torch.stack([item.cls for item in items]), settings
         )
         yield features.to(reader.device), torch.stack(truths).to(reader.device)
 
@@ -312,7 +278,9 @@ def _crops(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches of features of random crops, with the depths of their pixels."""
     spec = reader.backbone.spec
-    crops = PairedCrops(settings.crop, settings.crop.whole_patches(spec.patch_size), spec.mean, unknown=0)
+    exact = settings.reading.fit == "centred"  # which pads what it reads to whole patches
+    size = settings.crop.sides if exact else settings.crop.whole_patches(spec.patch_size)
+    crops = PairedCrops(settings.crop, size, spec.mean, unknown=0)
     whole = settings.reading.model_copy(update={"window": None})
     mean, std = (torch.tensor(values, device=reader.device).view(3, 1, 1) for values in (spec.mean, spec.std))
     order = (
@@ -329,4 +297,4 @@ def _crops(
             truths.append(truth[None, *train.counted].to(reader.device))
         images, truth = crops(pictures, truths, seed, step)
         seen = reader((images - mean) / std, whole)
-        yield _features(seen.grids, seen.cls), truth
+        yield _features(seen.grids, seen.cls, settings), truth

@@ -12,21 +12,24 @@ the same: the picture whole or through windows, scores at its own resolution, Io
 
 import itertools
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
 from jaxtyping import Float
-from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, interpolate
 
+from phreg.config import Fraction
 from phreg.errors import DataError
 from phreg.evaluation.datasets.augmentation import CropConfig, PairedCrops
 from phreg.evaluation.datasets.masks import Segmentation
 from phreg.evaluation.dense import Dense
 from phreg.evaluation.features import FeatureConfig, FeatureReader
 from phreg.evaluation.metrics.scores import IGNORE
+from phreg.evaluation.protocol import RESAMPLING
 from phreg.evaluation.record import Metrics
+from phreg.evaluation.tasks.schedules import decay, dinov3_rate, warm_up
 from phreg.evaluation.tasks.segmentation import (
     SEGMENTATION_METRICS,
     SegmentationSettings,
@@ -60,30 +63,46 @@ class Settings(SegmentationSettings):
     """Exponent of the polynomial decay of the learning rate to 0."""
     warmup: NonNegativeInt = 0
     """Steps of linear warm-up."""
+    warmup_start: Fraction | None = None
+    """Share of the learning rate that the warm-up starts from; unset means one step's share."""
+    schedule: Literal["poly", "dinov3"] = "poly"
+    """Decay of the learning rate: poly is mmseg's, dinov3 DINOv3's one-cycle cosine, to 0 too, which does not
+    use power."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of channels that are dropped in training, ahead of the batch norm."""
 
 
-_DINOV2 = {
-    "reading": {"size": 512, "window": 512, "stride": 341},
-    "augment": True,
-    "crop": {"size": 512},
+def _exact(size: int) -> dict[str, Any]:
+    """Windows of pixels at strides of 341, and crops of their size."""
+    reading = {"size": size, "fit": "centred", "window": size, "stride": 341}
+    return {"reading": reading, "augment": True, "crop": {"size": size}, "differs": (RESAMPLING,)}
+
+
+_DINOV2 = _exact(512) | {
     "steps": 40_000,
     "train_batch_size": 16,
     "power": 1.0,
     "warmup": 1500,
+    "warmup_start": 1e-6,
 }
 
 PROTOCOLS: Mapping[str, Mapping[str, Any]] = {
     "dinov2": _DINOV2,
-    "dvt": _DINOV2,
-    "ph-reg": {
-        "reading": {"size": 518, "window": 518, "stride": 341},
-        "augment": True,
-        "crop": {"size": 518},
-        "steps": 20_000,
+    "dinov3": _exact(512)
+    | {
+        "steps": 40_000,
+        "train_batch_size": 16,
+        "weight_decay": 1e-3,
+        "warmup": 1500,
+        "warmup_start": 1e-6,
+        "schedule": "dinov3",
+        "dropout": 0.1,
     },
+    "dvt": _DINOV2,
+    "ph-reg": _exact(518) | {"steps": 20_000, "crop": {"size": 518, "outside": "black"}},
 }
-"""Published protocols: DINOv2's configurations, which DVT (arXiv 2401.02957) took over; PH-Reg's for VOC,
-with twice the steps on ADE20K. Sizes become whole patches."""
+"""Published protocols, with sources in `phreg/evaluation/README.md`: DINOv2's configurations, which DVT
+(arXiv 2401.02957) took over; DINOv3's; PH-Reg's for VOC, with twice the steps on ADE20K."""
 
 
 def run(reader: FeatureReader, data: str, settings: Settings, seed: int) -> Metrics:
@@ -93,8 +112,17 @@ def run(reader: FeatureReader, data: str, settings: Settings, seed: int) -> Metr
         DataError: The dataset is of no known layout, or a file of it is wrong.
     """
     train, test = settings.open(data, "train"), settings.open(data, "val")
-    batches = (_crops if settings.augment else _cached)(reader, train, settings, seed)
-    head = train_head(batches, len(train.classes), settings, seed, reader)
+    head = train_head(batches(reader, train, settings, seed), len(train.classes), settings, seed, reader)
+    return try_head(head, reader, test, settings)
+
+
+def try_head(head: nn.Module, reader: FeatureReader, test: Segmentation, settings: Settings) -> Metrics:
+    """Tests a head on a model's features.
+
+    Raises:
+        DataError: A picture or a mask is wrong.
+        PhregError: No pixel counts.
+    """
 
     def score(dense: Dense) -> Tensor:
         return head(dense.grid.permute(2, 0, 1)[None].to(reader.device))[0]
@@ -108,6 +136,7 @@ def train_head(
     settings: Settings,
     seed: int,
     reader: FeatureReader,
+    trained: nn.Module | None = None,
 ) -> nn.Module:
     """Trains batch norm and 1x1 convolution.
 
@@ -118,18 +147,20 @@ def train_head(
         settings: Steps and optimiser.
         seed: Seed of the first weights.
         reader: Its `observe` is called with the progress.
+        trained: A head to train on, which is changed; None starts a new one.
 
     Raises:
         DataError: Nothing that was seen shows a class.
     """
     first = next(batches)
-    head = _head(first[0].shape[1], num_classes, seed).to(first[0].device).train()
+    new = trained or _head(first[0].shape[1], num_classes, seed)
+    head = new.to(first[0].device).train()
     optimizer = torch.optim.AdamW(head.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
     learned = torch.zeros((), dtype=torch.bool, device=reader.device)
     for step, (features, truth) in enumerate(itertools.chain([first], batches)):
         for group in optimizer.param_groups:
-            group["lr"] = settings.lr * _decay(step, settings)
-        loss = head_loss(head(features), truth)
+            group["lr"] = settings.lr * learning_rate(step, settings)
+        loss = head_loss(head(_drop(features, settings.dropout, seed, step)), truth)
         learned |= (truth != IGNORE).any() if truth.dtype == torch.long else truth.any()
         optimizer.zero_grad()
         loss.backward()
@@ -167,9 +198,30 @@ def _head(dim: int, num_classes: int, seed: int) -> nn.Module:
     return nn.Sequential(nn.BatchNorm2d(dim), convolution)
 
 
-def _decay(step: int, settings: Settings) -> float:
-    decay = (1 - step / settings.steps) ** settings.power
-    return decay * min(1.0, (step + 1) / settings.warmup) if settings.warmup else decay
+def learning_rate(step: int, settings: Settings) -> float:
+    """Computes the share of the highest learning rate at a step, from 0."""
+    steps, warmup, start = settings.steps, settings.warmup, settings.warmup_start
+    if settings.schedule == "dinov3":
+        # Its code skips the first update of the schedule.
+        return dinov3_rate(max(0, step - 1), steps, warmup, start, final=0.0)
+    return decay(step, steps, settings.power) * warm_up(step, warmup, start)
+
+
+def _drop(
+    features: Float[Tensor, "batch dim rows cols"], share: float, seed: int, step: int
+) -> Float[Tensor, "batch dim rows cols"]:
+    """Drops channels of each picture, and lengthens the rest, by a generator of its own."""
+    if not share:
+        return features
+    draws = torch.rand(*features.shape[:2], 1, 1, generator=keyed_generator("dropout", seed, step))
+    return features * ((draws >= share) / (1 - share)).to(features)
+
+
+def batches(
+    reader: FeatureReader, train: Segmentation, settings: Settings, seed: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Makes the batches of a training, as `train_head` takes them."""
+    return (_crops if settings.augment else _cached)(reader, train, settings, seed)
 
 
 def _cached(
@@ -203,7 +255,9 @@ def _crops(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches of features of random crops, with the classes of their pixels."""
     spec = reader.backbone.spec
-    crops = PairedCrops(settings.crop, settings.crop.whole_patches(spec.patch_size), spec.mean)
+    exact = settings.reading.fit == "centred"  # which pads what it reads to whole patches
+    size = settings.crop.sides if exact else settings.crop.whole_patches(spec.patch_size)
+    crops = PairedCrops(settings.crop, size, spec.mean)
     whole = settings.reading.model_copy(update={"window": None})
     mean, std = (torch.tensor(values, device=reader.device).view(3, 1, 1) for values in (spec.mean, spec.std))
     order = _shuffled(len(train), seed)

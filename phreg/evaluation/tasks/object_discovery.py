@@ -25,7 +25,6 @@ from jaxtyping import Bool, Float, UInt8
 from pydantic import Field, PositiveInt
 from torch import Tensor
 
-from phreg.config import Config
 from phreg.data.sources import Subset
 from phreg.evaluation.artifacts import artifact_places
 from phreg.evaluation.datasets.boxed_images import Boxed, Choice
@@ -34,6 +33,7 @@ from phreg.evaluation.dense import Placement
 from phreg.evaluation.examples import Example, LabelledBox, Mark, Panel
 from phreg.evaluation.features import FeatureConfig, FeatureReader
 from phreg.evaluation.metrics.scores import is_localised
+from phreg.evaluation.protocol import ProtocolSettings
 from phreg.evaluation.record import Metrics, MetricSpec
 from phreg.evaluation.tasks.lost import Discovery, lost
 from phreg.evaluation.tasks.tokencut import tokencut
@@ -49,7 +49,7 @@ METRICS = (
 Source = Literal["tokens", "queries", "keys", "values"]
 
 
-class Settings(Config):
+class Settings(ProtocolSettings):
     """Discovery of one object a picture; the first of each list is the fixed combination."""
 
     algorithm: Literal["lost", "tokencut"] = "lost"

@@ -1,7 +1,7 @@
 """What the segmentation tasks share: scores of patches laid onto pictures, counted, and put into figures.
 
-Dense ──score──► (classes, rows, cols) ──Placement.restore──► classes of pixels ──► confusion matrix
-                                                    └── where the baseline has artifacts ──► another
+Dense ──score──► (classes, rows, cols) ──restored──► classes of pixels ──► confusion matrix
+                                                └── where the baseline has artifacts ──► another
 """
 
 import logging
@@ -13,7 +13,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from phreg.config import Config
 from phreg.evaluation.artifacts import artifact_places
 from phreg.evaluation.datasets.layouts import Split
 from phreg.evaluation.datasets.masks import MaskIndex, Segmentation, class_shares
@@ -21,6 +20,8 @@ from phreg.evaluation.datasets.segmentation import open_segmentation
 from phreg.evaluation.dense import Dense, Placement
 from phreg.evaluation.features import FeatureConfig, FeatureReader
 from phreg.evaluation.metrics.scores import IGNORE, ConfusionMeter
+from phreg.evaluation.pixel_scores import score_pictures
+from phreg.evaluation.protocol import ProtocolSettings
 from phreg.evaluation.record import Metrics, MetricSpec
 
 logger = logging.getLogger(__name__)
@@ -36,7 +37,7 @@ SEGMENTATION_METRICS = (
 """What `measure_segmentation` measures, in all and of each class."""
 
 
-class SegmentationSettings(Config):
+class SegmentationSettings(ProtocolSettings):
     """The dataset of a segmentation task, and how its pictures are read."""
 
     layout: str = "auto"
@@ -89,15 +90,14 @@ def measure_segmentation(
     places = artifact_places(reader, test.images, reading)
     meter, repaired = ConfusionMeter(len(test.classes)), ConfusionMeter(len(test.classes))
     images = repaired_images = 0
-    for number, dense in enumerate(reader.stream(test.images, reading, "test images")):
-        truth = dense.placement.cut(test.mask(number, dense.placement.picture_size))
-        scores = dense.placement.restore(score(dense))
+    for number, (scores, placement) in enumerate(score_pictures(reader, test.images, reading, score)):
+        truth = placement.cut(test.mask(number, placement.picture_size))
         watch(scores, truth)
         predicted = decide(scores).cpu()
         meter.update(predicted, truth)
         images += bool((truth != IGNORE).any())
         if places is not None:
-            there = dense.placement.restore(places[number][None].float(), "nearest")[0] > 0
+            there = placement.restore(places[number][None].float(), "nearest")[0] > 0
             repaired.update(predicted[there], truth[there])
             repaired_images += bool((truth[there] != IGNORE).any())
     found = segmentation_metrics(

@@ -28,12 +28,14 @@ from phreg.config import Config
 from phreg.errors import ConfigError, PhregError
 from phreg.evaluation.examples import Example
 from phreg.evaluation.features import FeatureReader
+from phreg.evaluation.protocol import ProtocolSettings
 from phreg.evaluation.record import Metrics, MetricSpec
 from phreg.settings import build, flatten
 
 TASKS = {
     "classification": "phreg.evaluation.tasks.classification",
     "linear-segmentation": "phreg.evaluation.tasks.linear_segmentation",
+    "head-transfer": "phreg.evaluation.tasks.head_transfer",
     "linear-depth": "phreg.evaluation.tasks.linear_depth",
     "zero-shot-segmentation": "phreg.evaluation.tasks.zero_shot_segmentation",
     "dense-nn": "phreg.evaluation.tasks.dense_nn",
@@ -129,6 +131,20 @@ def resolve_settings(name: str, given: Mapping[str, Any], protocol: str | None =
         key: value.split(",") if isinstance(value, str) and isinstance(defaults.get(key), tuple) else value
         for key, value in flatten(given).items()
     }
-    return build(
-        task.Settings, defaults | flatten(known.get(protocol or "", {})) | asked, source=f"task {name}"
+    row = flatten(known.get(protocol or "", {}))
+    as_published = defaults | row
+    settings = build(task.Settings, as_published | asked, source=f"task {name}")
+    if not isinstance(settings, ProtocolSettings):
+        return settings
+    if protocol is None:
+        return settings.model_copy(update={"published": None})
+    theirs = flatten(build(task.Settings, as_published, source=f"task {name}").model_dump())
+    # Texts that a protocol does not name tell where data is, or what it is called.
+    changed = [
+        f"{key} is {value}"
+        for key, value in flatten(settings.model_dump()).items()
+        if theirs.get(key) != value and (key in row or not isinstance(value, str)) and key != "published"
+    ]
+    return settings.model_copy(
+        update={"published": protocol, "differs": tuple(dict.fromkeys([*settings.differs, *changed]))}
     )

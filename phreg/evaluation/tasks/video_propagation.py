@@ -15,16 +15,19 @@ same, whatever its sequence.
 """
 
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int64
+from PIL import Image
 from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor
-from torch.nn.functional import one_hot
+from torch.nn.functional import interpolate, one_hot
 
-from phreg.config import Config
 from phreg.data.paths import natural_order, some
 from phreg.data.sources import Files
 from phreg.errors import DataError
@@ -33,6 +36,7 @@ from phreg.evaluation.datasets.pairs import find_files, pair_files, read_lines
 from phreg.evaluation.dense import Dense
 from phreg.evaluation.features import FeatureConfig, FeatureReader
 from phreg.evaluation.metrics.scores import IGNORE, boundary_accuracy, region_similarity
+from phreg.evaluation.protocol import RESAMPLING, ProtocolSettings
 from phreg.evaluation.record import Metrics, MetricSpec
 
 DATA = "videos with masks of objects: a folder in the layout of DAVIS 2017"
@@ -42,8 +46,8 @@ AT_ONCE = 1024
 """Patches that are looked up at a time."""
 
 
-class Settings(Config):
-    """Label propagation by nearest patches; the defaults are DINO's."""
+class Settings(ProtocolSettings):
+    """Label propagation by nearest patches; the defaults are DINO's but for sizes and enlargement."""
 
     sequences: str = "ImageSets/2017/val.txt"
     """File of the sequences' names, one a line, relative to the data."""
@@ -59,6 +63,27 @@ class Settings(Config):
     """Neighbours that vote."""
     temperature: PositiveFloat = 0.1
     """Temperature of their votes."""
+    enlarge: Literal["scores", "objects"] = "scores"
+    """What is enlarged from the canvas to the frame: scores, bilinearly, or the objects that they say, each
+    pixel that of the nearest on the canvas. With objects, the first frame's mask is reduced to patches at
+    once, not by way of the canvas."""
+
+
+PROTOCOLS: Mapping[str, Mapping[str, Any]] = {
+    "dino": {
+        "reading": {"size": 480, "floor": 64, "unit": True},
+        "frames": 7,
+        "radius": 12,
+        "neighbours": 5,
+        "temperature": 0.1,
+        "enlarge": "objects",
+        "differs": (
+            RESAMPLING,
+            "frames are normalised as the model's library does, theirs with 0.228 of red",
+        ),
+    },
+}
+"""DINO's, with sources in `phreg/evaluation/README.md`."""
 
 
 @dataclass(frozen=True)
@@ -192,7 +217,7 @@ def _follow(reader: FeatureReader, video: Video, settings: Settings) -> dict[str
             f"mask {video.masks[0]} shows no object{void}; only those of a first frame are followed: write "
             f"them there, or take {video.name} off the list"
         )
-    first = start.grid.to(reader.device), _labels(mask, objects, start).to(reader.device)
+    first = start.grid.to(reader.device), _labels(mask, objects, start, settings).to(reader.device)
     recent: deque[tuple[Tensor, Tensor]] = deque(maxlen=settings.frames)
     scores: list[list[tuple[float, float]]] = []
     for number, dense in enumerate(stream, start=1):
@@ -202,7 +227,7 @@ def _follow(reader: FeatureReader, video: Video, settings: Settings) -> dict[str
         recent.append((queries, shown))
         if number == len(video.masks) - 1:
             break
-        predicted = _objects(shown.cpu(), dense)
+        predicted = _objects(shown.cpu(), dense, settings)
         truth = dense.placement.cut(video.mask(number, dense.placement.picture_size))
         if (truth == IGNORE).all():
             raise DataError(
@@ -228,19 +253,42 @@ def _score(predicted: Bool[Tensor, "rows cols"], truth: Bool[Tensor, "rows cols"
     return region_similarity(predicted, truth), boundary_accuracy(predicted, truth)
 
 
-def _labels(mask: Tensor, objects: list[int], dense: Dense) -> Float[Tensor, "rows cols objects"]:
+def _labels(
+    mask: Tensor, objects: list[int], dense: Dense, settings: Settings
+) -> Float[Tensor, "rows cols objects"]:
     """Labels patches by the pixel in their middle: 1 at the place of its object, 0 the background's."""
     places = torch.zeros_like(mask)
     for place, name in enumerate(objects, start=1):
         places[mask == name] = place
-    canvas = dense.placement.put(places[None].float(), 0)
     rows, cols = dense.grid.shape[:2]
-    middle = torch.nn.functional.interpolate(canvas[None], (rows, cols), mode="nearest-exact")[0, 0]
+    if settings.enlarge == "objects":
+        return one_hot(_nearest(places, (rows, cols)), len(objects) + 1).float()
+    canvas = dense.placement.put(places[None].float(), 0)
+    middle = interpolate(canvas[None], (rows, cols), mode="nearest-exact")[0, 0]
     return one_hot(middle.long(), len(objects) + 1).float()
 
 
-def _objects(shown: Float[Tensor, "rows cols objects"], dense: Dense) -> Int64[Tensor, "height width"]:
+def _objects(
+    shown: Float[Tensor, "rows cols objects"], dense: Dense, settings: Settings
+) -> Int64[Tensor, "height width"]:
     """Finds the object of each pixel; each object's map is stretched from 0 to 1 first, as DINO does."""
-    maps = dense.placement.restore(shown.permute(2, 0, 1))
+    patches, placement = shown.permute(2, 0, 1), dense.placement
+    if settings.enlarge == "scores":
+        return _strongest(placement.restore(patches))
+    top, left, height, width = placement.inside
+    canvas = interpolate(patches[None], placement.canvas, mode="bilinear", align_corners=False)[0]
+    objects = _strongest(canvas[..., top : top + height, left : left + width])
+    return _nearest(objects, (placement.part[2], placement.part[3]))
+
+
+def _nearest(
+    objects: Int64[Tensor, "height width"], size: tuple[int, int]
+) -> Int64[Tensor, "new_height new_width"]:
+    """Resamples object numbers as PIL does, which decides ties between two pixels in fp64."""
+    image = Image.fromarray(objects.to(torch.uint8).numpy())
+    return torch.from_numpy(np.array(image.resize((size[1], size[0]), Image.Resampling.NEAREST))).long()
+
+
+def _strongest(maps: Float[Tensor, "objects height width"]) -> Int64[Tensor, "height width"]:
     low, high = maps.amin((1, 2), keepdim=True), maps.amax((1, 2), keepdim=True)
     return ((maps - low) / (high - low).clamp(min=1e-12)).argmax(0)

@@ -10,10 +10,10 @@ text poorly as they are (`plain`); `maskclip`, `sclip`, `clearclip` and `naclip`
 takes a token to its joint space but an attention pooling; its head is `plain`, where each patch is pooled
 alone, which is the value path of that pooling (MaskCLIP does so with ResNets). The others are refused.
 
-The protocol is that of PH-Reg (arXiv 2505.21501, table S.5) but for windows, which are averaged patch by
-patch before they are resampled, not after. Pearson's correlation of a class's cosines with its mask is taken
-over the counted pixels of each picture that shows the class and something else, and averaged over pictures,
-then over classes.
+The defaults are those of PH-Reg (arXiv 2505.21501, table S.5) but for windows, which are averaged patch by
+patch before they are resampled, not after; the protocols average pixels.
+Pearson's correlation of a class's cosines with its mask is taken over the counted pixels of each picture that
+shows the class and something else, and averaged over pictures, then over classes.
 """
 
 import logging
@@ -35,6 +35,7 @@ from phreg.evaluation.datasets.vocabulary import Queries, embed_vocabulary, find
 from phreg.evaluation.dense import Dense
 from phreg.evaluation.features import FeatureConfig, FeatureReader
 from phreg.evaluation.metrics.scores import IGNORE, pearson
+from phreg.evaluation.protocol import RESAMPLING
 from phreg.evaluation.record import Metrics, MetricSpec
 from phreg.evaluation.tasks.segmentation import (
     SEGMENTATION_METRICS,
@@ -77,20 +78,27 @@ class Settings(SegmentationSettings):
     threshold: Fraction = 0.1
     """Least probability of a class, below which a pixel is background; where the dataset has no background,
     it has no effect."""
+    whole_layouts: tuple[str, ...] = ()
+    """Layouts of datasets whose pictures are read whole, whatever the windows of reading are."""
+
+
+NO_PAMR = "no PAMR, which NACLIP's README has in its table, and its evaluation leaves out by --pamr off"
 
 
 def _windows(size: int, window: int) -> dict[str, Any]:
-    return {"reading": {"size": size, "window": window, "stride": 112}}
+    reading = {"size": size, "fit": "centred", "window": window, "stride": 112}
+    return {"reading": reading, "differs": (RESAMPLING,)}
 
 
 PROTOCOLS: Mapping[str, Mapping[str, Any]] = {
     "ph-reg": _windows(448, 336),
     "ph-reg-336": _windows(336, 336),
     "ph-reg-cityscapes": _windows(560, 224),
-    "naclip": _windows(336, 224),
+    "naclip": _windows(336, 224) | {"whole_layouts": ("voc20", "voc21"), "differs": (RESAMPLING, NO_PAMR)},
 }
-"""Published protocols: PH-Reg's, with its sizes for VOC20 and COCO-Object, and for Cityscapes; NACLIP's
-(arXiv 2404.08181), which reads Cityscapes as PH-Reg does."""
+"""Published protocols, with sources in `phreg/evaluation/README.md`: PH-Reg's, with its sizes for VOC20 and
+COCO-Object, and for Cityscapes; NACLIP's (arXiv 2404.08181), which reads Cityscapes as PH-Reg does. The head
+that reads the model is no part of them."""
 
 
 def is_stochastic(_data: str, _settings: Settings) -> bool:
@@ -141,6 +149,8 @@ def run(reader: FeatureReader, data: str, settings: Settings, seed: int) -> Metr
     reading = settings.reading.model_copy(
         update={"source": "joint", "layer": None, "readout": readout, "norm": True, "unit": True}
     )
+    if test.layout in settings.whole_layouts:
+        reading = reading.model_copy(update={"fit": "keep", "window": None, "stride": None})
     found = measure_segmentation(reader, test, reading, score, decide=decide, watch=watch)
     means = [statistics.fmean(values) if values else math.nan for values in correlations]
     valued = [mean for mean in means if not math.isnan(mean)]

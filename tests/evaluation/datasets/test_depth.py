@@ -73,6 +73,7 @@ def test_the_labelled_file_is_read_in_metres_with_rows_before_columns(tmp_path):
     savemat(tmp_path / "splits.mat", {"trainNdxs": np.array([[1], [3]]), "testNdxs": np.array([[2]])})
     train, test = open_depths(tmp_path, "train"), open_depths(tmp_path, "val")
     assert (len(train), len(test)) == (2, 1)
+    assert "795 to train on" in test.remark
     assert train.depth(1, SIZE)[200, 200] == 3
     picture = np.asarray(train.images.read(1))
     assert picture.shape == (*SIZE, 3)

@@ -193,3 +193,18 @@ def test_a_gate_guards_the_top_1_of_every_method_on_every_feature(reader, colour
         "top1",
         *(f"{method}_{feature}_top1" for method in ("knn", "linear") for feature in ("pooled", "cls")),
     }
+
+
+def test_several_numbers_of_neighbours_are_measured_and_the_first_is_the_headline(reader, colours):
+    several = Settings(methods=("knn",), neighbours=(3, 1, 2))
+    found = classification.run(reader, str(colours), several, seed=0)
+    alone = {
+        number: classification.run(
+            reader, str(colours), Settings(methods=("knn",), neighbours=number), seed=0
+        ).figures["top1"]
+        for number in (1, 2, 3)
+    }
+    assert found.figures["top1"] == alone[3]
+    assert found.detail["knn_pooled_top1"] == {f"{number} neighbours": alone[number] for number in (3, 1, 2)}
+    assert resolve_settings("classification", {"neighbours": "10,20"}).neighbours == (10, 20)
+    assert resolve_settings("classification", {"neighbours": "10"}).neighbours == 10

@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from skimage.data import stereo_motorcycle
 from phreg.backbones.resolve import adapt
 from phreg.errors import DataError, PhregError
 from phreg.evaluation.datasets.augmentation import CropConfig
+from phreg.evaluation.datasets.depth import open_depths
 from phreg.evaluation.feature_cache import FeatureCache
 from phreg.evaluation.features import FeatureConfig, FeatureReader
 from phreg.evaluation.tasks import linear_depth
@@ -181,4 +183,60 @@ def test_protocols_are_whole_settings(protocol):
     settings = resolve_settings("linear-depth", {"steps": 7}, protocol)
     assert settings.augment
     assert settings.steps == 7
-    assert (settings.reading.size, settings.reading.fit) == (None, "pad")
+    assert (settings.reading.size, settings.reading.fit) == (None, "centred")
+
+
+def test_the_head_of_least_abs_rel_is_kept_and_the_last_is_told_too(reader, motorcycle):
+    # The rate grows until the head is spoilt, so that the best comes before the last.
+    settings = Settings(**SMALL | {"steps": 24, "lr": 3.0, "warmup": 24}, keep_best=4)
+    kept = linear_depth.run(reader, str(motorcycle), settings, seed=0)
+    last = linear_depth.run(reader, str(motorcycle), settings.model_copy(update={"keep_best": None}), 0)
+    told = kept.notes["kept"]
+    assert told["last"] == last.figures
+    assert told["by"] == "least abs_rel on the test pictures, of every 4 steps"
+    assert told["step"] in range(4, 25, 4)
+    assert kept.figures["abs_rel"] <= last.figures["abs_rel"]
+    assert "kept" not in last.notes
+    assert (kept.figures == last.figures) == (told["step"] == 24)
+
+
+def test_a_test_of_a_head_on_its_way_does_not_change_its_training(reader, motorcycle):
+    settings = Settings(**SMALL | {"steps": 6}, batch_norm=True)
+    often = linear_depth.run(reader, str(motorcycle), settings.model_copy(update={"keep_best": 2}), 0)
+    assert often.notes["kept"]["last"] == linear_depth.run(reader, str(motorcycle), settings, 0).figures
+
+
+def test_without_the_cls_a_head_has_half_the_channels(reader, motorcycle):
+    settings = Settings(**SMALL | {"steps": 1})
+    channels = {}
+    for alone in (False, True):
+        batches = linear_depth._cached(
+            reader,
+            open_depths(motorcycle, "train"),
+            settings.model_copy(update={"class_token": not alone}),
+            seed=0,
+        )
+        channels[alone] = next(batches)[0].shape[1]
+    assert channels == {False: 64, True: 32}
+
+
+def test_a_remark_of_the_data_is_in_every_result(reader, motorcycle, monkeypatch):
+    def remarked(*args, **kwargs):
+        return replace(open_depths(*args, **kwargs), remark="few pictures")
+
+    monkeypatch.setattr(linear_depth, "open_depths", remarked)
+    found = linear_depth.run(reader, str(motorcycle), Settings(**SMALL | {"steps": 1}), seed=0)
+    assert found.notes["limits"] == ["few pictures"]
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_a_protocol_runs_on_sizes_that_are_no_whole_patches(reader, motorcycle, protocol):
+    few = {"steps": 3, "warmup": 1, "scale_only": 1, "train_batch_size": 2, "reading.size": 60}
+    settings = resolve_settings("linear-depth", few | {"crop.size": (44, 53)}, protocol)
+    found = linear_depth.run(reader, str(motorcycle), settings, seed=0)
+    assert math.isfinite(found.figures["rmse"])
+    assert found.counts["rmse"]["images"] == 1
+    depths = linear_depth._crops(reader, open_depths(motorcycle, "train"), settings, seed=0)
+    features, truth = next(depths)
+    assert truth.shape == (2, 1, 44, 53), "to the pixel"
+    assert features.shape[-2:] == (6, 7), "of the padded crop"

@@ -222,3 +222,63 @@ def test_protocols_are_whole_settings(protocol):
     assert settings.steps == 7
     assert settings.reading.stride == 341
     assert math.isclose(settings.lr, 1e-3)
+
+
+def test_the_bank_of_hummingbird_has_patches_of_every_epoch_and_void_as_the_first_class(reader, stripes):
+    settings = dense_nn.Settings(
+        reading=FeatureConfig(size=32, fit="square"), bank_size=4 * 2 * 5, neighbours=3,
+        epochs=2, augment=True, rare_first=True, void="first-class",
+    )  # fmt: skip
+    found = dense_nn.run(reader, stripes, settings, seed=0)
+    assert found.notes["bank"] == 4 * 2 * 5, "5 patches of each of 4 images, twice"
+    assert found.figures["miou"] > 0.7
+    again = dense_nn.run(reader, stripes, settings, seed=0)
+    assert again.figures == found.figures
+    # All of an image is red, and so is what does not count, once it is taken for the first class.
+    for path in Path(stripes, "masks", "train").rglob("*.png"):
+        Image.fromarray(np.full(np.array(Image.open(path)).shape, IGNORE, dtype=np.uint8)).save(path)
+    mask = np.zeros((32, 32), dtype=np.uint8)
+    mask[:4] = 1
+    Image.fromarray(mask).save(Path(stripes, "masks", "train", "0.png"))
+    left_out = settings.model_copy(update={"void": "left-out", "augment": False, "epochs": 1})
+    assert dense_nn.run(reader, stripes, left_out, seed=0).notes["bank"] == 10, "of the first image alone"
+    assert dense_nn.run(reader, stripes, settings, seed=0).notes["bank"] == 4 * 2 * 5
+
+
+def test_patches_of_rare_classes_are_drawn_first():
+    shown = torch.zeros(20, 2)
+    shown[:, 0] = 1
+    shown[:2] = torch.tensor([0.0, 1.0])  # 2 patches of the other class
+    first = [
+        dense_nn._order(shown, torch.Generator().manual_seed(seed), rare_first=True)[:2].tolist()
+        for seed in range(20)
+    ]
+    of_the_rare = sum(place < 2 for pair in first for place in pair) / 40
+    assert of_the_rare > 0.5, "by chance it were 2 of 20"
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_a_protocol_learns_on_sizes_that_are_no_whole_patches(reader, stripes, protocol):
+    # The same sides as published, 16 times smaller: a window is padded, and three cover a picture.
+    small = {"reading.size": 30, "reading.window": 30, "reading.stride": 20, "crop.size": 30}
+    few = {"steps": 40, "warmup": 2, "lr": 0.03, "train_batch_size": 2, "crop.colour": 0}
+    settings = resolve_settings("linear-segmentation", small | few, protocol)
+    found = linear_segmentation.run(reader, stripes, settings, seed=0)
+    assert found.figures["miou"] > 0.7
+    assert found.counts["miou"]["pixels"] == 32 * (32 + 48) - 2 * 16, "of whole pictures"
+    crops = linear_segmentation._crops(reader, settings.open(stripes, "train"), settings, seed=0)
+    features, truth = next(crops)
+    assert truth.shape == (2, 30, 30), "to the pixel"
+    assert features.shape[-2:] == (4, 4), "of the padded crop"
+
+
+def test_channels_are_dropped_whole_and_the_rest_made_up_for():
+    features = torch.rand(3, 400, 2, 2, generator=torch.Generator().manual_seed(0)) + 1
+    dropped = linear_segmentation._drop(features, 0.1, 0, 5)
+    kept = dropped[:, :, 0, 0] != 0
+    torch.testing.assert_close(dropped, features * kept[..., None, None] / 0.9)
+    assert 0.85 < kept.float().mean() < 0.95
+    assert not torch.equal(kept[0], kept[1]), "of each picture anew"
+    assert torch.equal(linear_segmentation._drop(features, 0.1, 0, 5), dropped)
+    assert not torch.equal(linear_segmentation._drop(features, 0.1, 0, 6), dropped)
+    assert torch.equal(linear_segmentation._drop(features, 0.0, 0, 5), features)

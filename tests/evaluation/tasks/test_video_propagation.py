@@ -9,14 +9,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from torch.nn.functional import normalize
+from torch.nn.functional import interpolate, normalize
 
 from phreg.backbones.resolve import adapt
 from phreg.errors import DataError
+from phreg.evaluation.dense import Dense
 from phreg.evaluation.feature_cache import FeatureCache
 from phreg.evaluation.features import FeatureConfig, FeatureReader
 from phreg.evaluation.tasks import video_propagation
-from phreg.evaluation.tasks.video_propagation import Settings, open_videos, propagate
+from phreg.evaluation.tasks.table import resolve_settings
+from phreg.evaluation.tasks.video_propagation import Settings, _objects, open_videos, propagate
 
 COLOURS = np.array([(30, 120, 30), (220, 30, 30), (30, 30, 220)], dtype=np.uint8)
 SIDE = 64
@@ -190,3 +192,23 @@ def test_usual_mistakes_are_errors_that_name_the_file(reader, davis):
     Image.new("L", (SIDE, SIDE)).save(davis / "Annotations/480p/one/00000.png")
     with pytest.raises(DataError, match="shows no object"):
         video_propagation.run(reader, str(davis), SMALL, seed=0)
+
+
+def test_objects_are_enlarged_to_the_nearest_pixel_of_the_canvas(reader):
+    picture = Image.fromarray(np.zeros((51, 70, 3), dtype=np.uint8))
+    _, placement = reader.place(picture, FeatureConfig(size=32, floor=16))
+    assert placement.canvas == (32, 32)  # of 43.9 pixels
+    shown = torch.rand(4, 4, 3, generator=torch.Generator().manual_seed(0))
+    dense = Dense(torch.zeros(4, 4, 1), torch.zeros(1), torch.zeros(1), placement)
+    found = _objects(shown, dense, Settings(enlarge="objects"))
+    maps = interpolate(shown.permute(2, 0, 1)[None], (32, 32), mode="bilinear", align_corners=False)[0]
+    low, high = maps.amin((1, 2), keepdim=True), maps.amax((1, 2), keepdim=True)
+    canvas = Image.fromarray(((maps - low) / (high - low)).argmax(0).byte().numpy())
+    assert np.array_equal(found.numpy(), np.array(canvas.resize((70, 51), Image.Resampling.NEAREST)))
+
+
+def test_moving_squares_are_followed_by_dinos_protocol_too(reader, davis):
+    settings = resolve_settings("video-propagation", {"reading.size": SIDE}, "dino")
+    found = video_propagation.run(reader, str(davis), settings, seed=0)
+    # The canvas is as large as the frames, so that nothing is enlarged either way.
+    assert found.figures == video_propagation.run(reader, str(davis), SMALL, seed=0).figures

@@ -181,3 +181,38 @@ def test_a_model_without_text_is_refused(tiny, pictures, tmp_path):
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_protocols_are_settings(protocol):
     assert resolve_settings("zero-shot-segmentation", {}, protocol).reading.stride == 112
+
+
+def test_naclip_reads_vocs_pictures_whole_and_others_through_windows(reader, clip, pictures, monkeypatch):
+    asked = []
+
+    def note(_reader, test, reading, *_args, **_kwargs):
+        asked.append((test.layout, reading.window, reading.fit))
+        raise StopIteration
+
+    monkeypatch.setattr("phreg.evaluation.tasks.zero_shot_segmentation.measure_segmentation", note)
+    settings = resolve_settings("zero-shot-segmentation", {"template": "a {}"}, "naclip")
+    others = resolve_settings(
+        "zero-shot-segmentation", {"template": "a {}", "whole_layouts": ("folder",)}, "naclip"
+    )
+    for each in (settings, others):
+        with pytest.raises(StopIteration):
+            run(reader, str(pictures), each, seed=0)
+    assert asked == [("folder", 224, "centred"), ("folder", None, "keep")]
+    assert settings.whole_layouts == ("voc20", "voc21")
+
+
+def test_a_protocol_reads_windows_of_any_pixel_and_agrees_with_whole_pictures_where_one_window_covers_them(
+    reader, pictures
+):
+    small = {"template": "a {}", "threshold": 0.0, "reading.stride": 9, "whole_layouts": ()}
+    one = {"reading.size": 32, "reading.window": 32}
+    naclip = resolve_settings("zero-shot-segmentation", small | one, "naclip")
+    whole = Settings(**WHOLE | {"threshold": 0.0})
+    assert run(reader, str(pictures), naclip, 0).figures == run(reader, str(pictures), whole, 0).figures
+    several = resolve_settings(
+        "zero-shot-segmentation", small | {"reading.size": 44, "reading.window": 32}, "naclip"
+    )
+    found = run(reader, str(pictures), several, 0)
+    assert found.counts["miou"]["pixels"] == 2 * 32 * 32
+    assert found.figures != run(reader, str(pictures), whole, 0).figures
