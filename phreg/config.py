@@ -170,6 +170,9 @@ class OptimConfig(Config):
     """Largest gradient norm. Unset means no clipping."""
     accumulate: PositiveInt = 1
     """Batches accumulated into one optimizer step. Epochs still count passes over the images."""
+    micro_batch: PositiveInt | None = None
+    """Images per forward and backward pass of the student. Unset means a batch at once. Halved when memory
+    runs out. The gradient is that of the whole batch."""
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Decay of an exponential moving average of the weights. The average is saved instead of the last
     weights. Unset means no average."""
@@ -295,6 +298,10 @@ class DistillConfig(Config):
     losses stay in fp32. A half-precision instance is rounded to its own precision at the end."""
     compile: bool = False
     """Compile the blocks with torch.compile."""
+    checkpoint_activations: bool | Literal["auto"] = "auto"
+    """Keep only the input of each block of the student in the forward pass, and compute the block again in
+    the backward pass. This takes less memory, and about a third longer for the student; gradients stay the
+    same. auto: only from where a training step runs out of memory on a GPU."""
     keep_freed_memory: bool = True
     """On a CPU, let the process keep freed memory instead of returning it to the kernel (glibc). This saves
     page faults, most with large images."""

@@ -154,26 +154,37 @@ class UnitReader:
     def capture(self) -> Iterator[dict[int, UnitActivations]]:
         """Collects activations by block while the model runs."""
         found: dict[int, UnitActivations] = {}
-        pre_activation: dict[int, list[Tensor]] = {}
+        inputs: dict[str, list[Tensor]] = {}
 
-        def collect_input(block: int, rows: list[Tensor]) -> Any:
+        def collect_input(name: str, rows: list[Tensor]) -> Any:
             def hook(_module: nn.Module, _args: tuple[Tensor], output: Tensor) -> None:
-                pre_activation.setdefault(block, []).extend(output[..., part] for part in rows)
+                inputs[name] = [output[..., part] for part in rows]
 
             return hook
 
         def collect_unit(block: int) -> Any:
+            layers = [name for name, (fed, _) in self._up.items() if fed == block]
+
             def hook(_module: nn.Module, args: tuple[Tensor]) -> None:
-                found[block] = UnitActivations(
-                    args[0][..., self.units[block]], torch.stack(pre_activation.pop(block), dim=-1)
-                )
+                parts = [part for name in layers for part in inputs.pop(name)]
+                read = UnitActivations(args[0][..., self.units[block]], torch.stack(parts, dim=-1))
+                if not _recomputing():
+                    found[block] = read
 
             return hook
 
         with ExitStack() as stack:
-            for name, (block, rows) in self._up.items():
+            for name, (_, rows) in self._up.items():
                 layer = self.backbone.get_submodule(name)
-                stack.callback(layer.register_forward_hook(collect_input(block, rows)).remove)
+                stack.callback(layer.register_forward_hook(collect_input(name, rows)).remove)
             for name, block in self._down.items():
                 stack.enter_context(ahead_of(self.backbone.get_submodule(name), collect_unit(block)))
             yield found
+
+
+def _recomputing() -> bool:
+    """Says whether a backward pass is under way, which runs a block again where activations are checkpointed.
+
+    The same is read then, as autograd counts on it. But the loss was made of what was read the first time.
+    """
+    return torch._C._current_graph_task_id() != -1

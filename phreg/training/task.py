@@ -74,20 +74,22 @@ class RetrofitTask:
         images: Float[Tensor, "batch 3 height width"],
         target: Features,
         margin: tuple[int, int] = (0, 0),
+        batch_target: Features | None = None,
     ) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
-        """Computes the loss of a batch.
+        """Computes the loss of a batch, or of a part of it.
 
         Args:
             model: The student, as it was prepared for training (autocast, several processes).
             images: Normalised images with their context margin.
             target: The target of these images.
             margin: Rows and columns of their context, in pixels on each side.
+            batch_target: The target of the whole batch, where these images are a part of it.
 
         Returns:
             The total, and each term without its weight by name, all fp32.
         """
         seen, features = self.features(model, images, margin)
-        return total_loss(self.terms, Outputs(seen, features, target))
+        return total_loss(self.terms, Outputs(seen, features, target, batch_target))
 
     def features(
         self,
