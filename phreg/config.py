@@ -296,6 +296,11 @@ class DistillConfig(Config):
     precision: Literal["fp32", "bf16"] | None = None
     """Autocast precision. Unset means bf16 where the hardware computes in it, else fp32. Trained weights and
     losses stay in fp32. A half-precision instance is rounded to its own precision at the end."""
+    frozen_dtype: Literal["fp32", "bf16"] = "fp32"
+    """Precision in which matrices of the blocks that do not train are kept while others do, in student and
+    teacher. bf16 halves their memory and needs precision = bf16, under which products round them anyway: then
+    losses and gradients stay the same to the bit. It costs precision where a run measures as it trains, which
+    is then in bf16 too. Results are made of the original weights."""
     compile: bool = False
     """Compile the blocks with torch.compile."""
     checkpoint_activations: bool | Literal["auto"] = "auto"

@@ -35,6 +35,7 @@ from phreg.training.checkpoint import (
     truncate_log,
     write_rates,
 )
+from phreg.training.frozen import frozen_weights
 from phreg.training.memory import StepMemory
 from phreg.training.runtime import compiled, stop_signals
 from phreg.training.step_log import StepLogger, StepMetrics, StepRecord
@@ -105,9 +106,12 @@ def train(  # noqa: C901 (the loop reads straight down)
         trained = unlock(student, config.unlock)
     with task.running():
         trained = freeze_unused(task, trained, size)
-    shares = None
-    if config.optim.trust_region:
-        shares = calibrated_shares(task, trained, images, config, run, accelerator)
+    shares, frozen = None, partial(frozen_weights, config.frozen_dtype, student, task.teacher.backbone)
+    with frozen() as reading, reading:
+        if config.optim.trust_region:
+            shares = calibrated_shares(task, trained, images, config, run, accelerator)
+        if validator is not None and config.frozen_dtype == "bf16":
+            validator.measure_original(task.teacher.backbone)
     optim = optimizer(trained, config.optim, shares)
     average = MovingAverage(trained, config.optim.ema) if config.optim.ema is not None else None
 
@@ -141,6 +145,7 @@ def train(  # noqa: C901 (the loop reads straight down)
     with (
         stop_signals() as stop,
         task.running(),
+        frozen() as reading,
         compiled(config.compile, student, task.teacher.backbone),
         memory.running(),
         run.log.open("a") as log,
@@ -196,7 +201,7 @@ def train(  # noqa: C901 (the loop reads straight down)
             measured = None
             due = best is not None and ((step + 1) % every == 0 or step + 1 == steps)
             if validator is not None and (due or step + 1 == EARLY):
-                with average.applied() if average is not None else nullcontext():
+                with average.applied() if average is not None else nullcontext(), reading:
                     measured = on_all_processes(validator(student), accelerator)
                     if best is not None:
                         best.update(step + 1, measured)

@@ -198,7 +198,7 @@ class StepMemory:
         student = self.task.student
         blank = torch.zeros(self.batch_size, 3, *size, device=student.device, dtype=student.dtype)
         with torch.no_grad():
-            one = student(blank[:1], self.task.config.layer, self.task.config.norm)
+            one = model(blank[:1], self.task.config.layer, self.task.config.norm)
         target = Features(
             *(torch.ones_like(made).expand(len(blank), *made.shape[1:]).float() for made in one)
         )
@@ -241,7 +241,7 @@ class StepMemory:
                 "set checkpoint_activations = true" if not self.checkpointed else "",
                 f"set optim.micro_batch = {self.micro_batch // 2}" if divisible else "",
                 "train fewer weights (unlock.lora, unlock.roles)",
-                "use --precision bf16",
+                "use --precision bf16, and --frozen-dtype bf16",
                 "lower --size" if divisible or self.micro_batch == 1 else "lower --batch-size or --size",
             ]
             raise PhregError(
