@@ -140,6 +140,7 @@ class UnitReader:
             block: torch.tensor(chosen, dtype=torch.long, device=backbone.device)
             for block, chosen in units.items()
         }
+        self._inputs: dict[str, list[Tensor]] = {}
         names = {module: name for name, module in backbone.named_modules()}
         self._down: dict[str, int] = {}
         self._up: dict[str, tuple[int, list[Int[Tensor, " units"]]]] = {}
@@ -150,11 +151,15 @@ class UnitReader:
                 starts = range(0, layer.out_features, mlp.num_units)
                 self._up[names[layer]] = block, [index + start for start in starts]
 
+    def forget(self) -> None:
+        """Drops what was read of a block in a pass that did not end."""
+        self._inputs.clear()
+
     @contextmanager
     def capture(self) -> Iterator[dict[int, UnitActivations]]:
         """Collects activations by block while the model runs."""
         found: dict[int, UnitActivations] = {}
-        inputs: dict[str, list[Tensor]] = {}
+        inputs = self._inputs
 
         def collect_input(name: str, rows: list[Tensor]) -> Any:
             def hook(_module: nn.Module, _args: tuple[Tensor], output: Tensor) -> None:

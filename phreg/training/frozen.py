@@ -16,6 +16,7 @@ weights PEFT writes at each forward.
 import logging
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import chain
 from typing import Any, Literal
 
 import torch
@@ -43,29 +44,28 @@ def frozen_weights(
     if dtype == "fp32":
         yield nullcontext()
         return
-    frozen = [weight for backbone in backbones for weight in frozen_matrices(backbone)]
     device = backbones[0].device
-    rounded: dict[int, Tensor] = {}
-    kept: dict[int, Tensor] = {}
-    before: list[tuple[Tensor, int]] = []
-    for weight in frozen:
-        place = weight.data_ptr()
-        before.append((weight, place))
-        if place not in kept:
-            rounded[place], kept[place] = weight.data.to(torch.bfloat16), weight.data.to("cpu")
-    for weight, place in before:
-        weight.data = rounded[place]
-    size = sum(tensor.nbytes for tensor in rounded.values()) / 2**20
-    logger.info("%d frozen matrices are kept in bf16 while training: %.0f MiB", len(rounded), size)
-    del rounded, frozen
+    sharing: dict[int, list[Tensor]] = {}
+    for weight in chain(*map(frozen_matrices, backbones)):
+        sharing.setdefault(weight.data_ptr(), []).append(weight)
+    before: list[tuple[list[Tensor], Tensor]] = []
+    size = 0
     try:
+        for weights in sharing.values():  # one by one: a device need not hold all of them twice
+            before.append((weights, weights[0].data.to("cpu")))
+            _share(weights, weights[0].data.to(torch.bfloat16))
+            size += weights[0].nbytes
+        logger.info("%d frozen matrices are in bf16 while training: %.0f MiB", len(before), size / 2**20)
         yield torch.autocast(device.type, torch.bfloat16)
     finally:
-        restored: dict[int, Tensor] = {}
-        for weight, place in before:
-            if place not in restored:
-                restored[place] = kept.pop(place).to(device)
-            weight.data = restored[place]
+        while before:
+            weights, data = before.pop()
+            _share(weights, data.to(device))
+
+
+def _share(weights: list[Tensor], data: Tensor) -> None:
+    for weight in weights:
+        weight.data = data
 
 
 def frozen_matrices(backbone: Backbone) -> list[Tensor]:

@@ -65,6 +65,10 @@ class LossTerm(ABC):
         """Hooks the student while it trains, if the term needs more than its features."""
         return nullcontext()
 
+    def forget(self) -> None:
+        """Drops what was captured in a pass that did not end, as memory ran out."""
+        return
+
     def warnings(self) -> list[str]:
         """Lists problems that the last batch shows."""
         return []
@@ -139,6 +143,11 @@ class RelocationTerm(LossTerm):
         """Reads the units while the student runs."""
         with self.relocation.capture() as self._captured:
             yield
+
+    def forget(self) -> None:
+        """Drops what was read in a pass that did not end."""
+        self._captured.clear()
+        self.relocation.forget()
 
     def warnings(self) -> list[str]:
         """Names units that are active nowhere any more."""

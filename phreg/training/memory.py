@@ -164,25 +164,36 @@ class StepMemory:
         Raises:
             PhregError: Memory ran out, and nothing can be done about it.
         """
-        parts = list(zip(*(tensor.split(self.micro_batch) for tensor in (images, *target)), strict=True))
-        sums: Sums = {}
-        found = None
         try:
-            for number, (part, *own) in enumerate(parts, start=1):
-                of_batch, whole = len(part) / len(images), target if len(parts) > 1 else None
-                with alone() if number < len(parts) else nullcontext():
-                    loss, terms = self.task.loss(model, part, Features(*own), margin, whole)
-                    backward(loss * of_batch / divisor)
-                made = {name: value.detach() * of_batch for name, value in {"loss": loss, **terms}.items()}
-                sums = {name: sums[name] + value for name, value in made.items()} if sums else made
-                del loss, terms
+            return self._backward(model, images, target, margin, divisor, backward, alone)
         except torch.OutOfMemoryError as error:
             found = str(error)
-        if found is None:
-            return sums
         # Only here: until its handler has ended, the error holds all that the pass had computed.
+        self.task.forget()
         self._take_less(found)
         return None
+
+    def _backward(
+        self,
+        model: nn.Module,
+        images: Tensor,
+        target: Features,
+        margin: tuple[int, int],
+        divisor: int,
+        backward: Callable[[Tensor], None],
+        alone: Callable[[], AbstractContextManager[Any]],
+    ) -> Sums:
+        parts = list(zip(*(tensor.split(self.micro_batch) for tensor in (images, *target)), strict=True))
+        sums: Sums = {}
+        for number, (part, *own) in enumerate(parts, start=1):
+            of_batch, whole = len(part) / len(images), target if len(parts) > 1 else None
+            with alone() if number < len(parts) else nullcontext():
+                loss, terms = self.task.loss(model, part, Features(*own), margin, whole)
+                backward(loss * of_batch / divisor)
+            made = {name: value.detach() * of_batch for name, value in {"loss": loss, **terms}.items()}
+            sums = {name: sums[name] + value for name, value in made.items()} if sums else made
+            del loss, terms
+        return sums
 
     def rehearse(self, model: nn.Module, size: tuple[int, int], accelerator: "Accelerator") -> None:
         """Finds what fits on every process, with blank images; the weights' gradients are dropped.

@@ -117,6 +117,11 @@ class RetrofitTask:
         unlike = Features(torch.ones_like(features.patches), torch.ones_like(features.pooled))
         return total_loss(self.terms, Outputs(blank, features, unlike))[0]
 
+    def forget(self) -> None:
+        """Drops what terms captured in a pass that did not end, and with it what that pass computed."""
+        for term in self.terms:
+            term.forget()
+
     def warnings(self) -> list[str]:
         """Lists problems that the last batch shows."""
         return [warning for term in self.terms for warning in term.warnings()]

@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+import weakref
 from contextlib import contextmanager
 
 import pytest
@@ -291,6 +292,31 @@ def test_running_out_of_memory_turns_checkpointing_on_and_then_halves_the_batch(
     scale = max(float(one.abs().max()) for one in expected.values())
     assert_equal_gradients(found, expected, rtol=1e-5, atol=1e-6 * scale)
     torch.testing.assert_close(same["loss"], losses["loss"], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("where", ["gate of the MLP", "final norm"])
+def test_nothing_that_a_pass_computed_is_held_when_the_next_begins(tiny, where):
+    task = relocating(add_registers(adapt(tiny()), 2), BLOCKS)
+    computed, left, failed = [], [], []
+
+    def fail_once(_module, _args):
+        if not failed:
+            failed.append(True)
+            raise torch.OutOfMemoryError("planted: no room")
+
+    def note(_module, _args, output):
+        left.append(sum(one() is not None for one in computed))
+        computed.append(weakref.ref(output))
+
+    student = task.student
+    # In the block whose units are read, between where they are fed and where they are read; or later.
+    failing = student.blocks[1].mlp.act if where == "gate of the MLP" else student.final_norm
+    failing.register_forward_pre_hook(fail_once)
+    student.blocks[0].register_forward_hook(note)
+    images, target = images_for(student), Features(torch.zeros(3, 4, 4, 32), torch.zeros(3, 32))
+    backward(task, images=images, target=target)
+    assert failed
+    assert left == [0, 0]
 
 
 def test_checkpointing_that_suffices_leaves_the_batch_whole(tiny):
