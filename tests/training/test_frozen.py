@@ -66,6 +66,37 @@ def test_a_run_has_the_same_losses_and_weights_to_the_bit(name, unlocked, photos
         assert torch.equal(value, expected[one]), one
 
 
+def test_checkpointing_and_parts_of_a_batch_go_together_with_rounded_weights(tiny, photos, tmp_path):
+    usual = api.distill(tiny(), photos, tmp_path / "usual", **RUN)
+    less = {"frozen_dtype": "bf16", "checkpoint_activations": True}
+    half = api.distill(tiny(), photos, tmp_path / "half", **RUN | less)
+    expected = values(usual.model)
+    assert all(torch.equal(one, expected[name]) for name, one in values(half.model).items())
+    parts = RUN["optim"] | {"micro_batch": 2}
+    api.distill(tiny(), photos, tmp_path / "parts", **RUN | less | {"optim": parts})
+    first, second = logged(tmp_path / "usual")[0], logged(tmp_path / "parts")[0]
+    assert second["micro_batch"] == 2
+    assert second["loss"] == pytest.approx(first["loss"], rel=1e-5)
+
+
+def test_a_run_that_was_killed_goes_on_with_rounded_weights_to_the_same_bits(tiny, photos, tmp_path):
+    settings = RUN | {"frozen_dtype": "bf16", "steps": 4, "checkpoint_every": 2}
+    whole = api.distill(tiny(), photos, tmp_path / "whole", **settings)
+
+    def kill(record, _steps):
+        if record.step == 3:
+            raise KeyboardInterrupt
+
+    model = tiny()
+    before = values(model)
+    with pytest.raises(KeyboardInterrupt):
+        api.distill(model, photos, tmp_path / "killed", observe=kill, **settings)
+    assert all(torch.equal(one, before[name]) for name, one in values(model).items())
+    resumed = api.distill(model, photos, tmp_path / "killed", resume=True, **settings)
+    expected = values(whole.model)
+    assert all(torch.equal(one, expected[name]) for name, one in values(resumed.model).items())
+
+
 def test_results_are_made_of_the_original_weights_and_the_factors_alone(saved, photos, tmp_path):
     original = load_file(saved / "model.safetensors")
     settings = RUN | {"unlock": LORA | {"roles": []}, "frozen_dtype": "bf16"}
