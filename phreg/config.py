@@ -170,6 +170,9 @@ class OptimConfig(Config):
     """Largest gradient norm. Unset means no clipping."""
     accumulate: PositiveInt = 1
     """Batches accumulated into one optimizer step. Epochs still count passes over the images."""
+    micro_batch: PositiveInt | None = None
+    """Images per forward and backward pass of the student. Unset means a batch at once. Halved when memory
+    runs out. The gradient is that of the whole batch."""
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Decay of an exponential moving average of the weights. The average is saved instead of the last
     weights. Unset means no average."""
@@ -293,8 +296,17 @@ class DistillConfig(Config):
     precision: Literal["fp32", "bf16"] | None = None
     """Autocast precision. Unset means bf16 where the hardware computes in it, else fp32. Trained weights and
     losses stay in fp32. A half-precision instance is rounded to its own precision at the end."""
+    frozen_dtype: Literal["fp32", "bf16"] = "fp32"
+    """Precision in which matrices of the blocks that do not train are kept while others do, in student and
+    teacher. bf16 halves their memory and needs precision = bf16, under which products round them anyway: then
+    losses and gradients stay the same to the bit. It costs precision where a run measures as it trains, which
+    is then in bf16 too. Results are made of the original weights."""
     compile: bool = False
     """Compile the blocks with torch.compile."""
+    checkpoint_activations: bool | Literal["auto"] = "auto"
+    """Keep only the input of each block of the student in the forward pass, and compute the block again in
+    the backward pass. This takes less memory, and about a third longer for the student; gradients stay the
+    same. auto: only from where a training step runs out of memory on a GPU."""
     keep_freed_memory: bool = True
     """On a CPU, let the process keep freed memory instead of returning it to the kernel (glibc). This saves
     page faults, most with large images."""

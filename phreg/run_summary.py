@@ -35,6 +35,9 @@ class Outcome(Part):
         skipped: Files that could not be read.
         best_step: Step whose state was kept, 0 where none was better than the original; None where the last
             state was kept.
+        micro_batch: Images per forward and backward pass of the student at the end, where that is less than a
+            batch; None where it is a batch.
+        checkpointed: Whether activations were checkpointed at the end; None where not.
     """
 
     steps: int
@@ -43,6 +46,8 @@ class Outcome(Part):
     trained: int
     skipped: list[str]
     best_step: int | None = None
+    micro_batch: int | None = None
+    checkpointed: bool | None = None
 
 
 class Gates(Part):

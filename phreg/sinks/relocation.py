@@ -84,6 +84,10 @@ class Relocation:
         """Collects hidden units while the model runs; give them to `loss`."""
         return self._reader.capture()
 
+    def forget(self) -> None:
+        """Drops what was read of a block in a pass that did not end."""
+        self._reader.forget()
+
     def loss(
         self, captured: dict[int, UnitActivations], images: Float[Tensor, "batch 3 height width"]
     ) -> Float[Tensor, ""]:

@@ -140,6 +140,7 @@ class UnitReader:
             block: torch.tensor(chosen, dtype=torch.long, device=backbone.device)
             for block, chosen in units.items()
         }
+        self._inputs: dict[str, list[Tensor]] = {}
         names = {module: name for name, module in backbone.named_modules()}
         self._down: dict[str, int] = {}
         self._up: dict[str, tuple[int, list[Int[Tensor, " units"]]]] = {}
@@ -150,30 +151,45 @@ class UnitReader:
                 starts = range(0, layer.out_features, mlp.num_units)
                 self._up[names[layer]] = block, [index + start for start in starts]
 
+    def forget(self) -> None:
+        """Drops what was read of a block in a pass that did not end."""
+        self._inputs.clear()
+
     @contextmanager
     def capture(self) -> Iterator[dict[int, UnitActivations]]:
         """Collects activations by block while the model runs."""
         found: dict[int, UnitActivations] = {}
-        pre_activation: dict[int, list[Tensor]] = {}
+        inputs = self._inputs
 
-        def collect_input(block: int, rows: list[Tensor]) -> Any:
+        def collect_input(name: str, rows: list[Tensor]) -> Any:
             def hook(_module: nn.Module, _args: tuple[Tensor], output: Tensor) -> None:
-                pre_activation.setdefault(block, []).extend(output[..., part] for part in rows)
+                inputs[name] = [output[..., part] for part in rows]
 
             return hook
 
         def collect_unit(block: int) -> Any:
+            layers = [name for name, (fed, _) in self._up.items() if fed == block]
+
             def hook(_module: nn.Module, args: tuple[Tensor]) -> None:
-                found[block] = UnitActivations(
-                    args[0][..., self.units[block]], torch.stack(pre_activation.pop(block), dim=-1)
-                )
+                parts = [part for name in layers for part in inputs.pop(name)]
+                read = UnitActivations(args[0][..., self.units[block]], torch.stack(parts, dim=-1))
+                if not _recomputing():
+                    found[block] = read
 
             return hook
 
         with ExitStack() as stack:
-            for name, (block, rows) in self._up.items():
+            for name, (_, rows) in self._up.items():
                 layer = self.backbone.get_submodule(name)
-                stack.callback(layer.register_forward_hook(collect_input(block, rows)).remove)
+                stack.callback(layer.register_forward_hook(collect_input(name, rows)).remove)
             for name, block in self._down.items():
                 stack.enter_context(ahead_of(self.backbone.get_submodule(name), collect_unit(block)))
             yield found
+
+
+def _recomputing() -> bool:
+    """Says whether a backward pass is under way, which runs a block again where activations are checkpointed.
+
+    The same is read then, as autograd counts on it. But the loss was made of what was read the first time.
+    """
+    return torch._C._current_graph_task_id() != -1

@@ -46,6 +46,7 @@ FREE_ON_RESUME = frozenset(
         "force",
         "device",
         "checkpoint_every",
+        "checkpoint_activations",
         "keep_freed_memory",
         "trackers",
         "data.workers",

@@ -10,10 +10,12 @@ to be finite.
 """
 
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from functools import partial
+from itertools import islice
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -33,6 +35,8 @@ from phreg.training.checkpoint import (
     truncate_log,
     write_rates,
 )
+from phreg.training.frozen import frozen_weights
+from phreg.training.memory import StepMemory
 from phreg.training.runtime import compiled, stop_signals
 from phreg.training.step_log import StepLogger, StepMetrics, StepRecord
 from phreg.training.target_cache import TargetCache
@@ -96,14 +100,18 @@ def train(  # noqa: C901 (the loop reads straight down)
     rank, world, accumulate = accelerator.process_index, accelerator.num_processes, config.optim.accumulate
     num_sizes = len(images.parts)
     order = Order(len(images), config.batch_size, config.seed, rank, world, num_sizes)
+    memory = StepMemory(task, config, world)
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)  # for LoRA's initial weights, which PEFT draws from the global state
         trained = unlock(student, config.unlock)
     with task.running():
         trained = freeze_unused(task, trained, size)
-    shares = None
-    if config.optim.trust_region:
-        shares = calibrated_shares(task, trained, images, config, run, accelerator)
+    shares, frozen = None, partial(frozen_weights, config.frozen_dtype, student, task.teacher.backbone)
+    with frozen() as reading, reading:
+        if config.optim.trust_region:
+            shares = calibrated_shares(task, trained, images, config, run, accelerator)
+        if validator is not None and config.frozen_dtype == "bf16":
+            validator.measure_original(task.teacher.backbone)
     optim = optimizer(trained, config.optim, shares)
     average = MovingAverage(trained, config.optim.ema) if config.optim.ema is not None else None
 
@@ -137,10 +145,14 @@ def train(  # noqa: C901 (the loop reads straight down)
     with (
         stop_signals() as stop,
         task.running(),
+        frozen() as reading,
         compiled(config.compile, student, task.teacher.backbone),
+        memory.running(),
         run.log.open("a") as log,
     ):
         model = accelerator.prepare_model(student)
+        if world > 1:
+            memory.rehearse(model, max((part.shape for part in images.parts), key=math.prod), accelerator)
         images_per_step = config.batch_size * accumulate * world
         step_logger = StepLogger(log, accelerator, images_per_step, steps, run, observe or (lambda *_: None))
         metrics: StepMetrics | None = None
@@ -149,26 +161,35 @@ def train(  # noqa: C901 (the loop reads straight down)
             lr = learning_rate(config.optim, step, steps, steps_per_epoch)
             set_learning_rate(optim, lr)
 
-            sums: dict[str, Tensor] = {}
-            names: list[str] = []
-            sizes: list[tuple[int, int]] = []
-            for micro in range(accumulate):
-                batch = next(batches)
+            micro_batches = list(islice(batches, accumulate))
+            for batch in micro_batches:
                 broken.add(batch)
-                names += batch.names
+            sums: dict[str, Tensor] = {}
+            names = [name for batch in micro_batches for name in batch.names]
+            sizes: list[tuple[int, int]] = []
+            while len(sizes) < accumulate:
+                micro = len(sizes)
+                batch = micro_batches[micro]
                 indices = batch.indices.tolist()
                 part = images.parts[indices[0] % num_sizes]  # a batch has images of one size
-                sizes.append(part.shape)
                 pixels = as_input(student, batch.images)
                 views = keyed_generator("views", config.seed, step, micro, rank)
                 make_target = partial(task.target, pixels, views, part.margin)
                 target = target_cache.read(indices, make_target) if target_cache else make_target()
                 # Processes exchange gradients once a step, with the last accumulated batch.
-                with accelerator.no_sync(model) if micro + 1 < accumulate else nullcontext():
-                    loss, terms = task.loss(model, pixels, target, part.margin)
-                    accelerator.backward(loss / accumulate)
-                for name, value in {"loss": loss, **terms}.items():
-                    sums[name] = sums.get(name, 0) + value.detach() / accumulate
+                last = micro + 1 == accumulate
+                with nullcontext() if last else accelerator.no_sync(model):
+                    values = memory.backward(
+                        model, pixels, target, part.margin, divisor=accumulate,
+                        backward=accelerator.backward, alone=lambda: accelerator.no_sync(model),
+                    )  # fmt: skip
+                if values is None:  # out of memory: the step begins again, with less of it
+                    optim.zero_grad()
+                    sums, sizes = {}, []
+                    continue
+                sizes.append(part.shape)
+                for name, value in values.items():
+                    sums[name] = sums.get(name, 0) + value / accumulate
 
             if config.optim.clip_norm is not None:
                 nn.utils.clip_grad_norm_(trained.values(), config.optim.clip_norm)
@@ -180,7 +201,7 @@ def train(  # noqa: C901 (the loop reads straight down)
             measured = None
             due = best is not None and ((step + 1) % every == 0 or step + 1 == steps)
             if validator is not None and (due or step + 1 == EARLY):
-                with average.applied() if average is not None else nullcontext():
+                with average.applied() if average is not None else nullcontext(), reading:
                     measured = on_all_processes(validator(student), accelerator)
                     if best is not None:
                         best.update(step + 1, measured)
@@ -190,7 +211,9 @@ def train(  # noqa: C901 (the loop reads straight down)
             # The previous step's numbers are on the host by now. All processes read the same numbers, so they
             # stop together.
             of_each = sizes if num_sizes > 1 else None
-            newest = StepMetrics(step + 1, lr, names, sums, stop.is_set(), accelerator, measured, of_each)
+            newest = StepMetrics(
+                step + 1, lr, names, sums, stop.is_set(), accelerator, measured, of_each, memory.use
+            )  # fmt: skip
             previous, metrics = metrics, newest
             stopping = previous is not None and step_logger.write(previous)
             turned = best is not None and best.turned
@@ -230,6 +253,7 @@ def train(  # noqa: C901 (the loop reads straight down)
         trained=sum(parameter.numel() for parameter in trained.values()),
         skipped=sorted(broken.reasons),
         best_step=best.step if best is not None else None,
+        **memory.use,
     )
 
 
@@ -254,9 +278,11 @@ def calibrated_shares(
         grouped: dict[str, dict[str, nn.Parameter]] = {}
         for name, parameter in trained.items():
             grouped.setdefault(roles[name], {})[name] = parameter
-        with task.running():
+        memory = StepMemory(task, config)
+        with task.running(), memory.running():
             target = task.target(pixels, keyed_generator("rates", config.seed), margin)
-            task.loss(task.student, pixels, target, margin)[0].backward()
+            while memory.backward(task.student, pixels, target, margin) is None:
+                task.student.zero_grad()
             few = pixels[:CALIBRATED]
             rates = calibrate(
                 grouped, lambda: task.features(task.student, few, margin)[1], config.optim.max_movement

@@ -32,6 +32,13 @@ class Outputs(NamedTuple):
     """What the student saw."""
     student: Features
     target: Features
+    batch_target: Features | None = None
+    """The target of the whole batch, where the images are a part of it; None where they are all of it."""
+
+    @property
+    def scale(self) -> Features:
+        """The target whose scale the errors are divided by: that of the whole batch."""
+        return self.target if self.batch_target is None else self.batch_target
 
 
 class LossTerm(ABC):
@@ -40,9 +47,12 @@ class LossTerm(ABC):
     Attributes:
         name: Its name in log.jsonl.
         weight: Its factor in the total; positive.
+        is_mean: Whether the term of a batch is the mean of those of its images, each taken with the batch's
+            `Outputs.scale`. Only then may a batch be taken in parts, where memory does not hold it at once.
     """
 
     name: ClassVar[str]
+    is_mean: ClassVar[bool] = False
 
     def __init__(self, weight: float) -> None:
         self.weight = weight
@@ -55,6 +65,10 @@ class LossTerm(ABC):
         """Hooks the student while it trains, if the term needs more than its features."""
         return nullcontext()
 
+    def forget(self) -> None:
+        """Drops what was captured in a pass that did not end, as memory ran out."""
+        return
+
     def warnings(self) -> list[str]:
         """Lists problems that the last batch shows."""
         return []
@@ -64,6 +78,7 @@ class Cosine(LossTerm):
     """Cosine distance of patch features."""
 
     name = "cosine"
+    is_mean = True
 
     def __call__(self, outputs: Outputs) -> Float[Tensor, ""]:
         """Computes the term."""
@@ -74,6 +89,7 @@ class SquaredError(LossTerm):
     """Mean squared error of patch features."""
 
     name = "mse"
+    is_mean = True
 
     def __call__(self, outputs: Outputs) -> Float[Tensor, ""]:
         """Computes the term."""
@@ -84,20 +100,22 @@ class RelativeSquaredError(LossTerm):
     """Mean squared error of patch features, divided by the target's mean square."""
 
     name = "relative_mse"
+    is_mean = True
 
     def __call__(self, outputs: Outputs) -> Float[Tensor, ""]:
         """Computes the term."""
-        return relative_squared_error(outputs.student.patches, outputs.target.patches)
+        return relative_squared_error(outputs.student.patches, outputs.target.patches, outputs.scale.patches)
 
 
 class Pooled(LossTerm):
     """Cosine distance of the global output, plus its squared error divided by the target's mean square."""
 
     name = "pooled"
+    is_mean = True
 
     def __call__(self, outputs: Outputs) -> Float[Tensor, ""]:
         """Computes the term."""
-        return pooled_loss(outputs.student.pooled, outputs.target.pooled)
+        return pooled_loss(outputs.student.pooled, outputs.target.pooled, outputs.scale.pooled)
 
 
 class RelocationTerm(LossTerm):
@@ -109,6 +127,7 @@ class RelocationTerm(LossTerm):
     """
 
     name = "relocation"
+    is_mean = True
 
     def __init__(self, weight: float, relocation: Relocation) -> None:
         super().__init__(weight)
@@ -124,6 +143,11 @@ class RelocationTerm(LossTerm):
         """Reads the units while the student runs."""
         with self.relocation.capture() as self._captured:
             yield
+
+    def forget(self) -> None:
+        """Drops what was read in a pass that did not end."""
+        self._captured.clear()
+        self.relocation.forget()
 
     def warnings(self) -> list[str]:
         """Names units that are active nowhere any more."""
@@ -165,14 +189,27 @@ def cosine_distance(
     return 1 - ((student * target).sum(-1) / norms).mean()
 
 
-def pooled_loss(student: Float[Tensor, "batch dim"], target: Float[Tensor, "batch dim"]) -> Float[Tensor, ""]:
-    """Cosine distance plus squared error over the target's mean square. It ignores a model's scale."""
-    return cosine_distance(student, target) + relative_squared_error(student, target)
+def pooled_loss(
+    student: Float[Tensor, "batch dim"],
+    target: Float[Tensor, "batch dim"],
+    scale: Float[Tensor, "images dim"] | None = None,
+) -> Float[Tensor, ""]:
+    """Cosine distance plus squared error over the target's mean square. It ignores a model's scale.
+
+    Args:
+        student: Pooled outputs.
+        target: Their targets.
+        scale: What the mean square is of; None means the target.
+    """
+    return cosine_distance(student, target) + relative_squared_error(student, target, scale)
 
 
 def relative_squared_error(
-    student: Float[Tensor, "*any dim"], target: Float[Tensor, "*any dim"]
+    student: Float[Tensor, "*any dim"],
+    target: Float[Tensor, "*any dim"],
+    scale: Float[Tensor, "... dim"] | None = None,
 ) -> Float[Tensor, ""]:
-    """Mean squared error over the target's mean square."""
+    """Mean squared error over the mean square of the target, or of `scale` where it is given."""
     student, target = student.float(), target.float()
-    return F.mse_loss(student, target) / target.square().mean().clamp_min(1e-8)
+    square = (target if scale is None else scale.float()).square().mean()
+    return F.mse_loss(student, target) / square.clamp_min(1e-8)

@@ -28,7 +28,8 @@ def start_accelerator(config: DistillConfig, run: RunFolder) -> Accelerator:
     """Sets up device, precision, processes and trackers as configured, and a CPU's memory.
 
     Raises:
-        PhregError: A tracker's package is not installed.
+        PhregError: A tracker's package is not installed, or frozen weights are to be in bf16 and the rest is
+            not computed in it.
     """
     for tracker in config.trackers:
         if importlib.util.find_spec(tracker) is None:
@@ -37,6 +38,14 @@ def start_accelerator(config: DistillConfig, run: RunFolder) -> Accelerator:
             )
     on_cpu = config.device == "cpu" or not (torch.accelerator.is_available() or config.device)
     precision = config.precision or ("bf16" if computes_bf16("cpu" if on_cpu else "cuda") else "fp32")
+    if config.frozen_dtype == "bf16" and precision != "bf16":
+        chosen = (
+            f"is {precision}" if config.precision else f"is {precision}, as this machine's hardware has it"
+        )
+        raise PhregError(
+            f"frozen_dtype = bf16 keeps weights as bf16 products round them, and precision {chosen}; "
+            "use --precision bf16 too, or leave frozen_dtype at fp32"
+        )
     # A process may distil more than once; accelerate would keep the first run's precision and device.
     AcceleratorState._reset_state(reset_partial_state=True)
     # The environment is the one place where accelerate takes a device such as cuda:1.

@@ -3,9 +3,9 @@
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, TextIO, cast
+from typing import TYPE_CHECKING, Any, TextIO, cast
 
 import torch
 from torch import Tensor
@@ -31,6 +31,10 @@ class StepRecord:
     """The student's figures on held-out images after the step, where it was measured."""
     sizes: list[tuple[int, int]] | None = None
     """Height and width of the images of each batch of the step, in pixels, where a run has several sizes."""
+    micro_batch: int | None = None
+    """Images per forward and backward pass of the student, where that is less than a batch."""
+    checkpointed: bool | None = None
+    """True where activations were checkpointed."""
 
 
 class StepMetrics:
@@ -45,6 +49,7 @@ class StepMetrics:
         accelerator: Says how the processes add up.
         measured: The student on held-out images after this step, where it was measured.
         sizes: Height and width of the images of each batch, where a run has several sizes.
+        memory: What it took to fit into memory: `micro_batch` and `checkpointed`, where they apply.
     """
 
     def __init__(
@@ -57,9 +62,10 @@ class StepMetrics:
         accelerator: "Accelerator",
         measured: Measurement | None = None,
         sizes: list[tuple[int, int]] | None = None,
+        memory: Mapping[str, Any] | None = None,
     ) -> None:
         self.step, self.lr, self.names, self.keys = step, lr, names, [*values, "stop"]
-        self.measured, self.sizes = measured, sizes
+        self.measured, self.sizes, self.memory = measured, sizes, memory or {}
         self.made = time.perf_counter()
         asked = torch.tensor(float(stop)).to(accelerator.device, non_blocking=True)
         own = torch.stack([*(value.float() for value in values.values()), asked])
@@ -115,8 +121,9 @@ class StepLogger:
         if self.accelerator.is_main_process:
             held_out = metrics.measured._asdict() if metrics.measured is not None else None
             record = StepRecord(
-                metrics.step, loss, values, metrics.lr, round(speed, 3), held_out, metrics.sizes
-            )
+                metrics.step, loss, values, metrics.lr, round(speed, 3), held_out, metrics.sizes,
+                **metrics.memory,
+            )  # fmt: skip
             with writing_run(self.run):
                 line = {name: value for name, value in asdict(record).items() if value is not None}
                 self.log.write(json.dumps(line) + "\n")

@@ -74,20 +74,22 @@ class RetrofitTask:
         images: Float[Tensor, "batch 3 height width"],
         target: Features,
         margin: tuple[int, int] = (0, 0),
+        batch_target: Features | None = None,
     ) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
-        """Computes the loss of a batch.
+        """Computes the loss of a batch, or of a part of it.
 
         Args:
             model: The student, as it was prepared for training (autocast, several processes).
             images: Normalised images with their context margin.
             target: The target of these images.
             margin: Rows and columns of their context, in pixels on each side.
+            batch_target: The target of the whole batch, where these images are a part of it.
 
         Returns:
             The total, and each term without its weight by name, all fp32.
         """
         seen, features = self.features(model, images, margin)
-        return total_loss(self.terms, Outputs(seen, features, target))
+        return total_loss(self.terms, Outputs(seen, features, target, batch_target))
 
     def features(
         self,
@@ -114,6 +116,11 @@ class RetrofitTask:
         # Different from any features, so that no gradient is zero by chance.
         unlike = Features(torch.ones_like(features.patches), torch.ones_like(features.pooled))
         return total_loss(self.terms, Outputs(blank, features, unlike))[0]
+
+    def forget(self) -> None:
+        """Drops what terms captured in a pass that did not end, and with it what that pass computed."""
+        for term in self.terms:
+            term.forget()
 
     def warnings(self) -> list[str]:
         """Lists problems that the last batch shows."""

@@ -50,7 +50,7 @@ class Measurement(NamedTuple):
 
 
 class Validator:
-    """Measures models on held-out images, in fp32 whatever precision they train in.
+    """Measures models on held-out images, in fp32 whatever precision they train in, unless under autocast.
 
     Args:
         original: The model as it was.
@@ -60,7 +60,11 @@ class Validator:
 
     def __init__(self, original: Backbone, held_out: HeldOut, target: TargetConfig) -> None:
         self.held_out, self.target = held_out, target
-        mean, worst_percent, self._pooled = self._read(original, target.teacher_readout)
+        self.measure_original(original)
+
+    def measure_original(self, original: Backbone) -> None:
+        """Measures the model as it was, anew where models are computed in another precision since."""
+        mean, worst_percent, self._pooled = self._read(original, self.target.teacher_readout)
         self.original = Measurement(mean, worst_percent, pooled=1.0)
 
     def __call__(self, student: Backbone) -> Measurement:
