@@ -6,7 +6,7 @@
 # It needs no network and no installation: phreg is taken from this checkout, the machine's own python3 has the
 # libraries, and wheels of those it lacks may lie in .whl/. Parts run one after the other, each with a time
 # limit; when one fails the others still run, and the exit status is 1. OUTPUT gets a log for each part and a
-# JSON file for each measurement, seven files.
+# JSON file for each measurement, eight files.
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -55,7 +55,9 @@ nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader ||
 part gpu-tests 120 python3 -m pytest -o addopts=--import-mode=importlib -m gpu -p no:cacheprovider tests/test_gpu.py
 throughput vit-b-518 200 --model dinov2-base
 throughput vit-b-518-compile 130 --model dinov2-base --compile --no-details --steps 32
-throughput vit-l-518 120 --model dinov2-large --no-published --steps 32
+part memory-vit-l 60 python3 benchmarks/memory/run.py --models ViT-L/14 --device cuda --measure \
+    --variants shared checkpointed "checkpointed, frozen bf16" --output "$output/memory-vit-l.json"
+throughput vit-l-518 90 --model dinov2-large --no-published --steps 32
 
 if [ "${#failed[@]}" -gt 0 ]; then
     echo "failed: ${failed[*]}"

@@ -11,12 +11,16 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 import transformers
 from packaging.requirements import Requirement
 
 import phreg
 from phreg import api, cli, methods, settings
+from phreg.backbones.resolve import adapt
+from phreg.data.crops import centre_crops
+from phreg.data.sources import open_images
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -182,9 +186,8 @@ def test_the_python_of_readme_runs_on_a_real_model(at_home, monkeypatch):
     small = {"steps": 2, "batch_size": 4, "size": 112, "sinks": {"images": 8}, "data": {"workers": 0}}
     small |= {"views": {"count": 2}, "measure": {"images": 4, "views": 4, "keep_best": False}}
     monkeypatch.setattr(phreg, "distill", functools.partial(phreg.distill, **small))
-    first, second = re.findall(r"^```python\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
     names = {}
-    exec(first, names)
+    exec(PYTHON[0], names)
     assert type(names["model"]).__name__ == "Dinov2Model"
     stock = transformers.AutoModel.from_pretrained("dinov2-base-reg").eval()
     assert type(stock).__name__ == "Dinov2WithRegistersModel"
@@ -192,5 +195,14 @@ def test_the_python_of_readme_runs_on_a_real_model(at_home, monkeypatch):
     with torch.no_grad():
         pooled = [model(images).pooler_output for model in (names["model"], stock)]
     assert torch.allclose(*pooled, atol=1e-4)
-    model = transformers.AutoModel.from_pretrained("facebook/dinov2-small").eval()
-    exec(second, {"phreg": phreg, "model": model, "images": images[..., :112, :112]})
+
+
+@pytest.mark.slow
+@pytest.mark.real
+def test_what_readme_does_in_place_runs_on_a_real_model_with_artifacts(at_home, real_model):
+    model = timm.create_model(f"local-dir:{real_model}", pretrained=True).eval()
+    images = torch.cat(list(centre_crops(adapt(model), open_images("photos"), (224, 224))))
+    names = {"phreg": phreg, "model": model, "images": images}
+    exec(PYTHON[1], names)
+    assert names["target"].shape == (12, 14, 14, 192)
+    assert names["report"].outlier_rate == 0, "test-time registers are in place"

@@ -161,15 +161,15 @@ def train(  # noqa: C901 (the loop reads straight down)
             lr = learning_rate(config.optim, step, steps, steps_per_epoch)
             set_learning_rate(optim, lr)
 
-            micro_batches = list(islice(batches, accumulate))
-            for batch in micro_batches:
+            accumulated = list(islice(batches, accumulate))
+            for batch in accumulated:
                 broken.add(batch)
             sums: dict[str, Tensor] = {}
-            names = [name for batch in micro_batches for name in batch.names]
+            names = [name for batch in accumulated for name in batch.names]
             sizes: list[tuple[int, int]] = []
             while len(sizes) < accumulate:
                 micro = len(sizes)
-                batch = micro_batches[micro]
+                batch = accumulated[micro]
                 indices = batch.indices.tolist()
                 part = images.parts[indices[0] % num_sizes]  # a batch has images of one size
                 pixels = as_input(student, batch.images)
