@@ -17,7 +17,7 @@ own `save_pretrained`. What is wrong with a file is a `RecordError`; whoever ask
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -310,3 +310,32 @@ def _check_settings(file: Path, said: Mapping[str, Any]) -> None:
             f"{file.name} says other things of the model than were written: it was damaged or changed since; "
             "fetch it again. What is told of its base and its run may be changed"
         )
+
+
+def without_paths(record: RunRecord) -> RunRecord:
+    """Takes paths of this disk out of a record; what is left of one is its last part."""
+    changed: dict[str, Any] = {}
+    if record.base and Path(record.base.source).is_absolute():
+        changed["base"] = replace(record.base, source=Path(record.base.source).name)
+    if record.run:
+        changed["run"] = record.run.model_copy(update=_run_without_paths(record.run))
+    return record.model_copy(update=changed)
+
+
+def _run_without_paths(run: RunSummary) -> dict[str, Any]:
+    changed: dict[str, Any] = {}
+    if run.recipe:
+        recipe = {name: value for name, value in run.recipe.items() if name not in ("output", "device")}
+        recipe |= {name: last_part(recipe[name]) for name in ("model", "images") if name in recipe}
+        if run.setting("measure.source"):
+            recipe["measure"] = recipe["measure"] | {"source": last_part(recipe["measure"]["source"])}
+        changed["recipe"] = recipe
+    if run.outcome:
+        skipped = [last_part(name) for name in run.outcome.skipped]
+        changed["outcome"] = run.outcome.model_copy(update={"skipped": skipped})
+    return changed
+
+
+def last_part(path: str) -> str:
+    """Leaves the last part of what may be a path here; a hub id stays as it is."""
+    return path if path.count("/") == 1 and not Path(path).exists() else Path(path).name

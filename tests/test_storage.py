@@ -99,3 +99,17 @@ def test_unreadable_images_are_counted_by_the_runs_own_limit_and_advice_names_fl
     with pytest.raises(PhregError, match="replace or remove them") as error:
         phreg.inspect(tiny(), photos, device="cpu")
     assert "--" not in str(error.value).partition("broken-0.png")[2].rpartition("\n")[2]
+
+
+@pytest.mark.parametrize("format", ["merged", "timm"])
+def test_what_is_there_to_be_shared_names_no_folder_of_this_disk(format, saved, photos, tmp_path):
+    measured = QUICK | {"measure": {"images": 2, "views": 2, "source": str(photos)}}
+    run = api.distill(saved, photos, tmp_path / "run", **measured).run
+    phreg.export(run, tmp_path / "out", format=format)
+    phreg.inspect(run, photos, output=tmp_path / "look", count=1, device="cpu")
+
+    shared = [*(tmp_path / "out").rglob("*"), *(tmp_path / "look").rglob("*"), run / "report" / "report.html"]
+    assert len(shared) > 6
+    naming = [file for file in shared if file.is_file() and os.fsencode(tmp_path) in file.read_bytes()]
+    assert naming == []
+    assert "photos" in (run / "report" / "report.html").read_text(), "what is left of a path"

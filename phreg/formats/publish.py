@@ -11,9 +11,7 @@ import json
 import logging
 import re
 import shutil
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import yaml
 from huggingface_hub import metadata_load
@@ -25,9 +23,8 @@ from phreg.formats.card import Illustration, License, model_card
 from phreg.formats.export.spec import COMMON, all_specs, find_spec
 from phreg.formats.load import record_of
 from phreg.parsing import parse_json
-from phreg.record import Base, RunRecord, write_record
+from phreg.record import Base, RunRecord, without_paths, write_record
 from phreg.report.html import read_pictures
-from phreg.run_summary import RunSummary
 from phreg.storage import ADAPTER_FILE, EXPORT_FILE, replacing, write_text
 from phreg.training.checkpoint import RunFolder
 
@@ -69,7 +66,7 @@ def assemble(found: Located, folder: Path, repository: str) -> RunRecord:
         _tell_of_base(record)
     try:
         with replacing(folder.resolve()) as unfinished:
-            record = public(record)
+            record = without_paths(record)
             for name in names:
                 (unfinished / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(found.folder / name, unfinished / name)
@@ -86,30 +83,6 @@ def assemble(found: Located, folder: Path, repository: str) -> RunRecord:
 def replaced() -> list[str]:
     """Lists what an earlier push may have left that another format does not write, as patterns."""
     return [*COMMON, *(pattern for spec in all_specs() for pattern in spec.leaves)]
-
-
-def public(record: RunRecord) -> RunRecord:
-    """Takes paths of this disk out of a record; what is left of one is its last part."""
-    changed: dict[str, Any] = {}
-    if record.base and Path(record.base.source).is_absolute():
-        changed["base"] = replace(record.base, source=Path(record.base.source).name)
-    if record.run:
-        changed["run"] = record.run.model_copy(update=_public_run(record.run))
-    return record.model_copy(update=changed)
-
-
-def _public_run(run: RunSummary) -> dict[str, Any]:
-    changed: dict[str, Any] = {}
-    if run.recipe:
-        recipe = {name: value for name, value in run.recipe.items() if name not in ("output", "device")}
-        recipe |= {name: _bare(recipe[name]) for name in ("model", "images") if name in recipe}
-        if run.setting("measure.source"):
-            recipe["measure"] = recipe["measure"] | {"source": _bare(recipe["measure"]["source"])}
-        changed["recipe"] = recipe
-    if run.outcome:
-        skipped = [_bare(name) for name in run.outcome.skipped]
-        changed["outcome"] = run.outcome.model_copy(update={"skipped": skipped})
-    return changed
 
 
 def _tell_of_base(record: RunRecord) -> None:
@@ -162,11 +135,6 @@ def _visible(folder: Path) -> list[Path]:
     """Lists the files of a folder and of those in it, hidden ones left out."""
     files = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
     return [name for name in files if not any(part.startswith(".") for part in name.parts)]
-
-
-def _bare(path: str) -> str:
-    """Leaves the last part of what may be a path here; a hub id stays as it is."""
-    return path if path.count("/") == 1 and not Path(path).exists() else Path(path).name
 
 
 def _write_pictures(run: RunFolder, folder: Path) -> list[Illustration]:

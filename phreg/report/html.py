@@ -170,8 +170,12 @@ class Origin:
 
     @classmethod
     def of(cls, command: str, settings: Mapping[str, Any]) -> "Origin":
-        """Describes a command of phreg's, by the settings that are not None and the versions at hand."""
+        """Describes a command of phreg's, by the settings that are not None and the versions at hand.
+
+        Of paths of this disk the last part is told: a report is there to be shown around.
+        """
         given = {name: str(value) for name, value in settings.items() if value is not None}
+        given = {name: Path(text).name if Path(text).is_absolute() else text for name, text in given.items()}
         return cls(f"phreg {command}", given, versions())
 
 

@@ -19,7 +19,7 @@ from phreg.formats import FORMATS
 from phreg.formats.export.equality import measure, other_sizes
 from phreg.formats.export.folder import appearing, write, write_settings
 from phreg.formats.export.spec import Contents, FormatSpec, Graph, find_spec
-from phreg.record import Base, Equality, RunRecord, versions, weights_sha256, write_record
+from phreg.record import Base, Equality, RunRecord, versions, weights_sha256, without_paths, write_record
 from phreg.run_summary import RunSummary
 from phreg.sinks import test_time
 from phreg.storage import FORMAT_VERSION
@@ -78,7 +78,9 @@ def export(
             run=run,
         )
         own = contents.record
-        write_record(unfinished / spec.record_file, record if own is None else record.overlaid(own))
+        record = record if own is None else record.overlaid(own)
+        # Paths of this disk are told only where the base has to be found again.
+        write_record(unfinished / spec.record_file, record if spec.needs_base else without_paths(record))
     return figures
 
 
