@@ -29,8 +29,8 @@ class Outcome(Part):
 
     Attributes:
         steps: Optimizer steps.
-        images: Images trained on.
-        seconds: Seconds that the session took.
+        images: Images trained on, over all sessions.
+        seconds: Seconds of training, over all sessions as far as their checkpoints.
         trained: Weights that were trained.
         skipped: Files that could not be read.
         best_step: Step whose state was kept, 0 where none was better than the original; None where the last

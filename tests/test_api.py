@@ -535,8 +535,14 @@ def test_a_run_that_fails_leaves_nothing_before_its_first_step_and_goes_on_after
     with pytest.raises(RuntimeError):
         api.distill(saved, photos, tmp_path / "run", **asked)
     assert (tmp_path / "run").exists() == (failing > 1)
+    for file in (tmp_path / "run").glob("state/*/state.json"):
+        told = json.loads(file.read_text())
+        assert 0 < told["sessions"]["seconds"] < 1000
+        file.write_text(json.dumps(told | {"sessions": {"seconds": 1000, "skipped": ["gone.jpg"]}}))
     result = api.distill(saved, photos, tmp_path / "run", resume=failing > 1, **asked)
-    assert result.outcome.images == (8 if failing == 1 else 4), "two steps of two images were kept"
+    assert result.outcome.images == 8, "over both sessions"
+    assert (result.outcome.seconds > 1000) == (failing > 1)
+    assert result.outcome.skipped == (["gone.jpg"] if failing > 1 else [])
 
 
 @pytest.mark.parametrize("method", ["relocate", "paper"])

@@ -55,13 +55,10 @@ def print_run(result: Any) -> None:
         return
     if result.sinks is not None:
         console.print(verdict.causes(result.sinks))
-    if outcome.images:
-        done = (
-            f"{outcome.steps} steps in all; in this session {outcome.images} images, {outcome.seconds:.0f} s"
+    if outcome.steps:
+        console.print(
+            f"{outcome.steps} steps on {outcome.images} images in {outcome.seconds:.0f} s, over all sessions"
         )
-        console.print(done)
-    elif outcome.steps:
-        console.print("The run had finished before.")
     if outcome.skipped:
         say(f"{len(outcome.skipped)} unreadable images were skipped: {', '.join(outcome.skipped[:5])}")
     if result.comparison is None:

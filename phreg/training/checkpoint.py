@@ -225,8 +225,29 @@ def check_free(path: Path, *, resume: bool) -> None:
         raise CheckpointError(f"output {path} is not empty and holds no phreg run; choose another --output")
 
 
+class Sessions(BaseModel):
+    """What the sessions of a run add up to, as far as its checkpoint.
+
+    Attributes:
+        seconds: Seconds of training.
+        skipped: Files that could not be read.
+    """
+
+    seconds: float = 0.0
+    skipped: frozenset[str] = frozenset()
+
+
+NONE_YET = Sessions()
+"""What a run took before its first session."""
+
+
 def save_state(
-    run: RunFolder, step: int, tensors: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, facts: Any
+    run: RunFolder,
+    step: int,
+    tensors: Mapping[str, Tensor],
+    optimizer: torch.optim.Optimizer,
+    facts: Any,
+    sessions: Sessions = NONE_YET,
 ) -> Path:
     """Writes a checkpoint after `step` optimizer steps, and drops all but the last two.
 
@@ -236,6 +257,7 @@ def save_state(
         tensors: Weights that train, and averages of them.
         optimizer: Its state is kept too.
         facts: What must be the same on resumption, as JSON.
+        sessions: What it took so far.
     """
     state = optimizer.state_dict()["state"]
     moments = {f"optimizer.{i}.{key}": value for i, values in state.items() for key, value in values.items()}
@@ -245,6 +267,7 @@ def save_state(
         save_file(contents, temporary / "state.safetensors")
         flush(temporary / "state.safetensors")
         told = {"step": step, "facts": facts, "sha256": weights_sha256(contents)}
+        told["sessions"] = sessions.model_dump(mode="json")
         write_text(temporary / "state.json", json.dumps(told))
     for old in run.states[:-KEPT_STATES]:
         shutil.rmtree(old)
@@ -259,6 +282,15 @@ class StateRecord(BaseModel):
     step: NonNegativeInt
     facts: dict[str, Any]
     sha256: str | None = None
+    sessions: Sessions = NONE_YET
+
+
+def past_sessions(run: RunFolder, step: int) -> Sessions:
+    """Reads what a run took up to the checkpoint of a step; nothing at step 0, or where 0.1 wrote it."""
+    if not step:
+        return NONE_YET
+    written = run.path / "state" / f"step-{step:06d}" / "state.json"
+    return StateRecord.model_validate_json(written.read_bytes()).sessions
 
 
 def load_state(

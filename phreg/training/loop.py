@@ -29,7 +29,9 @@ from phreg.seeding import keyed_generator
 from phreg.storage import resume_command
 from phreg.training.checkpoint import (
     RunFolder,
+    Sessions,
     load_state,
+    past_sessions,
     read_rates,
     save_state,
     truncate_log,
@@ -128,6 +130,7 @@ def train(  # noqa: C901 (the loop reads straight down)
     every = config.measure.every or max(10, steps // 16)
     facts = {"processes": world, "images": len(images), "precision": accelerator.mixed_precision}
     done = load_state(run, saved_tensors, optim, facts)
+    before = past_sessions(run, done)
     if accelerator.is_main_process:
         truncate_log(run.log, done)
     accelerator.init_trackers("phreg", config={"method": config.method, "seed": config.seed})
@@ -141,6 +144,11 @@ def train(  # noqa: C901 (the loop reads straight down)
         )
     )  # fmt: skip
     started = time.perf_counter()
+
+    def sessions() -> Sessions:
+        seconds = before.seconds + time.perf_counter() - started
+        return Sessions(seconds=round(seconds, 3), skipped=before.skipped | broken.reasons.keys())
+
     target_cache = TargetCache(run.path / "targets", accelerator.device) if config.target.cache else None
     with (
         stop_signals() as stop,
@@ -156,7 +164,6 @@ def train(  # noqa: C901 (the loop reads straight down)
         images_per_step = config.batch_size * accumulate * world
         step_logger = StepLogger(log, accelerator, images_per_step, steps, run, observe or (lambda *_: None))
         metrics: StepMetrics | None = None
-        started_at = done
         for step in range(done, done if best is not None and best.turned else steps):
             lr = learning_rate(config.optim, step, steps, steps_per_epoch)
             set_learning_rate(optim, lr)
@@ -221,7 +228,7 @@ def train(  # noqa: C901 (the loop reads straight down)
                 stopping = step_logger.write(metrics) or stopping
                 metrics = None
                 if accelerator.is_main_process:
-                    save_state(run, step + 1, saved_tensors, optim, facts)
+                    save_state(run, step + 1, saved_tensors, optim, facts, sessions())
                 accelerator.wait_for_everyone()
             done = step + 1
             if turned:
@@ -248,10 +255,10 @@ def train(  # noqa: C901 (the loop reads straight down)
     student.low_rank = merge_lora(student, task.teacher.backbone)
     return Outcome(
         steps=done,
-        images=(done - started_at) * step_logger.images_per_step,
-        seconds=round(time.perf_counter() - started, 3),
+        images=done * step_logger.images_per_step,
+        seconds=sessions().seconds,
         trained=sum(parameter.numel() for parameter in trained.values()),
-        skipped=sorted(broken.reasons),
+        skipped=sorted(sessions().skipped),
         best_step=best.step if best is not None else None,
         **memory.use,
     )

@@ -21,6 +21,18 @@ def stepped(value=1.0, seed=0):
     return {"w": weight}, optim
 
 
+def test_what_sessions_took_is_kept_and_added_to_by_the_next(tmp_path):
+    run = RunFolder(tmp_path)
+    took = checkpoint.Sessions(seconds=12.5, skipped=frozenset({"b.jpg", "a.jpg"}))
+    folder = checkpoint.save_state(run, 5, *stepped(), {}, took)
+    assert checkpoint.past_sessions(run, 5) == took
+    assert checkpoint.past_sessions(run, 0) == checkpoint.Sessions(seconds=0, skipped=frozenset())
+    told = json.loads((folder / "state.json").read_text())
+    del told["sessions"]  # as 0.1 wrote it
+    (folder / "state.json").write_text(json.dumps(told))
+    assert checkpoint.past_sessions(run, 5).seconds == 0
+
+
 def test_a_checkpoint_gives_back_weights_and_optimizer_bit_for_bit(tmp_path):
     run = RunFolder(tmp_path)
     weights, optim = stepped()
