@@ -185,6 +185,9 @@ def look(
         PhregError: There are no images, their sizes differ, a norm is not finite, or the model has no text
             tower for the queries.
     """
+    first = list(batches[:show])
+    # Ahead of all else, as a model without a text tower is refused.
+    drawn = text_maps(backbone, torch.cat(first)[:show], queries) if queries and first else None
     surveyed = survey(backbone, track(f"{name}: norms, attention, neighbours", batches), show=show)
     with stage(f"{name}: sinks"):
         sinks = find_sinks(backbone, batches, surveyed.norms)
@@ -194,8 +197,7 @@ def look(
     moved, not_moved = _consistency(backbone, name, batches, show)
     with stage(f"{name}: resampled positions"):
         effect = _interpolation(backbone, resampled)
-    shown = torch.cat(list(batches[:show]))[:show]
-    drawn = text_maps(backbone, shown, queries) if queries else None
+    shown = torch.cat(first)[:show]
     with stage(f"{name}: cost"):
         return replace(
             of_survey(backbone, name, surveyed, _trained_features(backbone, shown), sinks=sinks),

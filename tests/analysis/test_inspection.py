@@ -235,7 +235,10 @@ def test_agreement_is_that_of_features_as_the_model_was_trained():
 
 
 def test_texts_asked_of_a_model_without_a_text_tower_are_refused():
-    with pytest.raises(PhregError, match="text"):
+    with (
+        pytest.raises(PhregError, match="text"),
+        told_to(lambda what, *_: pytest.fail(f"{what} comes first")),
+    ):
         looked_at("timm/vit", queries=["a cat"])
 
 
