@@ -282,6 +282,17 @@ def test_a_run_told_to_stop_before_its_first_step_leaves_nothing(saved, photos, 
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+def test_an_export_that_differs_at_some_size_says_why_and_what_to_do(monkeypatch, capsys):
+    same, other = (SimpleNamespace(size=(48, 48), difference=0.1, relative=0.1, claimed=is_equal)
+                   for is_equal in (True, False))  # fmt: skip
+    for figures, says_why in (([same], False), ([same, other], True)):
+        monkeypatch.setattr("phreg.api.export", returning(figures))
+        assert phreg("export", "x", "--output", "out", "--format", "timm") == 0
+        printed = " ".join(capsys.readouterr().out.split())
+        assert ("resamples position embeddings in another way" in printed) == says_why
+        assert ("--target.native-size" in printed) == says_why
+
+
 @pytest.mark.parametrize("arguments", [["--help"], ["quickstart", "--help"], ["inspect", "--help"]])
 def test_help_is_there(arguments, capsys):
     assert phreg(*arguments) == 0

@@ -195,11 +195,18 @@ def export(
     from phreg.formats.export.spec import find_spec
 
     table = Table("size", "largest difference", "relative", "equal")
-    for size in api.export(model, output, format=format, revision=revision):
+    figures = api.export(model, output, format=format, revision=revision)
+    for size in figures:
         pixels = f"{size.size[0]}x{size.size[1]}"
         equal = "yes" if size.claimed else "no: differs at this size"
         table.add_row(pixels, f"{size.difference:.1e}", f"{size.relative:.1e}", equal)
     console.print(table)
+    if not all(size.claimed for size in figures):
+        console.print(
+            f"At sizes that differ, the class of {format} resamples position embeddings in another way than "
+            "the trained model. Use images of an equal size, or a format that is equal at all: remote-code, "
+            "merged. A run with --target.native-size makes --size the model's own."
+        )
     say(f"Written and loaded back by {format}: {output}")
     load_line = find_spec(format).load_line
     say(f"In Python:  {load_line.format(folder=inside_quotes(output))}")

@@ -41,8 +41,8 @@ def export(
         folder: Folder to write; created, and must not hold anything.
         format: One of `phreg.formats.FORMATS`.
         base: What the model was made from, for the record.
-        sizes: Image sizes to measure besides the model's own, (height, width); None means a smaller and a
-            larger one, where the export takes any.
+        sizes: Image sizes to measure besides the model's own, (height, width); None means those of the run, a
+            smaller and a larger one, where the export takes any.
         run: How the run went that made the model.
 
     Returns:
@@ -61,7 +61,7 @@ def export(
         exported = _read_back(backbone, spec, unfinished)
         # As loaded: measuring may change its precision.
         sha256 = weights_sha256(exported.disk_state()) if isinstance(exported, Backbone) else None
-        figures = _measure(backbone, exported, spec, sizes, contents)
+        figures = _measure(backbone, exported, spec, sizes, contents, trained_sizes(run))
         write_settings(contents, unfinished, folder.resolve())
         record = RunRecord(
             format=format,
@@ -109,6 +109,14 @@ def unsupported_reason(backbone: Backbone, format: str) -> str | None:
     return spec.unsupported_reason(backbone)
 
 
+def trained_sizes(run: RunSummary | None) -> list[tuple[int, int]]:
+    """Lists the image sizes that a run trained at, (height, width), where it tells any."""
+    if run is None:
+        return []
+    told = [run.setting("size"), *(run.setting("mixed_sizes") or ())]
+    return [(size, size) if isinstance(size, int) else (size[0], size[1]) for size in told if size]
+
+
 # -- steps of an export --------------------------------------------------------------------------------------
 
 
@@ -137,14 +145,16 @@ def _measure(
     spec: FormatSpec,
     sizes: Sequence[tuple[int, int]] | None,
     contents: Contents,
+    trained: Sequence[tuple[int, int]],
 ) -> list[Equality]:
-    """Measures at the model's own size, where it must be equal, and at others."""
+    """Measures at the model's own size, where it must be equal, at those it was trained at, and at others."""
     any_size = exported.spec.any_size if isinstance(exported, Backbone) else exported.any_size
     any_size = any_size and backbone.spec.any_size
     if sizes and not any_size:
         raise PhregError(_another(backbone, spec.name, "it takes the model's own size alone"))
-    others = other_sizes(backbone) if sizes is None and any_size else sizes or ()
-    figures = measure(backbone, exported, spec, [backbone.spec.input_size, *others], contents.tolerance)
+    others = [*trained, *other_sizes(backbone)] if sizes is None and any_size else sizes or ()
+    wanted = dict.fromkeys([backbone.spec.input_size, *others])
+    figures = measure(backbone, exported, spec, [*wanted], contents.tolerance)
     if not figures[0].claimed:
         found = (
             f"at its own size, the model loaded back differs by {figures[0].relative:.1e} of the largest "

@@ -22,6 +22,7 @@ from phreg.formats.adapter import read_adapter
 from phreg.formats.export import export
 from phreg.formats.load import open_model
 from phreg.registers import add_registers
+from phreg.run_summary import RunSummary
 from phreg.storage import EXPORT_FILE
 
 DINOV2 = [name for name in TRANSFORMERS if name.startswith("dinov2")]
@@ -278,6 +279,15 @@ def test_a_dinov2_is_equal_at_the_size_that_was_made_its_own(tmp_path):
     figures = export(backbone, tmp_path / "out", "transformers", base=base)
     assert (figures[0].size, figures[0].difference) == ((48, 48), 0.0)
     assert stock_dinov2(tmp_path / "out").config.image_size == 48
+
+
+def test_the_sizes_that_a_run_trained_at_are_measured(tmp_path):
+    backbone, base = patched(TRANSFORMERS["dinov2"])
+    run = RunSummary(recipe={"size": 48, "mixed_sizes": [[32, 48], 32]})
+    figures = export(backbone, tmp_path / "out", "transformers", base=base, run=run)
+    assert [figure.size for figure in figures[:3]] == [(32, 32), (48, 48), (32, 48)]
+    assert [figure.claimed for figure in figures[:3]] == [True, False, False]
+    assert len(figures) == 5, "a smaller and a larger size besides; none is measured twice"
 
 
 def test_sizes_can_be_asked_for(tmp_path):
