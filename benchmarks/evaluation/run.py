@@ -120,6 +120,12 @@ TASKS = {
         {"reading": WINDOWS, "bank_size": 20_000},
         averages=True,
     ),
+    "head-transfer": Task(
+        "head-transfer",
+        lambda data, _: data / "camvid",
+        ("miou", "miou_original", "miou_again"),
+        {"reading": WINDOWS},
+    ),
     "lost": Task(
         "object-discovery",
         lambda data, _: data / "ecssd",
