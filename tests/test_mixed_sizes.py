@@ -63,10 +63,10 @@ def seen(monkeypatch):
             noted["grids"][index].append(tuple(load_file(self._path(index))["patches"].shape[:2]))
         return found
 
-    def losing(self, model, images, goal, margin=(0, 0)):
+    def losing(self, model, images, *more):
         for index in batch:
             noted["shapes"][index].append(tuple(images.shape[-2:]))
-        return loss(self, model, images, goal, margin)
+        return loss(self, model, images, *more)
 
     def making(self, images, generator, margin=(0, 0)):
         noted["made"] += batch
