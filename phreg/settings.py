@@ -134,12 +134,14 @@ def fields(model: type[BaseModel] = DistillConfig, prefix: str = "") -> dict[str
 
 
 def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Turns nested settings into dotted keys; keys that are dotted already stay."""
+    """Turns nested settings into dotted keys; keys that are dotted already stay. Paths become text."""
 
     def items() -> Iterator[tuple[str, Any]]:
         for key, value in settings.items():
             if isinstance(value, BaseModel):
                 value = value.model_dump(exclude_unset=True)
+            if isinstance(value, os.PathLike):
+                value = os.fspath(value)
             if isinstance(value, Mapping):
                 yield from flatten(value, f"{prefix}{key}.").items()
             else:

@@ -1,4 +1,5 @@
 import re
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -248,3 +249,8 @@ def test_every_setting_is_described():
 def test_lora_in_a_block_that_a_read_out_takes_apart_is_refused():
     with pytest.raises(ConfigError, match=r"unlock\.lora\.rank: a value-only read-out"):
         methods.resolve(None, {"unlock.lora.rank": 2, "target.student_readout": "value-only"})
+
+
+def test_a_path_is_taken_wherever_a_text_is():
+    config = methods.resolve(None, {"images": Path("photos"), "measure": {"source": Path("held-out")}})
+    assert (config.images, config.measure.source) == ("photos", "held-out")

@@ -103,7 +103,7 @@ def test_unreadable_images_are_counted_by_the_runs_own_limit_and_advice_names_fl
 
 @pytest.mark.parametrize("format", ["merged", "timm"])
 def test_what_is_there_to_be_shared_names_no_folder_of_this_disk(format, saved, photos, tmp_path):
-    measured = QUICK | {"measure": {"images": 2, "views": 2, "source": str(photos)}}
+    measured = QUICK | {"measure": {"images": 2, "views": 2, "source": photos}}
     run = api.distill(saved, photos, tmp_path / "run", **measured).run
     phreg.export(run, tmp_path / "out", format=format)
     phreg.inspect(run, photos, output=tmp_path / "look", count=1, device="cpu")
