@@ -32,10 +32,10 @@ class ProgressReporter(AbstractContextManager["ProgressReporter"]):
                 self._progress.start()
                 self._tasks[what] = self._progress.add_task(what, total=total)
             self._progress.update(self._tasks[what], completed=done, visible=done < total)
-        elif what not in self._tasks or done == total or time.perf_counter() - self._last > LINE_EVERY:
+        elif what not in self._tasks or time.perf_counter() - self._last > LINE_EVERY:
+            say(f"{what} {done}/{total}" if what in self._tasks else f"{what} …")
             self._tasks[what] = None  # one line when it begins
             self._last = time.perf_counter()
-            say(f"{what} {done}/{total}")
 
     def step(self, record: Any, steps: int) -> None:
         """Shows one training step's record."""
