@@ -506,10 +506,7 @@ def test_progress_names_what_is_done_as_it_is(name):
         doing(name, 1, 2)
         doing._last -= LINE_EVERY
         doing(name, 2, 2)
-    lines = out.getvalue().split()
-    assert "".join(lines) == "".join(f"{name} … {name} 2/2".split()), "one when it begins, then every few seconds"
-        "a line when it begins, then one every few seconds"
-    )
+    assert squeezed(out.getvalue()) == squeezed(f"{name} … {name} 2/2"), "one line, then every few seconds"
     with (
         pytest.MonkeyPatch.context() as patch,
         contextlib.redirect_stdout(io.StringIO()) as out,
