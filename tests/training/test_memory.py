@@ -84,6 +84,16 @@ def backward(task, config=None, images=None, target=None):
     return gradients(task.student), sums, memory
 
 
+def plainly(task, images):
+    """Gradients and terms of the loss of all images at once, by autograd alone."""
+    target = target_for(task.student, images)
+    task.student.zero_grad()
+    with task.running():
+        loss, terms = task.loss(task.student, images, target, (0, 0))
+        loss.backward()
+    return gradients(task.student), {"loss": loss.detach(), **terms}
+
+
 def assert_equal_gradients(found, expected, *, rtol=0.0, atol=0.0):
     assert found.keys() == expected.keys()
     assert expected
@@ -218,7 +228,7 @@ def test_a_block_has_its_own_forward_back_whatever_ends_the_training(tiny):
 def test_a_batch_in_parts_has_the_gradient_and_the_loss_of_the_whole(library, micro_batch, tiny):
     student = student_of(tiny() if library == "timm" else LIBRARIES[library]["clip"]())
     images = images_for(student, 5)
-    whole, losses, _ = backward(task_of(student), images=images)
+    whole, losses = plainly(task_of(student), images)
     settings = DistillConfig.model_validate({"batch_size": 5, "optim": {"micro_batch": micro_batch}})
     parts, same, _ = backward(task_of(student), settings, images)
     assert same.keys() == losses.keys() >= {"cosine", "mse", "relative_mse", "pooled"}
@@ -232,12 +242,39 @@ def test_a_batch_in_parts_has_the_gradient_and_the_loss_of_the_whole(library, mi
 def test_relocation_in_parts_has_the_gradient_of_the_whole(tiny):
     task = relocating(add_registers(adapt(tiny()), 2), BLOCKS)
     images = images_for(task.student, 4)
-    whole, losses, _ = backward(task, images=images)
+    whole, losses = plainly(task, images)
     settings = DistillConfig.model_validate({"batch_size": 4, "optim": {"micro_batch": 3}})
     parts, same, _ = backward(task, settings, images)
     torch.testing.assert_close(same["relocation"], losses["relocation"], rtol=1e-6, atol=0)
     scale = max(float(one.abs().max()) for one in whole.values())
     assert_equal_gradients(parts, whole, rtol=1e-5, atol=1e-6 * scale)
+
+
+def test_gradients_are_exchanged_with_the_last_part_alone_and_divided_as_asked(tiny):
+    task = task_of(student_of(tiny()))
+    images = images_for(task.student, 5)
+    whole, _ = plainly(task, images)
+    target, done = target_for(task.student, images), []
+
+    @contextmanager
+    def alone():
+        done.append("alone")
+        yield
+
+    def backward_pass(loss):
+        done.append("backward")
+        loss.backward()
+
+    settings = DistillConfig.model_validate({"batch_size": 5, "optim": {"micro_batch": 2}})
+    task.student.zero_grad()
+    with task.running():
+        StepMemory(task, settings).backward(
+            task.student, images, target, (0, 0), divisor=4, backward=backward_pass, alone=alone
+        )
+    assert done == ["alone", "backward", "alone", "backward", "backward"]
+    quarter = {name: one / 4 for name, one in whole.items()}
+    scale = max(float(one.abs().max()) for one in quarter.values())
+    assert_equal_gradients(gradients(task.student), quarter, rtol=1e-5, atol=1e-6 * scale)
 
 
 class Spread(LossTerm):
