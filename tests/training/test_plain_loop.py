@@ -340,7 +340,7 @@ def test_a_run_cut_off_and_resumed_takes_the_steps_of_the_plain_loop(tiny, pictu
     assert_same(snapshot(student), history[-1])
     assert [line["step"] for line in log] == [1, 2, 3, 4, 5]
     assert [line["loss"] for line in log] == pytest.approx(losses, rel=1e-5)
-    assert outcome.images == 3 * COUNT, "of this process"
+    assert outcome.images == 5 * COUNT, "over both sessions"
 
 
 def test_a_run_asked_to_stop_does_so_with_a_checkpoint_of_the_step_it_names(
