@@ -1,11 +1,10 @@
 """Frozen weights in bf16: the same steps to the bit, and results that are made of the original weights."""
 
-import json
-
 import pytest
 import torch
 from families import LIBRARIES
 from safetensors.torch import load_file
+from short_runs import SHORT, logged, weights
 from torch import nn
 
 import phreg
@@ -28,28 +27,12 @@ MODELS = {
     "open_clip clip": lambda: LIBRARIES["open_clip"]["clip"](),
 }
 
-RUN = {
-    "batch_size": 4,
-    "steps": 3,
-    "views": {"count": 2, "max_shift": 0.25},
-    "measure": {"images": 0},
-    "data": {"workers": 0},
-    "device": "cpu",
+RUN = SHORT | {
     "precision": "bf16",
-    "registers": 2,
-    "force": True,
     "unlock": LORA,
     "optim": {"lr": 1e-2, "trust_region": False},
     "checks": {"drift": 0.0, "agreement": 1.0, "outlier_rate": 1.0},
 }
-
-
-def logged(output):
-    return [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
-
-
-def values(model):
-    return {name: one.detach().clone() for name, one in model.named_parameters()}
 
 
 @pytest.mark.parametrize("unlocked", [LORA, {"roles": ["block.-1"]}], ids=("lora", "blocks"))
@@ -61,8 +44,8 @@ def test_a_run_has_the_same_losses_and_weights_to_the_bit(name, unlocked, photos
     for one, other in zip(logged(tmp_path / "usual"), logged(tmp_path / "half"), strict=True):
         assert (one["loss"], one["terms"]) == (other["loss"], other["terms"])
     assert {one.dtype for one in half.model.parameters()} == {torch.float32}
-    expected = values(usual.model)
-    for one, value in values(half.model).items():
+    expected = weights(usual.model)
+    for one, value in weights(half.model).items():
         assert torch.equal(value, expected[one]), one
 
 
@@ -70,8 +53,8 @@ def test_checkpointing_and_parts_of_a_batch_go_together_with_rounded_weights(tin
     usual = api.distill(tiny(), photos, tmp_path / "usual", **RUN)
     less = {"frozen_dtype": "bf16", "checkpoint_activations": True}
     half = api.distill(tiny(), photos, tmp_path / "half", **RUN | less)
-    expected = values(usual.model)
-    assert all(torch.equal(one, expected[name]) for name, one in values(half.model).items())
+    expected = weights(usual.model)
+    assert all(torch.equal(one, expected[name]) for name, one in weights(half.model).items())
     parts = RUN["optim"] | {"micro_batch": 2}
     api.distill(tiny(), photos, tmp_path / "parts", **RUN | less | {"optim": parts})
     first, second = logged(tmp_path / "usual")[0], logged(tmp_path / "parts")[0]
@@ -88,13 +71,13 @@ def test_a_run_that_was_killed_goes_on_with_rounded_weights_to_the_same_bits(tin
             raise KeyboardInterrupt
 
     model = tiny()
-    before = values(model)
+    before = weights(model)
     with pytest.raises(KeyboardInterrupt):
         api.distill(model, photos, tmp_path / "killed", observe=kill, **settings)
-    assert all(torch.equal(one, before[name]) for name, one in values(model).items())
+    assert all(torch.equal(one, before[name]) for name, one in weights(model).items())
     resumed = api.distill(model, photos, tmp_path / "killed", resume=True, **settings)
-    expected = values(whole.model)
-    assert all(torch.equal(one, expected[name]) for name, one in values(resumed.model).items())
+    expected = weights(whole.model)
+    assert all(torch.equal(one, expected[name]) for name, one in weights(resumed.model).items())
 
 
 def test_results_are_made_of_the_original_weights_and_the_factors_alone(saved, photos, tmp_path):
@@ -141,7 +124,7 @@ def test_student_and_teacher_share_rounded_weights_and_have_the_same_memory_back
 
 def test_weights_are_put_back_when_training_fails(tiny):
     student = adapt(tiny()).requires_grad_(False)
-    before = values(student)
+    before = weights(student)
 
     def failing():
         with frozen_weights("bf16", student):
@@ -149,7 +132,7 @@ def test_weights_are_put_back_when_training_fails(tiny):
 
     with pytest.raises(KeyboardInterrupt):
         failing()
-    assert all(torch.equal(one, before[name]) for name, one in values(student).items())
+    assert all(torch.equal(one, before[name]) for name, one in weights(student).items())
 
 
 def test_fused_attention_and_all_but_linear_layers_stay_in_fp32():

@@ -14,6 +14,7 @@ import torch
 from families import FAMILIES, LIBRARIES
 from known_sinks import sinks
 from safetensors.torch import load_file
+from short_runs import SHORT, logged, weights
 from torch import nn
 
 from phreg import api
@@ -392,25 +393,7 @@ def test_a_term_of_the_whole_batch_gets_checkpointing_and_no_parts(tiny):
     assert small.tried == [(4, False), (4, True)]
 
 
-QUICK = {
-    "batch_size": 4,
-    "views": {"count": 2, "max_shift": 0.25},
-    "measure": {"images": 0},
-    "data": {"workers": 0},
-    "device": "cpu",
-    "precision": "fp32",
-    "registers": 2,
-    "force": True,
-    "steps": 3,
-}
-
-
-def logged(output):
-    return [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
-
-
-def weights(model):
-    return {name: one.detach().clone() for name, one in model.named_parameters()}
+QUICK = SHORT | {"precision": "fp32"}
 
 
 @pytest.mark.parametrize("wanted", [True, "auto"])
