@@ -111,7 +111,7 @@ class LossConfig(Config):
     pooled: NonNegativeFloat = 1.0
     """Weight of the same two terms on the pooled output (CLS). Its target is the teacher's unmoved view."""
     relocation: NonNegativeFloat = 0.3
-    """Weight of the relocation term, which moves sinks with known causes into the registers."""
+    """Weight of the relocation term, which moves sinks into the registers."""
     relocation_counts: Literal["share", "number"] = "share"
     """How that term counts sinks that are left on patches. share: by their share of those an image had.
     number: by their number (phreg 0.1)."""

@@ -27,7 +27,6 @@ RENAMED: dict[str, dict[str, str]] = {
     "phreg.formats.info": {"Shown": "ModelInfo"},
     "phreg.sinks.locate": {"locate": "find_sinks"},
     "phreg.sinks.units.Unit": {
-        "fed": "pre_activation",
         "kind": "cluster",
         "level": "sink_level",
         "ordinary": "baseline",

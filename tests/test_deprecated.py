@@ -235,12 +235,12 @@ def test_every_new_name_exists():
 
 
 def test_attributes_of_a_unit_are_found_by_their_old_names_with_a_warning():
-    unit = Unit(3, 7, sink_level=10.0, baseline=0.5, share=0.9, cluster=1, pre_activation=(2.0,))
-    for old, value in (("level", 10.0), ("ordinary", 0.5), ("kind", 1), ("fed", (2.0,))):
+    unit = Unit(3, 7, sink_level=10.0, baseline=0.5, share=0.9, cluster=1)
+    for old, value in (("level", 10.0), ("ordinary", 0.5), ("kind", 1)):
         with pytest.warns(OldNameWarning, match=rf"Unit\.{old} is called"):
             assert getattr(unit, old) == value
     assert unit.to_json() == {
-        "block": 3, "index": 7, "level": 10.0, "ordinary": 0.5, "share": 0.9, "kind": 1, "fed": [2.0]
+        "block": 3, "index": 7, "level": 10.0, "ordinary": 0.5, "share": 0.9, "kind": 1
     }  # fmt: skip
     assert copy.deepcopy(unit) == unit
     with pytest.raises(AttributeError, match="'Unit' object has no attribute 'nothing'"):

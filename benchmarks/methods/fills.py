@@ -172,8 +172,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     if not (options.model and options.output):
         parser.error("give MODEL and --output, or --table FILE")
     kind = planted_models.kind_of(options.model)
-    if kind is not None and kind not in planted_models.BUILDS:
-        parser.error(f"no planted model {kind!r}; there are {', '.join(planted_models.BUILDS)}")
+    if kind is not None and kind not in planted_models.PLANTS:
+        parser.error(f"no planted model {kind!r}; there are {', '.join(planted_models.PLANTS)}")
     if kind is None and options.images is None:
         parser.error("--images: give a folder of images; only planted models have photographs of their own")
     return options

@@ -1,31 +1,36 @@
-"""Planted models: small vision transformers of three builds, with sinks set off by content, and clean twins.
+"""Planted models: small vision transformers of four builds, with artifacts of a known cause, and clean twins.
 
 Each is an ordinary timm `VisionTransformer` whose weights are worked out on the spot, of the scale that those
 of trained networks have, so that phreg's default settings apply (the demonstration model's are larger).
 
-    dinov2   CLS, LayerScale, SwiGLU (packed)
-    clip     CLS, a norm before the blocks, quick GELU, projection of CLS
-    siglip   no CLS, GELU (tanh), attention pooling
+    dinov2       CLS, LayerScale, SwiGLU (packed)
+    dinov2-reg   the same, with four registers of its own
+    clip         CLS, a norm before the blocks, quick GELU, projection of CLS
+    siglip       no CLS, GELU (tanh), attention pooling
 
-All three have the same plant, as DINOv2's sinks are set off by background, in another place in each view:
-
-    position embedding ── faint mark at 5 of 100 patches ─┐
-    pixels ── flat patch, little content ──────────────┴► LayerNorm turns the mark up ──► block 0 notes it
-    block 3: one hidden unit reads the note ──► one channel, huge ──► the token's content is drowned
-
-The twin has that unit at zero and all other weights the same. Norms play the channel down, as those of real
-models do, and no query, key or value reads it: sinks draw little attention, and other tokens are alike in
-both. So the twin is what a repair should come to, but for the views' own blur.
+What is planted, and where, says plants.py. The twin has the same weights without the cause. Norms play the
+sinks' channels down, as those of real models do, and no query, key or value of the other tokens reads them:
+so other tokens are alike in both, and the twin is what a repair should come to, but for the views' own blur.
 """
 
 import itertools
 import math
 import random
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, cast
+from typing import TYPE_CHECKING, cast
 
 import timm
 import torch
+from plants import (
+    CHANNEL,
+    NOTE_BLOCK,
+    OTHER_CHANNEL,
+    PLANTS,
+    SINK_BLOCK,
+    Directions,
+    Weights,
+    at_every_25th,
+)
 from torch import Tensor
 
 from phreg.demo import demo_images
@@ -40,6 +45,7 @@ GRID, HEAD_WIDTH = SIZE // PATCH, WIDTH // HEADS
 
 BUILDS = {
     "dinov2": ("vit_giant_patch14_dinov2", {"num_classes": 0, "mlp_ratio": 2 * HIDDEN / WIDTH}),
+    "dinov2-reg": ("vit_giant_patch14_reg4_dinov2", {"num_classes": 0, "mlp_ratio": 2 * HIDDEN / WIDTH}),
     "clip": ("vit_base_patch16_clip_quickgelu_224", {"num_classes": 96, "mlp_ratio": HIDDEN / WIDTH}),
     "siglip": ("vit_base_patch16_siglip_224", {"num_classes": 0, "mlp_ratio": HIDDEN / WIDTH}),
 }
@@ -48,42 +54,22 @@ BUILDS = {
 LAYER_SCALE = 0.5
 """DINOv2's, in all blocks."""
 
-NOTE_BLOCK, SINK_BLOCK = 0, 3
-NOTERS, SINK = (40, 41), 57
-"""Hidden units of the plant."""
-CHANNEL = 123
-"""The residual channel that sinks write."""
 DAMPED = 0.05
-"""Weight of that channel in all norms behind the sinks."""
+"""Weight of the sinks' channels in all norms behind the sinks."""
 
-BASE, POSITION, MARK, NOTE = 3.0, 1.0, 0.5, 1.0
-"""Lengths in the residual stream: what all patches share, position, the mark, the note."""
+BASE, POSITION, MARK = 3.0, 1.0, 0.5
+"""Lengths in the residual stream: what all patches share, position, the mark."""
 BRIGHTNESS, TEXTURE, COLOUR = 0.02, 0.25, 0.5
 """Gains of the filters; texture's grows with frequency, as natural images fall off with it."""
-NOTE_SLOPE, NOTE_AT = 12.0, 1.7
-"""The noting units' slope, and the LayerNormed mark that they start at."""
-SINK_SLOPE, SINK_AT, SINK_NORM = 25.0, 0.7, 350.0
-"""The sink unit's slope, the LayerNormed note it starts at, and about how long the sinks get."""
 
 READ, NEAR, ATTENTION = 0.05, 2.8, 0.03
 """Root mean square of random weights that read, gain of attention to near patches, and rms of its output."""
-WRITE = {"dinov2": 0.03, "clip": 0.025, "siglip": 0.025}
+WRITE = {"dinov2": 0.03, "dinov2-reg": 0.03, "clip": 0.025, "siglip": 0.025}
 """Root mean square of what random hidden units write."""
 FIRST = 0.2
 """Gain of attention in the noting block, which is to see the patch itself."""
-STREAM = {"dinov2": 1.0, "clip": 2.5, "siglip": 1.0}
+STREAM = {"dinov2": 1.0, "dinov2-reg": 1.0, "clip": 2.5, "siglip": 1.0}
 """How long tokens are: the norm before CLIP's blocks stretches them, and all that is written goes with it."""
-
-
-class _Directions(NamedTuple):
-    """Orthonormal directions of the residual stream; none touches the sinks' channel or the mean."""
-
-    ordinary: Tensor
-    """(168, width): what random maps read and write; the first 60 carry content."""
-    position: Tensor
-    """(16, width)."""
-    mark: Tensor
-    note: Tensor
 
 
 def kind_of(model: str) -> str | None:
@@ -95,15 +81,16 @@ def build(kind: str, *, planted: bool = True) -> "VisionTransformer":
     """Builds a planted model: 160 pixels, 10x10 patches, width 192, 6 blocks; the same on every machine.
 
     Args:
-        kind: `dinov2`, `clip` or `siglip`.
-        planted: Whether the sink unit is there; if not, this is the clean twin.
+        kind: A key of `PLANTS`.
+        planted: Whether the cause of the artifacts is there; if not, this is the clean twin.
 
     Raises:
-        PhregError: There is no such build.
+        PhregError: There is no such model.
     """
-    if kind not in BUILDS:
-        raise PhregError(f"asked for the planted model {kind!r}; there are {', '.join(BUILDS)}")
-    architecture, changes = BUILDS[kind]
+    if kind not in PLANTS:
+        raise PhregError(f"asked for the planted model {kind!r}; there are {', '.join(PLANTS)}")
+    body, plant = PLANTS[kind]
+    architecture, changes = BUILDS[body]
     overlay = {"input_size": (3, SIZE, SIZE), "mean": (0.5,) * 3, "std": (0.5,) * 3, "pool_size": None}
     overlay |= {"num_classes": changes["num_classes"]}  # CLIP's projection is no new classifier
     with torch.random.fork_rng(devices=[]):  # pooling and projection keep what timm draws
@@ -114,16 +101,21 @@ def build(kind: str, *, planted: bool = True) -> "VisionTransformer":
         )  # fmt: skip
     to = _directions()
     own = model.state_dict()
-    weights = {"patch_embed.proj.weight": torch.einsum("nw,nchv->wchv", to.ordinary[:60], _filters())}
+    gated = body.startswith("dinov2")
+    weights = Weights(gated=gated, scale=STREAM[body] / (LAYER_SCALE if gated else 1), to=to)
+    weights["patch_embed.proj.weight"] = torch.einsum("nw,nchv->wchv", to.ordinary[:60], _filters())
     positions = torch.zeros(own["pos_embed"].shape[1:], dtype=torch.float64)
     positions[-GRID * GRID :] = _position_embedding(to)
     weights["pos_embed"] = positions[None]
     if "cls_token" in own:
         weights["cls_token"] = BASE * to.ordinary[61].view(1, 1, WIDTH)
+    if "reg_token" in own:
+        weights["reg_token"] = BASE * to.ordinary[None, 62 : 62 + own["reg_token"].shape[1]]
     for index in range(DEPTH):
-        weights |= _block(kind, index, to, planted=planted)
+        weights.update(_block(body, index, weights))
+    plant(weights, planted)
     damped = torch.ones(WIDTH)
-    damped[CHANNEL] = DAMPED
+    damped[[CHANNEL, OTHER_CHANNEL] if kind == "two" else CHANNEL] = DAMPED
     late = tuple(f"blocks.{index}." for index in range(SINK_BLOCK + 1, DEPTH))
     for name, old in own.items():
         if name in weights:
@@ -136,13 +128,13 @@ def build(kind: str, *, planted: bool = True) -> "VisionTransformer":
     return cast("VisionTransformer", model.eval())
 
 
-def _directions() -> _Directions:
+def _directions() -> Directions:
     drawn = torch.randn(WIDTH, WIDTH, dtype=torch.float64, generator=keyed_generator("planted"))
     drawn[0] = 1  # LayerNorm removes the mean
     drawn[1] = 0
     drawn[1, CHANNEL] = 1
     basis = torch.linalg.qr(drawn.T)[0].T[2:]
-    return _Directions(basis[:168], basis[168:184], basis[184], basis[185])
+    return Directions(basis[:168], basis[168:184], *basis[184:188])
 
 
 def _filters() -> Tensor:
@@ -162,14 +154,14 @@ def _filters() -> Tensor:
     )
 
 
-def _position_embedding(to: _Directions) -> Tensor:
+def _position_embedding(to: Directions) -> Tensor:
     """What all patches share, four frequencies along each axis, and the marks."""
     row, col = (
         axis.flatten() for axis in torch.meshgrid(torch.arange(GRID), torch.arange(GRID), indexing="ij")
     )
     angles = torch.outer(torch.cat([row, col]).double(), torch.arange(1, 5) * torch.pi / (2 * GRID))
     waves = torch.cat([*angles.sin().chunk(2), *angles.cos().chunk(2)], 1)
-    marked = ((7 * row + 3 * col) % 25 == 3).double()
+    marked = at_every_25th(GRID, 3)
     return (
         BASE * to.ordinary[60]
         + POSITION / math.sqrt(8) * waves @ to.position
@@ -177,9 +169,9 @@ def _position_embedding(to: _Directions) -> Tensor:
     )
 
 
-def _block(kind: str, index: int, to: _Directions, *, planted: bool) -> dict[str, Tensor]:
-    """Attention to near patches in one head, random elsewhere; a random MLP, but for the plant."""
-    draw = keyed_generator("planted", kind, index)
+def _block(body: str, index: int, weights: Weights) -> dict[str, Tensor]:
+    """Attention to near patches in one head, random elsewhere; a random MLP."""
+    draw, to, scale = keyed_generator("planted", body, index), weights.to, weights.scale
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, dtype=torch.float64, generator=draw)
@@ -189,35 +181,21 @@ def _block(kind: str, index: int, to: _Directions, *, planted: bool) -> dict[str
     for near in (queries, keys):
         near[:HEAD_WIDTH] = 0
         near[: len(to.position)] = NEAR * to.position
-    gated = kind == "dinov2"
-    scale = STREAM[kind] / (LAYER_SCALE if gated else 1)
     up = READ * normal(HIDDEN, WIDTH) @ room
     gate = READ * normal(HIDDEN, WIDTH) @ room
-    bias, gate_bias = torch.zeros(2, HIDDEN, dtype=torch.float64)
-    down = scale * WRITE[kind] * room @ normal(WIDTH, HIDDEN)
-    if index == NOTE_BLOCK:
-        # An activation rises without end; less a second one that starts 1 later, it stops at 1.
-        for unit, late in zip(NOTERS, (False, True), strict=True):
-            up[unit], bias[unit] = NOTE_SLOPE * to.mark, -NOTE_SLOPE * NOTE_AT - late
-            gate[unit], gate_bias[unit] = 0, 1
-            down[:, unit] = (-1 if late else 1) * scale * NOTE * to.note
-    if index == SINK_BLOCK:
-        slope = math.sqrt(SINK_SLOPE) if gated else SINK_SLOPE  # a gated unit multiplies two
-        up[SINK], bias[SINK] = planted * slope * to.note, -planted * slope * SINK_AT
-        gate[SINK] = up[SINK]
-        down[:, SINK] = 0
-        down[CHANNEL, SINK] = planted * scale * SINK_NORM / SINK_SLOPE
+    rows = 2 * HIDDEN if weights.gated else HIDDEN
     block = f"blocks.{index}."
     return {
+        f"{block}mlp.fc2.weight": scale * WRITE[body] * room @ normal(WIDTH, HIDDEN),
+        f"{block}mlp.fc1.weight": torch.cat([up, gate]) if weights.gated else up,
+        f"{block}mlp.fc1.bias": torch.zeros(rows, dtype=torch.float64),
         f"{block}attn.qkv.weight": torch.cat([queries, keys, READ * normal(WIDTH, WIDTH) @ room]),
+        f"{block}attn.qkv.bias": torch.zeros(3 * WIDTH, dtype=torch.float64),
         f"{block}attn.proj.weight": (FIRST if index == NOTE_BLOCK else 1)
         * scale
         * ATTENTION
         * room
         @ normal(WIDTH, WIDTH),
-        f"{block}mlp.fc1.weight": torch.cat([up, gate]) if gated else up,
-        f"{block}mlp.fc1.bias": torch.cat([bias, gate_bias]) if gated else bias,
-        f"{block}mlp.fc2.weight": down,
     }
 
 

@@ -51,6 +51,7 @@ class Bench:
         self.models, self.limit = options.output.parent / ".models", options.training
         photos = options.images or planted_models.photographs(options.output.parent / ".photographs")
         self.training, measured = measuring.split(photos)
+        measured = measured[:: -(-len(measured) // options.measured)] if measured else measured
         if not self.training or not measured:
             raise SystemExit(f"found no images in {photos} named by numbers, some of them divisible by 5")
         self.raw = self.open()
@@ -227,6 +228,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         default=measuring.TRAINING,
         help="draw so many images to train on, by the seed",
     )
+    parser.add_argument(
+        "--measured", type=int, default=10**6, help="measure on so many images at most, evenly chosen"
+    )
     parser.add_argument("--output", type=Path)
     parser.add_argument("--methods", type=methods.names, default=list(DEFAULT), help=", ".join(methods.ROWS))
     parser.add_argument("--seeds", type=int, default=3, help="how many seeds, from 0")
@@ -238,8 +242,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--merge", type=_result_file, nargs="+", help="only merge these into --output")
     options = parser.parse_args(arguments)
     kind = planted_models.kind_of(options.model or "")
-    if kind is not None and kind not in planted_models.BUILDS:
-        parser.error(f"no planted model {kind!r}; there are {', '.join(planted_models.BUILDS)}")
+    if kind is not None and kind not in planted_models.PLANTS:
+        parser.error(f"no planted model {kind!r}; there are {', '.join(planted_models.PLANTS)}")
     unknown = sorted(set(options.methods) - set(methods.ROWS))
     if unknown:
         parser.error(f"--methods: no method {', '.join(unknown)}; there are {', '.join(methods.ROWS)}")

@@ -75,7 +75,7 @@ def attention_weights(
         UnsupportedModelError: The model computes attention in another way, which cannot be listened to.
     """
     tokens = backbone.layout(images).num_tokens
-    with _capture(queries, tokens, reduce) as found:
+    with capture_attention(queries, tokens, lambda weights, _values: reduce(weights)) as found:
         backbone.run(images)
     return complete_capture(backbone, found)
 
@@ -113,14 +113,14 @@ def capture_maps(backbone: Backbone, images: Float[Tensor, "batch 3 height width
     special = layout.num_tokens - layout.num_patches
     from_patches = not backbone.class_tokens
 
-    def to_maps(weights: Tensor) -> Tensor:
+    def to_maps(weights: Tensor, _values: Tensor) -> Tensor:
         if from_patches:
             mean = weights[:, :, special:].mean(dim=2, keepdim=True)
             weights = torch.cat([mean, weights[:, :, :special]], dim=2)
         return weights[..., special:].transpose(1, 2).unflatten(-1, layout.grid)
 
     queries = slice(None) if from_patches else slice(0, special)
-    with _capture(queries, layout.num_tokens, to_maps) as found:
+    with capture_attention(queries, layout.num_tokens, to_maps) as found:
         yield found
 
 
@@ -170,8 +170,17 @@ def attention_report(
 
 
 @contextmanager
-def _capture(queries: slice, tokens: int, reduce: Callable[[Tensor], Tensor]) -> Iterator[list[Tensor]]:
-    """Collects the weights of every self-attention over `tokens` tokens, in the order of the calls."""
+def capture_attention(
+    queries: slice, tokens: int, reduce: Callable[[Tensor, Tensor], Tensor]
+) -> Iterator[list[Tensor]]:
+    """Collects what is wanted of every self-attention while a model runs, in the order of the calls.
+
+    Args:
+        queries: Tokens whose attention is wanted.
+        tokens: Tokens of a self-attention; others are passed over.
+        reduce: What to keep of its weights (batch, heads, queries, tokens) in fp32, and of its values (batch,
+            heads, tokens, width).
+    """
     found: list[Tensor] = []
     original = functional.scaled_dot_product_attention
 
@@ -193,7 +202,7 @@ def _capture(queries: slice, tokens: int, reduce: Callable[[Tensor], Tensor]) ->
                 scores = (
                     scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
                 )
-            found.append(reduce(scores.softmax(-1)))
+            found.append(reduce(scores.softmax(-1), value))
         return original(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, **other)
 
     fast = torch.backends.mha.get_fastpath_enabled()

@@ -167,6 +167,12 @@ class NormReport:
         return self.blocks[index].block
 
     @property
+    def side(self) -> Literal["high", "low"] | None:
+        """Whether outliers are longer or shorter than others, in the block of `focus`; None without any."""
+        gap = self.blocks[self.focus].gap
+        return None if gap is None else gap.side
+
+    @property
     def position_histogram(self) -> Float[Tensor, "rows cols"]:
         """Share of images whose patch at each position is an outlier in the block that `focus` names."""
         return self.positions[self.focus]

@@ -28,7 +28,7 @@ class Method:
             method adds to those between student and target.
         settings: Settings that it implies, by dotted key, where they differ from `DistillConfig`'s defaults.
         clip_settings: The same for CLIP-type models; None means no difference.
-        needs_sinks: Whether it looks for the hidden units that cause sinks.
+        needs_sinks: Whether it looks for sinks and what causes them.
         trains: Whether it trains. If not, `add` is all it does.
         reasons: What gives it something to do. Without any of them, the model is returned as it is.
     """

@@ -29,8 +29,8 @@ def add(
     add_registers(student, sinks, batches, config)
     if sinks is None:
         return []
-    if not sinks.units or not config.registers:
-        reason = "there are no registers" if sinks.units else "no hidden unit explains them"
+    if not sinks.directions or not config.registers:
+        reason = "there are no registers" if sinks.directions else "they have nothing in common"
         logger.warning("the sinks stay where they are: %s; distilling without relocation", reason)
         return []
     if not config.loss.relocation:

@@ -2,6 +2,7 @@
 
 chain        upstream units ──► causes, over the blocks they are in; the block where sinks emerge is framed
 levels       each unit's activation on outliers, against that on other patches
+written      what each population of sinks holds, by what wrote it
 attention    share that falls on outliers, from block to block
 """
 
@@ -15,7 +16,7 @@ from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 
 from phreg.report.canvas import COLOURS, FONT_SIZE, INK, ChartFigure, label, legend, paint
-from phreg.sinks.locate import Sinks, Unit
+from phreg.sinks.locate import Population, Sinks, Unit
 
 CAUSE, UPSTREAM = COLOURS[:2]
 
@@ -28,7 +29,7 @@ def sink_chart(sinks: Sinks, name: str = "") -> Figure:
 
     Units are named block:unit. Above, each upstream unit points at what it sets off, with its share of that;
     each cause has its share of what is written into sinks. Below are their activations, and, where it is
-    known, the share of attention that falls on outliers.
+    known, the share of attention that falls on outliers, and what wrote what they hold.
 
     Args:
         sinks: What was found.
@@ -37,7 +38,8 @@ def sink_chart(sinks: Sinks, name: str = "") -> Figure:
     causes = sorted(sinks.units, key=lambda unit: -unit.share)[:MAX_UNITS]
     chain = sorted(sinks.chain[:MAX_UNITS], key=lambda unit: (unit.block, -unit.share))
     height = 0.9 + 0.3 * max(len(causes), len(chain), 1)
-    known = ["levels"] * bool(causes) + ["attention"] * bool(sinks.attention)
+    written = [each for each in sinks.populations if each.kind.mlp is not None]
+    known = ["levels"] * bool(causes) + ["attention"] * bool(sinks.attention) + ["written"] * bool(written)
     rows: list[Any] = [["chain"] * len(known), known] if known else [["chain"]]
     figure = ChartFigure(8.5, height + 2.8 * bool(known))
     drawn = figure.subplot_mosaic(rows, height_ratios=[height, 2.8][: len(rows)])
@@ -47,6 +49,8 @@ def sink_chart(sinks: Sinks, name: str = "") -> Figure:
         _levels(drawn["levels"], causes, chain)
     if sinks.attention:
         _attention(drawn["attention"], sinks.attention, sinks.block)
+    if written:
+        _written(drawn["written"], written)
     return figure
 
 
@@ -119,6 +123,22 @@ def _attention(axes: Axes, shares: Sequence[float], emergence: int) -> None:
     paint(axes)
     label(axes, x="block", y="attention that falls on outliers, %")
     legend(axes, loc="upper left")
+
+
+def _written(axes: Axes, populations: Sequence[Population]) -> None:
+    """Draws what each population holds, by what wrote it: bars that add up to 100 %."""
+    parts = (("MLP", CAUSE), ("attention", UPSTREAM), ("earlier blocks", INK))
+    for row, population in enumerate(populations):
+        kind, start = population.kind, 0.0
+        for (name, shade), share in zip(parts, (kind.mlp, kind.attention, kind.input), strict=True):
+            length = 100 * max(share or 0.0, 0.0)
+            axes.barh(row, length, left=start, height=0.5, color=shade, label=None if row else name)
+            start += length
+    axes.set_yticks(range(len(populations)), [f"block {each.block}" for each in populations])
+    axes.set_ylim(len(populations) - 0.5, -1.2)
+    paint(axes)
+    label(axes, x="of what sinks hold, written by, %")
+    legend(axes, loc="upper right")
 
 
 def _name(unit: Unit) -> str:

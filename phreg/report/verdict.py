@@ -1,12 +1,14 @@
 """Puts a report into one sentence."""
 
+from collections.abc import Iterator
+
 from phreg.analysis.advice import recommend
 from phreg.analysis.consistency import CERTAIN, WORTHWHILE, ConsistencyReport
 from phreg.analysis.inspection import Inspection
 from phreg.analysis.norms import BlockNorms, NormReport
 from phreg.analysis.positions import describe_positions
 from phreg.evaluation.before_after import Comparison
-from phreg.sinks.locate import Sinks
+from phreg.sinks.locate import Population, Sinks
 
 
 def verdict(report: NormReport) -> str:
@@ -101,7 +103,21 @@ def outcome(comparison: Comparison) -> str:
 
 
 def causes(sinks: Sinks) -> str:
-    """Says in a sentence or two where a model's sinks emerge, and what causes them."""
+    """Says where a model's sinks emerge, what causes them, and what becomes of them, in a few sentences."""
+    said = [_units(sinks)]
+    if sinks.attention is not None:
+        who = "CLS" if any(token.name == "CLS" for token in sinks.norms.tokens) else "the patches"
+        said.append(f"They attract up to {percent(max(sinks.attention))} of the attention of {who}.")
+    if sinks.populations:
+        largest, *others = sorted(sinks.populations, key=lambda each: -each.rate)
+        said += [*_kind(largest)]
+        said += [
+            f"Other sinks, {percent(each.rate)} of patches, emerge in block {each.block}." for each in others
+        ]
+    return " ".join(said)
+
+
+def _units(sinks: Sinks) -> str:
     where = f"Sinks emerge in block {sinks.block}, triggered by {'position' if sinks.fixed else 'content'}"
     if not sinks.units:
         return f"{where}; no hidden unit explains them."
@@ -109,14 +125,30 @@ def causes(sinks: Sinks) -> str:
     more = f" and {len(sinks.units) - 4} more" if len(sinks.units) > 4 else ""
     noun = "hidden unit causes" if len(sinks.units) == 1 else "hidden units cause"
     clusters = f", {len(sinks.triggers)} clusters of sinks" if len(sinks.triggers) > 1 else ""
-    text = (
+    return (
         f"{where}; {len(sinks.units)} {noun} {percent(sinks.explained)} of them "
         f"(block:unit {named}{more}{clusters})."
     )
-    if sinks.attention is None:
-        return text
-    who = "CLS" if any(token.name == "CLS" for token in sinks.norms.tokens) else "the patches"
-    return f"{text} They attract up to {percent(max(sinks.attention))} of the attention of {who}."
+
+
+def _kind(population: Population) -> Iterator[str]:
+    """Says what writes a population, and what attention does with it."""
+    kind = population.kind
+    if kind.mlp is not None and kind.attention is not None and kind.input is not None:
+        yield (
+            f"Of what they hold after block {population.block}, its MLP wrote {_whole(kind.mlp)}, its "
+            f"attention {_whole(kind.attention)}, and earlier blocks {_whole(kind.input)}."
+        )
+    if kind.role in ("parked", "read") and kind.looked_at is not None:
+        parked = "next to nothing there: attention is parked"
+        reads = parked if kind.role == "parked" else "what they hold"
+        looks = f"One head of a later block looks there with {percent(kind.looked_at)} of its attention"
+        yield f"{looks}, and reads {reads}."
+
+
+def _whole(share: float) -> str:
+    """Writes a share of what adds up to 1, parts of which may be negative, as whole per cent."""
+    return f"{round(100 * share) + 0} %"
 
 
 def percent(share: float) -> str:

@@ -1,12 +1,10 @@
 """Hidden units of MLPs: what is known of a unit, and how to read or fix units while a model runs."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
-from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from phreg.backbones.base import Backbone
@@ -26,8 +24,6 @@ class Unit:
             upstream unit, its share of what activates the causes, to first order. Shares add up to 1 over
             all units. Units that counteract have a negative share, so a single share can exceed 1.
         cluster: For a cause, the number of its cluster, from 0; None for an upstream unit.
-        pre_activation: For a cause, its input before the activation function, at its sink level: one value
-            in a plain MLP, two in a gated one; none for an upstream unit.
     """
 
     block: int
@@ -36,7 +32,6 @@ class Unit:
     baseline: float
     share: float
     cluster: int | None = 0
-    pre_activation: tuple[float, ...] = ()
 
     def __getattr__(self, name: str) -> Any:
         """Finds an attribute by its old name, with a warning."""
@@ -53,7 +48,6 @@ class Unit:
             "ordinary": self.baseline,
             "share": self.share,
             "kind": self.cluster,
-            "fed": list(self.pre_activation),
         }
 
 
@@ -113,83 +107,3 @@ def ahead_of(module: nn.Module, hook: Any) -> Iterator[None]:
         yield
     finally:
         handle.remove()
-
-
-class UnitActivations(NamedTuple):
-    """Some hidden units of one MLP, before and after the activation function."""
-
-    hidden: Float[Tensor, "batch tokens units"]
-    """The units, as the down projection receives them."""
-    pre_activation: Float[Tensor, "batch tokens units inputs"]
-    """Inputs of their activation function: one for each unit in a plain MLP, two in a gated one."""
-
-
-class UnitReader:
-    """Reads some hidden units, before and after the activation function.
-
-    Layers are found by name, so a layer that was wrapped since (LoRA) is read with its wrapper.
-
-    Args:
-        backbone: The model, its layers not wrapped yet.
-        units: Hidden units, by block.
-    """
-
-    def __init__(self, backbone: Backbone, units: Mapping[int, Sequence[int]]) -> None:
-        self.backbone = backbone
-        self.units = {
-            block: torch.tensor(chosen, dtype=torch.long, device=backbone.device)
-            for block, chosen in units.items()
-        }
-        self._inputs: dict[str, list[Tensor]] = {}
-        names = {module: name for name, module in backbone.named_modules()}
-        self._down: dict[str, int] = {}
-        self._up: dict[str, tuple[int, list[Int[Tensor, " units"]]]] = {}
-        for block, index in self.units.items():
-            mlp = backbone.require_mlp(block)
-            self._down[names[mlp.down]] = block
-            for layer in mlp.up:
-                starts = range(0, layer.out_features, mlp.num_units)
-                self._up[names[layer]] = block, [index + start for start in starts]
-
-    def forget(self) -> None:
-        """Drops what was read of a block in a pass that did not end."""
-        self._inputs.clear()
-
-    @contextmanager
-    def capture(self) -> Iterator[dict[int, UnitActivations]]:
-        """Collects activations by block while the model runs."""
-        found: dict[int, UnitActivations] = {}
-        inputs = self._inputs
-
-        def collect_input(name: str, rows: list[Tensor]) -> Any:
-            def hook(_module: nn.Module, _args: tuple[Tensor], output: Tensor) -> None:
-                inputs[name] = [output[..., part] for part in rows]
-
-            return hook
-
-        def collect_unit(block: int) -> Any:
-            layers = [name for name, (fed, _) in self._up.items() if fed == block]
-
-            def hook(_module: nn.Module, args: tuple[Tensor]) -> None:
-                parts = [part for name in layers for part in inputs.pop(name)]
-                read = UnitActivations(args[0][..., self.units[block]], torch.stack(parts, dim=-1))
-                if not _recomputing():
-                    found[block] = read
-
-            return hook
-
-        with ExitStack() as stack:
-            for name, (_, rows) in self._up.items():
-                layer = self.backbone.get_submodule(name)
-                stack.callback(layer.register_forward_hook(collect_input(name, rows)).remove)
-            for name, block in self._down.items():
-                stack.enter_context(ahead_of(self.backbone.get_submodule(name), collect_unit(block)))
-            yield found
-
-
-def _recomputing() -> bool:
-    """Says whether a backward pass is under way, which runs a block again where activations are checkpointed.
-
-    The same is read then, as autograd counts on it. But the loss was made of what was read the first time.
-    """
-    return torch._C._current_graph_task_id() != -1

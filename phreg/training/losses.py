@@ -4,7 +4,7 @@
     mse          mean squared error of patches                                (PH-Reg)
     relative_mse the same over the target's mean square: a model's scale does not decide
     pooled       both on the global output, which the paper does not guard
-    relocation   sinks are active on registers and not on patches (`phreg.sinks.relocation`)
+    relocation   registers hold what sinks hold, and patches none of it (`phreg.sinks.relocation`)
 
 To add a term, write a class here, add its weight to `LossConfig`, and list it in the methods that use it.
 """
@@ -22,7 +22,6 @@ from torch import Tensor
 from phreg.backbones.base import Features
 from phreg.config import LossConfig
 from phreg.sinks.relocation import Relocation
-from phreg.sinks.units import UnitActivations
 
 
 class Outputs(NamedTuple):
@@ -119,11 +118,11 @@ class Pooled(LossTerm):
 
 
 class RelocationTerm(LossTerm):
-    """Makes the hidden units that cause sinks active on registers and silent on patches.
+    """Makes registers hold what sinks hold, and patches hold none of it.
 
     Args:
         weight: Its weight.
-        relocation: The loss of these units.
+        relocation: The loss of these sinks.
     """
 
     name = "relocation"
@@ -132,7 +131,7 @@ class RelocationTerm(LossTerm):
     def __init__(self, weight: float, relocation: Relocation) -> None:
         super().__init__(weight)
         self.relocation = relocation
-        self._captured: dict[int, UnitActivations] = {}
+        self._captured: dict[int, Tensor] = {}
 
     def __call__(self, outputs: Outputs) -> Float[Tensor, ""]:
         """Computes the term."""
@@ -140,23 +139,23 @@ class RelocationTerm(LossTerm):
 
     @contextmanager
     def capture(self) -> Iterator[None]:
-        """Reads the units while the student runs."""
+        """Reads the residual stream while the student runs."""
         with self.relocation.capture() as self._captured:
             yield
 
     def forget(self) -> None:
         """Drops what was read in a pass that did not end."""
         self._captured.clear()
-        self.relocation.forget()
 
     def warnings(self) -> list[str]:
-        """Names units that are active nowhere any more."""
-        silenced = self.relocation.silenced(self._captured)
-        if not silenced:
+        """Names clusters of sinks that are nowhere any more."""
+        lost = self.relocation.lost(self._captured)
+        if not lost:
             return []
+        which = "the sinks" if lost == [0] else f"sinks of cluster {', '.join(map(str, lost))}"
         return [
-            f"no register took over hidden units {', '.join(silenced)}, which cause sinks: these were "
-            "silenced rather than moved; train longer, or with a larger --loss.relocation"
+            f"no register holds what {which} held: they were silenced rather than moved; train longer, or "
+            "with a larger --loss.relocation"
         ]
 
 

@@ -125,7 +125,7 @@ def compiled(wanted: bool, *backbones: Backbone) -> Iterator[None]:
     """Compiles the blocks of backbones inside the context.
 
     Blocks are compiled one by one. They are alike, so compilation is short, and hooks around them (registers,
-    taps) stay outside. Blocks with hooks inside (relocation reads there) are left out: alike blocks share
+    taps) stay outside. Blocks with hooks inside (test-time registers) are left out: alike blocks share
     compiled code, so a block would get the hooks of another.
     """
     blocks = [block for backbone in backbones for block in backbone.blocks if not _hooked_inside(block)]

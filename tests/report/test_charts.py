@@ -18,7 +18,8 @@ from phreg.report.canvas import LINE_LENGTH, png, save_png, wrapped
 from phreg.report.maps import norm_map
 from phreg.report.norm_charts import norm_histograms, norm_quantiles, norm_series
 from phreg.report.sink_chart import MAX_UNITS, sink_chart
-from phreg.sinks.locate import Sinks, Unit
+from phreg.sinks.kinds import Kind
+from phreg.sinks.locate import Population, Sinks, Unit
 
 Histogram = namedtuple("Histogram", "edges counts")
 LONG = "vit_tiny_patch16_224.augreg_in21k_ft_in1k"
@@ -320,6 +321,26 @@ def test_sinks_that_no_unit_explains_say_so(sinks: Sinks):
     assert len(figure.axes) == 1
     assert len(sink_chart(replace(sinks, attention=None)).axes) == 2
     assert len(sink_chart(replace(sinks, units=(), chain=())).axes) == 2
+
+
+def test_what_wrote_each_population_is_drawn_as_bars_that_add_up(sinks: Sinks):
+    kinds = [
+        Kind("units", 0.9, 0.08, 0.02, "read", 0.3, 1.0),
+        Kind("attention", 0.1, 0.9, 0.0, "parked", 0.9, 0.0),
+    ]
+    known = [
+        Population(block, 3, "high", 0.02, (), 0.0, kind, (torch.zeros(1, 16),), ())
+        for block, kind in zip((2, 3), kinds, strict=True)
+    ]
+    figure = sink_chart(replace(sinks, populations=tuple(known)))
+    axes = figure.axes[-1]
+    assert [text.get_text() for text in axes.get_yticklabels()] == ["block 2", "block 3"]
+    widths = [bar.get_width() for bar in axes.patches]
+    assert widths == pytest.approx([90, 8, 2, 10, 90, 0])
+    starts = [bar.get_x() for bar in axes.patches]
+    assert starts == pytest.approx([0, 90, 98, 0, 10, 100])
+    unread = replace(known[0], kind=Kind(None, None, None, 0.1, None, None, None))
+    assert len(sink_chart(replace(sinks, populations=(unread,))).axes) == len(sink_chart(sinks).axes)
 
 
 def test_of_many_units_those_with_the_largest_shares_are_drawn(sinks: Sinks):

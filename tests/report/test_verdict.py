@@ -1,4 +1,5 @@
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -8,7 +9,8 @@ from planted import CORNERS, Planted, pictures
 from phreg.analysis.inspection import Inspection
 from phreg.analysis.norms import outliers
 from phreg.report.verdict import advice, causes, disagreement, headline, nothing_to_repair, percent, verdict
-from phreg.sinks.locate import Sinks, Unit
+from phreg.sinks.kinds import AttentionRole, Kind
+from phreg.sinks.locate import Population, Sinks, Unit
 
 
 @pytest.fixture(scope="module")
@@ -135,6 +137,34 @@ def test_causes_are_named_by_block_and_unit():
     assert causes(drawn).endswith("They attract up to 31.0 % of the attention of CLS.")
     without = replace(drawn, norms=replace(drawn.norms, tokens=()))
     assert causes(without).endswith("They attract up to 31.0 % of the attention of the patches.")
+
+
+def population(block: int, rate: float, **kind: Any) -> Population:
+    known = {"writer": "MLP", "mlp": 0.9, "attention": 0.124, "input": -0.024}
+    found = Kind(**known | {"role": "ignored", "looked_at": 0.1, "value": 1.0} | kind)
+    return Population(block, 3, "high", rate, (), 0.0, found, (torch.zeros(1, 16),), ())
+
+
+def test_causes_say_what_writes_the_largest_population_and_where_others_emerge():
+    one = sinks(explained=0.0)
+    found = replace(one, populations=(population(3, 0.004), population(2, 0.02)))
+    assert causes(found) == (
+        "Sinks emerge in block 2, triggered by position; no hidden unit explains them. Of what they hold "
+        "after block 2, its MLP wrote 90 %, its attention 12 %, and earlier blocks -2 %. Other sinks, "
+        "0.4 % of patches, emerge in block 3."
+    )
+    unread = replace(one, populations=(population(2, 0.02, writer=None, mlp=None, attention=None),))
+    assert causes(unread) == causes(one)
+
+
+@pytest.mark.parametrize(
+    ("role", "reads"), [("parked", "next to nothing there: attention is parked"), ("read", "what they hold")]
+)
+def test_causes_say_what_attention_does_with_sinks(role: AttentionRole, reads: str):
+    found = replace(sinks(explained=0.0), populations=(population(2, 0.02, role=role, looked_at=0.985),))
+    assert causes(found).endswith(
+        f" One head of a later block looks there with 98.5 % of its attention, and reads {reads}."
+    )
 
 
 def test_several_kinds_of_sink_are_counted():

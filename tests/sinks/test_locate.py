@@ -139,8 +139,8 @@ def searches(caplog):
 
 @pytest.mark.parametrize("smallest", [0.05, 0.5])  # a half is what each of them makes
 def test_the_search_goes_on_until_the_sinks_of_every_block_are_gone(tiny, monkeypatch, caplog, smallest):
-    caplog.set_level("INFO", "phreg.sinks.locate")
-    monkeypatch.setattr("phreg.sinks.locate.WORTH_IT", smallest)
+    caplog.set_level("INFO", "phreg.sinks.causes")
+    monkeypatch.setattr("phreg.sinks.causes.WORTH_IT", smallest)
     backbone = adapt(tiny(depth=4))
     images = faint(backbone)
     plant(backbone, 1, 5, images)
@@ -153,8 +153,8 @@ def test_the_search_goes_on_until_the_sinks_of_every_block_are_gone(tiny, monkey
 
 
 def test_the_search_ends_when_too_few_sinks_are_left_to_matter(tiny, monkeypatch, caplog):
-    caplog.set_level("INFO", "phreg.sinks.locate")
-    monkeypatch.setattr("phreg.sinks.locate.WORTH_IT", 0.6)
+    caplog.set_level("INFO", "phreg.sinks.causes")
+    monkeypatch.setattr("phreg.sinks.causes.WORTH_IT", 0.6)
     backbone = adapt(tiny())
     images = faint(backbone)
     pushed(backbone.model.blocks[1].attn, token=1)  # of each image one sink is attention's, two are of units
@@ -193,10 +193,18 @@ def test_a_unit_that_answers_to_all_but_the_outliers_is_no_cause():
     assert found.explained == 1.0
 
 
-GATED = ["timm/eva02", "timm/dinov2-swiglu", "transformers/dinov2-swiglu", "transformers/dinov3-gated"]
-
-
-@pytest.mark.parametrize("family", [*GATED, "timm/vit", "transformers/clip-vision", "open_clip/clip"])
+@pytest.mark.parametrize(
+    "family",
+    [
+        "timm/eva02",
+        "timm/dinov2-swiglu",
+        "transformers/dinov2-swiglu",
+        "transformers/dinov3-gated",
+        "timm/vit",
+        "transformers/clip-vision",
+        "open_clip/clip",
+    ],
+)
 def test_a_unit_is_found_in_plain_gated_split_and_fused_mlps(family):
     backbone = adapt(FAMILIES[family]())
     images = faint(backbone)
@@ -205,11 +213,6 @@ def test_a_unit_is_found_in_plain_gated_split_and_fused_mlps(family):
     assert names(found.units) == {(1, 5)}
     assert found.explained == 1.0
     assert found.block == 1
-    (cause,) = found.units
-    if family in GATED:
-        assert len(cause.pre_activation) == 2
-    else:  # far from zero GELU, in all its kinds, is the identity
-        assert cause.pre_activation == pytest.approx([cause.sink_level], rel=1e-3)
 
 
 def test_another_size_than_the_models_own_works():
@@ -271,7 +274,7 @@ def test_sinks_that_no_unit_makes_are_blamed_on_none(tiny, cause):
 def test_units_count_from_the_smallest_share_of_the_sinks_that_is_worth_it(
     tiny, monkeypatch, smallest, named
 ):
-    monkeypatch.setattr("phreg.sinks.locate.WORTH_IT", smallest)
+    monkeypatch.setattr("phreg.sinks.causes.WORTH_IT", smallest)
     backbone = adapt(tiny())
     images = faint(backbone)
     pushed(backbone.model.blocks[1].attn, token=1)  # of each image one sink is attention's, one is the unit's
@@ -287,7 +290,7 @@ def test_an_mlp_that_writes_nothing_is_not_blamed(tiny, caplog):
     pushed(backbone.model.blocks[1].attn, token=1)
     torch.nn.init.zeros_(backbone.mlp(1).down.weight)
     images = torch.randn(24, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    with caplog.at_level("INFO", "phreg.sinks.locate"):
+    with caplog.at_level("INFO", "phreg.sinks.causes"):
         found = find_sinks(backbone, images.split(8))
     assert found.units == ()
     assert "in block 1: trying whether hidden units cause them (0)" in caplog.text
@@ -325,7 +328,6 @@ def planted():
     for number in (0, 1):
         mlp = model.blocks[number].mlp
         hooks += [
-            mlp.fc1.register_forward_hook(lambda _, __, out, n=number: seen.update({f"pre{n}": out})),
             mlp.fc2.register_forward_pre_hook(lambda _, args, n=number: seen.update({f"hidden{n}": args[0]})),
         ]
     for number, block in enumerate(model.blocks):
@@ -341,10 +343,10 @@ def planted():
 SINK, OTHERS = 1, slice(2, None)
 
 
-def test_sink_level_baseline_share_and_pre_activation_of_a_cause_are_those_measured_by_hand(planted):
+def test_sink_level_baseline_and_share_of_a_cause_are_those_measured_by_hand(planted):
     backbone, _, seen, found = planted
     (cause,) = found.units
-    hidden, pre = seen["hidden1"].detach().double(), seen["pre1"].detach().double()
+    hidden = seen["hidden1"].detach().double()
     sink, others = hidden[:, SINK], hidden[:, OTHERS].flatten(0, 1)
     # fp32 against fp64, on values around 10: a few units in the sixth place.
     assert cause.sink_level == pytest.approx(((sink[:, 5] ** 2).sum() / sink[:, 5].sum()).item(), rel=1e-5)
@@ -353,8 +355,6 @@ def test_sink_level_baseline_share_and_pre_activation_of_a_cause_are_those_measu
     down = backbone.model.blocks[1].mlp.fc2.weight.detach().double()
     write = down @ excess
     assert cause.share == pytest.approx((excess[5] * (down[:, 5] @ write) / (write @ write)).item(), rel=1e-5)
-    pre_activation = (sink[:, 5] * pre[:, SINK, 5]).sum() / sink[:, 5].sum()
-    assert cause.pre_activation == pytest.approx((pre_activation.item(),), rel=1e-5)
     assert (cause.cluster, cause.block, found.explained) == (0, 1, 1.0)
 
 
@@ -380,8 +380,7 @@ def test_what_a_half_precision_model_shows_is_summed_in_more_than_its_own_precis
     plant(backbone, 1, 5, images)
     backbone.model.bfloat16()
     images = images.bfloat16()
-    mlp, before, read, pre, entry = backbone.mlp(1), [], [], [], []
-    hooks = [mlp.up[0].register_forward_hook(lambda _, __, out: pre.append(out.double()))]
+    mlp, before, read, entry = backbone.mlp(1), [], [], []
     with (
         torch.no_grad(),
         ahead_of(backbone.mlp(0).down, lambda _, args: before.append(args[0].double())),
@@ -389,11 +388,10 @@ def test_what_a_half_precision_model_shows_is_summed_in_more_than_its_own_precis
         ahead_of(backbone.first_block_input, lambda _, args: entry.append(args[0].double())),
     ):
         tokens = torch.cat([backbone.block_tokens(part, [1])[1] for part in images.split(8)])
-    hooks[0].remove()
     patches = backbone.layout(images).patches
     norms = patches(tokens).double().norm(dim=-1)
     sinks = norms > 3 * norms.median()  # far beyond whatever bf16 rounds
-    hidden, fed, entered = (patches(torch.cat(parts)) for parts in (read, pre, entry))
+    hidden, entered = (patches(torch.cat(parts)) for parts in (read, entry))
     found = find_sinks(backbone, images.split(8))
     (cause,) = found.units
     answers = hidden[sinks][:, 5]
@@ -404,9 +402,6 @@ def test_what_a_half_precision_model_shows_is_summed_in_more_than_its_own_precis
     ordinary = patches(torch.cat(before))[~sinks].mean(0)
     assert found.chain
     assert all(one.baseline == pytest.approx(ordinary[one.index].item(), rel=1e-4) for one in found.chain)
-    assert cause.pre_activation == pytest.approx(
-        ((answers * fed[sinks][:, 5]).sum().item() / answers.sum().item(),), rel=1e-5
-    )
     most = sinks.sum(0).argmax()
     trigger = entered[sinks[:, most], most].mean(0, keepdim=True)
     torch.testing.assert_close(found.triggers[0].double(), trigger, rtol=1e-5, atol=1e-6)
@@ -449,7 +444,7 @@ def test_the_chain_is_excess_times_gradient_on_the_first_images(planted):
     expected = {unit: share for unit, share in enumerate(shares.tolist()) if share >= 0.05}
     # Excesses are differences of fp32 numbers that nearly agree.
     assert {unit.index: unit.share for unit in found.chain} == pytest.approx(expected, rel=1e-2)
-    assert all((unit.block, unit.cluster, unit.pre_activation) == (0, None, ()) for unit in found.chain)
+    assert all((unit.block, unit.cluster) == (0, None) for unit in found.chain)
     for unit in found.chain:
         sink = seen["hidden0"][:, SINK, unit.index].detach().double()
         assert unit.sink_level == pytest.approx(((sink**2).sum() / sink.sum()).item(), rel=1e-4, abs=1e-6)
@@ -467,7 +462,6 @@ def test_what_json_holds_of_a_unit_is_all_of_it(planted):
         "ordinary": cause.baseline,
         "share": cause.share,
         "kind": 0,
-        "fed": list(cause.pre_activation),
     }
     assert written["explained"] == 1.0
     assert written["attention_share"] == list(found.attention)
@@ -476,30 +470,11 @@ def test_what_json_holds_of_a_unit_is_all_of_it(planted):
 
 
 def read_unit(backbone, images, unit):
-    """A hidden unit of block 1 on the first patch of each image, and what feeds it there."""
-    mlp, hidden, pre_activation = backbone.mlp(1), [], []
-    hooks = [mlp.down.register_forward_pre_hook(lambda _, args: hidden.append(args[0]))]
-    hooks += [layer.register_forward_hook(lambda _, __, out: pre_activation.append(out)) for layer in mlp.up]
-    with torch.no_grad():
+    """A hidden unit of block 1 on the first patch of each image."""
+    hidden = []
+    with torch.no_grad(), ahead_of(backbone.mlp(1).down, lambda _, args: hidden.append(args[0])):
         backbone.run(images)
-    for hook in hooks:
-        hook.remove()
-    sink = backbone.spec.num_prefix
-    parts = [
-        out[:, sink, unit :: mlp.num_units] for out in pre_activation
-    ]  # both halves, where one layer has them
-    return hidden[0][:, sink, unit], torch.cat(parts, dim=-1)
-
-
-@pytest.mark.parametrize("family", ["timm/dinov2-swiglu", "transformers/dinov2-swiglu"])
-def test_what_feeds_a_gated_cause_is_the_mean_of_both_inputs_weighted_by_its_answer(family):
-    backbone = adapt(FAMILIES[family]())
-    images = faint(backbone)
-    plant(backbone, 1, 5, images)
-    (cause,) = find_sinks(backbone, images.split(8)).units
-    answer, pre_activation = read_unit(backbone, images, 5)
-    expected = (answer[:, None] * pre_activation).sum(0) / answer.sum()
-    assert cause.pre_activation == pytest.approx(expected.tolist(), rel=1e-4)
+    return hidden[0][:, backbone.spec.num_prefix, unit]
 
 
 def test_a_cause_may_be_negative():
@@ -513,7 +488,7 @@ def test_a_cause_may_be_negative():
         with torch.no_grad():
             for parameter, rows in mlp.rows(torch.tensor([5])):
                 parameter[rows[half]] *= -1
-        answer = read_unit(backbone, images, 5)[0]
+        answer = read_unit(backbone, images, 5)
         level = (answer.square().sum() / answer.sum()).item()
         if level < -10:
             levels.append(level)
@@ -522,3 +497,60 @@ def test_a_cause_may_be_negative():
             assert found.units[0].sink_level == pytest.approx(level, rel=1e-4)
             assert found.explained == 1.0
     assert len(levels) == 1
+
+
+def test_a_pair_of_units_that_cancel_elsewhere_is_named_together(tiny):
+    backbone = adapt(tiny(depth=4))
+    images = faint(backbone)
+    write = 100 * torch.randn(backbone.spec.width, generator=torch.Generator().manual_seed(2))
+    plant(backbone, 1, 5, images, write=write)
+    plant(backbone, 1, 9, images, write=-0.5 * write)
+    found = find_sinks(backbone, images.split(8))
+    assert names(found.units) == {(1, 5), (1, 9)}
+    assert found.explained == 1.0
+
+
+def test_a_unit_that_makes_the_sinks_where_an_earlier_one_does_not_is_named_too(tiny):
+    backbone = adapt(tiny(depth=4))
+    images = faint(backbone)
+    write = 100 * torch.randn(backbone.spec.width, generator=torch.Generator().manual_seed(2))
+    plant(backbone, 2, 9, images, write=write)
+    plant(backbone, 1, 5, images, write=write)  # ahead of the other; fixed alone, it takes away no sink
+    found = find_sinks(backbone, images.split(8))
+    assert names(found.units) == {(1, 5), (2, 9)}
+    assert (found.explained, found.block) == (1.0, 1)
+
+
+# -- populations ---------------------------------------------------------------------------------------------
+
+
+def behind(first, second):
+    """A tower whose first sinks hide the second: their gap is the wider."""
+    return Planted({1: (CORNERS, first), 2: ((20, 27), second)})
+
+
+def test_sinks_that_longer_ones_hide_are_a_population_of_their_own():
+    backbone = behind(1e6, 100.0)
+    assert find_sinks(behind(1e6, 0.0), [pictures(40)]).norms.outlier_rate == len(CORNERS) / 64
+    found = find_sinks(backbone, [pictures(40)])
+    assert [(each.block, each.last_block) for each in found.populations] == [(1, 3), (2, 3)]
+    assert [each.rate for each in found.populations] == [len(CORNERS) / 64, 2 / 64]
+    assert [len(own) for own in found.triggers] == [len(CORNERS), 2]
+    assert [(each.cluster, each.block) for each in found.directions] == [
+        (0, 1),
+        (0, 2),
+        (0, 3),
+        (1, 2),
+        (1, 3),
+    ]
+    assert found.block == 1, "that of the larger population"
+
+
+def test_a_model_with_one_kind_of_sink_has_one_population(found):
+    assert len(found.populations) == 1
+    (only,) = found.populations
+    assert (only.units, only.explained, only.block) == (found.units, found.explained, found.block)
+    written = only.to_json()
+    assert written["units"] == 2
+    assert written["kind"]["writer"] == "units"
+    assert [each["block"] for each in written["directions"]] == [each.block for each in found.directions]

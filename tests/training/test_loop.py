@@ -29,7 +29,8 @@ from phreg.errors import (
     PhregError,
     TrainingError,
 )
-from phreg.sinks.locate import Sinks, Unit
+from phreg.sinks.directions import SinkDirection
+from phreg.sinks.locate import Sinks
 from phreg.training import runtime, step_log
 from phreg.training.task import RetrofitTask
 from phreg.training.validation import Measurement, Validator
@@ -86,8 +87,8 @@ def sinking(monkeypatch):
     """Has sinks found in a model that has none: all that relocation is told of."""
 
     def find_sinks(_backbone, _batches, norms):
-        unit = Unit(block=1, index=5, sink_level=10.0, baseline=0.0, share=1.0, pre_activation=(10.0,))
-        return Sinks(norms, 1, (unit,), 1.0, (), None, (torch.zeros(1, 32),))
+        direction = SinkDirection(1, 0, torch.eye(32)[5], 0.0, 10.0, 0.0, 1.0)
+        return Sinks(norms, 1, (), 0.0, (), None, (torch.zeros(1, 32),), (direction,))
 
     monkeypatch.setattr(distillation, "find_sinks", find_sinks)
     return {"measure": {"images": 0}}
@@ -131,7 +132,7 @@ def test_relocation_alone_trains_and_no_loss_at_all_is_an_error(tiny, photos, tm
 
 def test_sinks_that_end_up_in_no_register_are_named(tiny, photos, tmp_path, sinking, caplog):
     run(tiny(), photos, tmp_path / "run", steps=1, **sinking)
-    assert "no register took over hidden units 1:5" in caplog.text
+    assert "no register holds what the sinks held" in caplog.text
 
 
 KEEP_BEST = {"images": 4, "views": 4, "every": 2, "keep_best": True}

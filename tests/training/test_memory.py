@@ -174,7 +174,7 @@ def test_dropout_in_a_block_is_drawn_alike_both_times(tiny):
 
 
 def relocating(student, unlocked):
-    """A task with a relocation term, which reads hidden units inside a block."""
+    """A task with a relocation term, which reads what blocks put out."""
     relocation = Relocation(student, sinks((1, 5, 10.0)))
     torch.manual_seed(1)
     unlock(student, unlocked)
@@ -182,7 +182,7 @@ def relocating(student, unlocked):
 
 
 @pytest.mark.parametrize("unlocked", [LORA, BLOCKS], ids=("lora", "blocks"))
-def test_hooks_inside_a_block_read_the_same_when_it_is_computed_twice(tiny, unlocked):
+def test_what_a_term_reads_of_a_block_is_the_same_when_it_is_computed_twice(tiny, unlocked):
     task = relocating(add_registers(adapt(tiny()), 2), unlocked)
     for _ in range(2):  # nothing of one step is left for the next
         expected, losses, _ = backward(task, checkpointing(False))

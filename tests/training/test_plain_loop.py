@@ -304,7 +304,7 @@ def test_the_relocation_term_adds_its_weight_times_its_value(tiny, pictures, dis
 
         __init__ = object.__init__
         capture = staticmethod(lambda: nullcontext({"block": "captured"}))
-        silenced = staticmethod(lambda hidden: [])
+        lost = staticmethod(lambda hidden: [])
 
         def loss(self, hidden, images):
             assert hidden == {"block": "captured"}
