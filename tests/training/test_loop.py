@@ -365,7 +365,7 @@ def test_a_run_killed_outright_again_and_again_ends_with_the_same_weights(saved,
     assert equal(weights(tmp_path / "whole"), weights(tmp_path / "killed"))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2])
 def test_a_polite_signal_ends_in_a_checkpoint_and_a_word_on_how_to_go_on(saved, photos, tmp_path, number):
     arguments = flags(saved, photos, tmp_path / "run", 100_000)
     log = tmp_path / "run" / "log.jsonl"
