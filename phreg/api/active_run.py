@@ -1,7 +1,8 @@
 """A run that is under way: its folder, its processes, and the images it trains and measures on."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,9 +21,13 @@ from phreg.data.sampling import split, subsample
 from phreg.data.sources import ImageSource
 from phreg.evaluation.before_after import HeldOut, make_references
 from phreg.methods.base import Method
+from phreg.processes import on_main, watched
 from phreg.progress import track
+from phreg.storage import resume_command
 from phreg.training.checkpoint import RunFolder
 from phreg.training.runtime import start_accelerator
+from phreg.training.target_cache import check_room, plan_cache
+from phreg.training.trainable import check_trainable
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +71,16 @@ class ActiveRun:
         sizes = " or ".join(f"{rows}x{cols}" for rows, cols in self.margins)
         return f"{len(self.train_images)} images of {sizes} pixels, {len(self.measured_images)} {apart}"
 
+    def check_trainable(self, student: Backbone) -> None:
+        """Checks what training needs, before anything is written and before the search for sinks.
+
+        Raises:
+            PhregError: See `trainable.check_trainable` and `target_cache.check_room`.
+        """
+        images, processes = len(self.train_images), self.accelerator.num_processes
+        check_trainable(student, images, self.config, processes)
+        check_room(plan_cache(student, images, self.config, processes), self.folder)
+
     @property
     def crops(self) -> MixedCrops:
         """The training images, cut, each at its size."""
@@ -91,11 +106,15 @@ class ActiveRun:
         return list(centre_crops(backbone, images, self.size, margin, self.config.data.max_broken))
 
 
-def start(student: Backbone, source: ImageSource, folder: RunFolder, config: DistillConfig) -> ActiveRun:
-    """Starts the processes, and splits the images."""
+@contextmanager
+def start(
+    student: Backbone, source: ImageSource, folder: RunFolder, config: DistillConfig
+) -> Iterator[ActiveRun]:
+    """Starts the processes, and splits the images; where one process fails inside, the others end too."""
     margins = context_margins(student, config)
     accelerator = start_accelerator(config, folder)
-    return ActiveRun(folder, config, accelerator, *split(source, config), margins)
+    with watched(f"go on with the run: {resume_command(folder.path)}"):
+        yield ActiveRun(folder, config, accelerator, *split(source, config), margins)
 
 
 def worth_training(
@@ -109,7 +128,7 @@ def worth_training(
     images = subsample(run.train_images, COMPARED)
     logger.info("comparing the model with its own moved views on %d images", len(images))
     moving = track("moved views", run.read(original, images, run.margin))
-    report = consistency(original, moving, run.config.views, run.size, count=MOVED_VIEWS)
+    report = on_main(lambda: consistency(original, moving, run.config.views, run.size, count=MOVED_VIEWS))
     logger.info(
         "patch features agree to %.3f with the model's own moved views; averages over views agree to %.3f",
         report.mean, report.floor,

@@ -31,6 +31,7 @@ from phreg.evaluation.before_after import Comparison, HeldOut, compare, failed_c
 from phreg.formats.load import Model, open_model
 from phreg.formats.run import save_run
 from phreg.methods import METHODS
+from phreg.processes import on_main
 from phreg.progress import track
 from phreg.report.folder import write_comparison, write_inspection
 from phreg.rollback import ModelState, rollback_on_error, to_fp32
@@ -44,7 +45,6 @@ from phreg.training.losses import LossTerm, distillation_terms
 from phreg.training.runtime import deterministic_kernels
 from phreg.training.step_log import StepRecord
 from phreg.training.task import RetrofitTask
-from phreg.training.trainable import check_trainable
 from phreg.training.validation import Validator
 
 StepObserver = Callable[[StepRecord, int], None]
@@ -118,17 +118,20 @@ def distill(
     """
     student, base, source, folder, config = _open_run(model, images, output, recipe, settings, resume=resume)
     method = METHODS[config.method]
-    with rollback_on_error(student) as before, deterministic_kernels(wanted=config.deterministic):
-        run = start(student, source, folder, config)
+    with (
+        rollback_on_error(student) as before,
+        deterministic_kernels(wanted=config.deterministic),
+        start(student, source, folder, config) as run,
+    ):
         if method.trains:
-            check_trainable(student, len(run.train_images), config, run.accelerator.num_processes)
+            run.check_trainable(student)
         with starting_run(run.folder, config, run.accelerator, resume=resume):
             to_fp32(student.eval().to(run.accelerator.device))
             original = before.frozen_twin()
             logger.info("looking for sinks on up to %d images", config.sinks.images)
             seen = run.read(original, subsample(run.train_images, config.sinks.images))
-            norms = outliers(original, track("norms", seen))
-            sinks = find_sinks(original, seen, norms) if method.needs_sinks else None
+            norms = on_main(lambda: outliers(original, track("norms", seen)))
+            sinks = on_main(lambda: find_sinks(original, seen, norms)) if method.needs_sinks else None
             if not config.force:
                 worth, moved = worth_training(run, original, norms, method)
                 if not worth:

@@ -13,12 +13,13 @@ from contextlib import contextmanager
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import patch_environment
+from accelerate.utils import InitProcessGroupKwargs, patch_environment
 from torch import nn
 
 from phreg.backbones.base import Backbone
 from phreg.config import DistillConfig
 from phreg.errors import PhregError
+from phreg.processes import TIMEOUT
 from phreg.training.checkpoint import RunFolder
 from phreg.training.launch import launched_precision
 
@@ -59,6 +60,7 @@ def start_accelerator(config: DistillConfig, run: RunFolder) -> Accelerator:
             cpu=on_cpu,
             mixed_precision="bf16" if precision == "bf16" else "no",
             log_with=list(config.trackers) or None,
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=TIMEOUT)],
             project_dir=run.path,
         )
     if on_cpu and config.keep_freed_memory:
