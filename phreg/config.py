@@ -92,6 +92,9 @@ class TargetConfig(Config):
     cache: bool = True
     """Cut each image the same in every epoch, and cache its target on disk in the run folder until the run
     ends. If off, every step has new crops and new views."""
+    cache_limit: PositiveFloat | None = None
+    """Most gigabytes that cached targets may take on disk. Targets of the images beyond it are made anew each
+    time. Unset means as many as there are images."""
     native_size: bool = False
     """Resample the student's position embedding to the training size once, and save it at that size."""
     micro_batch: PositiveInt | None = None

@@ -273,13 +273,16 @@ def test_the_version_is_told(capsys):
     assert capsys.readouterr().out.split() == ["phreg", version("phreg")]
 
 
-def test_a_run_told_to_stop_before_its_first_step_leaves_nothing(saved, photos, tmp_path, monkeypatch):
-    before = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr("phreg.api.distillation.find_sinks", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2])
+def test_a_run_told_to_stop_before_its_first_step_leaves_nothing(
+    saved, photos, tmp_path, monkeypatch, number
+):
+    before = signal.getsignal(number)
+    monkeypatch.setattr("phreg.api.distillation.find_sinks", lambda *_: os.kill(os.getpid(), number))
     asked = ["distill", saved, "--images", photos, "--output", tmp_path / "run", "--steps", 1, *QUICK]
     assert phreg(*asked) == 143
     assert not (tmp_path / "run").exists()
-    assert signal.getsignal(signal.SIGTERM) is before
+    assert signal.getsignal(number) is before
 
 
 def test_an_export_that_differs_at_some_size_says_why_and_what_to_do(monkeypatch, capsys):

@@ -7,7 +7,7 @@ A clean model ends early: it is returned unchanged, with the verdict as its repo
 
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,24 +15,23 @@ from typing import Any
 from torch import Tensor, nn
 
 from phreg import demo, methods
-from phreg.analysis.advice import reasons_to_train
-from phreg.analysis.consistency import ConsistencyReport, consistency
-from phreg.analysis.inspection import MOVED_VIEWS, look
+from phreg.analysis.consistency import ConsistencyReport
+from phreg.analysis.inspection import look
 from phreg.analysis.norms import NormReport, outliers
+from phreg.api.active_run import ActiveRun, start, worth_training
 from phreg.api.arguments import ImagesPath, usable_device
-from phreg.api.sizes import checked_sizes, context_margins, held_out_at_all_sizes, mixed_crops
+from phreg.api.sizes import checked_sizes
 from phreg.backbones.base import Backbone, packed_types
 from phreg.backbones.resolve import Base, display_name
 from phreg.config import DistillConfig
-from phreg.data.crops import MixedCrops, centre_crops
-from phreg.data.sampling import split, subsample, subsample_indices
+from phreg.data.sampling import subsample, subsample_indices
 from phreg.data.sources import ImageSource, open_images
 from phreg.errors import PhregError
-from phreg.evaluation.before_after import Comparison, HeldOut, compare, failed_checks, make_references
+from phreg.evaluation.before_after import Comparison, HeldOut, compare, failed_checks
 from phreg.formats.load import Model, open_model
 from phreg.formats.run import save_run
 from phreg.methods import METHODS
-from phreg.methods.base import Method
+from phreg.processes import on_main
 from phreg.progress import track
 from phreg.report.folder import write_comparison, write_inspection
 from phreg.rollback import ModelState, rollback_on_error, to_fp32
@@ -40,12 +39,12 @@ from phreg.run_summary import Outcome
 from phreg.sinks.locate import Sinks, find_sinks
 from phreg.teacher import Teacher
 from phreg.training.checkpoint import RunFolder, check_free, close_without_model, starting_run
+from phreg.training.launch import check_launch
 from phreg.training.loop import UNTRAINED, train
 from phreg.training.losses import LossTerm, distillation_terms
-from phreg.training.runtime import deterministic_kernels, start_accelerator
+from phreg.training.runtime import deterministic_kernels
 from phreg.training.step_log import StepRecord
 from phreg.training.task import RetrofitTask
-from phreg.training.trainable import check_trainable
 from phreg.training.validation import Validator
 
 StepObserver = Callable[[StepRecord, int], None]
@@ -54,9 +53,6 @@ logger = logging.getLogger(__name__)
 
 LOOKED_AT = 8
 """Batches in the report on a model with nothing to repair."""
-
-COMPARED = 32
-"""Images whose moved views show whether a model without sinks has something to gain."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,19 +118,22 @@ def distill(
     """
     student, base, source, folder, config = _open_run(model, images, output, recipe, settings, resume=resume)
     method = METHODS[config.method]
-    with rollback_on_error(student) as before, deterministic_kernels(wanted=config.deterministic):
-        run = _start(student, source, folder, config)
+    with (
+        rollback_on_error(student) as before,
+        deterministic_kernels(wanted=config.deterministic),
+        start(student, source, folder, config) as run,
+    ):
         if method.trains:
-            check_trainable(student, len(run.train_images), config, run.accelerator.num_processes)
+            run.check_trainable(student)
         with starting_run(run.folder, config, run.accelerator, resume=resume):
             to_fp32(student.eval().to(run.accelerator.device))
             original = before.frozen_twin()
             logger.info("looking for sinks on up to %d images", config.sinks.images)
             seen = run.read(original, subsample(run.train_images, config.sinks.images))
-            norms = outliers(original, track("norms", seen))
-            sinks = find_sinks(original, seen, norms) if method.needs_sinks else None
+            norms = on_main(lambda: outliers(original, track("norms", seen)))
+            sinks = on_main(lambda: find_sinks(original, seen, norms)) if method.needs_sinks else None
             if not config.force:
-                worth, moved = _worth_training(run, original, norms, method)
+                worth, moved = worth_training(run, original, norms, method)
                 if not worth:
                     return _nothing_to_repair(run, before, original, base, seen, norms, moved)
             logger.info("retrofitting on %s", run.divided)
@@ -188,6 +187,7 @@ def _open_run(
     required = early.required()
     folder = RunFolder(Path(required.output))
     check_free(folder.path, resume=resume)
+    check_launch(early)
     if early.device is not None:
         usable_device(early.device)
     source = open_images(
@@ -215,95 +215,8 @@ def _open_run(
     return student, base, source, folder, checked_sizes(student, config)
 
 
-@dataclass(frozen=True)
-class _Run:
-    """A run that is under way: its folder, processes and images.
-
-    Attributes:
-        train_images: Those it trains on.
-        measured_images: Those it is measured on.
-        held_out: Whether none of these is trained on.
-        margins: Rows and columns of context that images come with, in pixels, by size, the main one first.
-    """
-
-    folder: RunFolder
-    config: DistillConfig
-    accelerator: Any
-    train_images: ImageSource
-    measured_images: ImageSource
-    held_out: bool
-    margins: Mapping[tuple[int, int], tuple[int, int]]
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """Height and width of images of the main size."""
-        return next(iter(self.margins))
-
-    @property
-    def margin(self) -> tuple[int, int]:
-        """The context margin of the main size."""
-        return self.margins[self.size]
-
-    @property
-    def divided(self) -> str:
-        """How many images there are, and of which sizes, for the log."""
-        apart = "held out to measure on" if self.held_out else "of them also measured on"
-        sizes = " or ".join(f"{rows}x{cols}" for rows, cols in self.margins)
-        return f"{len(self.train_images)} images of {sizes} pixels, {len(self.measured_images)} {apart}"
-
-    @property
-    def crops(self) -> MixedCrops:
-        """The training images, cut, each at its size."""
-        where = "fixed" if self.config.target.cache else "random"
-        return mixed_crops(self.train_images, self.margins, self.config.seed, where)
-
-    def references(self, original: Backbone, base: Base) -> HeldOut | None:
-        """Makes what the model is measured against; None where there is no image, or none is readable."""
-        if not len(self.measured_images):
-            return None
-        logger.info("averaging %d images to measure on over views", len(self.measured_images))
-        images = self.read(original, self.measured_images, self.margin)
-        return make_references(original, images, self.margin, self.config, base) if images else None
-
-    def choosing(self, held_out: HeldOut | None, original: Backbone, base: Base) -> HeldOut | None:
-        """Makes what the best state is chosen by, where it is: the measured images at all sizes in turn."""
-        if held_out is None or not self.config.mixed_sizes or not self.config.measure.keep_best:
-            return held_out
-        return held_out_at_all_sizes(original, self.measured_images, self.margins, self.config, base)
-
-    def read(self, backbone: Backbone, images: ImageSource, margin: tuple[int, int] = (0, 0)) -> list[Tensor]:
-        """Reads images to look at a model with, as many as are readable."""
-        return list(centre_crops(backbone, images, self.size, margin, self.config.data.max_broken))
-
-
-def _start(student: Backbone, source: ImageSource, folder: RunFolder, config: DistillConfig) -> _Run:
-    """Starts the processes, and splits the images."""
-    margins = context_margins(student, config)
-    accelerator = start_accelerator(config, folder)
-    return _Run(folder, config, accelerator, *split(source, config), margins)
-
-
-def _worth_training(
-    run: _Run, original: Backbone, norms: NormReport, method: Method
-) -> tuple[bool, ConsistencyReport | None]:
-    """Says whether the method has something to do, and how the model agrees with its moved views if asked."""
-    if reasons_to_train(norms, None, None) & set(method.reasons):
-        return True, None
-    if "headroom" not in method.reasons:
-        return False, None
-    images = subsample(run.train_images, COMPARED)
-    logger.info("comparing the model with its own moved views on %d images", len(images))
-    moving = track("moved views", run.read(original, images, run.margin))
-    report = consistency(original, moving, run.config.views, run.size, count=MOVED_VIEWS)
-    logger.info(
-        "patch features agree to %.3f with the model's own moved views; averages over views agree to %.3f",
-        report.mean, report.floor,
-    )  # fmt: skip
-    return "headroom" in reasons_to_train(norms, None, report), report
-
-
 def _train(
-    run: _Run,
+    run: ActiveRun,
     original: Backbone,
     student: Backbone,
     terms: Sequence[LossTerm],
@@ -320,7 +233,7 @@ def _train(
 
 
 def _measure_and_save(
-    run: _Run,
+    run: ActiveRun,
     before: ModelState[Backbone],
     original: Backbone,
     base: Base,
@@ -350,7 +263,7 @@ def _measure_and_save(
 
 
 def _nothing_gained(
-    run: _Run,
+    run: ActiveRun,
     before: ModelState[Backbone],
     original: Backbone,
     base: Base,
@@ -365,7 +278,7 @@ def _nothing_gained(
 
 
 def _nothing_to_repair(
-    run: _Run,
+    run: ActiveRun,
     before: ModelState[Backbone],
     original: Backbone,
     base: Base,

@@ -32,7 +32,12 @@ READER_GONE = 141
 """Exit status where the output's reader has left, as shells set it for SIGPIPE."""
 
 TERMINATED = 143
-"""Exit status after SIGTERM, as shells set it."""
+"""Exit status after SIGTERM, as shells set it, and after the signals that Slurm sends before a time limit."""
+
+ENDING_SIGNALS = tuple(
+    getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGUSR2") if hasattr(signal, name)
+)
+"""Signals that end the program."""
 
 
 @contextmanager
@@ -87,8 +92,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if words == ["--version"]:
         console.print(f"phreg {__version__}")
         return
-    # Ends as an exception does, so that what was begun is tidied up.
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
+    # They end as an exception does, so that what was begun is tidied up.
+    before = {number: signal.signal(number, lambda *_: sys.exit(TERMINATED)) for number in ENDING_SIGNALS}
     try:
         with _old_names_logged():
             _parse_and_run(current_command_line(words))
@@ -102,4 +107,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise
         sys.exit(READER_GONE)
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

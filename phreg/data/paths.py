@@ -5,7 +5,7 @@ import itertools
 import os
 import re
 from collections.abc import Iterator, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 FORMATS = {
     "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
@@ -31,7 +31,9 @@ ADVICE = (
 
 def is_image(name: str) -> bool:
     """Tells images from other files by their suffix."""
-    return PurePosixPath(name).suffix.lower() in SUFFIXES
+    base = name[name.rfind("/") + 1 :]  # not by PurePosixPath: there may be a million
+    dot = base.rfind(".")
+    return dot > 0 and base[dot:].lower() in SUFFIXES
 
 
 def walk(folder: str, entered: set[tuple[int, int]] | None = None) -> Iterator[str]:

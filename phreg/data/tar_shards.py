@@ -11,6 +11,7 @@ from PIL import Image
 
 from phreg.data.decode import MAX_MEGAPIXELS, decode, unreadable
 from phreg.data.paths import ADVICE, is_image, printable
+from phreg.data.tar_headers import TarFile, Unusual, regular_files
 from phreg.errors import DataError
 
 TAR = re.compile(r"\.(tar|tar\.\w+|tgz|tbz2?|txz)$", re.IGNORECASE)
@@ -75,15 +76,31 @@ def _index(shard: str) -> Iterator[Member]:
             "it; decompress it to .tar (images hardly shrink anyway)"
         )
     try:
-        with tarfile.open(shard, "r:") as archive:
-            for entry in archive:
-                hidden = any(part.startswith(".") for part in PurePosixPath(entry.name).parts)
-                if entry.isreg() and is_image(entry.name) and not hidden:
-                    yield Member(shard, entry.name, entry.offset_data, entry.size)
-            end = archive.offset
-        with Path(shard).open("rb") as file:
-            file.seek(end)
-            if any(file.read(tarfile.BLOCKSIZE)):  # tarfile takes a broken header for the end, in silence
-                raise tarfile.ReadError(f"broken header at byte {end}")
+        try:
+            files = list(regular_files(shard))
+        except Unusual:
+            files = list(_by_tarfile(shard))
     except (tarfile.TarError, OSError) as error:
         raise DataError(f"cannot index {shard}: {error}; fetch or pack it anew, uncompressed") from error
+    for name, offset, size in files:
+        if is_image(name) and not _is_hidden(name):
+            yield Member(shard, name, offset, size)
+
+
+def _by_tarfile(shard: str) -> Iterator[TarFile]:
+    """Lists the files of an archive that has unusual headers or is damaged."""
+    with tarfile.open(shard, "r:") as archive:
+        for entry in archive:
+            if entry.isreg():
+                yield TarFile(entry.name, entry.offset_data, entry.size)
+        end = archive.offset
+    with Path(shard).open("rb") as file:
+        file.seek(end)
+        if any(file.read(tarfile.BLOCKSIZE)):  # tarfile takes a broken header for the end, in silence
+            raise tarfile.ReadError(f"broken header at byte {end}")
+
+
+def _is_hidden(name: str) -> bool:
+    if not name.startswith(".") and "/." not in name:  # nearly all, and a million are fast to tell
+        return False
+    return any(part.startswith(".") for part in PurePosixPath(name).parts)

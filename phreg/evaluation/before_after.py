@@ -25,6 +25,7 @@ from phreg.backbones.resolve import Base
 from phreg.config import ChecksConfig, DistillConfig, TargetConfig
 from phreg.data.crops import center_crop
 from phreg.evaluation.metrics.agreement import Agreement, AgreementMeter, Drift, drift
+from phreg.processes import in_shares
 from phreg.progress import track
 from phreg.seeding import keyed_generator
 from phreg.teacher import Teacher
@@ -198,6 +199,7 @@ def make_references(
 ) -> HeldOut:
     """Makes what a run is measured against: the original averaged over many views of each image.
 
+    Each process makes a share of the references, and all get all of them.
     Of the demonstration model the truth is known, and takes the place of that average.
 
     Args:
@@ -214,11 +216,12 @@ def make_references(
     count = min(config.measure.views, count_different(config.views, grid) or config.measure.views)
     many = config.views.model_copy(update={"count": count, "sampler": "uniform"})
     teacher = Teacher(original, many, config.target)
+
+    def average(number: int) -> Tensor:
+        return teacher(batches[number], keyed_generator("reference", config.seed, number), margin).patches
+
     with use_readout(original, config.target.teacher_readout):
-        references = [
-            teacher(whole, keyed_generator("reference", config.seed, number), margin).patches
-            for number, whole in enumerate(track("averaging over views", batches))
-        ]
+        references = in_shares(len(batches), average, "averaging over views")
     return HeldOut(images, references, f"the original averaged over {count} views")
 
 

@@ -12,7 +12,7 @@ to be finite.
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from itertools import islice
@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor, nn
 
+from phreg.backbones.base import Features
 from phreg.config import DistillConfig
 from phreg.data.crops import BrokenImages, Crops, MixedCrops, Order, as_input, loader
 from phreg.errors import Interrupted
@@ -41,7 +42,7 @@ from phreg.training.frozen import frozen_weights
 from phreg.training.memory import StepMemory
 from phreg.training.runtime import compiled, stop_signals
 from phreg.training.step_log import StepLogger, StepMetrics, StepRecord
-from phreg.training.target_cache import TargetCache
+from phreg.training.target_cache import TargetCache, plan_cache
 from phreg.training.task import RetrofitTask
 from phreg.training.trainable import (
     MovingAverage,
@@ -149,7 +150,10 @@ def train(  # noqa: C901 (the loop reads straight down)
         seconds = before.seconds + time.perf_counter() - started
         return Sessions(seconds=round(seconds, 3), skipped=before.skipped | broken.reasons.keys())
 
-    target_cache = TargetCache(run.path / "targets", accelerator.device) if config.target.cache else None
+    target_cache = None
+    if config.target.cache:
+        plan = plan_cache(student, len(images), config, world)
+        target_cache = TargetCache(run.path / "targets", accelerator.device, plan.cached)
     with (
         stop_signals() as stop,
         task.running(),
@@ -180,9 +184,12 @@ def train(  # noqa: C901 (the loop reads straight down)
                 indices = batch.indices.tolist()
                 part = images.parts[indices[0] % num_sizes]  # a batch has images of one size
                 pixels = as_input(student, batch.images)
-                views = keyed_generator("views", config.seed, step, micro, rank)
-                make_target = partial(task.target, pixels, views, part.margin)
-                target = target_cache.read(indices, make_target) if target_cache else make_target()
+                views = partial(keyed_generator, "views", config.seed, step, micro, rank)
+                if target_cache is not None:
+                    make = partial(_target_of, task, pixels, views, part.margin)
+                    target = target_cache.read(indices, make)
+                else:
+                    target = task.target(pixels, views(), part.margin)
                 # Processes exchange gradients once a step, with the last accumulated batch.
                 last = micro + 1 == accumulate
                 with nullcontext() if last else accelerator.no_sync(model):
@@ -262,6 +269,17 @@ def train(  # noqa: C901 (the loop reads straight down)
         best_step=best.step if best is not None else None,
         **memory.use,
     )
+
+
+def _target_of(
+    task: RetrofitTask,
+    pixels: Tensor,
+    views: Callable[[], torch.Generator],
+    margin: tuple[int, int],
+    places: Sequence[int],
+) -> Features:
+    """Makes the targets of some images of a batch."""
+    return task.target(pixels[list(places)], views(), margin)
 
 
 def calibrated_shares(

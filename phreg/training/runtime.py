@@ -13,15 +13,22 @@ from contextlib import contextmanager
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import patch_environment
+from accelerate.utils import InitProcessGroupKwargs, patch_environment
 from torch import nn
 
 from phreg.backbones.base import Backbone
 from phreg.config import DistillConfig
 from phreg.errors import PhregError
+from phreg.processes import TIMEOUT
 from phreg.training.checkpoint import RunFolder
+from phreg.training.launch import launched_precision
 
 logger = logging.getLogger(__name__)
+
+STOP_SIGNALS = tuple(
+    getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2") if hasattr(signal, name)
+)
+"""Signals that end a run with a checkpoint. Slurm and submitit send SIGUSR1 or SIGUSR2."""
 
 
 def start_accelerator(config: DistillConfig, run: RunFolder) -> Accelerator:
@@ -37,11 +44,10 @@ def start_accelerator(config: DistillConfig, run: RunFolder) -> Accelerator:
                 f'trackers asks for {tracker}, which is not installed; run: pip install "phreg[{tracker}]"'
             )
     on_cpu = config.device == "cpu" or not (torch.accelerator.is_available() or config.device)
-    precision = config.precision or ("bf16" if computes_bf16("cpu" if on_cpu else "cuda") else "fp32")
+    asked = launched_precision(config)
+    precision = asked or ("bf16" if computes_bf16("cpu" if on_cpu else "cuda") else "fp32")
     if config.frozen_dtype == "bf16" and precision != "bf16":
-        chosen = (
-            f"is {precision}" if config.precision else f"is {precision}, as this machine's hardware has it"
-        )
+        chosen = f"is {precision}" if asked else f"is {precision}, as this machine's hardware has it"
         raise PhregError(
             f"frozen_dtype = bf16 keeps weights as bf16 products round them, and precision {chosen}; "
             "use --precision bf16 too, or leave frozen_dtype at fp32"
@@ -54,6 +60,7 @@ def start_accelerator(config: DistillConfig, run: RunFolder) -> Accelerator:
             cpu=on_cpu,
             mixed_precision="bf16" if precision == "bf16" else "no",
             log_with=list(config.trackers) or None,
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=TIMEOUT)],
             project_dir=run.path,
         )
     if on_cpu and config.keep_freed_memory:
@@ -105,14 +112,12 @@ def keep_freed_memory() -> bool:
 
 @contextmanager
 def stop_signals() -> Iterator[threading.Event]:
-    """Turns SIGTERM and SIGINT into an event while the loop runs. Only the main thread gets signals."""
+    """Turns `STOP_SIGNALS` into an event while the loop runs. Only the main thread gets signals."""
     event = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield event
         return
-    before = {
-        number: signal.signal(number, lambda *_: event.set()) for number in (signal.SIGTERM, signal.SIGINT)
-    }
+    before = {number: signal.signal(number, lambda *_: event.set()) for number in STOP_SIGNALS}
     try:
         yield event
     finally:

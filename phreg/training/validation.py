@@ -10,6 +10,7 @@ the first state: where no later one agrees better and leaves the pooled output a
 
 import logging
 from collections.abc import Mapping
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -21,6 +22,7 @@ from phreg.backbones.readout import use_readout
 from phreg.config import TargetConfig
 from phreg.evaluation.before_after import HeldOut
 from phreg.evaluation.metrics.agreement import Agreement, AgreementMeter, drift
+from phreg.processes import in_shares
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +54,8 @@ class Measurement(NamedTuple):
 class Validator:
     """Measures models on held-out images, in fp32 whatever precision they train in, unless under autocast.
 
+    Each process reads a share of the images, and all get the figures of all of them.
+
     Args:
         original: The model as it was.
         held_out: The images.
@@ -76,18 +80,26 @@ class Validator:
     def _read(self, backbone: Backbone, readout: Readout) -> tuple[float, float, Float[Tensor, "images dim"]]:
         """Returns a model's agreement with the references, mean and worst, and its plain pooled output."""
         meters: dict[tuple[int, int], AgreementMeter] = {}
-        pooled: list[Tensor] = []
-        for images, reference in zip(self.held_out.images, self.held_out.references, strict=True):
-            with use_readout(backbone, readout):
-                # Not by calling the model: accelerate wraps the call of one that trains in autocast.
-                features = Backbone.forward(backbone, images, self.target.layer, self.target.norm)
+        parts = in_shares(len(self.held_out.images), partial(self._read_batch, backbone, readout))
+        for reference, (meter, _) in zip(self.held_out.references, parts, strict=True):
             _, rows, cols, _ = reference.shape
-            meters.setdefault((rows, cols), AgreementMeter()).update(features.patches, reference)
-            if readout != "plain":  # whose pooled output means nothing
-                with use_readout(backbone, "plain"):
-                    features = features._replace(pooled=backbone.run(images))
-            pooled.append(features.pooled.float())
+            meters.setdefault((rows, cols), AgreementMeter()).merge(meter)
+        pooled = [pooled for _, pooled in parts]
         return *_over_sizes({grid: meter.compute() for grid, meter in meters.items()}), torch.cat(pooled)
+
+    def _read_batch(
+        self, backbone: Backbone, readout: Readout, number: int
+    ) -> tuple[AgreementMeter, Float[Tensor, "images dim"]]:
+        """Reads one batch: its agreement, and its pooled output on the host."""
+        images, meter = self.held_out.images[number], AgreementMeter()
+        with use_readout(backbone, readout):
+            # Not by calling the model: accelerate wraps the call of one that trains in autocast.
+            features = Backbone.forward(backbone, images, self.target.layer, self.target.norm)
+        meter.update(features.patches, self.held_out.references[number])
+        if readout != "plain":  # whose pooled output means nothing
+            with use_readout(backbone, "plain"):
+                features = features._replace(pooled=backbone.run(images))
+        return meter, features.pooled.float().cpu()
 
 
 def _over_sizes(measured: Mapping[tuple[int, int], Agreement]) -> tuple[float, float]:

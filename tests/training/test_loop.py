@@ -366,7 +366,7 @@ def test_a_run_killed_outright_again_and_again_ends_with_the_same_weights(saved,
     assert equal(weights(tmp_path / "whole"), weights(tmp_path / "killed"))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2])
 def test_a_polite_signal_ends_in_a_checkpoint_and_a_word_on_how_to_go_on(saved, photos, tmp_path, number):
     arguments = flags(saved, photos, tmp_path / "run", 100_000)
     log = tmp_path / "run" / "log.jsonl"
@@ -385,6 +385,24 @@ def test_a_polite_signal_ends_in_a_checkpoint_and_a_word_on_how_to_go_on(saved, 
     logged = len(log.read_text().splitlines())
     newest = sorted((tmp_path / "run" / "state").iterdir())[-1]
     assert json.loads((newest / "state.json").read_text())["step"] == logged
+
+
+def test_slurm_signals_readers_too_and_they_take_it_well(saved, photos, tmp_path):
+    arguments = flags(saved, photos, tmp_path / "run", 100_000)
+    arguments[arguments.index("--data.workers") + 1] = 1
+    log = tmp_path / "run" / "log.jsonl"
+    with subprocess.Popen(
+        command(*arguments), env=QUIET, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        while not (log.exists() and log.read_text().count("\n") >= 3):
+            assert process.poll() is None
+            time.sleep(0.01)
+        os.killpg(process.pid, signal.SIGUSR1)
+        try:
+            _, errors = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    assert process.returncode == 130, errors
 
 
 def test_two_processes_train_what_one_with_twice_the_batch_trains(saved, photos, tmp_path):
@@ -418,15 +436,18 @@ def test_two_processes_train_what_one_with_twice_the_batch_trains(saved, photos,
         "unlock": {"roles": ["pos_embed"]},
         "optim": {"name": "sgd"},
     }
-    run(saved, photos, tmp_path / "one", measure={"images": 0}, **one_view)
+    # Ten steps, as a run is measured once after the tenth.
+    run(saved, photos, tmp_path / "one", steps=10, measure={"images": 5, "views": 3}, **one_view)
     arguments = [
-        *flags(saved, photos, tmp_path / "split", 4),
+        *flags(saved, photos, tmp_path / "split", 10),
         "--unlock.roles",
         "pos_embed",
         "--optim.name",
         "sgd",
     ]
     arguments[arguments.index("--views.count") + 1] = 1
+    arguments[arguments.index("--measure.images") + 1] = 5
+    arguments += ["--measure.views", 3]
     launch[launch.index("--master-port") + 1] = str(port + 1)
     subprocess.run(
         [sys.executable, *launch, *map(str, arguments)],
@@ -438,6 +459,8 @@ def test_two_processes_train_what_one_with_twice_the_batch_trains(saved, photos,
     for name, tensor in weights(tmp_path / "one").items():
         # Means over halves, averaged, against one mean over all: float rounding only.
         torch.testing.assert_close(weights(tmp_path / "split")[name], tensor, atol=1e-6, rtol=1e-5)
+    halves, whole = (logged(tmp_path / name)[9]["held_out"] for name in ("split", "one"))
+    assert halves == pytest.approx(whole, abs=1e-5), "both measured their share, and agree on the whole"
 
 
 def test_accelerate_launch_runs_the_same_program(saved, photos, tmp_path):

@@ -32,7 +32,7 @@ def test_signals_outside_the_main_thread_are_left_alone():
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2])
 def test_a_signal_sets_the_event_while_it_lasts_and_its_handler_comes_back(number):
     before = signal.getsignal(number)
     with runtime.stop_signals() as event:
@@ -80,6 +80,20 @@ def test_device_and_precision_are_those_asked_for_or_the_best_there_are(
     kept.clear()
     runtime.start_accelerator(DistillConfig(**asked, keep_freed_memory=False), RunFolder(tmp_path))
     assert kept == []
+
+
+@pytest.mark.parametrize(
+    ("launched", "asked", "expected"),
+    [("bf16", {}, "bf16"), ("bf16", {"precision": "fp32"}, "no"), ("no", {"precision": "bf16"}, "bf16")],
+    ids=str,
+)
+def test_accelerates_precision_is_honoured_where_no_flag_asks_for_another(
+    launched, asked, expected, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launched)
+    monkeypatch.setattr(runtime, "computes_bf16", lambda _device: False)
+    config = DistillConfig(device="cpu", keep_freed_memory=False, **asked)
+    assert runtime.start_accelerator(config, RunFolder(tmp_path)).mixed_precision == expected
 
 
 def test_deterministic_runs_ask_for_it_everywhere_while_they_last(monkeypatch):

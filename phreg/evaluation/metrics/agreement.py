@@ -67,6 +67,11 @@ class AgreementMeter:
         self._cosines.append(cosines.flatten().cpu())
         self._masks.append(mask.flatten().cpu())
 
+    def merge(self, other: "AgreementMeter") -> None:
+        """Adds all batches of another meter."""
+        self._cosines += other._cosines
+        self._masks += other._masks
+
     def compute(self) -> Agreement:
         """Returns the agreement over all batches so far.
 
