@@ -35,11 +35,12 @@ from phreg.data.paths import walk
 from phreg.data.sources import open_images
 from phreg.errors import DataError, PhregError
 from phreg.evaluation.feature_cache import FeatureCache, stamps
-from phreg.evaluation.features import FeatureReader, Observer
+from phreg.evaluation.features import FeatureReader
 from phreg.evaluation.record import Metrics, Record, hardware, summarise
 from phreg.evaluation.results import ADVICE, MAPS, RESULTS, TABLE, Results
 from phreg.evaluation.tasks.table import examples, find_task, is_stochastic
 from phreg.parsing import parse_json
+from phreg.progress import told_of
 from phreg.settings import flatten
 from phreg.storage import write_text, writing
 
@@ -60,13 +61,11 @@ class Running:
         device: Where.
         batch_size: Pictures per forward.
         bf16: Whether forwards run under bf16 autocast.
-        observe: Called with the progress.
     """
 
     device: torch.device
     batch_size: int
     bf16: bool
-    observe: Observer
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,11 +159,11 @@ class Suite:
             self.cache,
             self.running.batch_size,
             self.running.bf16,
-            lambda what, done, total: self.running.observe(f"{name}: {what}", done, total),
             reference,
         )
         seeds = self.seeds if self.drawn else self.seeds[:1]
-        runs = [self._run(reader, seed) for seed in seeds]
+        with told_of(name):
+            runs = [self._run(reader, seed) for seed in seeds]
         record = summarise(
             [metrics for metrics, _ in runs],
             find_task(self.task).METRICS,

@@ -37,6 +37,7 @@ from phreg.evaluation.record import Metrics, MetricSpec
 from phreg.evaluation.tasks.depth_head import DepthHead, gradient_loss, scale_loss
 from phreg.evaluation.tasks.depth_settings import PROTOCOLS as PROTOCOLS
 from phreg.evaluation.tasks.depth_settings import Settings, first_beta, learning_rate
+from phreg.progress import tell
 from phreg.seeding import keyed_generator
 
 logger = logging.getLogger(__name__)
@@ -119,7 +120,7 @@ def train_head(
         batches: Features (batch, dim, rows, cols), and depths in metres (batch, 1, height, width).
         settings: Bins, steps and optimiser.
         seed: Seed of the first weights.
-        reader: Its `observe` is called with the progress.
+        reader: Says on which device.
         check: Called after each step with how many are done, and the head in eval mode.
 
     Raises:
@@ -148,7 +149,7 @@ def train_head(
         loss.backward()
         nn.utils.clip_grad_norm_(head.parameters(), settings.clip)
         optimizer.step()
-        reader.observe("training the head", step + 1, settings.steps)
+        tell("training the head", step + 1, settings.steps)
         check(step + 1, head.eval())
     if not learned:
         raise DataError(

@@ -38,6 +38,7 @@ from phreg.evaluation.features import FeatureConfig, FeatureReader
 from phreg.evaluation.metrics.scores import IGNORE, boundary_accuracy, region_similarity
 from phreg.evaluation.protocol import RESAMPLING, ProtocolSettings
 from phreg.evaluation.record import Metrics, MetricSpec
+from phreg.progress import track
 
 DATA = "videos with masks of objects: a folder in the layout of DAVIS 2017"
 METRICS = (MetricSpec("j_and_f"), MetricSpec("j"), MetricSpec("f"))
@@ -123,10 +124,9 @@ def run(reader: FeatureReader, data: str, settings: Settings, seed: int) -> Metr
     scores: dict[str, tuple[float, float]] = {}
     frames = 0
     videos = open_videos(data, settings.sequences, settings.resolution)
-    for done, video in enumerate(videos, start=1):
+    for video in track("sequences", videos):
         scores |= _follow(reader, video, settings)
         frames += len(video.masks) - 2
-        reader.observe("sequences", done, len(videos))
     region, boundary = (sum(side) / len(scores) for side in zip(*scores.values(), strict=True))
     detail = {
         "j": {name: score[0] for name, score in scores.items()},
