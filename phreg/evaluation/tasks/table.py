@@ -38,6 +38,7 @@ TASKS = {
     "head-transfer": "phreg.evaluation.tasks.head_transfer",
     "linear-depth": "phreg.evaluation.tasks.linear_depth",
     "zero-shot-segmentation": "phreg.evaluation.tasks.zero_shot_segmentation",
+    "anomaly-detection": "phreg.evaluation.tasks.anomaly_detection",
     "dense-nn": "phreg.evaluation.tasks.dense_nn",
     "video-propagation": "phreg.evaluation.tasks.video_propagation",
     "quantised": "phreg.evaluation.tasks.quantised",
