@@ -34,6 +34,7 @@ from phreg.config import Config
 from phreg.data.paths import walk
 from phreg.data.sources import open_images
 from phreg.errors import DataError, PhregError
+from phreg.evaluation.digest import digest, hash_contents, what_decides
 from phreg.evaluation.feature_cache import FeatureCache, stamps
 from phreg.evaluation.features import FeatureReader
 from phreg.evaluation.record import Metrics, Record, hardware, summarise
@@ -49,7 +50,7 @@ logger = logging.getLogger(__name__)
 RUNS = "runs"
 """Folder of finished runs."""
 
-RUN_FORMAT = 2
+RUN_FORMAT = 3
 """What finished runs hold; those of another format are done again."""
 
 
@@ -164,6 +165,8 @@ class Suite:
         seeds = self.seeds if self.drawn else self.seeds[:1]
         with told_of(name):
             runs = [self._run(reader, seed) for seed in seeds]
+        on = hardware(self.running.device, bf16=self.running.bf16)
+        decides = what_decides(self.task, self._contents, self.settings, on["precision"])
         record = summarise(
             [metrics for metrics, _ in runs],
             find_task(self.task).METRICS,
@@ -174,9 +177,11 @@ class Suite:
             data=self.data,
             settings=self.settings.model_dump(mode="json"),
             seeds=seeds,
-            hardware=hardware(self.running.device, bf16=self.running.bf16),
+            hardware=on,
             seconds=sum(seconds for _, seconds in runs),
             drawn=self.drawn,
+            digest=digest(decides),
+            decides=decides,
         )
         if record.sweep:
             logger.info("%s:\n%s", name, "\n".join(record.sweep))
@@ -188,8 +193,24 @@ class Suite:
     @cached_property
     def _files(self) -> str:
         """A hash of the names, sizes and times of all files of the data, and of those that settings name."""
-        found = [*self._data_stamps(), *(_stamp(path) for path in _named_files(self.settings))]
+        found = [*self._stamps, *(_stamp(path) for path in _named_files(self.settings))]
         return hashlib.sha256(json.dumps(found).encode()).hexdigest()
+
+    @property
+    def _contents(self) -> str:
+        """A hash of the data that is the same wherever they lie; of a dataset of the hub, of its name."""
+        root = Path(self.data).resolve()
+        if not self._stamps:
+            return hash_contents([(self.data, 0)])
+        files = dict.fromkeys(Path(path) for path, *_ in self._stamps)  # a tar file has many pictures
+        return hash_contents(
+            (path.relative_to(root).as_posix() if root in path.parents else path.name, path.stat().st_size)
+            for path in files
+        )
+
+    @cached_property
+    def _stamps(self) -> list[tuple[Any, ...]]:
+        return list(self._data_stamps())
 
     def _data_stamps(self) -> Iterator[tuple[Any, ...]]:
         root = Path(self.data).resolve()

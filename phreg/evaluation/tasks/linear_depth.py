@@ -28,6 +28,7 @@ from torch.nn.functional import interpolate
 from phreg.data.sources import ImageSource
 from phreg.errors import DataError
 from phreg.evaluation.artifacts import artifact_places
+from phreg.evaluation.bootstrap import PerPicture, resample
 from phreg.evaluation.datasets.augmentation import PairedCrops
 from phreg.evaluation.datasets.depth import DepthMaps, open_depths
 from phreg.evaluation.dense import Dense
@@ -235,7 +236,9 @@ def _measure(reader: FeatureReader, test: DepthMaps, settings: Settings, head: D
             reason = "no depth that counts lies at an artifact of the baseline"
             logger.warning("artifact_rmse is left out: %s", reason)
             notes["left_out"] = {"artifact_rmse": reason}
-    return Metrics(figures, notes=notes, counts=counts)
+    pictures = [test.images.name(number) for number in range(len(test))]
+    shares = {name: PerPicture.mean([getattr(errors, name) for errors in found]) for name in names}
+    return Metrics(figures, notes=notes, counts=counts, **resample(pictures, shares))
 
 
 def _features(
