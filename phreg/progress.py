@@ -37,11 +37,23 @@ def track(what: str, parts: Sequence[PartType]) -> Iterator[PartType]:
         what: Name of the work.
         parts: The parts.
     """
-    tell = _listener.get()
     tell(what, 0, len(parts))
     for number, part in enumerate(parts, start=1):
         yield part
         tell(what, number, len(parts))
+
+
+def tell(what: str, done: int, total: int) -> None:
+    """Tells how many parts of some work are done, where they are no sequence to go through."""
+    _listener.get()(what, done, total)
+
+
+@contextmanager
+def told_of(whose: str) -> Iterator[None]:
+    """Puts a name before that of all work, for as long as the context lasts."""
+    outer = _listener.get()
+    with told_to(lambda what, done, total: outer(f"{whose}: {what}", done, total)):
+        yield
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 import pytest
 
-from phreg.progress import stage, told_to, track
+from phreg.progress import stage, told_of, told_to, track
 
 
 @pytest.fixture
@@ -19,6 +19,14 @@ def test_work_that_is_not_counted_is_told_to_begin_and_to_end(told):
     with told_to(lambda *what: told.append(what)), stage("sinks"):
         told.append("work")
     assert told == [("sinks", 0, 1), "work", ("sinks", 1, 1)]
+
+
+def test_work_is_told_with_the_name_of_what_it_is_done_to(told):
+    with told_to(lambda *what: told.append(what)):
+        with told_of("dinov2"):
+            list(track("norms", [1]))
+        list(track("norms", []))
+    assert told == [("dinov2: norms", 0, 1), ("dinov2: norms", 1, 1), ("norms", 0, 0)]
 
 
 def test_nobody_listens_outside_of_the_context(told):

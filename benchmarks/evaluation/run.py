@@ -304,6 +304,12 @@ class Bench:
                 for kind, parts in record["detail"].items()
             },
             "notes": record["notes"][0],
+            "digest": record["digest"],
+            "intervals": {
+                figure: found["interval"]
+                for figure, found in record["figures"].items()
+                if "interval" in found
+            },
             "seconds": round(record["seconds"], 3),
             # The raw model's too, where they were not known yet.
             "cpu_seconds": round(time.process_time() - cpu, 3),
@@ -335,7 +341,8 @@ def _count(folder: Path) -> int:
 def table(name: str, rows: Mapping[str, Row]) -> str:
     """Renders a task's rows as Markdown: mean and spread over seeds, and the difference to the raw model.
 
-    Differences are seed by seed, and marked where they are within their spread.
+    Differences are seed by seed, and marked where they are within their spread. Rows that were measured in
+    another way than those of the raw model are named below.
     """
     task = TASKS[name]
     found: dict[str, dict[int, Row]] = {}
@@ -362,7 +369,18 @@ def table(name: str, rows: Mapping[str, Row]) -> str:
     for method, line in zip(records, cells, strict=True):
         seconds = records[method].seconds / len(found[method])
         lines.append([method, *line[1:], str(len(found[method])), f"{seconds:.0f}"])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return "\n\n".join([text, *_measured_otherwise(found)])
+
+
+def _measured_otherwise(found: Mapping[str, Mapping[int, Row]]) -> list[str]:
+    """Names the methods whose rows have another digest than the raw model's; rows of old have none."""
+    digests = {
+        method: {row["digest"] for row in each.values() if "digest" in row} for method, each in found.items()
+    }
+    raw = digests.get("raw", set())
+    others = [method for method, known in digests.items() if raw and known - raw]
+    return [f"Not measured as `raw` was: {', '.join(f'`{name}`' for name in others)}."] if others else []
 
 
 def _number(value: float | None) -> float:

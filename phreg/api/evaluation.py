@@ -3,7 +3,7 @@
 import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -17,11 +17,11 @@ from phreg.backbones.base import Backbone
 from phreg.deprecated import accept_old_arguments
 from phreg.errors import PhregError
 from phreg.evaluation.feature_cache import GIGABYTE, FeatureCache
-from phreg.evaluation.features import Observer as Progress
 from phreg.evaluation.results import MAPS, Results
 from phreg.evaluation.runner import Running, Suite, compare_models
 from phreg.evaluation.tasks.table import resolve_settings
 from phreg.formats.load import Model, open_model
+from phreg.progress import ProgressListener, told_to
 from phreg.report.examples import write_examples
 from phreg.rollback import unchanged
 from phreg.settings import build
@@ -45,7 +45,7 @@ def evaluate(
     batch_size: int = 16,
     cache: str | os.PathLike[str] | None = None,
     cache_limit: float = 20.0,
-    observe: Progress | None = None,
+    observe: ProgressListener | None = None,
     **settings: Any,
 ) -> Results:
     """Compares models in a task: see `phreg.evaluation.tasks.table.TASKS`.
@@ -78,9 +78,10 @@ def evaluate(
     checked = resolve_settings(task, settings, protocol)
     _check_amounts(seeds=seeds, batch_size=batch_size, max_drop=max_drop, cache_limit=cache_limit)
     _check_asked(models, baseline, data, max_drop, (output, cache))
-    running = Running(usable_device(device), batch_size, precision == "bf16", observe or (lambda *_: None))
+    running = Running(usable_device(device), batch_size, precision == "bf16")
     named, against = _side_by_side(models, baseline)
-    with _folder_for(output) as folder, _unchanged(named):
+    told = told_to(observe) if observe else nullcontext()
+    with _folder_for(output) as folder, _unchanged(named), told:
         features = FeatureCache(Path(cache or folder / "features"), int(cache_limit * GIGABYTE))
         runs = tuple(range(seed, seed + seeds))
         suite = Suite(

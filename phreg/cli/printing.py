@@ -106,6 +106,12 @@ def print_results(results: Any, output: Path) -> None:
     for row in rows:
         table.add_row(*row)
     console.print(table)
+    heading, rows = results.interval_rows()
+    if rows:
+        ranges = Table(model, *heading[1:], title="95 % intervals over pictures")
+        for row in rows:
+            ranges.add_row(*row)
+        console.print(ranges)
     console.print(results.legend())
     say(f"Written: {output / 'results.json'} and results.md")
 

@@ -22,7 +22,7 @@ Registers never leave the block stack, and the CLS and register tokens are not i
     reader(images, reading)                a batch already on the device, e.g. after augmentation
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -47,9 +47,7 @@ from phreg.evaluation.feature_cache import FeatureCache, StoredFeatures
 from phreg.evaluation.feature_config import OUTPUTS, FeatureConfig
 from phreg.evaluation.projections import block_inputs, project
 from phreg.evaluation.view_average import average_views, draw_views
-
-Observer = Callable[[str, int, int], None]
-"""Called with what is being done, how much of it is done, and how much there is."""
+from phreg.progress import tell
 
 
 class DenseBatch(NamedTuple):
@@ -58,10 +56,6 @@ class DenseBatch(NamedTuple):
     grids: Float[Tensor, "batch rows cols dim"]
     pooled: Float[Tensor, "batch pooled_dim"]
     cls: Float[Tensor, "batch dim"]
-
-
-def _silent(_what: str, _done: int, _total: int) -> None:
-    """Observes nothing."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,7 +68,6 @@ class FeatureReader:
         cache: Where features are kept.
         batch_size: Pictures per forward.
         bf16: Whether to run forwards under bf16 autocast.
-        observe: Called with the progress, by tasks too.
         reference: The baseline, in eval mode on the same device, where there is one: some figures say what
             became of places where it has artifacts.
     """
@@ -84,7 +77,6 @@ class FeatureReader:
     cache: FeatureCache
     batch_size: int = 16
     bf16: bool = False
-    observe: Observer = _silent
     reference: Backbone | None = None
 
     @property
@@ -145,7 +137,7 @@ class FeatureReader:
             source: The pictures.
             readings: What is read; the first says on which canvas, through which read-out, and over how many
                 views.
-            what: What this is for, told to the observer.
+            what: What this is for, told with the progress.
 
         Yields:
             One `Dense` a reading, for each picture in order.
@@ -191,7 +183,7 @@ class FeatureReader:
                 if number + 1 < len(chunks):
                     coming = ahead.submit(self._place, source, chunks[number + 1], reading)
                 yield placed
-                self.observe(what, chunk.stop, len(source))
+                tell(what, chunk.stop, len(source))
 
     def __call__(self, images: Float[Tensor, "batch 3 height width"], reading: FeatureConfig) -> DenseBatch:
         """Reads normalised images on the model's device; their sides must be whole patches.

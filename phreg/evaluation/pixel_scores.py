@@ -19,6 +19,7 @@ from phreg.evaluation.canvas import window_starts
 from phreg.evaluation.dense import Box, Dense, Placement
 from phreg.evaluation.feature_config import FeatureConfig
 from phreg.evaluation.features import FeatureReader
+from phreg.progress import track
 
 Score = Callable[[Dense], Float[Tensor, "classes rows cols"]]
 """Scores the classes of each patch of a picture or a window."""
@@ -46,14 +47,13 @@ def score_pictures(
         for dense in reader.stream(source, reading, "test images"):
             yield dense.placement.restore(score(dense)), dense.placement
         return
-    for number in range(len(source)):
+    for number in track("test images", range(len(source))):
         pixels, placement = reader.place(source.read(number), reading)
         scores = _score_windows(reader, reader.normalise(pixels[None]), reading, score)
         yield (
             interpolate(scores[None], placement.part[2:], mode="bilinear", align_corners=False)[0],
             placement,
         )
-        reader.observe("test images", number + 1, len(source))
 
 
 def window_boxes(size: tuple[int, int], window: int, stride: int) -> list[Box]:

@@ -16,11 +16,14 @@ from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from typing import Any, Literal
 
+import numpy as np
 import torch
+from jaxtyping import Float
 
 from phreg import __version__
 from phreg.deprecated import current_attribute
 from phreg.errors import PhregError
+from phreg.evaluation.bootstrap import Interval, interval
 from phreg.evaluation.examples import Example
 from phreg.record import LIBRARIES
 
@@ -53,6 +56,10 @@ class MetricSpec:
         """Tells how much worse a figure is that changed by so much; negative where it is better."""
         return change if self.better == "lower" else -change
 
+    def range_text(self, between: Interval | None, sign: str = "") -> str:
+        """Writes an interval, or with the sign `+` that of a difference; none is a dash."""
+        return "-" if between is None else " to ".join(self.text(end, None, sign) for end in between)
+
     def text(self, mean: float, std: float | None, sign: str = "") -> str:
         """Writes a figure, or with the sign `+` a difference, with its standard deviation; NaN is a dash."""
         if math.isnan(mean):
@@ -66,6 +73,10 @@ Counts = Mapping[str, Mapping[str, int]]
 """What figures were computed over: how many of each unit, such as pixels, images and classes, by figure."""
 
 
+SeedSamples = Float[np.ndarray, "seeds samples"]
+"""A figure of each seed, in each sample of the pictures."""
+
+
 @dataclass(frozen=True)
 class Metrics:
     """What a task measured with one seed.
@@ -76,6 +87,8 @@ class Metrics:
         notes: Anything else worth recording, as JSON holds it, e.g. a sweep, or how many images there were.
         guarded: Figures that a gate guards beside the headline.
         counts: What each figure was computed over, e.g. `{"miou": {"pixels": 9, "images": 2, "classes": 2}}`.
+        pictures: What tells the pictures tested on from others, by `phreg.evaluation.bootstrap`.
+        resampled: Figures in each of its samples of the pictures, by name, where they have a share a picture.
 
     A figure that has nothing to be computed over is left out, and the note `left_out` says why:
     `{"pearson": "no map varies"}`.
@@ -89,6 +102,8 @@ class Metrics:
     notes: Mapping[str, Any] = field(default_factory=dict)
     guarded: Sequence[str] = ()
     counts: Counts = field(default_factory=dict)
+    pictures: str = ""
+    resampled: Mapping[str, Sequence[float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Checks that counts tell of every figure, and that none is of nothing."""
@@ -109,23 +124,27 @@ class Summary:
         mean: Mean over seeds.
         std: Standard deviation over seeds (n - 1); None of a single one.
         values: The figure of each seed.
+        interval: Between which `phreg.evaluation.bootstrap.LEVEL` of the samples of pictures lie; None where
+            a picture has no share in the figure, or seeds differ in their pictures.
     """
 
     mean: float
     std: float | None
     values: tuple[float, ...]
+    interval: Interval | None = None
 
     @classmethod
-    def of(cls, values: Sequence[float]) -> "Summary":
+    def of(cls, values: Sequence[float], interval: Interval | None = None) -> "Summary":
         """Sums up the values of several seeds."""
         std = None
         if len(values) > 1:  # a figure without a value is NaN, which `statistics` refuses
             std = math.nan if any(map(math.isnan, values)) else statistics.stdev(values)
-        return cls(statistics.fmean(values), std, tuple(values))
+        return cls(statistics.fmean(values), std, tuple(values), interval)
 
     def to_json(self) -> dict[str, Any]:
         """Returns what JSON can hold. Files keep the keys of version 0.1."""
-        return {"mean": self.mean, "spread": self.std, "values": self.values}
+        found: dict[str, Any] = {"mean": self.mean, "spread": self.std, "values": self.values}
+        return found if self.interval is None else found | {"interval": self.interval}
 
     def __getattr__(self, name: str) -> Any:
         """Finds an attribute by its old name, with a warning."""
@@ -134,7 +153,7 @@ class Summary:
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
 
-BESIDE = ("metrics", "examples")
+BESIDE = ("metrics", "examples", "decides", "resampled")
 """Fields of a `Record` that are not in JSON."""
 
 
@@ -159,7 +178,11 @@ class Record:
         seconds: Wall-clock seconds of all seeds.
         drawn: Whether a seed decides anything.
         counts: What each figure was computed over, by seed.
-        metrics: What the task says of each metric, by name; like the next not in JSON.
+        digest: The same of all results that may stand in one table; see `phreg.evaluation.digest`.
+        pictures: What tells the pictures tested on from others, by seed.
+        metrics: What the task says of each metric, by name; like the next ones not in JSON.
+        decides: What the digest is made of.
+        resampled: Figures in samples of the pictures, where all seeds have the same pictures.
         examples: What the model made of a few pictures, where they are asked for and the task has some.
     """
 
@@ -179,7 +202,11 @@ class Record:
     seconds: float
     drawn: bool = True
     counts: tuple[Counts, ...] = ()
+    digest: str = ""
+    pictures: tuple[str, ...] = ()
     metrics: Mapping[str, MetricSpec] = field(default_factory=dict, repr=False)
+    decides: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    resampled: Mapping[str, SeedSamples] = field(default_factory=dict, repr=False, compare=False)
     examples: Sequence[Example] = field(default=(), repr=False, compare=False)
 
     def text(self, name: str) -> str:
@@ -201,7 +228,7 @@ class Record:
 
     def to_json(self) -> dict[str, Any]:
         """The record as JSON holds it; NaN, which JSON does not know, becomes null."""
-        found = asdict(replace(self, metrics={}, examples=()))
+        found = asdict(replace(self, metrics={}, examples=(), resampled={}))
         found["figures"] = {name: summary.to_json() for name, summary in self.figures.items()}
         found["detail"] = {
             kind: {part: summary.to_json() for part, summary in parts.items()}
@@ -223,7 +250,14 @@ def summarise(runs: Sequence[Metrics], declared: Sequence[MetricSpec], **facts: 
     """
     specs = {spec.name: spec for spec in declared}
     _check_declared(runs[0], specs, facts["task"])
-    figures = {name: Summary.of([run.figures[name] for run in runs]) for name in runs[0].figures}
+    resampled = _resampled(runs)
+    figures = {
+        name: Summary.of(
+            [run.figures[name] for run in runs],
+            interval(resampled[name].mean(0)) if name in resampled else None,
+        )
+        for name in runs[0].figures
+    }
     detail = {
         kind: {part: Summary.of([run.detail[kind][part] for run in runs]) for part in parts}
         for kind, parts in runs[0].detail.items()
@@ -237,9 +271,18 @@ def summarise(runs: Sequence[Metrics], declared: Sequence[MetricSpec], **facts: 
         notes=notes,
         versions=versions(),
         counts=tuple(run.counts for run in runs if run.counts),
+        pictures=tuple(run.pictures for run in runs),
+        resampled=resampled,
         metrics=specs,
         **facts,
     )
+
+
+def _resampled(runs: Sequence[Metrics]) -> dict[str, SeedSamples]:
+    """Joins the seeds' figures in samples of the pictures; none where seeds were tested on other pictures."""
+    if len({run.pictures for run in runs}) > 1:
+        return {}
+    return {name: np.array([run.resampled[name] for run in runs]) for name in runs[0].resampled}
 
 
 def _check_declared(run: Metrics, specs: Mapping[str, MetricSpec], task: str) -> None:

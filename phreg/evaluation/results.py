@@ -14,8 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from phreg.deprecated import current_attribute
 from phreg.errors import MaxDropError, PhregError
+from phreg.evaluation.bootstrap import LEVEL, RESAMPLES, SEED, Interval, interval
+from phreg.evaluation.digest import differing
 from phreg.evaluation.examples import Example
 from phreg.evaluation.record import MetricSpec, Record, Summary, amounts, without_nan
 from phreg.storage import write_text, writing
@@ -38,21 +42,25 @@ class Difference:
         std: Standard deviation of that over seeds (n - 1); None of a single one.
         better: Whether the change is an improvement.
         beyond_std: Whether it is larger than its standard deviation; None where there was one seed only.
+        interval: Of the change in samples of the pictures, the same ones for both (a paired bootstrap); None
+            where they were not measured on the same pictures.
     """
 
     change: float
     std: float | None
     better: bool
     beyond_std: bool | None
+    interval: Interval | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Returns what JSON can hold. Files keep the keys of version 0.1."""
-        return {
+        found: dict[str, Any] = {
             "change": self.change,
             "spread": self.std,
             "better": self.better,
             "beyond_spread": self.beyond_std,
         }
+        return found if self.interval is None else found | {"interval": self.interval}
 
     def __getattr__(self, name: str) -> Any:
         """Finds an attribute by its old name, with a warning."""
@@ -105,9 +113,23 @@ class Results:
             name: _difference(
                 record.metrics[name],
                 [record.figures[name].values[ours] - theirs[name].values[base] for ours, base in pairs],
+                _paired(record, against, name, pairs),
             )
             for name in shared
         }
+
+    @property
+    def incomparable(self) -> list[str]:
+        """Which models were not measured as the first was, and in what; none where all may be compared."""
+        first, *others = (record for record, _ in self._labelled())
+        texts = []
+        for record in others:
+            if record.digest != first.digest:
+                how = differing(record.decides, first.decides) or [
+                    f"digest is {record.digest or 'unknown'}, not {first.digest or 'unknown'}"
+                ]
+                texts.append(f"{record.model}: {', '.join(how)}")
+        return texts
 
     def __getattr__(self, name: str) -> Any:
         """Finds a method by its old name, with a warning."""
@@ -158,6 +180,10 @@ class Results:
                 "task": first.task,
                 "data": first.data,
                 "counts": first.counts[0] if first.counts else {},
+                "digest": first.digest,
+                "incomparable": self.incomparable,
+                "bootstrap": {"over": "pictures", "interval": "percentile", "level": LEVEL}
+                | {"resamples": RESAMPLES, "seed": SEED},
                 "models": [record.to_json() for record in self.records],
                 "baseline": self.baseline.to_json() if self.baseline else None,
                 "against": self.against.model if self.against else None,
@@ -176,10 +202,29 @@ class Results:
         rows = [[f"{record.model}{note}", *self._cells(record)] for record, note in self._labelled()]
         return ["model", *(first.metrics[name].heading for name in first.figures)], rows
 
+    def interval_rows(self) -> tuple[list[str], list[list[str]]]:
+        """The table of intervals over pictures, with those of differences; no rows where there are none."""
+        first = self.records[0]
+        names = [name for name, summary in first.figures.items() if summary.interval is not None]
+        rows = []
+        for record, note in self._labelled() if names else ():
+            differences = {} if record is self.against else self.differences(record)
+            cells = []
+            for name in names:
+                spec, own = record.metrics[name], record.figures.get(name)
+                cell = spec.range_text(own.interval if own else None)
+                change = differences[name].interval if name in differences else None
+                cells.append(cell if change is None else f"{cell} ({spec.range_text(change, '+')})")
+            rows.append([f"{record.model}{note}", *cells])
+        return ["model", *(first.metrics[name].heading for name in names)], rows
+
     def to_markdown(self) -> str:
         """The table in Markdown, the figures of single classes, and how to read them under it."""
         heading, rows = self.rows()
         blocks = [_table(heading, rows)]
+        headings, ranges = self.interval_rows()
+        if ranges:
+            blocks.append(_table([f"{LEVEL:.0%} interval over pictures", *headings[1:]], ranges))
         for kind in self.records[0].detail:
             labelled = [record for record, _ in self._labelled()]
             parts = list(labelled[0].detail.get(kind, {}))
@@ -207,11 +252,14 @@ class Results:
             spread = ", seed by seed, ~ where it is within its spread" if several else ""
             parts.append(f"in brackets the difference to {whose}{spread}")
         sentences = [
+            *self._mixed(),
             "; ".join(parts),
             "Shares are in per cent",
+            *self._resampling(),
             *self._computed_over(),
             *self._left_out(),
             *self._protocol(),
+            *([f"Digest {first.digest}: results with it may stand in one table"] if first.digest else []),
         ]
         return " ".join(f"{sentence}." for sentence in sentences)
 
@@ -256,6 +304,22 @@ class Results:
             *([f"Not as published: {'; '.join(limits)}"] if limits else []),
         ]
 
+    def _mixed(self) -> list[str]:
+        """Says which models were not measured as the rest was."""
+        found = self.incomparable
+        return [f"NOT ONE TABLE, as models were measured otherwise: {'; '.join(found)}"] if found else []
+
+    def _resampling(self) -> list[str]:
+        """Says how intervals were found, where there are any."""
+        if not any(summary.interval for summary in self.records[0].figures.values()):
+            return []
+        text = (
+            f"Intervals hold {LEVEL:.0%} of {RESAMPLES:,} bootstrap samples of the pictures (percentiles); "
+            "they say nothing of seeds"
+        )
+        paired = any(found.interval for record in self.records for found in self.differences(record).values())
+        return [f"{text}; in brackets those of the difference, in the same samples" if paired else text]
+
     def _labelled(self) -> list[tuple[Record, str]]:
         ahead = [(self.baseline, " (baseline)")] if self.baseline else []
         return [*ahead, *((record, "") for record in self.records if record is not self.baseline)]
@@ -273,13 +337,22 @@ class Results:
         return cells
 
 
-def _difference(spec: MetricSpec, pairs: Sequence[float]) -> Difference:
+def _paired(ours: Record, theirs: Record, name: str, pairs: Sequence[tuple[int, int]]) -> Interval | None:
+    """Finds the interval of a difference, where both were measured on the same pictures."""
+    if name not in ours.resampled or name not in theirs.resampled or ours.pictures[0] != theirs.pictures[0]:
+        return None
+    changes = [ours.resampled[name][seed] - theirs.resampled[name][base] for seed, base in pairs]
+    return interval(np.mean(changes, axis=0))
+
+
+def _difference(spec: MetricSpec, pairs: Sequence[float], between: Interval | None = None) -> Difference:
     found = Summary.of(pairs)
     return Difference(
         change=found.mean,
         std=found.std,
         better=spec.drop(found.mean) < 0,
         beyond_std=None if found.std is None else abs(found.mean) > found.std,
+        interval=between,
     )
 
 

@@ -34,12 +34,14 @@ from phreg.config import Config
 from phreg.data.paths import walk
 from phreg.data.sources import open_images
 from phreg.errors import DataError, PhregError
+from phreg.evaluation.digest import digest, hash_contents, what_decides
 from phreg.evaluation.feature_cache import FeatureCache, stamps
-from phreg.evaluation.features import FeatureReader, Observer
+from phreg.evaluation.features import FeatureReader
 from phreg.evaluation.record import Metrics, Record, hardware, summarise
 from phreg.evaluation.results import ADVICE, MAPS, RESULTS, TABLE, Results
 from phreg.evaluation.tasks.table import examples, find_task, is_stochastic
 from phreg.parsing import parse_json
+from phreg.progress import told_of
 from phreg.settings import flatten
 from phreg.storage import write_text, writing
 
@@ -48,7 +50,7 @@ logger = logging.getLogger(__name__)
 RUNS = "runs"
 """Folder of finished runs."""
 
-RUN_FORMAT = 2
+RUN_FORMAT = 3
 """What finished runs hold; those of another format are done again."""
 
 
@@ -60,13 +62,11 @@ class Running:
         device: Where.
         batch_size: Pictures per forward.
         bf16: Whether forwards run under bf16 autocast.
-        observe: Called with the progress.
     """
 
     device: torch.device
     batch_size: int
     bf16: bool
-    observe: Observer
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,11 +160,13 @@ class Suite:
             self.cache,
             self.running.batch_size,
             self.running.bf16,
-            lambda what, done, total: self.running.observe(f"{name}: {what}", done, total),
             reference,
         )
         seeds = self.seeds if self.drawn else self.seeds[:1]
-        runs = [self._run(reader, seed) for seed in seeds]
+        with told_of(name):
+            runs = [self._run(reader, seed) for seed in seeds]
+        on = hardware(self.running.device, bf16=self.running.bf16)
+        decides = what_decides(self.task, self._contents, self.settings, on["precision"])
         record = summarise(
             [metrics for metrics, _ in runs],
             find_task(self.task).METRICS,
@@ -175,9 +177,11 @@ class Suite:
             data=self.data,
             settings=self.settings.model_dump(mode="json"),
             seeds=seeds,
-            hardware=hardware(self.running.device, bf16=self.running.bf16),
+            hardware=on,
             seconds=sum(seconds for _, seconds in runs),
             drawn=self.drawn,
+            digest=digest(decides),
+            decides=decides,
         )
         if record.sweep:
             logger.info("%s:\n%s", name, "\n".join(record.sweep))
@@ -189,8 +193,24 @@ class Suite:
     @cached_property
     def _files(self) -> str:
         """A hash of the names, sizes and times of all files of the data, and of those that settings name."""
-        found = [*self._data_stamps(), *(_stamp(path) for path in _named_files(self.settings))]
+        found = [*self._stamps, *(_stamp(path) for path in _named_files(self.settings))]
         return hashlib.sha256(json.dumps(found).encode()).hexdigest()
+
+    @property
+    def _contents(self) -> str:
+        """A hash of the data that is the same wherever they lie; of a dataset of the hub, of its name."""
+        root = Path(self.data).resolve()
+        if not self._stamps:
+            return hash_contents([(self.data, 0)])
+        files = dict.fromkeys(Path(path) for path, *_ in self._stamps)  # a tar file has many pictures
+        return hash_contents(
+            (path.relative_to(root).as_posix() if root in path.parents else path.name, path.stat().st_size)
+            for path in files
+        )
+
+    @cached_property
+    def _stamps(self) -> list[tuple[Any, ...]]:
+        return list(self._data_stamps())
 
     def _data_stamps(self) -> Iterator[tuple[Any, ...]]:
         root = Path(self.data).resolve()

@@ -146,6 +146,22 @@ def test_every_task_has_its_row_and_nothing_is_done_twice(saved, data, small, tm
     run.main([*flags, "--methods", ",".join(asked), "--seed", "0"])
 
 
+def test_rows_that_were_measured_otherwise_than_the_raw_models_are_named():
+    row = {"figures": {"miou": 0.5}, "seconds": 1.0}
+    rows = {
+        f"dense-nn/{method}/0": row | digest
+        for method, digest in (
+            ("raw", {"digest": "a"}),
+            ("teacher", {"digest": "b"}),
+            ("paper", {"digest": "a"}),
+            ("before", {}),  # from before there were digests
+        )
+    }
+    assert run.table("dense-nn", rows).endswith("|\n\nNot measured as `raw` was: `teacher`.")
+    del rows["dense-nn/teacher/0"]
+    assert "Not measured" not in run.table("dense-nn", rows)
+
+
 def test_a_difference_is_marked_where_it_is_within_the_spread():
     def rows(task, method, values):
         return {

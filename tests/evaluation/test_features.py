@@ -16,6 +16,7 @@ from phreg.errors import ConfigError, PhregError
 from phreg.evaluation.dense import Placement
 from phreg.evaluation.feature_cache import FeatureCache
 from phreg.evaluation.features import FeatureConfig, FeatureReader
+from phreg.progress import told_to
 from phreg.registers import add_registers
 from phreg.settings import build
 
@@ -208,10 +209,9 @@ def test_truth_goes_onto_the_canvas_as_the_picture_does(reader):
 def test_pictures_of_many_sizes_come_in_their_order_and_the_same_as_alone(reader, mixed_photos):
     source = open_images(mixed_photos)
     told = []
-    told_reader = FeatureReader(
-        reader.backbone, "tiny", reader.cache, 4, observe=lambda *words: told.append(words)
-    )
-    together = list(told_reader.stream(source, FeatureConfig(size=32)))
+    by_fours = FeatureReader(reader.backbone, "tiny", reader.cache, batch_size=4)
+    with told_to(lambda *words: told.append(words)):
+        together = list(by_fours.stream(source, FeatureConfig(size=32)))
     assert [words[1:] for words in told] == [(4, 6), (6, 6)]
     for number, dense in enumerate(together):
         pixels, placement = reader.place(source.read(number), FeatureConfig(size=32))

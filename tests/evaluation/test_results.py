@@ -3,12 +3,14 @@ import json
 import math
 import statistics
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from phreg.errors import PhregError
+from phreg.evaluation.bootstrap import PerPicture, resample
 from phreg.evaluation.record import Metrics, MetricSpec, Summary, hardware, summarise
 from phreg.evaluation.results import Results
 
@@ -16,6 +18,13 @@ DECLARED = (
     *(MetricSpec(name) for name in ("miou", "iou", "top1", "cls_top1", "top5", "artifact_accuracy")),
     MetricSpec("rmse", "m", better="lower"),
 )
+
+
+OF_RUNS = (
+    *("figures", "guarded", "detail", "notes", "versions", "counts", "metrics"),
+    *("pictures", "resampled"),
+)
+"""Fields of a record that are made of what was measured."""
 
 
 def record(model, values, figure="miou", detail=None):
@@ -129,7 +138,7 @@ def test_the_gate_lets_a_small_drop_pass_and_stops_a_larger_one():
 def test_the_gate_guards_what_the_task_names_beside_the_headline():
     def measured(model, **figures):
         facts = dataclasses.asdict(record(model, [0.5]))
-        for own in ("figures", "guarded", "detail", "notes", "versions", "counts", "metrics"):
+        for own in OF_RUNS:
             del facts[own]
         return summarise([Metrics({"top1": 0.5, **figures}, guarded=("top1", "cls_top1"))], DECLARED, **facts)
 
@@ -168,7 +177,7 @@ def counted(model, *counts):
     """A record of `miou` and `rmse`, a run for each of what they were computed over."""
     runs = [Metrics({"miou": 0.5, "rmse": 0.5}, counts=count) for count in counts]
     facts = dataclasses.asdict(record(model, [0.5] * len(counts)))
-    for own in ("figures", "guarded", "detail", "notes", "versions", "counts", "metrics"):
+    for own in OF_RUNS:
         del facts[own]
     return summarise(runs, DECLARED, **facts)
 
@@ -217,3 +226,50 @@ def test_a_figure_without_a_value_is_a_dash_with_any_number_of_seeds():
     patched, raw = (record(name, [math.nan, math.nan], "artifact_accuracy") for name in ("patched", "raw"))
     assert math.isnan(patched.figures["artifact_accuracy"].std)
     assert "| patched | - |" in Results((patched,), raw).to_markdown()
+
+
+def sampled(model, values, seeds=1, pictures="same", names=("miou",)):
+    """A record of a figure that is the mean of one value a picture."""
+    shares = {name: PerPicture.mean(values) for name in names}
+    told = resample([f"{pictures}{number}" for number in range(len(values))], shares)
+    runs = [Metrics(dict.fromkeys(names, statistics.fmean(values)), **told) for _ in range(seeds)]
+    return summarise(
+        runs, DECLARED, task="t", model=model, sha256="", registers=0, data="", settings={},
+        seeds=tuple(range(seeds)), hardware={}, seconds=0.0,
+    )  # fmt: skip
+
+
+def test_a_difference_on_the_same_pictures_has_an_interval_of_its_own():
+    before = np.random.default_rng(0).random(40)
+    results = Results((sampled("after", before + 0.25, seeds=2),), sampled("before", before, seeds=2))
+    found = results.differences(results.records[0])["miou"]
+    assert found.interval == pytest.approx((0.25, 0.25)), "each picture gained as much"
+    low, high = results.baseline.figures["miou"].interval
+    assert low < before.mean() < high
+    text = results.to_markdown()
+    assert f"| before (baseline) | {100 * low:.2f} to {100 * high:.2f} |" in text
+    assert "(+25.00 to +25.00)" in text
+    assert "Intervals hold 95% of 1,000 bootstrap samples of the pictures" in text
+    written = results.to_json()
+    assert written["differences"][0]["miou"]["interval"] == list(found.interval)
+    own = results.records[0].figures["miou"].interval
+    assert written["models"][0]["figures"]["miou"]["interval"] == list(own)
+    assert written["bootstrap"]["resamples"] == 1000
+    json.dumps(written)
+
+
+def test_a_difference_on_other_pictures_has_no_interval():
+    results = Results((sampled("a", [0.0, 1.0, 1.0]),), sampled("b", [0.0, 1.0, 1.0], pictures="other"))
+    assert results.differences(results.records[0])["miou"].interval is None
+
+
+def test_seeds_that_were_tested_on_other_pictures_have_no_interval():
+    runs = [
+        Metrics({"miou": 0.5}, **resample([f"{seed}a", f"{seed}b"], {"miou": PerPicture.mean([0.0, 1.0])}))
+        for seed in range(2)
+    ]
+    facts = {"model": "m", "sha256": "", "registers": 0, "data": "", "settings": {}, "hardware": {}}
+    found = summarise(runs, DECLARED, task="t", seeds=(0, 1), seconds=0.0, **facts)
+    assert found.figures["miou"].interval is None
+    assert Results((found,)).interval_rows()[1] == []
+    assert "bootstrap" not in Results((found,)).to_markdown()

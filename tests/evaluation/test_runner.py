@@ -116,6 +116,18 @@ def test_a_finished_run_is_not_done_again(saved, colours, tmp_path, monkeypatch)
     assert again.records[0].figures["top1"].values[0] == first["top1"]
 
 
+def test_the_progress_is_told_with_the_name_of_the_model(saved, colours):
+    told = []
+    asked = {
+        "task": "classification",
+        "data": colours,
+        "device": "cpu",
+        "observe": lambda *of: told.append(of),
+    }
+    phreg.evaluate(saved, **asked, **FAST)
+    assert told[-1] == (f"{saved}: training images", 6, 6)  # of 8, a share of .2 of each class held back
+
+
 def test_models_of_the_same_tensors_are_not_taken_for_each_other(tiny, photos, tmp_path, stand_in):
     models = []
     for units in ({1: [(0, 1)]}, {0: [(3, 1)], 2: [(1, -1)]}):  # moved by hooks, which no tensor shows

@@ -34,6 +34,8 @@ class ConfusionMeter:
         self.num_classes = num_classes
         self.ignore = ignore
         self.ignored = 0
+        self.pixels_of: list[Int64[Tensor, "3 classes"]] = []
+        """Pixels of each class that were found, that are of it, and that were taken for it, by update."""
         self.matrix: Int64[Tensor, "truth predicted"] = torch.zeros(
             num_classes, num_classes, dtype=torch.long
         )
@@ -55,7 +57,9 @@ class ConfusionMeter:
                     f"the labels (ignored is {self.ignore})"
                 )
         pairs = torch.bincount(truth * self.num_classes + predicted, minlength=self.num_classes**2)
-        self.matrix += pairs.view_as(self.matrix).cpu()
+        found = pairs.view_as(self.matrix).cpu()
+        self.matrix += found
+        self.pixels_of.append(torch.stack([found.diag(), found.sum(1), found.sum(0)]))
 
     @property
     def pixels(self) -> int:
@@ -114,6 +118,14 @@ class ConfusionMeter:
 # --- Classification -------------------------------------------------------------------------------------
 
 
+def is_in_top_k(
+    scores: Float[Tensor, "images classes"], labels: Int64[Tensor, " images"], k: int
+) -> Bool[Tensor, " images"]:
+    """Tells of each image whether its class is among the k best scored."""
+    best = scores.topk(min(k, scores.shape[1]), dim=1).indices
+    return (best == labels[:, None]).any(dim=1)
+
+
 def top_k(scores: Float[Tensor, "images classes"], labels: Int64[Tensor, " images"], k: int) -> float:
     """Computes the share of images whose class is among the k best scored.
 
@@ -122,8 +134,7 @@ def top_k(scores: Float[Tensor, "images classes"], labels: Int64[Tensor, " image
     """
     if not len(labels):
         raise PhregError(f"top-{k} accuracy asked for over no images; give scores of at least one")
-    best = scores.topk(min(k, scores.shape[1]), dim=1).indices
-    return float((best == labels[:, None]).any(dim=1).double().mean())
+    return float(is_in_top_k(scores, labels, k).double().mean())
 
 
 # --- Depth ----------------------------------------------------------------------------------------------

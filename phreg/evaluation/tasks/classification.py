@@ -32,10 +32,11 @@ from phreg.analysis.linear import fit_softmax
 from phreg.backbones.text import imagenet_names, text_encoder
 from phreg.data.sources import Subset
 from phreg.errors import DataError, PhregError
+from phreg.evaluation.bootstrap import PerPicture, resample
 from phreg.evaluation.datasets.labelled import Labelled, open_labelled, open_split
 from phreg.evaluation.datasets.vocabulary import Vocabulary, embed_vocabulary, find_vocabulary
 from phreg.evaluation.features import FeatureConfig, FeatureReader
-from phreg.evaluation.metrics.scores import top_k
+from phreg.evaluation.metrics.scores import is_in_top_k, top_k
 from phreg.evaluation.protocol import ProtocolSettings
 from phreg.evaluation.record import Metrics, MetricSpec
 from phreg.seeding import keyed_generator
@@ -139,10 +140,11 @@ def run(reader: FeatureReader, data: str, settings: Settings, seed: int) -> Metr
         learned = _read(reader, train, settings, "training images")
         found |= {name: _learned_scores(name, train, learned, test, seen, settings) for name in SCORES}
     figures: dict[str, float] = {}
+    shares: dict[str, PerPicture] = {}
     detail: dict[str, dict[str, float]] = {}
     for method in settings.methods:
         for name, scores in found[method]:
-            _add(figures, name, scores, test.labels)
+            _add(figures, shares, name, scores, test.labels)
             if method != "head" and not detail:
                 detail["top1"] = _per_class(scores, test)
     if train is not None and "knn" in settings.methods:
@@ -151,7 +153,10 @@ def run(reader: FeatureReader, data: str, settings: Settings, seed: int) -> Metr
     guarded = tuple(name for name in figures if name.endswith("top1"))
     over = {"images": len(test.labels), "classes": len(test.labels.unique())}
     notes = {"images": counts, "classes": len(test.classes)}
-    return Metrics(figures, detail, notes, guarded, dict.fromkeys(figures, over))
+    pictures = [test.images.name(number) for number in range(len(test.labels))]
+    return Metrics(
+        figures, detail, notes, guarded, dict.fromkeys(figures, over), **resample(pictures, shares)
+    )
 
 
 def knn_scores(
@@ -327,12 +332,14 @@ def _read(reader: FeatureReader, images: Labelled, settings: Settings, what: str
     return {name: torch.stack(found) for name, found in rows.items()}
 
 
-def _add(figures: dict[str, float], name: str, scores: Tensor, labels: Tensor) -> None:
-    """Adds top-1 and top-5; the first method's are also the headline."""
-    found = {"top1": top_k(scores, labels, 1), "top5": top_k(scores, labels, 5)}
-    if not figures:
-        figures |= found
-    figures |= {f"{name}_{figure}": value for figure, value in found.items()}
+def _add(
+    figures: dict[str, float], shares: dict[str, PerPicture], name: str, scores: Tensor, labels: Tensor
+) -> None:
+    """Adds top-1 and top-5, and what each image adds to them; the first method's are also the headline."""
+    prefixes = [f"{name}_"] if figures else ["", f"{name}_"]
+    for prefix, k in product(prefixes, (1, 5)):
+        figures[f"{prefix}top{k}"] = top_k(scores, labels, k)
+        shares[f"{prefix}top{k}"] = PerPicture.mean(is_in_top_k(scores, labels, k).numpy())
 
 
 def _per_class(scores: Tensor, test: Labelled) -> dict[str, float]:

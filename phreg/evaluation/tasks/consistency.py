@@ -30,6 +30,7 @@ from phreg.errors import PhregError
 from phreg.evaluation.features import FeatureConfig, FeatureReader
 from phreg.evaluation.metrics.agreement import Agreement, AgreementMeter, incomparable_reason
 from phreg.evaluation.record import Metrics, MetricSpec
+from phreg.progress import track
 from phreg.seeding import keyed_generator
 from phreg.teacher import Teacher
 
@@ -141,21 +142,19 @@ def _moved(
 ) -> Agreement:
     """Compares windows at the top left with those at the bottom right of a wider canvas."""
     meter = AgreementMeter()
-    for number, (images, first) in enumerate(zip(canvases, batches, strict=True)):
+    for images, first in zip(track("shifts", canvases), batches, strict=True):
         second = images[..., images.shape[-2] - first.shape[-2] :, images.shape[-1] - first.shape[-1] :]
         meter.update(
             reader(first, reading).grids[:, shift:, shift:],
             reader(second.contiguous(), reading).grids[:, :-shift, :-shift],
         )
-        reader.observe("shifts", number + 1, len(canvases))
     return meter.compute()
 
 
 def _flipped(reader: FeatureReader, reading: FeatureConfig, batches: Sequence[Tensor]) -> Agreement:
     meter = AgreementMeter()
-    for number, images in enumerate(batches):
+    for images in track("flips", batches):
         meter.update(reader(images.flip(-1), reading).grids.flip(2), reader(images, reading).grids)
-        reader.observe("flips", number + 1, len(batches))
     return meter.compute()
 
 
@@ -172,12 +171,11 @@ def _reference(
     teacher = Teacher(baseline, ViewsConfig(count=views, sampler="uniform"), bf16=reader.bf16)
     last = len(baseline.blocks) - 1
     meter = AgreementMeter()
-    for number, images in enumerate(batches):
+    for number, images in enumerate(track("many views", batches)):
         with use_readout(baseline, reader.readout(reading)):
             target = teacher(images, keyed_generator("reference", seed, number)).patches
         with torch.no_grad():
             tokens = baseline.block_tokens(images, [last])[last]
         norms = baseline.layout(images).to_grid(tokens).float().norm(dim=-1)
         meter.update(reader(images, reading).grids, target, outlier_mask(norms, gap))
-        reader.observe("many views", number + 1, len(batches))
     return meter.compute()

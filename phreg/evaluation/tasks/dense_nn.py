@@ -32,6 +32,7 @@ from phreg.evaluation.tasks.segmentation import (
     SegmentationSettings,
     measure_segmentation,
 )
+from phreg.progress import track
 from phreg.seeding import keyed_generator
 
 DATA = "images with masks of classes, for training and testing: a folder in one of the layouts"
@@ -194,7 +195,7 @@ def _crops(
         RandomApply([ColorJitter(**{name: JITTER})])
         for name in ("brightness", "contrast", "saturation", "hue")
     ]
-    for number in range(len(train)):
+    for number in track("training images", range(len(train))):
         picture = train.picture(number)
         classes = _known(train.mask(number, (picture.shape[1], picture.shape[2])), settings)
         with torch.random.fork_rng(devices=[]):
@@ -209,7 +210,6 @@ def _crops(
         grid = reader(reader.normalise(pixels[None]), whole).grids[0].cpu()
         shares = class_shares(shown, (grid.shape[0], grid.shape[1]), len(train.classes))
         yield grid.flatten(0, 1), shares.flatten(0, 1)
-        reader.observe("training images", number + 1, len(train))
 
 
 def _known(classes: Int64[Tensor, "height width"], settings: Settings) -> Int64[Tensor, "height width"]:

@@ -70,6 +70,8 @@ def run(reader: FeatureReader, data: str, settings: Settings, seed: int) -> Metr
         {"iou": here.detail["iou"]},
         {"readout": here.notes["readout"], "steps_again": steps},
         counts={name: found.counts["miou"] for name, found in tested.items()},
+        pictures=here.pictures,
+        resampled={name: found.resampled["miou"] for name, found in tested.items() if found.resampled},
     )
 
 

@@ -28,6 +28,7 @@ from torch.nn.functional import interpolate
 from phreg.data.sources import ImageSource
 from phreg.errors import DataError
 from phreg.evaluation.artifacts import artifact_places
+from phreg.evaluation.bootstrap import PerPicture, resample
 from phreg.evaluation.datasets.augmentation import PairedCrops
 from phreg.evaluation.datasets.depth import DepthMaps, open_depths
 from phreg.evaluation.dense import Dense
@@ -37,6 +38,7 @@ from phreg.evaluation.record import Metrics, MetricSpec
 from phreg.evaluation.tasks.depth_head import DepthHead, gradient_loss, scale_loss
 from phreg.evaluation.tasks.depth_settings import PROTOCOLS as PROTOCOLS
 from phreg.evaluation.tasks.depth_settings import Settings, first_beta, learning_rate
+from phreg.progress import tell
 from phreg.seeding import keyed_generator
 
 logger = logging.getLogger(__name__)
@@ -119,7 +121,7 @@ def train_head(
         batches: Features (batch, dim, rows, cols), and depths in metres (batch, 1, height, width).
         settings: Bins, steps and optimiser.
         seed: Seed of the first weights.
-        reader: Its `observe` is called with the progress.
+        reader: Says on which device.
         check: Called after each step with how many are done, and the head in eval mode.
 
     Raises:
@@ -148,7 +150,7 @@ def train_head(
         loss.backward()
         nn.utils.clip_grad_norm_(head.parameters(), settings.clip)
         optimizer.step()
-        reader.observe("training the head", step + 1, settings.steps)
+        tell("training the head", step + 1, settings.steps)
         check(step + 1, head.eval())
     if not learned:
         raise DataError(
@@ -234,7 +236,9 @@ def _measure(reader: FeatureReader, test: DepthMaps, settings: Settings, head: D
             reason = "no depth that counts lies at an artifact of the baseline"
             logger.warning("artifact_rmse is left out: %s", reason)
             notes["left_out"] = {"artifact_rmse": reason}
-    return Metrics(figures, notes=notes, counts=counts)
+    pictures = [test.images.name(number) for number in range(len(test))]
+    shares = {name: PerPicture.mean([getattr(errors, name) for errors in found]) for name in names}
+    return Metrics(figures, notes=notes, counts=counts, **resample(pictures, shares))
 
 
 def _features(

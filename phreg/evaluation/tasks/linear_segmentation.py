@@ -36,6 +36,7 @@ from phreg.evaluation.tasks.segmentation import (
     measure_segmentation,
     patch_shares,
 )
+from phreg.progress import tell
 from phreg.seeding import keyed_generator
 
 DATA = "images with masks of classes, for training and testing: a folder in one of the layouts"
@@ -146,7 +147,7 @@ def train_head(
         num_classes: Number of classes.
         settings: Steps and optimiser.
         seed: Seed of the first weights.
-        reader: Its `observe` is called with the progress.
+        reader: Says on which device.
         trained: A head to train on, which is changed; None starts a new one.
 
     Raises:
@@ -165,7 +166,7 @@ def train_head(
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        reader.observe("training the head", step + 1, settings.steps)
+        tell("training the head", step + 1, settings.steps)
     if not learned:
         raise DataError(
             f"none of the pixels that were seen in {settings.steps} steps of training shows a class; label "

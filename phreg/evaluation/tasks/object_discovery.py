@@ -27,6 +27,7 @@ from torch import Tensor
 
 from phreg.data.sources import Subset
 from phreg.evaluation.artifacts import artifact_places
+from phreg.evaluation.bootstrap import PerPicture, resample
 from phreg.evaluation.datasets.boxed_images import Boxed, Choice
 from phreg.evaluation.datasets.boxes import open_boxed
 from phreg.evaluation.dense import Placement
@@ -131,7 +132,16 @@ def run(reader: FeatureReader, data: str, settings: Settings, seed: int) -> Metr
                 at_artifact[number, place] = _marks(places[number], discovery)
     boxes = sum(len(boxed.boxes[number]) for number in chosen)
     found = _metrics(combinations, hits, at_artifact if places is not None else None, boxes, boxed.without)
-    return replace(found, notes={**found.notes, "readout": reader.readout(settings.reading)})
+    best = [str(which) for which in combinations].index(found.notes["best"])
+    shares = {"corloc": hits[:, best], "corloc_first": hits[:, 0]}
+    if places is not None:
+        shares["artifact_seeds"] = at_artifact[:, best]
+    pictures = [boxed.images.name(number) for number in chosen]
+    return replace(
+        found,
+        notes={**found.notes, "readout": reader.readout(settings.reading)},
+        **resample(pictures, {name: PerPicture.mean(hit.numpy()) for name, hit in shares.items()}),
+    )
 
 
 def examples(

@@ -13,7 +13,7 @@ keys and values in one projection, a read-out other than plain takes its rounded
 in stays as it is.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Literal
@@ -79,7 +79,12 @@ def run(reader: FeatureReader, data: str, settings: Settings, seed: int) -> Metr
     figures = {f"int8_{name}": rounded, name: full, f"lost_{name}": full - rounded}
     detail = {"full": before.figures, "int8": after.figures}
     counts = dict.fromkeys(figures, before.counts[name]) if name in before.counts else {}
-    return Metrics(figures, detail, before.notes, (name,), counts)
+    resampled: dict[str, Sequence[float]] = {}
+    if name in before.resampled:
+        full, rounded = before.resampled[name], after.resampled[name]
+        lost = [more - less for more, less in zip(full, rounded, strict=True)]
+        resampled = {f"int8_{name}": rounded, name: full, f"lost_{name}": lost}
+    return Metrics(figures, detail, before.notes, (name,), counts, before.pictures, resampled)
 
 
 @contextmanager

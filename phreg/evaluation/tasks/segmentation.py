@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from phreg.evaluation.artifacts import artifact_places
+from phreg.evaluation.bootstrap import PerPicture, resample
 from phreg.evaluation.datasets.layouts import Split
 from phreg.evaluation.datasets.masks import MaskIndex, Segmentation, class_shares
 from phreg.evaluation.datasets.segmentation import open_segmentation
@@ -103,7 +104,22 @@ def measure_segmentation(
     found = segmentation_metrics(
         meter, images, test.classes, (repaired, repaired_images) if places is not None else None
     )
-    return replace(found, notes={**found.notes, "readout": reader.readout(reading)})
+    notes = {**found.notes, "readout": reader.readout(reading)}
+    return replace(found, notes=notes, **_resampled(test, meter, repaired if places is not None else None))
+
+
+def _resampled(test: Segmentation, meter: ConfusionMeter, repaired: ConfusionMeter | None) -> dict[str, Any]:
+    """Computes figures in samples of the pictures, of each of which meters were told once."""
+    found, true, taken = (part.numpy().astype(float) for part in torch.stack(meter.pixels_of).unbind(1))
+    figures = {
+        "miou": PerPicture(found, true + taken - found),
+        "mean_accuracy": PerPicture(found, true),
+        "pixel_accuracy": PerPicture(found.sum(1, keepdims=True), true.sum(1, keepdims=True)),
+    }
+    if repaired is not None and repaired.pixels:
+        found, true, _ = (part.numpy().astype(float) for part in torch.stack(repaired.pixels_of).unbind(1))
+        figures["artifact_accuracy"] = PerPicture(found.sum(1, keepdims=True), true.sum(1, keepdims=True))
+    return resample([test.images.name(number) for number in range(len(test))], figures)
 
 
 def segmentation_metrics(

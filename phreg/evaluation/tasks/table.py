@@ -12,7 +12,7 @@ A task is a module of this package with
                                               what the model made of a few pictures (optional: no pictures)
 
 `run` reads a model through the `FeatureReader` alone, draws from generators made of `seed` alone
-(`phreg.seeding.keyed_generator`), tells `reader.observe(what, done, total)` how far it is, and puts its
+(`phreg.seeding.keyed_generator`), tells `phreg.progress` how far it is, and puts its
 headline figure first. `Metrics.counts` tells over how many pixels, images, classes or the like each figure
 was computed; one that has nothing to be computed over is left out, with the reason in the note `left_out`,
 and a headline over nothing is an error. A task that tries several things and reports the best names the
@@ -38,6 +38,7 @@ TASKS = {
     "head-transfer": "phreg.evaluation.tasks.head_transfer",
     "linear-depth": "phreg.evaluation.tasks.linear_depth",
     "zero-shot-segmentation": "phreg.evaluation.tasks.zero_shot_segmentation",
+    "anomaly-detection": "phreg.evaluation.tasks.anomaly_detection",
     "dense-nn": "phreg.evaluation.tasks.dense_nn",
     "video-propagation": "phreg.evaluation.tasks.video_propagation",
     "quantised": "phreg.evaluation.tasks.quantised",

@@ -15,7 +15,7 @@ same, whatever its sequence.
 """
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -31,6 +31,7 @@ from torch.nn.functional import interpolate, one_hot
 from phreg.data.paths import natural_order, some
 from phreg.data.sources import Files
 from phreg.errors import DataError
+from phreg.evaluation.bootstrap import PerPicture, resample
 from phreg.evaluation.datasets.masks import read_index_mask
 from phreg.evaluation.datasets.pairs import find_files, pair_files, read_lines
 from phreg.evaluation.dense import Dense
@@ -38,6 +39,7 @@ from phreg.evaluation.features import FeatureConfig, FeatureReader
 from phreg.evaluation.metrics.scores import IGNORE, boundary_accuracy, region_similarity
 from phreg.evaluation.protocol import RESAMPLING, ProtocolSettings
 from phreg.evaluation.record import Metrics, MetricSpec
+from phreg.progress import track
 
 DATA = "videos with masks of objects: a folder in the layout of DAVIS 2017"
 METRICS = (MetricSpec("j_and_f"), MetricSpec("j"), MetricSpec("f"))
@@ -123,10 +125,9 @@ def run(reader: FeatureReader, data: str, settings: Settings, seed: int) -> Metr
     scores: dict[str, tuple[float, float]] = {}
     frames = 0
     videos = open_videos(data, settings.sequences, settings.resolution)
-    for done, video in enumerate(videos, start=1):
+    for video in track("sequences", videos):
         scores |= _follow(reader, video, settings)
         frames += len(video.masks) - 2
-        reader.observe("sequences", done, len(videos))
     region, boundary = (sum(side) / len(scores) for side in zip(*scores.values(), strict=True))
     detail = {
         "j": {name: score[0] for name, score in scores.items()},
@@ -134,8 +135,33 @@ def run(reader: FeatureReader, data: str, settings: Settings, seed: int) -> Metr
     }
     figures = {"j_and_f": (region + boundary) / 2, "j": region, "f": boundary}
     notes = {"sequences": len(videos), "objects": len(scores), "readout": reader.readout(settings.reading)}
+    shares = {name: _of_sequences(videos, scores, which) for name, which in MEASURES.items()}
+    sampled = resample([video.name for video in videos], shares)
     over = {"frames": frames, "objects": len(scores), "sequences": len(videos)}
-    return Metrics(figures, detail, notes, counts=dict.fromkeys(figures, over))
+    return Metrics(figures, detail, notes, counts=dict.fromkeys(figures, over), **sampled)
+
+
+MEASURES: Mapping[str, Callable[[tuple[float, float]], float]] = {
+    "j_and_f": lambda pair: sum(pair) / 2,
+    "j": lambda pair: pair[0],
+    "f": lambda pair: pair[1],
+}
+"""Figures of an object, of its J and F."""
+
+
+def _of_sequences(
+    videos: Sequence[Video],
+    scores: Mapping[str, tuple[float, float]],
+    which: Callable[[tuple[float, float]], float],
+) -> PerPicture:
+    """Says what each sequence adds to a mean over objects; frames of one are alike."""
+    of = [
+        [which(pair) for name, pair in scores.items() if name.rpartition("/")[0] == video.name]
+        for video in videos
+    ]
+    return PerPicture(
+        np.array([[sum(objects)] for objects in of]), np.array([[float(len(objects))] for objects in of])
+    )
 
 
 def open_videos(data: str, sequences: str, resolution: str) -> list[Video]:

@@ -20,6 +20,7 @@ import logging
 import math
 import statistics
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -165,7 +166,7 @@ def run(reader: FeatureReader, data: str, settings: Settings, seed: int) -> Metr
         logger.warning("pearson is left out: %s", reason)
         notes["left_out"] = {**notes.get("left_out", {}), "pearson": reason}
     detail = {**found.detail, "pearson": dict(zip(test.classes, means, strict=True))}
-    return Metrics(figures, detail, notes, counts=counts)
+    return replace(found, figures=figures, detail=detail, notes=notes, counts=counts)
 
 
 def choose_classes(

@@ -208,3 +208,8 @@ def test_several_numbers_of_neighbours_are_measured_and_the_first_is_the_headlin
     assert found.detail["knn_pooled_top1"] == {f"{number} neighbours": alone[number] for number in (3, 1, 2)}
     assert resolve_settings("classification", {"neighbours": "10,20"}).neighbours == (10, 20)
     assert resolve_settings("classification", {"neighbours": "10"}).neighbours == 10
+
+
+def test_what_each_picture_adds_makes_up_the_figures(reader, colours, whole_sample):
+    found = classification.run(reader, colours, Settings(methods=("knn", "linear"), neighbours=3), seed=0)
+    whole_sample(found, *found.figures)

@@ -100,3 +100,7 @@ def test_an_evaluation_sets_a_repaired_model_beside_the_original(tiny, halves, t
     heading, rows = results.rows()
     assert heading[1:] == ["mIoU, head of the original", "mIoU of the original", "mIoU, head trained on"]
     assert len(rows) == 2
+
+
+def test_what_each_picture_adds_makes_up_the_figures(measure, tiny, whole_sample):
+    whole_sample(measure(turned(tiny())), "miou", "miou_original", "miou_again")

@@ -240,3 +240,13 @@ def test_a_protocol_runs_on_sizes_that_are_no_whole_patches(reader, motorcycle, 
     features, truth = next(depths)
     assert truth.shape == (2, 1, 44, 53), "to the pixel"
     assert features.shape[-2:] == (6, 7), "of the padded crop"
+
+
+def test_what_each_picture_adds_makes_up_the_figures(reader, motorcycle, whole_sample):
+    for kind, suffix in (("images", "png"), ("depths", "npy")):
+        folder = motorcycle / kind / "val"
+        (folder / f"again.{suffix}").write_bytes((folder / f"motorcycle.{suffix}").read_bytes())
+    depths = motorcycle / "depths" / "val" / "again.npy"
+    np.save(depths, np.load(depths) + 0.5)
+    found = linear_depth.run(reader, str(motorcycle), Settings(**SMALL | {"steps": 1}), seed=0)
+    whole_sample(found, "rmse", "abs_rel", "delta1")

@@ -234,3 +234,14 @@ def test_an_object_is_found_in_its_box_though_exif_turns_the_picture(
     monkeypatch.setattr(object_discovery, "discover", brightest)
     found = object_discovery.run(reader, str(tmp_path), SMALL, seed=0)
     assert found.figures["corloc"] == 1
+
+
+def test_what_each_picture_adds_makes_up_the_figures(reader, squares, whole_sample, monkeypatch):
+    monkeypatch.setattr(
+        object_discovery,
+        "artifact_places",
+        lambda *_: [torch.eye(8) > 0, torch.eye(8) == 0, torch.eye(8) > 0],
+    )
+    whole_sample(
+        object_discovery.run(reader, squares, SMALL, seed=0), "corloc", "corloc_first", "artifact_seeds"
+    )

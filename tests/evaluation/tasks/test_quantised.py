@@ -96,6 +96,8 @@ def test_classification_is_measured_before_and_after(tiny, tmp_path):
     assert found.counts == {key: {"images": 2, "classes": 2} for key in found.figures}
     assert set(found.detail["int8"]) == {"top1", "top5", "knn_pooled_top1", "knn_pooled_top5"}
     assert MetricSpec("lost_top1", better="lower") in quantised.METRICS
+    assert set(found.resampled) == set(found.figures)
+    assert set(found.resampled["lost_top1"]) == {0.0}
 
 
 def test_what_is_lost_is_before_less_after(tiny, tmp_path, monkeypatch):

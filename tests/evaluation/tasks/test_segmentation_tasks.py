@@ -17,7 +17,7 @@ from phreg.evaluation.datasets.augmentation import CropConfig, PairedCrops
 from phreg.evaluation.feature_cache import FeatureCache
 from phreg.evaluation.features import FeatureConfig, FeatureReader
 from phreg.evaluation.metrics.scores import IGNORE
-from phreg.evaluation.tasks import dense_nn, linear_segmentation
+from phreg.evaluation.tasks import dense_nn, linear_segmentation, segmentation
 from phreg.evaluation.tasks.linear_segmentation import PROTOCOLS, head_loss
 from phreg.evaluation.tasks.table import resolve_settings
 
@@ -282,3 +282,11 @@ def test_channels_are_dropped_whole_and_the_rest_made_up_for():
     assert torch.equal(linear_segmentation._drop(features, 0.1, 0, 5), dropped)
     assert not torch.equal(linear_segmentation._drop(features, 0.1, 0, 6), dropped)
     assert torch.equal(linear_segmentation._drop(features, 0.0, 0, 5), features)
+
+
+def test_what_each_picture_adds_makes_up_the_figures(reader, stripes, whole_sample, monkeypatch):
+    places = torch.zeros(4, 4, dtype=torch.bool)
+    places[:, :2] = True
+    monkeypatch.setattr(segmentation, "artifact_places", lambda *_: [places, places])
+    found = dense_nn.run(reader, stripes, dense_nn.Settings(reading=SMALL["reading"], bank_size=40), seed=0)
+    whole_sample(found, "miou", "mean_accuracy", "pixel_accuracy", "artifact_accuracy")

@@ -212,3 +212,8 @@ def test_moving_squares_are_followed_by_dinos_protocol_too(reader, davis):
     found = video_propagation.run(reader, str(davis), settings, seed=0)
     # The canvas is as large as the frames, so that nothing is enlarged either way.
     assert found.figures == video_propagation.run(reader, str(davis), SMALL, seed=0).figures
+
+
+def test_what_each_sequence_adds_makes_up_the_figures(reader, davis, whole_sample):
+    found = video_propagation.run(reader, str(davis), SMALL, seed=0)
+    whole_sample(found, "j_and_f", "j", "f")

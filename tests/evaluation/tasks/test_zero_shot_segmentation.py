@@ -216,3 +216,8 @@ def test_a_protocol_reads_windows_of_any_pixel_and_agrees_with_whole_pictures_wh
     found = run(reader, str(pictures), several, 0)
     assert found.counts["miou"]["pixels"] == 2 * 32 * 32
     assert found.figures != run(reader, str(pictures), whole, 0).figures
+
+
+def test_what_each_picture_adds_makes_up_the_figures(reader, pictures, whole_sample):
+    found = run(reader, str(pictures), Settings(**WHOLE), seed=0)
+    whole_sample(found, "miou", "mean_accuracy", "pixel_accuracy")
