@@ -179,8 +179,6 @@ class Suite:
             seconds=sum(seconds for _, seconds in runs),
             drawn=self.drawn,
         )
-        if record.sweep:
-            logger.info("%s:\n%s", name, "\n".join(record.sweep))
         if not self.show:
             return record
         pictures = examples(self.task, reader, self.data, self.settings, seeds[0], record.notes[0])
