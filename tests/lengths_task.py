@@ -13,7 +13,12 @@ from phreg.evaluation.features import FeatureConfig, FeatureReader
 from phreg.evaluation.record import Metrics, MetricSpec
 
 DATA = "any images"
-METRICS = (MetricSpec("aligned"), MetricSpec("length", "norm", better="lower", label="mean length"))
+TREE = """photos/
+  0001.jpg …"""
+METRICS = (
+    MetricSpec("aligned", about="share of patches that point one way"),
+    MetricSpec("length", "norm", better="lower", label="mean length", about="of patch features"),
+)
 
 
 class Settings(Config):

@@ -68,8 +68,11 @@ def named_models(models: Sequence[Model], instance: str = "instance") -> dict[st
 
 
 def short_names(named: dict[str, Any]) -> dict[str, Any]:
-    """Calls local folders by their last part, as far as that tells them apart."""
-    short = {name: display_name(name) for name in named}
-    if len(set(short.values())) < len(named):
-        return named
-    return {short[name]: model for name, model in named.items()}
+    """Calls local folders by their last parts, as few as tell them apart."""
+    folders = {name: Path(name).absolute().parts for name in named if display_name(name) != name}
+    for count in range(1, 1 + max(map(len, folders.values()), default=0)):
+        short = {name: os.path.join(*parts[-count:]) for name, parts in folders.items()}  # noqa: PTH118
+        renamed = {short.get(name, name): model for name, model in named.items()}
+        if len(renamed) == len(named):
+            return renamed
+    return named

@@ -22,16 +22,16 @@ from phreg.cli.printing import (
     inside_quotes,
     print_figures,
     print_next,
-    print_results,
     print_run,
     say,
 )
 from phreg.cli.progress import ProgressReporter
+from phreg.cli.tables import print_norms, print_results, print_task, print_tasks
 from phreg.config import DistillConfig
 from phreg.errors import Interrupted, MaxDropError
 from phreg.formats import Format
 from phreg.progress import told_to
-from phreg.settings import fields, flatten, read_toml
+from phreg.settings import read_toml
 from phreg.settings import recipes as shipped_recipes
 
 app = SubcommandApp()
@@ -152,19 +152,7 @@ def inspect(
             texts=texts, mean=mean, std=std, device=device,
         )  # fmt: skip
     for found in inspection.models:
-        table = Table(
-            "block",
-            "median norm",
-            "outliers",
-            "their norm",
-            "outliers after the final norm",
-            title=found.name,
-        )
-        for before, after in zip(found.norms.blocks, found.norms.normed, strict=True):
-            norm = f"{before.outlier_norm:.1f}" if before.outlier_norm is not None else "-"
-            rate, normed = (f"{100 * side.outlier_rate:.2f} %" for side in (before, after))
-            table.add_row(str(before.block), f"{before.median:.1f}", rate, norm, normed)
-        console.print(table)
+        print_norms(found)
         console.print(verdict(found.norms))
         if found.sinks is not None:
             console.print(causes(found.sinks))
@@ -232,6 +220,7 @@ def evaluate(
     seed: int = 0,
     cache: Annotated[Path | None, unset("DIR")] = None,
     cache_limit: Annotated[float, arg(metavar="GB")] = 20.0,
+    sweep: bool = False,
 ) -> None:
     """Compare models in a task: segmentation, classification and more.
 
@@ -257,6 +246,7 @@ def evaluate(
         seed: The first seed.
         cache: Folder for cached features. Unset means features/ in the output.
         cache_limit: Largest size of the cache, in gigabytes.
+        sweep: Print what every combination reached, in a task that tries several, such as object discovery.
     """
     with _evaluating(output), ProgressReporter() as doing:
         from phreg import api
@@ -267,7 +257,7 @@ def evaluate(
             batch_size=batch_size, cache=cache, cache_limit=cache_limit, observe=doing,
             **task_settings([*chain(*set)], evaluate),
         )  # fmt: skip
-    print_results(results, output)
+    print_results(results, output, sweep=sweep)
     if max_drop is not None:
         console.print(f"Check passed: no drop of more than {max_drop:g}.")
 
@@ -289,28 +279,18 @@ def _evaluating(output: Path) -> Iterator[None]:
 
 @app.command
 def tasks(task: Annotated[Positional[str | None], unset("[TASK]")] = None, /) -> None:
-    """List the tasks of `phreg evaluate`, or the settings of one.
+    """List the tasks of `phreg evaluate`, or the data, figures and settings of one.
 
     Args:
-        task: Task whose settings to list.
+        task: Task to describe.
     """
     from phreg.evaluation.tasks.table import TASKS, find_task, protocols
 
     if task is None:
-        table = Table("task", "what it measures")
-        for name in TASKS:
-            table.add_row(name, (find_task(name).__doc__ or "").partition("\n")[0])
-        console.print(table)
+        print_tasks({name: find_task(name) for name in TASKS})
         return
     found = find_task(task)
-    table = Table("setting", "default", "what it is", title=task)
-    defaults = flatten(found.Settings().model_dump())
-    for key, field in fields(found.Settings).items():
-        table.add_row(key, str(defaults[key]), " ".join((field.description or "").split()))
-    console.print(table)
-    console.print(f"Data: {found.DATA}.")
-    if protocols(found):
-        console.print(f"Protocols: {', '.join(protocols(found))}")
+    print_task(task, found, [*protocols(found)])
 
 
 @app.command

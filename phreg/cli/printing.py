@@ -6,7 +6,6 @@ Texts are printed without markup, since names of folders and models can hold any
 import json
 import shlex
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -17,6 +16,9 @@ PLAIN: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False}
 """How consoles print: `[…]` and `:…:` have no special meaning."""
 
 console = Console(**PLAIN)
+
+NUMBER: dict[str, Any] = {"justify": "right", "no_wrap": True}
+"""How columns of numbers are set."""
 
 REMAINING = 0.05
 """Largest share of remaining artifacts that is not reported."""
@@ -33,12 +35,19 @@ def inside_quotes(path: Any) -> str:
 
 
 def print_figures(rows: Sequence[Any], title: str | None = None) -> None:
-    """Prints figures before and after."""
-    table = Table("figure", "before", "after", title=title)
+    """Prints figures before and after, each with the direction that is better."""
+    table = Table("figure", Column("before", **NUMBER), Column("after", **NUMBER), "better", title=title)
     for row in rows:
-        sides = ("-" if value is None else f"{value:.4f}" for value in (row.before, row.after))
-        table.add_row(row.name, *sides)
+        sides = (_side(value, row.unit) for value in (row.before, row.after))
+        table.add_row(row.name, *sides, "lower" if row.lower_is_better else "higher")
     console.print(table)
+    console.print("Outlier rates are in per cent of patch tokens. A cosine of 1 means equal.")
+
+
+def _side(value: float | None, unit: str) -> str:
+    if value is None:
+        return "-"
+    return f"{100 * value:.3f} %" if unit == "share" else f"{value:.4f}"
 
 
 def print_run(result: Any) -> None:
@@ -96,24 +105,6 @@ def print_next(result: Any, model: str) -> None:
     say(f'In Python:  model = phreg.load("{inside_quotes(result.run)}")')
     say(f"Compare:    phreg evaluate {base} {run} --task TASK --data DATA --output FOLDER  (phreg tasks)")
     say(f"Export:     phreg export {run} --format FORMAT --output FOLDER  (phreg export --help)")
-
-
-def print_results(results: Any, output: Path) -> None:
-    """Prints the table of an evaluation."""
-    heading, rows = results.rows()
-    model = Column(heading[0], overflow="fold")  # paths are long, and told apart by their ends
-    table = Table(model, *heading[1:], title=f"{results.records[0].task} on {results.records[0].data}")
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
-    heading, rows = results.interval_rows()
-    if rows:
-        ranges = Table(model, *heading[1:], title="95 % intervals over pictures")
-        for row in rows:
-            ranges.add_row(*row)
-        console.print(ranges)
-    console.print(results.legend())
-    say(f"Written: {output / 'results.json'} and results.md")
 
 
 def description(shown: Any) -> list[tuple[str, str]]:

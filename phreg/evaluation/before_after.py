@@ -10,7 +10,7 @@ original averaged over many views or, for the demonstration model, the known tru
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -43,6 +43,7 @@ class Row(NamedTuple):
     before: float | None
     after: float | None
     lower_is_better: bool
+    unit: Literal["share", "cosine"] = "cosine"
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,8 +123,8 @@ def table(figures: Mapping[str, Any]) -> list[Row]:
     by_block = figures.get("outlier_rate_by_block")
     most = "the same, in the block with most"
     return [
-        Row("outlier rate (share of patch tokens)", *rates, lower_is_better=True),
-        *([Row(most, *map(max, by_block), lower_is_better=True)] if by_block else []),
+        Row("outlier rate (share of patch tokens)", *rates, lower_is_better=True, unit="share"),
+        *([Row(most, *map(max, by_block), lower_is_better=True, unit="share")] if by_block else []),
         Row(f"cosine to {figures['reference']}, mean", before["mean"], after["mean"], lower_is_better=False),
         Row(
             "the same, worst 1 % of patches",

@@ -40,17 +40,28 @@ class MetricSpec:
         unit: `SHARE`, which tables show in per cent, or any other, such as `m`, which they show as it is.
         better: Which way is better.
         label: Heading in tables; unset means the name.
+        about: What it is, in a few words, for the line under a table.
     """
 
     name: str
     unit: str = SHARE
     better: Literal["higher", "lower"] = "higher"
     label: str | None = None
+    about: str = ""
 
     @property
     def heading(self) -> str:
         """What tables call it."""
         return self.label or self.name
+
+    @property
+    def shown_unit(self) -> str:
+        """The unit of what tables show: shares are in per cent."""
+        return "%" if self.unit == SHARE else self.unit
+
+    def sentence(self) -> str:
+        """Says what the metric is, in which unit, and which way is better."""
+        return f"{self.heading} ({self.shown_unit}, {self.better} is better): {self.about}."
 
     def drop(self, change: float) -> float:
         """Tells how much worse a figure is that changed by so much; negative where it is better."""

@@ -256,6 +256,7 @@ class Results:
             "; ".join(parts),
             "Shares are in per cent",
             *self._resampling(),
+            *self._swept(),
             *self._computed_over(),
             *self._left_out(),
             *self._protocol(),
@@ -273,6 +274,18 @@ class Results:
             folder.mkdir(parents=True, exist_ok=True)
             write_text(folder / RESULTS, json.dumps(self.to_json(), indent=2))
             write_text(folder / TABLE, self.to_markdown())
+
+    def _swept(self) -> list[str]:
+        """Says which figure is the best of several combinations, and that the measured images chose it."""
+        labelled = [record for record, _ in self._labelled()]
+        name = self.records[0].notes[0].get("sweep")
+        if name is None:
+            return []
+        best = "; ".join(f"{record.model}: {record.notes[0].get('best')}" for record in labelled)
+        return [
+            f"{name} is the best of {len(self.records[0].detail[name])} combinations, chosen on the very "
+            f"images that are measured: it is too high for a new set of images ({best})"
+        ]
 
     def _computed_over(self) -> list[str]:
         """Says over how much figures were computed, those over the same together."""

@@ -183,8 +183,6 @@ class Suite:
             digest=digest(decides),
             decides=decides,
         )
-        if record.sweep:
-            logger.info("%s:\n%s", name, "\n".join(record.sweep))
         if not self.show:
             return record
         pictures = examples(self.task, reader, self.data, self.settings, seeds[0], record.notes[0])

@@ -53,7 +53,7 @@ def stand_in(monkeypatch):
     """Puts a task in place that reads nothing, and counts how often it is run."""
     task = ModuleType("stand_in")
     task.Settings, task.METRICS, task.runs = Settings, [MetricSpec("score")], []
-    task.DATA = "none"
+    task.DATA = task.TREE = "none"
 
     def run(reader, _data, _settings, seed):
         task.runs.append(seed)
@@ -213,13 +213,11 @@ def test_a_task_that_draws_nothing_runs_once_and_says_so(saved, photos, tmp_path
     assert "nothing is drawn" in (tmp_path / "out" / "results.md").read_text()
 
 
-def test_a_sweep_is_told_again_by_a_run_that_was_finished_before(saved, photos, tmp_path, stand_in, caplog):
+def test_a_sweep_is_told_again_by_a_run_that_was_finished_before(saved, photos, tmp_path, stand_in):
     asked = {"task": "stand-in", "data": photos, "output": tmp_path / "out", "device": "cpu"}
-    with caplog.at_level(logging.INFO, "phreg"):
-        phreg.evaluate(saved, **asked)
-        phreg.evaluate(saved, **asked)
+    told = [phreg.evaluate(saved, **asked).records[0].sweep for _ in range(2)]
     assert len(stand_in.runs) == 1
-    assert caplog.text.count("score 25.00 with once") == caplog.text.count("score 50.00 with twice") == 2
+    assert told[0] == told[1] == ["score 25.00 with once", "score 50.00 with twice"]
 
 
 @pytest.mark.parametrize(

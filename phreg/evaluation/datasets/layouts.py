@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from textwrap import fill
 from typing import Any, Generic, Literal, TypeVar
 
 from phreg.data.paths import some
@@ -78,6 +79,16 @@ def find_layout(
 def _tell(root: Path, layout: str) -> None:
     """Says, once, as what a folder is read."""
     logger.info("%s is read in the layout %r", root, layout)
+
+
+def other_layouts(layouts: Mapping[str, Layout[Any]], shown: str) -> str:
+    """Lists the layouts beside one that is shown as a tree, a line each, for `phreg tasks`."""
+    lines = [
+        fill(f"{name}: {known.looks}", 80, initial_indent="  ", subsequent_indent="    ")
+        for name, known in layouts.items()
+        if name != shown
+    ]
+    return "\n".join(["Other layouts are known by their folders:", *lines])
 
 
 def split_folder(root: Path, split: Split) -> Path | None:

@@ -57,8 +57,25 @@ def _several(value: Any) -> Any:
 
 
 DATA = "images with a class each: class folders, a file of labels, or a Hugging Face dataset"
+TREE = """dataset/
+  train/cat/0001.jpg …  a folder a class, to train on
+  val/cat/0002.jpg …    the same classes, to test on
+Without train/ and val/ a share of each class is kept to test on. Or:
+dataset/
+  0001.jpg …
+  labels.csv            lines of file,class; or labels.json
+Or the id of a Hugging Face dataset."""
+
+
+def _about(figure: str, by: str) -> str:
+    among = "is the first named" if figure == "top1" else "is among the first five named"
+    return f"share of images whose class {among}, by {by}"
+
+
 METRICS = tuple(
-    MetricSpec(_name(*classifier, figure))
+    MetricSpec(
+        _name(*classifier, figure), about=_about(figure, " on ".join(classifier) or "the first method")
+    )
     for classifier in ((), *product(("knn", "linear"), get_args(Feature)), ("head",), ("zero-shot",))
     for figure in ("top1", "top5")
 )

@@ -37,14 +37,16 @@ from phreg.teacher import Teacher
 logger = logging.getLogger(__name__)
 
 DATA = "any images: a folder, a list, tar shards or a Hugging Face dataset"
+TREE = """photos/
+  0001.jpg …  in any sub-folders; or a text file of paths, or *.tar"""
 METRICS = (
-    MetricSpec("shift_agreement"),
-    MetricSpec("flip_agreement"),
-    MetricSpec("reference_agreement"),
-    MetricSpec("reference_worst_percent"),
-    MetricSpec("outlier_rate", better="lower"),
-    MetricSpec("artifact_agreement"),
-    MetricSpec("worst_percent"),
+    MetricSpec("shift_agreement", about="cosine of patch features to those of the shifted image"),
+    MetricSpec("flip_agreement", about="cosine of patch features to those of the mirrored image"),
+    MetricSpec("reference_agreement", about="cosine to the baseline averaged over many views"),
+    MetricSpec("reference_worst_percent", about="the same cosine, mean of the worst 1 % of patches"),
+    MetricSpec("outlier_rate", better="lower", about="share of patch tokens that are artifacts"),
+    MetricSpec("artifact_agreement", about="the same cosine, where the baseline has artifacts"),
+    MetricSpec("worst_percent", about="cosine to the moved image, mean of the worst 1 % of patches"),
 )
 
 

@@ -29,6 +29,7 @@ from phreg.evaluation.metrics.scores import IGNORE
 from phreg.evaluation.record import Metrics
 from phreg.evaluation.tasks.segmentation import (
     SEGMENTATION_METRICS,
+    SEGMENTATION_TREE,
     SegmentationSettings,
     measure_segmentation,
 )
@@ -36,6 +37,7 @@ from phreg.progress import track
 from phreg.seeding import keyed_generator
 
 DATA = "images with masks of classes, for training and testing: a folder in one of the layouts"
+TREE = SEGMENTATION_TREE
 METRICS = SEGMENTATION_METRICS
 
 AT_ONCE = 4096

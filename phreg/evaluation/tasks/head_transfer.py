@@ -23,11 +23,14 @@ from phreg.evaluation.tasks import linear_segmentation
 from phreg.evaluation.tasks.linear_segmentation import batches, train_head, try_head
 
 DATA = "images with masks of classes, for training and testing: a folder in one of the layouts"
+TREE = linear_segmentation.TREE
 METRICS = (
-    MetricSpec("miou", label="mIoU, head of the original"),
-    MetricSpec("miou_original", label="mIoU of the original"),
-    MetricSpec("miou_again", label="mIoU, head trained on"),
-    MetricSpec("iou"),
+    MetricSpec("miou", label="mIoU, head of the original", about="the baseline's head on the model"),
+    MetricSpec("miou_original", label="mIoU of the original", about="the baseline's head on the baseline"),
+    MetricSpec(
+        "miou_again", label="mIoU, head trained on", about="the same head after a few steps on the model"
+    ),
+    MetricSpec("iou", about="intersection over union of a class"),
 )
 
 

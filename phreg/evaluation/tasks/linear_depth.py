@@ -30,7 +30,8 @@ from phreg.errors import DataError
 from phreg.evaluation.artifacts import artifact_places
 from phreg.evaluation.bootstrap import PerPicture, resample
 from phreg.evaluation.datasets.augmentation import PairedCrops
-from phreg.evaluation.datasets.depth import DepthMaps, open_depths
+from phreg.evaluation.datasets.depth import LAYOUTS, DepthMaps, open_depths
+from phreg.evaluation.datasets.layouts import other_layouts
 from phreg.evaluation.dense import Dense
 from phreg.evaluation.features import FeatureReader
 from phreg.evaluation.metrics.scores import DepthErrors, depth_errors
@@ -44,15 +45,27 @@ from phreg.seeding import keyed_generator
 logger = logging.getLogger(__name__)
 
 DATA = "images with depth maps, for training and testing: a folder in one of the layouts"
+TREE = f"""dataset/
+  images/train/0001.jpg …  to train on
+  images/val/0002.jpg …    to test on
+  depths/train/0001.png …  PNG of 16 bits in millimetres, or .npy in metres
+  depths/val/0002.png …
+
+{other_layouts(LAYOUTS, "folder")}"""
 
 METRICS = (
-    MetricSpec("rmse", "m", better="lower"),
-    MetricSpec("abs_rel", "ratio", better="lower"),
-    MetricSpec("log10", "decades", better="lower"),
-    MetricSpec("delta1"),
-    MetricSpec("delta2"),
-    MetricSpec("delta3"),
-    MetricSpec("artifact_rmse", "m", better="lower"),
+    MetricSpec("rmse", "m", better="lower", about="root mean square error of a picture, mean of pictures"),
+    MetricSpec("abs_rel", "ratio", better="lower", about="error relative to the true depth"),
+    MetricSpec("log10", "decades", better="lower", about="difference of the logarithms of depth"),
+    MetricSpec("delta1", about="share of pixels within a factor of 1.25 of the true depth"),
+    MetricSpec("delta2", about="share of pixels within a factor of 1.25^2"),
+    MetricSpec("delta3", about="share of pixels within a factor of 1.25^3"),
+    MetricSpec(
+        "artifact_rmse",
+        "m",
+        better="lower",
+        about="root mean square error where the baseline has artifacts",
+    ),
 )
 
 

@@ -32,6 +32,7 @@ from phreg.evaluation.record import Metrics
 from phreg.evaluation.tasks.schedules import decay, dinov3_rate, warm_up
 from phreg.evaluation.tasks.segmentation import (
     SEGMENTATION_METRICS,
+    SEGMENTATION_TREE,
     SegmentationSettings,
     measure_segmentation,
     patch_shares,
@@ -40,6 +41,7 @@ from phreg.progress import tell
 from phreg.seeding import keyed_generator
 
 DATA = "images with masks of classes, for training and testing: a folder in one of the layouts"
+TREE = SEGMENTATION_TREE
 METRICS = SEGMENTATION_METRICS
 
 

@@ -29,7 +29,8 @@ from phreg.data.sources import Subset
 from phreg.evaluation.artifacts import artifact_places
 from phreg.evaluation.bootstrap import PerPicture, resample
 from phreg.evaluation.datasets.boxed_images import Boxed, Choice
-from phreg.evaluation.datasets.boxes import open_boxed
+from phreg.evaluation.datasets.boxes import BOX_LAYOUTS, open_boxed
+from phreg.evaluation.datasets.layouts import other_layouts
 from phreg.evaluation.dense import Placement
 from phreg.evaluation.examples import Example, LabelledBox, Mark, Panel
 from phreg.evaluation.features import FeatureConfig, FeatureReader
@@ -41,10 +42,19 @@ from phreg.evaluation.tasks.tokencut import tokencut
 from phreg.seeding import keyed_generator
 
 DATA = "images with boxes or masks of their objects: a folder in one of the layouts"
+TREE = f"""objects/
+  images/0001.jpg …
+  masks/0001.png …  255 on the object, 0 elsewhere
+
+{other_layouts(BOX_LAYOUTS, "masks")}"""
 METRICS = (
-    MetricSpec("corloc"),
-    MetricSpec("corloc_first"),
-    MetricSpec("artifact_seeds", better="lower"),
+    MetricSpec("corloc", about="share of images whose box meets a true one (IoU above 0.5), best of a sweep"),
+    MetricSpec("corloc_first", about="the same by the first combination of the sweep, which is fixed"),
+    MetricSpec(
+        "artifact_seeds",
+        better="lower",
+        about="share of images whose box grew from an artifact of the baseline",
+    ),
 )
 
 Source = Literal["tokens", "queries", "keys", "values"]

@@ -30,9 +30,17 @@ from phreg.evaluation.tasks.classification import Settings as Classification
 from phreg.evaluation.tasks.zero_shot_segmentation import Settings as ZeroShotSegmentation
 
 DATA = "those of the task that is measured"
+TREE = f"""As classification, or with --set measured=zero-shot-segmentation as that:
+
+{classification.TREE}
+
+{zero_shot_segmentation.TREE}"""
 METRICS = (
-    *(MetricSpec(f"int8_{name}") for name in ("top1", "miou")),
-    *(MetricSpec(f"lost_{name}", better="lower") for name in ("top1", "miou")),
+    *(MetricSpec(f"int8_{name}", about=f"{name} of the model in int8") for name in ("top1", "miou")),
+    *(
+        MetricSpec(f"lost_{name}", better="lower", about=f"what int8 loses of {name}")
+        for name in ("top1", "miou")
+    ),
     *classification.METRICS,
     *zero_shot_segmentation.METRICS,
 )

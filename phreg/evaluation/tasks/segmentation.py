@@ -15,9 +15,9 @@ from torch import Tensor
 
 from phreg.evaluation.artifacts import artifact_places
 from phreg.evaluation.bootstrap import PerPicture, resample
-from phreg.evaluation.datasets.layouts import Split
+from phreg.evaluation.datasets.layouts import Split, other_layouts
 from phreg.evaluation.datasets.masks import MaskIndex, Segmentation, class_shares
-from phreg.evaluation.datasets.segmentation import open_segmentation
+from phreg.evaluation.datasets.segmentation import LAYOUTS, open_segmentation
 from phreg.evaluation.dense import Dense, Placement
 from phreg.evaluation.features import FeatureConfig, FeatureReader
 from phreg.evaluation.metrics.scores import IGNORE, ConfusionMeter
@@ -27,13 +27,25 @@ from phreg.evaluation.record import Metrics, MetricSpec
 
 logger = logging.getLogger(__name__)
 
+SEGMENTATION_TREE = f"""dataset/
+  images/train/0001.jpg …  to train on
+  images/val/0002.jpg …    to test on
+  masks/train/0001.png …   index of each pixel's class; 255 does not count
+  masks/val/0002.png …
+  classes.txt              names of the classes, one a line, from index 0
+
+{other_layouts(LAYOUTS, "folder")}"""
+"""How data lies on disk, for training and testing."""
+
 SEGMENTATION_METRICS = (
-    MetricSpec("miou"),
-    MetricSpec("mean_accuracy"),
-    MetricSpec("pixel_accuracy"),
-    MetricSpec("artifact_accuracy"),
-    MetricSpec("iou"),
-    MetricSpec("accuracy"),
+    MetricSpec("miou", about="intersection over union of a class, mean of classes"),
+    MetricSpec("mean_accuracy", about="share of a class's pixels that are right, mean of classes"),
+    MetricSpec("pixel_accuracy", about="share of pixels that are right"),
+    MetricSpec(
+        "artifact_accuracy", about="share of pixels that are right, of those where the baseline has artifacts"
+    ),
+    MetricSpec("iou", about="intersection over union of a class"),
+    MetricSpec("accuracy", about="share of a class's pixels that are right"),
 )
 """What `measure_segmentation` measures, in all and of each class."""
 

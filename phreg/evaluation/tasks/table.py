@@ -3,7 +3,9 @@
 A task is a module of this package with
 
     DATA: str                                 what it needs, for `phreg tasks`
-    METRICS: Sequence[MetricSpec]             what it measures: unit, which way is better, heading in tables
+    TREE: str                                 how that lies on disk: a folder tree, at most 80 columns
+    METRICS: Sequence[MetricSpec]             what it measures: unit, which way is better, heading in tables,
+                                              and in a few words what it is
     class Settings(Config)                    every number it depends on, each with a default and a docstring
     PROTOCOLS: Mapping[str, Mapping]          named sets of settings, e.g. of a paper (optional)
     is_stochastic(data, settings) -> bool     whether the seed decides anything (optional: it does)
@@ -52,6 +54,7 @@ class Task(Protocol):
     """What a task's module offers."""
 
     DATA: str
+    TREE: str
     METRICS: Sequence[MetricSpec]
     Settings: type[Config]
 

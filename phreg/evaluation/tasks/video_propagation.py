@@ -42,7 +42,15 @@ from phreg.evaluation.record import Metrics, MetricSpec
 from phreg.progress import track
 
 DATA = "videos with masks of objects: a folder in the layout of DAVIS 2017"
-METRICS = (MetricSpec("j_and_f"), MetricSpec("j"), MetricSpec("f"))
+TREE = """DAVIS/
+  JPEGImages/480p/bear/00000.jpg …   frames of a video
+  Annotations/480p/bear/00000.png …  masks of object numbers
+  ImageSets/2017/val.txt             names of the videos, one a line"""
+METRICS = (
+    MetricSpec("j_and_f", about="mean of j and f"),
+    MetricSpec("j", about="intersection over union of an object's masks"),
+    MetricSpec("f", about="F-measure of an object's outlines"),
+)
 
 AT_ONCE = 1024
 """Patches that are looked up at a time."""

@@ -32,6 +32,8 @@ from phreg.backbones.base import Readout
 from phreg.backbones.readout import check_readout
 from phreg.backbones.text import text_encoder
 from phreg.config import Fraction
+from phreg.evaluation.datasets.layouts import other_layouts
+from phreg.evaluation.datasets.segmentation import LAYOUTS
 from phreg.evaluation.datasets.vocabulary import Queries, embed_vocabulary, find_vocabulary
 from phreg.evaluation.dense import Dense
 from phreg.evaluation.features import FeatureConfig, FeatureReader
@@ -47,7 +49,16 @@ from phreg.evaluation.tasks.segmentation import (
 logger = logging.getLogger(__name__)
 
 DATA = "images with masks of named classes, for testing: a folder in one of the layouts"
-METRICS = (*SEGMENTATION_METRICS, MetricSpec("pearson", "correlation"))
+TREE = f"""dataset/
+  images/val/0001.jpg …
+  masks/val/0001.png …  index of each pixel's class; 255 does not count
+  classes.txt           names of the classes, one a line, from index 0
+
+{other_layouts(LAYOUTS, "folder")}"""
+METRICS = (
+    *SEGMENTATION_METRICS,
+    MetricSpec("pearson", "correlation", about="of a class's cosines with its mask"),
+)
 
 Head = Literal["plain", "maskclip", "sclip", "clearclip", "naclip", "student"]
 

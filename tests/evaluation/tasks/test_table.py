@@ -9,7 +9,7 @@ from PIL import Image
 import phreg
 from phreg import cli
 from phreg.errors import MaxDropError
-from phreg.evaluation.tasks.table import TASKS
+from phreg.evaluation.tasks.table import TASKS, find_task
 
 
 @pytest.fixture
@@ -71,6 +71,17 @@ def test_an_added_task_is_listed_with_what_it_measures_and_needs(added, capsys):
     assert "how long patch features are" in " ".join(capsys.readouterr().out.split())
     cli.main(["tasks", "lengths"])
     printed = capsys.readouterr().out
-    assert "reading.size" in printed
-    assert "reading.views" in printed
+    assert "reading.size=32\n" in printed
+    assert "reading.views=1\n" in printed
     assert "Data: any images." in printed
+    assert "photos/\n  0001.jpg" in printed, "how the data lies on disk"
+    assert "mean length (norm, lower is better): of patch features." in printed
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_a_task_says_how_its_data_lies_on_disk_and_what_each_figure_is(name):
+    task = find_task(name)
+    lines = task.TREE.splitlines()
+    assert len(lines) > 1
+    assert max(map(len, lines)) <= 80
+    assert all(spec.about for spec in task.METRICS)
