@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -77,3 +78,18 @@ def test_the_record_says_what_was_asked_and_found(tmp_path):
         assert (row["size"], row["batch_size"], row["rank"]) == (160, 32, 2)
         assert row["peak"] == pytest.approx(row["measured_peak"], abs=SCRATCH)
     assert record["rows"][1]["peak"] < record["rows"][0]["peak"]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/proc is Linux's")
+def test_opening_a_transformers_model_maps_its_weights_and_copies_none(tmp_path):
+    from transformers import Dinov2Config, Dinov2Model
+
+    config = Dinov2Config(hidden_size=512, num_hidden_layers=12, num_attention_heads=8, image_size=56)
+    Dinov2Model(config).save_pretrained(tmp_path / "model")
+    program = [sys.executable, FOLDER / "opening.py", tmp_path / "model", "--output", tmp_path / "found.json"]
+    subprocess.run(program, check=True, capture_output=True, timeout=300)
+    (found,) = json.loads((tmp_path / "found.json").read_text())
+    assert found["weights"] > 100  # MiB
+    # No copy in memory of its own, only the pages of the file: opening takes about 10 MiB beside.
+    assert found["anonymous_peak"] < 0.3 * found["weights"]
+    assert found["all_peak"] < 1.3 * found["weights"]
