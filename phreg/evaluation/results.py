@@ -314,8 +314,8 @@ class Results:
         if not any(summary.interval for summary in self.records[0].figures.values()):
             return []
         text = (
-            f"Intervals hold {100 * LEVEL:g} % of {RESAMPLES:,} bootstrap samples of the pictures (percentiles); "
-            "they say nothing of seeds"
+            f"Intervals hold {100 * LEVEL:g} % of {RESAMPLES:,} bootstrap samples of the pictures "
+            "(percentiles); they say nothing of seeds"
         )
         paired = any(found.interval for record in self.records for found in self.differences(record).values())
         return [f"{text}; in brackets those of the difference, in the same samples" if paired else text]
