@@ -17,6 +17,7 @@ from phreg.backbones.base import Backbone
 from phreg.deprecated import accept_old_arguments
 from phreg.errors import PhregError
 from phreg.evaluation.feature_cache import GIGABYTE, FeatureCache
+from phreg.evaluation.read_ahead import default_workers
 from phreg.evaluation.results import MAPS, Results
 from phreg.evaluation.runner import Running, Suite, compare_models
 from phreg.evaluation.tasks.table import resolve_settings
@@ -43,6 +44,7 @@ def evaluate(
     device: str | None = None,
     precision: Literal["fp32", "bf16"] = "fp32",
     batch_size: int = 16,
+    workers: int | None = None,
     cache: str | os.PathLike[str] | None = None,
     cache_limit: float = 20.0,
     observe: ProgressListener | None = None,
@@ -66,6 +68,7 @@ def evaluate(
         device: Where to run; None means a GPU where there is one.
         precision: Of the models' forwards.
         batch_size: Pictures per forward.
+        workers: Threads that decode pictures; None means the cores there are, at most 8.
         cache: Folder that keeps features; None means `output/features`.
         cache_limit: Gigabytes it may take.
         observe: Called with the progress: the name of the work, how much is done, and how much there is.
@@ -76,9 +79,12 @@ def evaluate(
         PhregError: Anything asked for does not exist or does not fit, or the output holds other results.
     """
     checked = resolve_settings(task, settings, protocol)
-    _check_amounts(seeds=seeds, batch_size=batch_size, max_drop=max_drop, cache_limit=cache_limit)
+    workers = default_workers() if workers is None else workers
+    _check_amounts(
+        seeds=seeds, batch_size=batch_size, workers=workers, max_drop=max_drop, cache_limit=cache_limit
+    )
     _check_asked(models, baseline, data, max_drop, (output, cache))
-    running = Running(usable_device(device), batch_size, precision == "bf16")
+    running = Running(usable_device(device), batch_size, precision == "bf16", workers)
     named, against = _side_by_side(models, baseline)
     told = told_to(observe) if observe else nullcontext()
     with _folder_for(output) as folder, _unchanged(named), told:
@@ -99,6 +105,7 @@ class _Amounts(configuration.Config):
 
     seeds: PositiveInt
     batch_size: PositiveInt
+    workers: PositiveInt
     max_drop: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None
     cache_limit: Annotated[float, Field(gt=0, allow_inf_nan=False)]
 

@@ -217,6 +217,7 @@ def evaluate(
     device: Annotated[str | None, unset("DEVICE")] = None,
     precision: Literal["fp32", "bf16"] = "fp32",
     batch_size: int = 16,
+    workers: Annotated[int | None, unset("THREADS")] = None,
     seed: int = 0,
     cache: Annotated[Path | None, unset("DIR")] = None,
     cache_limit: Annotated[float, arg(metavar="GB")] = 20.0,
@@ -243,6 +244,7 @@ def evaluate(
         device: Device to run on. Unset means a GPU if there is one.
         precision: Precision of the models' forward passes.
         batch_size: Images per forward pass.
+        workers: Threads that decode images. Unset means as many as there are cores, at most 8.
         seed: The first seed.
         cache: Folder for cached features. Unset means features/ in the output.
         cache_limit: Largest size of the cache, in gigabytes.
@@ -254,7 +256,7 @@ def evaluate(
         results = api.evaluate(
             *models, task=task, data=data, output=output, baseline=baseline, seeds=seeds, seed=seed,
             protocol=protocol, max_drop=max_drop, mean=mean, std=std, device=device, precision=precision,
-            batch_size=batch_size, cache=cache, cache_limit=cache_limit, observe=doing,
+            batch_size=batch_size, workers=workers, cache=cache, cache_limit=cache_limit, observe=doing,
             **task_settings([*chain(*set)], evaluate),
         )  # fmt: skip
     print_results(results, output, sweep=sweep)

@@ -22,9 +22,9 @@ Registers never leave the block stack, and the CLS and register tokens are not i
     reader(images, reading)                a batch already on the device, e.g. after augmentation
 """
 
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -46,6 +46,7 @@ from phreg.evaluation.dense import Dense, Placement
 from phreg.evaluation.feature_cache import FeatureCache, StoredFeatures
 from phreg.evaluation.feature_config import OUTPUTS, FeatureConfig
 from phreg.evaluation.projections import block_inputs, project
+from phreg.evaluation.read_ahead import ItemType, ResultType, default_workers, read_ahead
 from phreg.evaluation.view_average import average_views, draw_views
 from phreg.progress import tell
 
@@ -68,6 +69,7 @@ class FeatureReader:
         cache: Where features are kept.
         batch_size: Pictures per forward.
         bf16: Whether to run forwards under bf16 autocast.
+        workers: Threads that read pictures and what belongs to them.
         reference: The baseline, in eval mode on the same device, where there is one: some figures say what
             became of places where it has artifacts.
     """
@@ -77,6 +79,7 @@ class FeatureReader:
     cache: FeatureCache
     batch_size: int = 16
     bf16: bool = False
+    workers: int = field(default_factory=default_workers)
     reference: Backbone | None = None
 
     @property
@@ -170,20 +173,13 @@ class FeatureReader:
         self, source: ImageSource, reading: FeatureConfig, what: str
     ) -> Iterator[list[tuple[Tensor, Placement]]]:
         """Reads and places pictures, one batch ahead."""
-        chunks = [
-            range(first, min(first + self.batch_size, len(source)))
-            for first in range(0, len(source), self.batch_size)
-        ]
-        if not chunks:
-            return
-        with ThreadPoolExecutor(max_workers=1) as ahead:  # PIL decodes outside of the interpreter's lock
-            coming = ahead.submit(self._place, source, chunks[0], reading)
-            for number, chunk in enumerate(chunks):
-                placed = coming.result()
-                if number + 1 < len(chunks):
-                    coming = ahead.submit(self._place, source, chunks[number + 1], reading)
-                yield placed
-                tell(what, chunk.stop, len(source))
+        coming = self.read_ahead(
+            lambda number: self.place(source.read(number), reading), range(len(source)), self.batch_size
+        )
+        for first in range(0, len(source), self.batch_size):
+            placed = list(itertools.islice(coming, self.batch_size))
+            yield placed
+            tell(what, first + len(placed), len(source))
 
     def __call__(self, images: Float[Tensor, "batch 3 height width"], reading: FeatureConfig) -> DenseBatch:
         """Reads normalised images on the model's device; their sides must be whole patches.
@@ -224,6 +220,12 @@ class FeatureReader:
             cls.append(seen.cls)
         return DenseBatch(total / count, torch.stack(pooled).mean(0), torch.stack(cls).mean(0))
 
+    def read_ahead(
+        self, read: Callable[[ItemType], ResultType], items: Iterable[ItemType], ahead: int = 0
+    ) -> Iterator[ResultType]:
+        """Reads items by as many threads as there are workers, see `phreg.evaluation.read_ahead`."""
+        return read_ahead(read, items, self.workers, ahead)
+
     def normalise(
         self, pixels: UInt8[Tensor, "batch 3 height width"]
     ) -> Float[Tensor, "batch 3 height width"]:
@@ -239,11 +241,6 @@ class FeatureReader:
     def snap(self, size: int | tuple[int, int]) -> tuple[int, int]:
         """Rounds height and width, or one number for both, to whole patches, one at least."""
         return snap(size, self.backbone.spec)
-
-    def _place(
-        self, source: ImageSource, numbers: Sequence[int], reading: FeatureConfig
-    ) -> list[tuple[Tensor, Placement]]:
-        return [self.place(source.read(number), reading) for number in numbers]
 
     def _read_placed(
         self, placed: Sequence[tuple[Tensor, Placement]], readings: Sequence[FeatureConfig]

@@ -47,8 +47,9 @@ def score_pictures(
         for dense in reader.stream(source, reading, "test images"):
             yield dense.placement.restore(score(dense)), dense.placement
         return
-    for number in track("test images", range(len(source))):
-        pixels, placement = reader.place(source.read(number), reading)
+    numbers = range(len(source))
+    coming = reader.read_ahead(lambda number: reader.place(source.read(number), reading), numbers)
+    for _, (pixels, placement) in zip(track("test images", numbers), coming, strict=True):
         scores = _score_windows(reader, reader.normalise(pixels[None]), reading, score)
         yield (
             interpolate(scores[None], placement.part[2:], mode="bilinear", align_corners=False)[0],

@@ -224,7 +224,7 @@ class Results:
         blocks = [_table(heading, rows)]
         headings, ranges = self.interval_rows()
         if ranges:
-            blocks.append(_table([f"{LEVEL:.0%} interval over pictures", *headings[1:]], ranges))
+            blocks.append(_table([f"{100 * LEVEL:g} % interval over pictures", *headings[1:]], ranges))
         for kind in self.records[0].detail:
             labelled = [record for record, _ in self._labelled()]
             parts = list(labelled[0].detail.get(kind, {}))
@@ -327,8 +327,8 @@ class Results:
         if not any(summary.interval for summary in self.records[0].figures.values()):
             return []
         text = (
-            f"Intervals hold {LEVEL:.0%} of {RESAMPLES:,} bootstrap samples of the pictures (percentiles); "
-            "they say nothing of seeds"
+            f"Intervals hold {100 * LEVEL:g} % of {RESAMPLES:,} bootstrap samples of the pictures "
+            "(percentiles); they say nothing of seeds"
         )
         paired = any(found.interval for record in self.records for found in self.differences(record).values())
         return [f"{text}; in brackets those of the difference, in the same samples" if paired else text]

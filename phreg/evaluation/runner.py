@@ -62,11 +62,13 @@ class Running:
         device: Where.
         batch_size: Pictures per forward.
         bf16: Whether forwards run under bf16 autocast.
+        workers: Threads that read pictures.
     """
 
     device: torch.device
     batch_size: int
     bf16: bool
+    workers: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,6 +162,7 @@ class Suite:
             self.cache,
             self.running.batch_size,
             self.running.bf16,
+            self.running.workers,
             reference,
         )
         seeds = self.seeds if self.drawn else self.seeds[:1]

@@ -249,7 +249,7 @@ def test_a_difference_on_the_same_pictures_has_an_interval_of_its_own():
     text = results.to_markdown()
     assert f"| before (baseline) | {100 * low:.2f} to {100 * high:.2f} |" in text
     assert "(+25.00 to +25.00)" in text
-    assert "Intervals hold 95% of 1,000 bootstrap samples of the pictures" in text
+    assert "Intervals hold 95 % of 1,000 bootstrap samples of the pictures" in text
     written = results.to_json()
     assert written["differences"][0]["miou"]["interval"] == list(found.interval)
     own = results.records[0].figures["miou"].interval

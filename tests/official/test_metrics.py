@@ -14,6 +14,7 @@ from phreg.evaluation.metrics.scores import (
     pearson,
     top_k,
 )
+from phreg.evaluation.tasks.retrieval import ranks
 
 CLOSE = 1e-6
 
@@ -105,3 +106,20 @@ def test_correlation_of_maps(torchmetrics):
     maps[1] += maps[0]
     theirs = torchmetrics.functional.pearson_corrcoef(maps[0].flatten(), maps[1].flatten())
     assert pearson(maps[0], maps[1]) == pytest.approx(float(theirs), abs=CLOSE)
+
+
+@pytest.mark.parametrize("k", [1, 5, 10])
+def test_recall_of_retrieval_is_torchmetrics_hit_rate_both_ways(k):
+    hit_rate = pytest.importorskip("torchmetrics.retrieval").RetrievalHitRate(top_k=k)
+    generator = torch.Generator().manual_seed(k)
+    images, texts = torch.randn(20, 6, generator=generator), torch.randn(60, 6, generator=generator)
+    owners = torch.arange(60) // 3
+    texts += images[owners]
+    of_texts, of_images = ranks(images, texts, owners)
+    cosines = torch.nn.functional.normalize(texts, dim=1) @ torch.nn.functional.normalize(images, dim=1).T
+    right = owners[:, None] == torch.arange(20)
+    for scores, truth, found in ((cosines, right, of_texts), (cosines.T, right.T, of_images)):
+        queries = torch.arange(len(scores))[:, None].expand_as(scores)
+        theirs = hit_rate(scores.flatten(), truth.flatten(), indexes=queries.flatten())
+        assert float((found < k).double().mean()) == pytest.approx(float(theirs), abs=CLOSE)
+        hit_rate.reset()

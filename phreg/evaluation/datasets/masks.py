@@ -52,6 +52,15 @@ class Segmentation:
         """Reads an image, RGB from 0 to 255."""
         return torch.from_numpy(np.array(self.images.read(number))).permute(2, 0, 1)
 
+    def pair(self, number: int) -> tuple[UInt8[Tensor, "3 height width"], Int64[Tensor, "height width"]]:
+        """Reads an image and its mask.
+
+        Raises:
+            DataError: One of them cannot be read, or they do not fit.
+        """
+        picture = self.picture(number)
+        return picture, self.mask(number, (picture.shape[1], picture.shape[2]))
+
     def mask(self, number: int, size: tuple[int, int] | None = None) -> Int64[Tensor, "height width"]:
         """Reads a mask.
 

@@ -197,9 +197,10 @@ def _crops(
         RandomApply([ColorJitter(**{name: JITTER})])
         for name in ("brightness", "contrast", "saturation", "hue")
     ]
-    for number in track("training images", range(len(train))):
-        picture = train.picture(number)
-        classes = _known(train.mask(number, (picture.shape[1], picture.shape[2])), settings)
+    numbers = range(len(train))
+    coming = reader.read_ahead(train.pair, numbers, reader.batch_size)
+    for number, (picture, mask) in zip(track("training images", numbers), coming, strict=True):
+        classes = _known(mask, settings)
         with torch.random.fork_rng(devices=[]):
             draw = torch.randint(2**31, (), generator=keyed_generator("crop", seed, epoch, number))
             torch.manual_seed(int(draw))  # torchvision draws from the global state

@@ -305,11 +305,16 @@ def _crops(
         for epoch in itertools.count()
         for number in torch.randperm(len(train), generator=keyed_generator("order", seed, epoch)).tolist()
     )
+
+    def read(number: int) -> tuple[Tensor, Tensor]:
+        picture = torch.from_numpy(np.array(train.images.read(number))).permute(2, 0, 1)
+        return picture, train.depth(number, (picture.shape[1], picture.shape[2]))
+
+    wanted = itertools.islice(order, settings.steps * settings.train_batch_size)
+    coming = reader.read_ahead(read, wanted, settings.train_batch_size)
     for step in range(settings.steps):
         pictures, truths = [], []
-        for number in itertools.islice(order, settings.train_batch_size):
-            picture = torch.from_numpy(np.array(train.images.read(number))).permute(2, 0, 1)
-            truth = train.depth(number, (picture.shape[1], picture.shape[2]))
+        for picture, truth in itertools.islice(coming, settings.train_batch_size):
             pictures.append(picture[:, *train.counted].to(reader.device).float() / 255)
             truths.append(truth[None, *train.counted].to(reader.device))
         images, truth = crops(pictures, truths, seed, step)

@@ -263,13 +263,11 @@ def _crops(
     crops = PairedCrops(settings.crop, size, spec.mean)
     whole = settings.reading.model_copy(update={"window": None})
     mean, std = (torch.tensor(values, device=reader.device).view(3, 1, 1) for values in (spec.mean, spec.std))
-    order = _shuffled(len(train), seed)
+    order = itertools.islice(_shuffled(len(train), seed), settings.steps * settings.train_batch_size)
+    coming = reader.read_ahead(train.pair, order, settings.train_batch_size)
     for step in range(settings.steps):
-        chosen = list(itertools.islice(order, settings.train_batch_size))
         pictures, truths = [], []
-        for number in chosen:
-            picture = train.picture(number)
-            mask = train.mask(number, (picture.shape[1], picture.shape[2]))
+        for picture, mask in itertools.islice(coming, settings.train_batch_size):
             pictures.append(picture.to(reader.device).float() / 255)
             truths.append(mask[None].float().to(reader.device))
         images, truth = crops(pictures, truths, seed, step)

@@ -36,6 +36,7 @@ from phreg.settings import build, flatten
 
 TASKS = {
     "classification": "phreg.evaluation.tasks.classification",
+    "retrieval": "phreg.evaluation.tasks.retrieval",
     "linear-segmentation": "phreg.evaluation.tasks.linear_segmentation",
     "head-transfer": "phreg.evaluation.tasks.head_transfer",
     "linear-depth": "phreg.evaluation.tasks.linear_depth",
