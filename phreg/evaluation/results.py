@@ -18,6 +18,7 @@ from phreg.deprecated import current_attribute
 from phreg.errors import MaxDropError, PhregError
 from phreg.evaluation.examples import Example
 from phreg.evaluation.record import MetricSpec, Record, Summary, amounts, without_nan
+from phreg.short_table import ShortTable, shown_as_table
 from phreg.storage import write_text, writing
 
 RESULTS, TABLE, MAPS = "results.json", "results.md", "maps.png"
@@ -61,6 +62,7 @@ class Difference:
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
 
+@shown_as_table
 @dataclass(frozen=True)
 class Results:
     """Several models in one task, side by side.
@@ -175,6 +177,12 @@ class Results:
         first = self.records[0]
         rows = [[f"{record.model}{note}", *self._cells(record)] for record, note in self._labelled()]
         return ["model", *(first.metrics[name].heading for name in first.figures)], rows
+
+    def short_table(self) -> ShortTable:
+        """What `print` and a notebook show: the table, and how to read it."""
+        heading, rows = self.rows()
+        first = self.records[0]
+        return ShortTable(f"{first.task} on {first.data}", rows, heading, self.legend())
 
     def to_markdown(self) -> str:
         """The table in Markdown, the figures of single classes, and how to read them under it."""
