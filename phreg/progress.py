@@ -17,17 +17,27 @@ ProgressListener = Callable[[str, int, int], None]
 
 PartType = TypeVar("PartType")
 
+StopListener = Callable[[], None]
+"""Takes that work was asked to stop and will do so soon. It is called from within a signal handler."""
+
 _listener: ContextVar[ProgressListener] = ContextVar("listener", default=lambda *_: None)
+_stop_listener: ContextVar[StopListener] = ContextVar("stop_listener", default=lambda: None)
 
 
 @contextmanager
-def told_to(listener: ProgressListener) -> Iterator[None]:
-    """Tells progress to a listener for as long as the context lasts."""
-    token = _listener.set(listener)
+def told_to(listener: ProgressListener, stopping: StopListener = lambda: None) -> Iterator[None]:
+    """Tells progress to a listener for as long as the context lasts, and to another that work will stop."""
+    token, stop_token = _listener.set(listener), _stop_listener.set(stopping)
     try:
         yield
     finally:
         _listener.reset(token)
+        _stop_listener.reset(stop_token)
+
+
+def tell_stopping() -> None:
+    """Tells that work was asked to stop, and will when its present part is done."""
+    _stop_listener.get()()
 
 
 def track(what: str, parts: Sequence[PartType]) -> Iterator[PartType]:

@@ -31,6 +31,7 @@ from phreg.backbones.base import Library, Readout
 from phreg.errors import LoadError
 from phreg.parsing import parse_json
 from phreg.run_summary import Part, RunSummary
+from phreg.short_table import ShortTable, shown_as_table
 from phreg.storage import ADAPTER_FORMAT, FORMAT_VERSION, MODEL_FORMAT, write_text
 
 LIBRARIES = ("torch", "timm", "transformers", "open_clip_torch")
@@ -102,6 +103,7 @@ class Equality:
     claimed: bool
 
 
+@shown_as_table
 class RunRecord(Part):
     """What phreg.json or phreg_export.json says.
 
@@ -154,6 +156,19 @@ class RunRecord(Part):
     run: RunSummary | None = None
     tensors_sha256: str | None = None
     settings_sha256: str | None = None
+
+    def short_table(self) -> ShortTable:
+        """What `print` and a notebook show."""
+        run = self.run or RunSummary()
+        trained = f"{run.outcome.steps} steps" if run.outcome else "no run"
+        rows = [
+            ("class", self.model_class),
+            ("base", self.base.source if self.base else "-"),
+            ("registers", str(self.registers)),
+            ("made by", f"{run.setting('method') or '-'}, {trained}"),
+            ("failed checks", "; ".join(self.failures) or "-"),
+        ]
+        return ShortTable(f"{self.format}, version {self.format_version}", rows)
 
     @property
     def failures(self) -> list[str]:

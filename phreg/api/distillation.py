@@ -8,7 +8,7 @@ A clean model ends early: it is returned unchanged, with the verdict as its repo
 import logging
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from phreg.analysis.inspection import look
 from phreg.analysis.norms import NormReport, outliers
 from phreg.api.active_run import ActiveRun, start, worth_training
 from phreg.api.arguments import ImagesPath, usable_device
+from phreg.api.distilled import Distilled
 from phreg.api.sizes import checked_sizes
 from phreg.backbones.base import Backbone, packed_types
 from phreg.backbones.resolve import Base, display_name
@@ -53,40 +54,6 @@ logger = logging.getLogger(__name__)
 
 LOOKED_AT = 8
 """Batches in the report on a model with nothing to repair."""
-
-
-@dataclass(frozen=True, eq=False)
-class Distilled:
-    """What `distill` made.
-
-    Attributes:
-        model: The patched model, of its ordinary class, on the device it was trained on. An instance has the
-            precision, the mode and each parameter's `requires_grad` that it came with; where there was
-            nothing to repair, it is as it was.
-        run: Its run folder.
-        sinks: The sinks that were found; None where there were none, or the method does not look for them.
-        outcome: Steps, images, seconds and skipped files; None where there was nothing to repair.
-        comparison: The before/after figures; None where measuring was switched off, and on other processes.
-        failures: What the run made worse than `config.ChecksConfig` allows, in words. The adapter is marked.
-        main_process: Whether this is the process that writes, of the many there may be.
-        norms: The norms that show nothing to repair, where that is so; None otherwise.
-        consistency: The agreement with moved views that shows the same, where the method asks for it.
-    """
-
-    model: nn.Module = field(repr=False)
-    run: Path
-    sinks: Sinks | None = field(repr=False)
-    outcome: Outcome | None
-    comparison: Comparison | None = field(repr=False)
-    failures: list[str]
-    main_process: bool
-    norms: NormReport | None = field(default=None, repr=False)
-    consistency: ConsistencyReport | None = field(default=None, repr=False)
-
-    @property
-    def unchanged(self) -> bool:
-        """Whether the model is as it was: there was nothing to repair, or no state of the run was better."""
-        return self.outcome is None or self.outcome.best_step == 0
 
 
 def distill(

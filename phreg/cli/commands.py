@@ -28,7 +28,7 @@ from phreg.cli.printing import (
 from phreg.cli.progress import ProgressReporter
 from phreg.cli.tables import print_norms, print_results, print_task, print_tasks
 from phreg.config import DistillConfig
-from phreg.errors import Interrupted, MaxDropError
+from phreg.errors import MaxDropError
 from phreg.formats import Format
 from phreg.progress import told_to
 from phreg.settings import read_toml
@@ -65,7 +65,7 @@ def quickstart(output: Path = Path("runs/quickstart")) -> None:
     from phreg import api
 
     started = time.perf_counter()
-    with ProgressReporter() as doing, told_to(doing):
+    with ProgressReporter() as doing, told_to(doing, doing.stopping):
         result = api.quickstart(output, observe=doing.step)
     print_run(result)
     seconds = time.perf_counter() - started
@@ -101,7 +101,7 @@ def distill(
     """
     from phreg import api
 
-    with ProgressReporter() as doing, told_to(doing):
+    with ProgressReporter() as doing, told_to(doing, doing.stopping):
         result = api.distill(model, recipe=recipe, resume=resume, observe=doing.step, **settings)
     if result.main_process:
         print_run(result)
@@ -266,17 +266,12 @@ def evaluate(
 
 @contextmanager
 def _evaluating(output: Path) -> Iterator[None]:
-    """Shows what was found where a figure dropped too far, and says how to go on where the user stopped."""
+    """Shows what was found where a figure dropped too far."""
     try:
         yield
     except MaxDropError as failed:
         print_results(failed.results, output)
         raise
-    except KeyboardInterrupt as stopped:
-        raise Interrupted(
-            f"stopped; finished runs and features are in {output}: give the same command again to continue "
-            "after them"
-        ) from stopped
 
 
 @app.command

@@ -38,16 +38,9 @@ def print_figures(rows: Sequence[Any], title: str | None = None) -> None:
     """Prints figures before and after, each with the direction that is better."""
     table = Table("figure", Column("before", **NUMBER), Column("after", **NUMBER), "better", title=title)
     for row in rows:
-        sides = (_side(value, row.unit) for value in (row.before, row.after))
-        table.add_row(row.name, *sides, "lower" if row.lower_is_better else "higher")
+        table.add_row(row.name, *row.texts, "lower" if row.lower_is_better else "higher")
     console.print(table)
     console.print("Outlier rates are in per cent of patch tokens. A cosine of 1 means equal.")
-
-
-def _side(value: float | None, unit: str) -> str:
-    if value is None:
-        return "-"
-    return f"{100 * value:.3f} %" if unit == "share" else f"{value:.4f}"
 
 
 def print_run(result: Any) -> None:

@@ -3,11 +3,14 @@
 import logging
 import os
 import select
+import shlex
 import signal
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -19,6 +22,7 @@ from phreg.cli.printing import PLAIN, console, say
 from phreg.cli.suggestions import suggestions
 from phreg.deprecated import OldNameWarning, current_command_line
 from phreg.errors import Interrupted, MaxDropError, PhregError
+from phreg.storage import resume_command
 
 logger = logging.getLogger("phreg")
 
@@ -80,6 +84,26 @@ def _parse_and_run(words: list[str]) -> None:
         raise
 
 
+def _say_how_to_go_on(words: list[str]) -> None:
+    """Says that the work was stopped, and by which command to go on with it."""
+    again = shlex.join(["phreg", *words])
+    kept = ""
+    if words[:1] == ["distill"] and (run := _begun_run(words)) is not None:
+        again = resume_command(run)
+        kept = " The run goes on from its last checkpoint."
+    elif words[:1] == ["evaluate"]:
+        kept = " Finished runs and features are kept."
+    say(f"stopped.{kept} To go on: {again}", alarm="phreg: ", to=Console(stderr=True, **PLAIN))
+
+
+def _begun_run(words: list[str]) -> Path | None:
+    """Finds the run folder that a command line names, if the run has logged a step."""
+    given = [after for word, after in pairwise(words) if word == "--output"]
+    given += [word.removeprefix("--output=") for word in words if word.startswith("--output=")]
+    log = Path(given[-1]) / "log.jsonl" if given else None
+    return log.parent if log is not None and log.is_file() and log.stat().st_size else None
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line; a deliberate error is printed without a traceback."""
     logging.basicConfig(
@@ -102,6 +126,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if isinstance(error, MaxDropError):
             sys.exit(CHECK_FAILED)
         sys.exit(INTERRUPTED if isinstance(error, Interrupted) else 1)
+    except KeyboardInterrupt:
+        _say_how_to_go_on(words)
+        sys.exit(INTERRUPTED)
+    except SystemExit as end:
+        if end.code == TERMINATED:
+            _say_how_to_go_on(words)
+        raise
     except BrokenPipeError:
         if not _reader_is_gone():
             raise

@@ -1,5 +1,6 @@
 """Progress of long work: bars on a terminal, a line every few seconds elsewhere."""
 
+import os
 import time
 from contextlib import AbstractContextManager
 from typing import Any
@@ -36,6 +37,11 @@ class ProgressReporter(AbstractContextManager["ProgressReporter"]):
             say(f"{what} {done}/{total}" if what in self._tasks else f"{what} …")
             self._tasks[what] = None  # one line when it begins
             self._last = time.perf_counter()
+
+    def stopping(self) -> None:
+        """Says at once that training will stop. A signal handler calls it, so no stream may be used."""
+        if os.environ.get("RANK", "0") == "0":  # of many processes one speaks
+            os.write(2, b"\nStopping after this step; a checkpoint follows. Ctrl-C again ends now.\n")
 
     def step(self, record: Any, steps: int) -> None:
         """Shows one training step's record."""

@@ -28,6 +28,7 @@ from phreg.evaluation.metrics.agreement import Agreement, AgreementMeter, Drift,
 from phreg.processes import in_shares
 from phreg.progress import track
 from phreg.seeding import keyed_generator
+from phreg.short_table import ShortTable, shown_as_table
 from phreg.teacher import Teacher
 from phreg.view_sampling import count_different
 
@@ -45,6 +46,18 @@ class Row(NamedTuple):
     lower_is_better: bool
     unit: Literal["share", "cosine"] = "cosine"
 
+    @property
+    def texts(self) -> tuple[str, str]:
+        """Both sides for a table: shares in per cent, a figure that does not exist as a dash."""
+        before, after = (_text(value, self.unit) for value in (self.before, self.after))
+        return before, after
+
+
+def _text(value: float | None, unit: str) -> str:
+    if value is None:
+        return "-"
+    return f"{100 * value:.3f} %" if unit == "share" else f"{value:.4f}"
+
 
 @dataclass(frozen=True, eq=False)
 class HeldOut:
@@ -61,6 +74,7 @@ class HeldOut:
     described: str
 
 
+@shown_as_table
 @dataclass(frozen=True, eq=False)
 class Comparison:
     """A model before and after.
@@ -98,6 +112,12 @@ class Comparison:
     def rows(self) -> list[Row]:
         """The table."""
         return table(self.to_json())
+
+    def short_table(self) -> ShortTable:
+        """What `print` and a notebook show: the table."""
+        apart = "not trained on" if self.held_out else "that were trained on too"
+        rows = [(row.name, *row.texts) for row in self.rows()]
+        return ShortTable(f"on {self.images} images {apart}", rows, ("figure", "before", "after"))
 
     def to_json(self) -> dict[str, Any]:
         """The figures, without maps."""

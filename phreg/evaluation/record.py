@@ -26,6 +26,7 @@ from phreg.errors import PhregError
 from phreg.evaluation.bootstrap import Interval, interval
 from phreg.evaluation.examples import Example
 from phreg.record import LIBRARIES
+from phreg.short_table import ShortTable, shown_as_table
 
 SHARE = "share"
 """Unit of a fraction of 1."""
@@ -168,6 +169,7 @@ BESIDE = ("metrics", "examples", "decides", "resampled")
 """Fields of a `Record` that are not in JSON."""
 
 
+@shown_as_table
 @dataclass(frozen=True)
 class Record:
     """What a model reached in a task.
@@ -219,6 +221,14 @@ class Record:
     decides: Mapping[str, Any] = field(default_factory=dict, repr=False)
     resampled: Mapping[str, SeedSamples] = field(default_factory=dict, repr=False, compare=False)
     examples: Sequence[Example] = field(default=(), repr=False, compare=False)
+
+    def short_table(self) -> ShortTable:
+        """What `print` and a notebook show: the figures."""
+        rows = [
+            (self.metrics[name].heading, self.text(name), self.metrics[name].shown_unit)
+            for name in self.figures
+        ]
+        return ShortTable(f"{self.model}: {self.task} on {self.data}", rows, ("figure", "value", "unit"))
 
     def text(self, name: str) -> str:
         """Writes a figure for a table; one that is not there is a dash."""

@@ -22,6 +22,7 @@ from phreg.evaluation.bootstrap import LEVEL, RESAMPLES, SEED, Interval, interva
 from phreg.evaluation.digest import differing
 from phreg.evaluation.examples import Example
 from phreg.evaluation.record import MetricSpec, Record, Summary, amounts, without_nan
+from phreg.short_table import ShortTable, shown_as_table
 from phreg.storage import write_text, writing
 
 RESULTS, TABLE, MAPS = "results.json", "results.md", "maps.png"
@@ -69,6 +70,7 @@ class Difference:
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
 
+@shown_as_table
 @dataclass(frozen=True)
 class Results:
     """Several models in one task, side by side.
@@ -217,6 +219,12 @@ class Results:
                 cells.append(cell if change is None else f"{cell} ({spec.range_text(change, '+')})")
             rows.append([f"{record.model}{note}", *cells])
         return ["model", *(first.metrics[name].heading for name in names)], rows
+
+    def short_table(self) -> ShortTable:
+        """What `print` and a notebook show: the table, and how to read it."""
+        heading, rows = self.rows()
+        first = self.records[0]
+        return ShortTable(f"{first.task} on {first.data}", rows, heading, self.legend())
 
     def to_markdown(self) -> str:
         """The table in Markdown, the figures of single classes, and how to read them under it."""

@@ -22,8 +22,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from phreg.backbones.base import Backbone, packed_types
+from phreg.backbones.base import Backbone
 from phreg.errors import LoadError, PhregError
+from phreg.formats.other_base import base_of as base_of
+from phreg.formats.other_base import other_base
 from phreg.low_rank import DOWN, UP, Factors, changed
 from phreg.record import (
     Base,
@@ -164,7 +166,8 @@ def apply_adapter(folder: Path, backbone: Backbone) -> None:
     tensors = read_own_tensors(folder / ADAPTER_TENSORS, record)
     kind = fit(record, backbone)
     if kind is None:
-        raise LoadError(_other_base(folder, record, backbone))
+        why = other_base(record, _joined(tensors), _shaped(record, backbone), backbone)
+        raise LoadError(f"the adapter in {folder} {why}")
     try:
         tensors = _tried(record, tensors, backbone, kind)
     except PhregError as error:
@@ -190,6 +193,16 @@ def take_shape(backbone: Backbone, record: RunRecord) -> None:
         test_time.install(backbone, record.test_time, record.registers, record.test_time_size)
     elif record.registers:
         add_registers(backbone, record.registers, "zeros")
+
+
+def _shaped(record: RunRecord, backbone: Backbone) -> Backbone | None:
+    """Shapes a twin of a model as a record tells; None where it cannot be."""
+    twin = shallow_twin(backbone)
+    try:
+        take_shape(twin, record)
+    except PhregError:
+        return None
+    return twin
 
 
 def _tried(
@@ -255,24 +268,6 @@ def _whole(name: str, change: Tensor | Factors, before: Mapping[str, Tensor]) ->
 
 def _part(backbone: Backbone, kind: Fit) -> Backbone:
     return backbone if kind == "whole" else backbone.vision_tower()
-
-
-def _other_base(folder: Path, record: RunRecord, backbone: Backbone) -> str:
-    """Words why an adapter was not made for a model."""
-    base = base_of(record)
-    made = f"the adapter in {folder} was made for {base.source}"
-    packed = packed_types(backbone.model)
-    if packed:
-        return (
-            f"{made}, and the weights of {backbone.describe()} are quantised ({', '.join(packed)}), which "
-            "hides whether they are the same; load the adapter onto the base in fp32, fp16 or bf16, and "
-            "quantise it then"
-        )
-    return (
-        f"{made} with weights sha256 {base.sha256[:12]}…, but {backbone.describe()} has "
-        f"{weights_sha256(backbone.disk_state())[:12]}…, and neither is its vision tower the same; load it "
-        "onto that base" + (f" (revision {base.revision})" if base.revision else "")
-    )
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
@@ -348,13 +343,6 @@ def fit(record: RunRecord, backbone: Backbone) -> Fit | None:
         if tower.sha256.get(precision) == weights_sha256(state):
             return "tower"
     return None
-
-
-def base_of(record: RunRecord) -> Base:
-    """Names the base of an adapter; raises a LoadError where its record tells none."""
-    if record.base is None:
-        raise LoadError(f"asked for the base of a {record.format}, whose record names none; give an adapter")
-    return record.base
 
 
 def _of_the_tower(

@@ -23,10 +23,12 @@ from phreg.formats.export.spec import needs_base
 from phreg.formats.load import Model, open_model, record_of
 from phreg.record import RunRecord
 from phreg.run_summary import RunSummary
+from phreg.short_table import ShortTable, shown_as_table
 
 Fits = Literal["whole", "tower", "no", "unknown"]
 
 
+@shown_as_table
 @dataclass(frozen=True)
 class ModelInfo:
     """What phreg wrote somewhere.
@@ -65,6 +67,19 @@ class ModelInfo:
     num_bytes: int
     versions: Mapping[str, str]
     fits: Fits
+
+    def short_table(self) -> ShortTable:
+        """What `print` and a notebook show."""
+        rows = [
+            ("format", f"{self.format}, version {self.format_version}"),
+            ("class", self.model_class),
+            ("base", self.base.source if self.base else "-"),
+            ("registers", str(self.registers)),
+            ("method", "-" if self.method is None else f"{self.method}, {self.steps} steps"),
+            ("failed checks", "; ".join(self.failures) or "-"),
+            *((row.name, " → ".join(row.texts)) for row in self.figures),
+        ]
+        return ShortTable(self.source, rows)
 
     def to_json(self) -> dict[str, Any]:
         """The same as JSON."""

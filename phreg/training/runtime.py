@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -20,6 +21,7 @@ from phreg.backbones.base import Backbone
 from phreg.config import DistillConfig
 from phreg.errors import PhregError
 from phreg.processes import TIMEOUT
+from phreg.progress import tell_stopping
 from phreg.training.checkpoint import RunFolder
 from phreg.training.launch import launched_precision
 
@@ -110,14 +112,40 @@ def keep_freed_memory() -> bool:
     return all(made)
 
 
+AGAIN = 1.0
+"""Seconds after which another Ctrl-C is a second one. Launchers send the first one on, so it comes twice."""
+
+
+class _StopRequest:
+    """Handles signals: the first sets an event and is told of; a second Ctrl-C interrupts at once."""
+
+    def __init__(self, event: threading.Event) -> None:
+        self._event, self._process, self._first = event, os.getpid(), 0.0
+
+    def __call__(self, number: int, _frame: object) -> None:
+        if os.getpid() != self._process:  # a forked reader of images, which ends with this process
+            return
+        if not self._event.is_set():
+            self._event.set()
+            self._first = time.monotonic()
+            tell_stopping()
+        elif number == signal.SIGINT and time.monotonic() - self._first > AGAIN:
+            raise KeyboardInterrupt
+
+
 @contextmanager
 def stop_signals() -> Iterator[threading.Event]:
-    """Turns `STOP_SIGNALS` into an event while the loop runs. Only the main thread gets signals."""
+    """Turns `STOP_SIGNALS` into an event while the loop runs. Only the main thread gets signals.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C came a second time.
+    """
     event = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield event
         return
-    before = {number: signal.signal(number, lambda *_: event.set()) for number in STOP_SIGNALS}
+    ask = _StopRequest(event)
+    before = {number: signal.signal(number, ask) for number in STOP_SIGNALS}
     try:
         yield event
     finally:

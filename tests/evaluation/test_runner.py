@@ -290,7 +290,7 @@ def test_ctrl_c_ends_in_a_line_and_the_same_command_goes_on(saved, photos, tmp_p
     assert evaluate(*asked, "--device", "cpu") == 130
     said = " ".join(capsys.readouterr().err.split())
     assert said.startswith("phreg: stopped")
-    assert "finished runs and features are in" in said
+    assert "Finished runs and features are kept. To go on: phreg evaluate" in said
     stand_in.run = done
     assert evaluate(*asked, "--device", "cpu") == 0
     assert stand_in.runs == [0, 1]

@@ -376,7 +376,7 @@ def test_a_tower_of_other_weights_is_refused_and_left_as_it_was(tmp_path):
     adapted(tower, tmp_path / "adapter")
     model.model.vision_tower.embeddings.class_embedding[0] += 1e-3
     before = state_of(model)
-    with pytest.raises(LoadError, match=r"neither is its vision tower the same"):
+    with pytest.raises(LoadError, match=r"whose vision tower.* has another architecture or other weights"):
         phreg.load(tmp_path / "adapter", into=model)
     after = model.state_dict()
     assert after.keys() == before.keys()
@@ -771,3 +771,24 @@ def test_a_record_nested_without_end_is_one_clear_error(kind, depth, saved, tmp_
         for read in (phreg.load, phreg.info):
             with pytest.raises(LoadError, match=r"phreg\.json"):
                 read(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"embed_dim": 64}, r"of another architecture than this VisionTransformer: its \S+ has shape"),
+        ({"depth": 2}, r"of another architecture than this VisionTransformer: it lacks blocks\.2"),
+    ],
+)
+def test_an_adapter_of_another_architecture_is_refused_in_words(tiny, tmp_path, changes, said):
+    adapted(tiny(), tmp_path / "adapter")
+    with pytest.raises(LoadError, match=said) as refused:
+        phreg.load(tmp_path / "adapter", into=tiny(**changes))
+    assert "sha256" not in str(refused.value)
+
+
+def test_an_adapter_of_another_class_is_refused_by_the_names_of_both(tiny, tmp_path):
+    adapted(tiny(), tmp_path / "adapter")
+    with pytest.raises(LoadError, match="a VisionTransformer; the model is a CLIPVisionModel") as refused:
+        phreg.load(tmp_path / "adapter", into=clip_tower())
+    assert "sha256" not in str(refused.value)

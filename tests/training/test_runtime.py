@@ -13,6 +13,7 @@ from phreg.config import DistillConfig
 from phreg.errors import (
     PhregError,
 )
+from phreg.progress import told_to
 from phreg.training import runtime
 from phreg.training.checkpoint import RunFolder
 
@@ -40,6 +41,40 @@ def test_a_signal_sets_the_event_while_it_lasts_and_its_handler_comes_back(numbe
         os.kill(os.getpid(), number)
         assert event.wait(5)
     assert signal.getsignal(number) is before
+
+
+@pytest.fixture
+def told():
+    """Counts how often it is told that the run will stop."""
+    heard = []
+    with told_to(lambda *_: None, lambda: heard.append("stopping")):
+        yield heard
+
+
+def test_the_first_signal_is_told_at_once_and_a_second_ctrl_c_interrupts(told, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(runtime.time, "monotonic", lambda: now[0])
+    with runtime.stop_signals() as event:
+        signal.raise_signal(signal.SIGINT)
+        assert event.is_set()
+        assert told == ["stopping"]
+        now[0] += runtime.AGAIN / 2  # a launcher sends the first one on
+        signal.raise_signal(signal.SIGINT)
+        now[0] += runtime.AGAIN
+        signal.raise_signal(signal.SIGTERM)  # which is no second Ctrl-C
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert told == ["stopping"]
+
+
+def test_a_reader_process_that_was_forked_leaves_signals_to_the_run(told):
+    with runtime.stop_signals() as event:
+        child = os.fork()
+        if not child:
+            signal.raise_signal(signal.SIGINT)
+            os._exit(int(event.is_set()) + 2 * len(told))
+        _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 0
 
 
 # What an accelerator is started with, by what is asked for and what there is.

@@ -28,9 +28,27 @@ from phreg.progress import track
 
 DATA = "images with captions: a folder with captions.csv, or captions.json as COCO or Karpathy have it"
 RECALLS = (1, 5, 10)
+TREE = """captions/
+  0001.jpg …
+  captions.csv   lines of image,caption: 0001.jpg,a dog on a beach
+or captions.json, in the form of COCO or Karpathy's splits"""
 METRICS = (
-    *(MetricSpec(f"image_recall{k}", label=f"text to image R@{k}") for k in RECALLS),
-    *(MetricSpec(f"text_recall{k}", label=f"image to text R@{k}") for k in RECALLS),
+    *(
+        MetricSpec(
+            f"image_recall{k}",
+            label=f"text to image R@{k}",
+            about=f"share of captions whose picture is among the {k} nearest",
+        )
+        for k in RECALLS
+    ),
+    *(
+        MetricSpec(
+            f"text_recall{k}",
+            label=f"image to text R@{k}",
+            about=f"share of pictures with a caption among the {k} nearest",
+        )
+        for k in RECALLS
+    ),
 )
 
 SCORES_AT_ONCE = 50_000_000
