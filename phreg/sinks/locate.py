@@ -32,6 +32,7 @@ from phreg.analysis.positions import fixed_share
 from phreg.backbones.base import Backbone
 from phreg.deprecated import current_attribute
 from phreg.errors import UnsupportedModelError
+from phreg.short_table import ShortTable, shown_as_table
 from phreg.sinks.causes import Outliers, find_causes, remaining_outliers, upstream_chain
 from phreg.sinks.clusters import sink_clusters
 from phreg.sinks.directions import SinkDirection, sink_directions, without_sinks
@@ -89,7 +90,8 @@ class Population:
         }
 
 
-@dataclass(frozen=True, eq=False)
+@shown_as_table
+@dataclass(frozen=True, eq=False, repr=False)
 class Sinks:
     """The sinks of a model.
 
@@ -130,6 +132,21 @@ class Sinks:
     def an_image(self) -> int:
         """How many sinks an image has on average, at least one of each cluster."""
         return sum(map(len, self.triggers))
+
+    def short_table(self) -> ShortTable:
+        """What `print` and a notebook show: a row a population."""
+        rows = [
+            (
+                f"{each.block} to {each.last_block}",
+                f"{100 * each.rate:.2f} %",
+                each.kind.writer or "unknown",
+                f"{len(each.units)} explain {100 * each.explained:.0f} %",
+                each.kind.role or "unknown",
+            )
+            for each in self.populations
+        ]
+        heading = ("blocks", "patches", "written by", "hidden units", "attention")
+        return ShortTable(f"Sinks, triggered by {'position' if self.fixed else 'content'}", rows, heading)
 
     def by_block(self) -> dict[int, list[Unit]]:
         """The causes, block by block, first to last."""

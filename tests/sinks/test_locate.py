@@ -554,3 +554,12 @@ def test_a_model_with_one_kind_of_sink_has_one_population(found):
     assert written["units"] == 2
     assert written["kind"]["writer"] == "units"
     assert [each["block"] for each in written["directions"]] == [each.block for each in found.directions]
+
+
+def test_sinks_show_a_row_a_population():
+    assert str(find_sinks(behind(1e6, 100.0), [pictures(40)])) == (
+        "Sinks, triggered by position\n"
+        "  blocks  patches  written by  hidden units   attention\n"
+        "  1 to 3  6.25 %   unknown     0 explain 0 %  unknown\n"
+        "  2 to 3  3.12 %   unknown     0 explain 0 %  unknown"
+    )
