@@ -17,11 +17,17 @@ from phreg.settings import fields, flatten
 def print_results(results: Any, output: Path, *, sweep: bool = False) -> None:
     """Prints what an evaluation found, one figure after the other, and a line about each.
 
+    Of several processes, only the main one prints.
+
     Args:
         results: The results.
         output: Where they were written.
         sweep: Print every combination of a task that tried several.
     """
+    from phreg.evaluation.processes import is_main_process
+
+    if not is_main_process():
+        return
     shown = _with_short_names(results)
     first = shown.records[0]
     heading, rows = shown.rows()
