@@ -1,5 +1,6 @@
 """README and the pages of docs/ are executed: commands become settings, Python is bound to real functions."""
 
+import collections
 import functools
 import inspect
 import os
@@ -84,8 +85,11 @@ def test_every_call_in_the_python_examples_fits_the_function():
         n for n, _ in calls
     }
     for name, arguments in calls:
-        placeholders = {"model": object(), "images": object()}
-        positional, keywords = eval(f"(lambda *a, **k: (a, k))({arguments})", placeholders)
+        # Whatever an example names stands for something.
+        placeholders = collections.defaultdict(object, _called=lambda *a, **k: (a, k))
+        positional, keywords = eval(
+            f"_called({arguments})", {"_called": lambda *a, **k: (a, k)}, placeholders
+        )
         inspect.signature(getattr(phreg, name)).bind(*positional, **keywords)
 
 
