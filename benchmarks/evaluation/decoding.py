@@ -55,7 +55,7 @@ def decode_all(source: ImageSource, workers: int) -> None:
 def read_all(source: ImageSource, workers: int, cache: Path) -> None:
     """Reads everything as an evaluation does, and leaves out the model alone."""
     reader = FeatureReader(open_model("demo")[0], "demo", FeatureCache(cache), workers=workers)
-    for _ in reader._batches(source, FeatureConfig(size=448), "reading"):
+    for _ in reader._read_split(source, FeatureConfig(size=448), "reading", lambda placed: placed):
         pass
 
 

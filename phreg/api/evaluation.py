@@ -17,6 +17,7 @@ from phreg.backbones.base import Backbone
 from phreg.deprecated import accept_old_arguments
 from phreg.errors import PhregError
 from phreg.evaluation.feature_cache import GIGABYTE, FeatureCache
+from phreg.evaluation.processes import Processes, launched_processes
 from phreg.evaluation.read_ahead import default_workers
 from phreg.evaluation.results import MAPS, Results
 from phreg.evaluation.runner import Running, Suite, compare_models
@@ -52,6 +53,9 @@ def evaluate(
 ) -> Results:
     """Compares models in a task: see `phreg.evaluation.tasks.table.TASKS`.
 
+    Under `accelerate launch` or torchrun, all processes share the reading of pictures, the main one writes,
+    and each has the results.
+
     Args:
         models: One or more, in any form that `distill` takes. Instances come back as they were.
         task: Name of the task.
@@ -84,18 +88,24 @@ def evaluate(
         seeds=seeds, batch_size=batch_size, workers=workers, max_drop=max_drop, cache_limit=cache_limit
     )
     _check_asked(models, baseline, data, max_drop, (output, cache))
-    running = Running(usable_device(device), batch_size, precision == "bf16", workers)
     named, against = _side_by_side(models, baseline)
-    told = told_to(observe) if observe else nullcontext()
-    with _folder_for(output) as folder, _unchanged(named), told:
-        features = FeatureCache(Path(cache or folder / "features"), int(cache_limit * GIGABYTE))
+    with (
+        launched_processes() as processes,
+        _folder_for(output, processes) as folder,
+        _unchanged(named),
+        told_to(observe) if observe and processes.is_main else nullcontext(),
+    ):
+        running = Running(
+            usable_device(device or processes.device()), batch_size, precision == "bf16", workers, processes
+        )
+        features = FeatureCache(Path(cache or folder / "features"), int(cache_limit * GIGABYTE), processes)
         runs = tuple(range(seed, seed + seeds))
         suite = Suite(
             task, os.fspath(data), checked, runs, folder, features, running, show=output is not None
         )
         opened = partial(_open_named, named, mean, std)
         results = compare_models(suite, list(named_models(models)), against, opened)
-        write_examples(folder / MAPS, short_names(results.examples))
+        processes.from_main(lambda: write_examples(folder / MAPS, short_names(results.examples)))
     results.check_max_drop(max_drop)
     return results
 
@@ -144,10 +154,11 @@ def _side_by_side(models: Sequence[Model], baseline: Model | None) -> tuple[dict
 
 
 @contextmanager
-def _folder_for(output: str | os.PathLike[str] | None) -> Iterator[Path]:
+def _folder_for(output: str | os.PathLike[str] | None, processes: Processes) -> Iterator[Path]:
     """Gives the folder to write to, one that is deleted afterwards where there is to be none."""
     with tempfile.TemporaryDirectory(prefix="phreg-") as temporary:
-        yield Path(temporary if output is None else output)
+        yield Path(processes.from_main(lambda: temporary) if output is None else output)
+        processes.wait()
 
 
 def _unchanged(named: Mapping[str, Model]) -> AbstractContextManager[None]:

@@ -99,7 +99,11 @@ def print_next(result: Any, model: str) -> None:
 
 
 def print_results(results: Any, output: Path) -> None:
-    """Prints the table of an evaluation."""
+    """Prints the table of an evaluation, from the main one of its processes."""
+    from phreg.evaluation.processes import is_main_process
+
+    if not is_main_process():
+        return
     heading, rows = results.rows()
     model = Column(heading[0], overflow="fold")  # paths are long, and told apart by their ends
     table = Table(model, *heading[1:], title=f"{results.records[0].task} on {results.records[0].data}")

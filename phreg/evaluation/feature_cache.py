@@ -20,6 +20,7 @@ import logging
 import os
 import shutil
 import zlib
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -35,6 +36,7 @@ from phreg.data.sources import Files, ImageSource, Subset
 from phreg.data.tar_shards import TarShards
 from phreg.errors import DataError, PhregError
 from phreg.evaluation.dense import Dense, Placement
+from phreg.evaluation.processes import ALONE, Processes
 from phreg.parsing import parse_json
 from phreg.storage import write_file
 
@@ -127,11 +129,13 @@ class FeatureCache:
     Args:
         folder: Where entries are; made when needed.
         limit: Bytes that all entries may take together.
+        processes: Those that make the features together; the main one writes them, and all see the folder.
     """
 
-    def __init__(self, folder: Path, limit: int = 20 * GIGABYTE) -> None:
+    def __init__(self, folder: Path, limit: int = 20 * GIGABYTE, processes: Processes = ALONE) -> None:
         self.folder = folder
         self.limit = limit
+        self.processes = processes
 
     def get(
         self, run: Mapping[str, Any], source: ImageSource, read: Callable[[], Iterable[Dense]]
@@ -148,8 +152,12 @@ class FeatureCache:
             PhregError: There is not space enough, or the entry is damaged.
         """
         folder = self.folder / _key(run, source)
-        if not folder.is_dir():
-            self._write(folder, dict(run), read(), len(source))
+        if not self.processes.from_main(folder.is_dir):
+            if self.processes.is_main:
+                self._write(folder, dict(run), read(), len(source))
+            else:
+                deque(read(), maxlen=0)
+            self.processes.wait()
         return StoredFeatures(folder)
 
     def masks(
@@ -167,19 +175,22 @@ class FeatureCache:
             PhregError: They cannot be written, or are damaged.
         """
         path = self.folder / MASKS / f"{_key(run, source)}.safetensors"
-        if not path.is_file():
+        if not self.processes.from_main(path.is_file):
             found = {str(number): mask.cpu().contiguous() for number, mask in enumerate(find() or ())}
-            try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                with _locked(path.parent):  # since others may be writing the same
-                    write_file(path, lambda temporary: save_file(found, temporary))
-            except OSError as error:
-                raise self._unwritable(error) from error
+            self.processes.from_main(lambda: self._write_masks(path, found))
         try:
             masks = load_file(path)
         except SafetensorError as error:
             raise PhregError(f"masks in {path} are damaged ({error}); delete it and run again") from error
         return [masks[str(number)] for number in range(len(masks))] or None
+
+    def _write_masks(self, path: Path, found: dict[str, Tensor]) -> None:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with _locked(path.parent):  # since others may be writing the same
+                write_file(path, lambda temporary: save_file(found, temporary))
+        except OSError as error:
+            raise self._unwritable(error) from error
 
     def _write(self, folder: Path, run: dict[str, Any], items: Iterable[Dense], count: int) -> None:
         temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")

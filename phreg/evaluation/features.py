@@ -45,6 +45,7 @@ from phreg.evaluation.canvas import pad_to_patches, place_picture, snap, window_
 from phreg.evaluation.dense import Dense, Placement
 from phreg.evaluation.feature_cache import FeatureCache, StoredFeatures
 from phreg.evaluation.feature_config import OUTPUTS, FeatureConfig
+from phreg.evaluation.processes import ALONE, Processes
 from phreg.evaluation.projections import block_inputs, project
 from phreg.evaluation.read_ahead import ItemType, ResultType, default_workers, read_ahead
 from phreg.evaluation.view_average import average_views, draw_views
@@ -70,6 +71,7 @@ class FeatureReader:
         batch_size: Pictures per forward.
         bf16: Whether to run forwards under bf16 autocast.
         workers: Threads that read pictures and what belongs to them.
+        processes: Those that share the reading.
         reference: The baseline, in eval mode on the same device, where there is one: some figures say what
             became of places where it has artifacts.
     """
@@ -80,6 +82,7 @@ class FeatureReader:
     batch_size: int = 16
     bf16: bool = False
     workers: int = field(default_factory=default_workers)
+    processes: Processes = ALONE
     reference: Backbone | None = None
 
     @property
@@ -149,8 +152,9 @@ class FeatureReader:
             DataError: A picture cannot be read; a figure over the rest would not be comparable.
             PhregError: Views are asked for of queries, keys or values, or more than there are.
         """
-        for placed in self._batches(source, readings[0], what):
-            yield from self._read_placed(placed, readings)
+        yield from self._read_split(
+            source, readings[0], what, lambda placed: list(self._read_placed(placed, readings))
+        )
 
     def logits(
         self, source: ImageSource, reading: FeatureConfig, what: str = "classifying"
@@ -161,25 +165,37 @@ class FeatureReader:
             DataError: A picture cannot be read.
             PhregError: The model has no classifier.
         """
-        found = []
-        for placed in self._batches(source, reading, what):
+
+        def classify(placed: Sequence[tuple[Tensor, Placement]]) -> list[Tensor]:
             images = self.normalise(torch.stack([pixels for pixels, _ in placed]))
             autocast = torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16)
             with torch.no_grad(), autocast, use_readout(self.backbone, reading.readout):
-                found.append(self.backbone.logits(images).float().cpu())
-        return torch.cat(found)
+                return list(self.backbone.logits(images).float().cpu())
 
-    def _batches(
-        self, source: ImageSource, reading: FeatureConfig, what: str
-    ) -> Iterator[list[tuple[Tensor, Placement]]]:
-        """Reads and places pictures, one batch ahead."""
-        coming = self.read_ahead(
-            lambda number: self.place(source.read(number), reading), range(len(source)), self.batch_size
-        )
-        for first in range(0, len(source), self.batch_size):
-            placed = list(itertools.islice(coming, self.batch_size))
-            yield placed
-            tell(what, first + len(placed), len(source))
+        return torch.stack(list(self._read_split(source, reading, what, classify)))
+
+    def _read_split(
+        self,
+        source: ImageSource,
+        reading: FeatureConfig,
+        what: str,
+        read: Callable[[list[tuple[Tensor, Placement]]], list[ResultType]],
+    ) -> Iterator[ResultType]:
+        """Reads pictures in order, batch by batch, one batch ahead; each process every so many batches."""
+        size, rank, count = self.batch_size, self.processes.rank, self.processes.count
+        turns = range(0, len(source), size * count)
+        parts = [range(first + rank * size, first + (rank + 1) * size) for first in turns]
+        own = (number for part in parts for number in part if number < len(source))
+        coming = self.read_ahead(lambda number: self.place(source.read(number), reading), own, size)
+        for first, part in zip(turns, parts, strict=True):
+            here = min(part.stop, len(source)) - part.start
+
+            def read_own(here: int = here) -> list[ResultType]:
+                return read(list(itertools.islice(coming, here))) if here > 0 else []
+
+            for found in self.processes.gather(read_own):
+                yield from found
+            tell(what, min(first + size * count, len(source)), len(source))
 
     def __call__(self, images: Float[Tensor, "batch 3 height width"], reading: FeatureConfig) -> DenseBatch:
         """Reads normalised images on the model's device; their sides must be whole patches.

@@ -37,6 +37,7 @@ from phreg.errors import DataError, PhregError
 from phreg.evaluation.digest import digest, hash_contents, what_decides
 from phreg.evaluation.feature_cache import FeatureCache, stamps
 from phreg.evaluation.features import FeatureReader
+from phreg.evaluation.processes import ALONE, Processes
 from phreg.evaluation.record import Metrics, Record, hardware, summarise
 from phreg.evaluation.results import ADVICE, MAPS, RESULTS, TABLE, Results
 from phreg.evaluation.tasks.table import examples, find_task, is_stochastic
@@ -63,12 +64,14 @@ class Running:
         batch_size: Pictures per forward.
         bf16: Whether forwards run under bf16 autocast.
         workers: Threads that read pictures.
+        processes: Those that share the reading.
     """
 
     device: torch.device
     batch_size: int
     bf16: bool
     workers: int
+    processes: Processes = ALONE
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,6 +166,7 @@ class Suite:
             self.running.batch_size,
             self.running.bf16,
             self.running.workers,
+            self.running.processes,
             reference,
         )
         seeds = self.seeds if self.drawn else self.seeds[:1]
@@ -243,17 +247,21 @@ class Suite:
         }
         key = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
         path = self.folder / RUNS / f"{self.task}-{key}.json"
-        # A run that is not there, or of which a power cut left half, is done again.
-        with suppress(OSError, ValueError, LookupError, TypeError):
-            done = parse_json(path.read_text(encoding="utf-8"))
-            return Metrics(**done["metrics"]), done["seconds"]
+        processes = self.running.processes
+        done = processes.from_main(lambda: _finished(path))
+        if done is not None:
+            return done
         started = time.perf_counter()
         metrics = find_task(self.task).run(reader, self.data, self.settings, seed)
         seconds = time.perf_counter() - started
-        with writing(path, ADVICE):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_text(path, json.dumps({"asked": asked, "metrics": asdict(metrics), "seconds": seconds}))
-        return metrics, seconds
+
+        def write() -> tuple[Metrics, float]:
+            with writing(path, ADVICE):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_text(path, json.dumps({"asked": asked, "metrics": asdict(metrics), "seconds": seconds}))
+            return metrics, seconds
+
+        return processes.from_main(write)
 
 
 def compare_models(
@@ -274,7 +282,8 @@ def compare_models(
     Raises:
         PhregError: The folder holds other results, or anything asked for does not exist or does not fit.
     """
-    suite.check_folder()
+    processes = suite.running.processes
+    processes.from_main(suite.check_folder)
     if not suite.drawn and len(suite.seeds) > 1:
         logger.info(
             "%s is deterministic here: it runs once instead of for %d seeds", suite.task, len(suite.seeds)
@@ -291,7 +300,7 @@ def compare_models(
         results = Results(records, found[baseline])
     else:
         results = Results(records, first=records[0] if len(records) > 1 else None)
-    results.write(suite.folder)
+    processes.from_main(lambda: results.write(suite.folder))
     return results
 
 
@@ -299,6 +308,15 @@ def _asked(task: str, data: str, settings: dict[str, Any]) -> dict[str, Any]:
     """Says what is measured, by dotted key, a folder by its absolute path."""
     where = os.fspath(Path(data).resolve()) if Path(data).exists() else data
     return {"task": task, "data": where, **flatten({"settings": settings})}
+
+
+def _finished(path: Path) -> tuple[Metrics, float] | None:
+    """Reads a run; None where it is not there, or a power cut left half of it."""
+    try:
+        done = parse_json(path.read_text(encoding="utf-8"))
+        return Metrics(**done["metrics"]), done["seconds"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
 
 
 def _named_files(settings: Config) -> Iterator[Path]:
