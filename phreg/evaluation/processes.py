@@ -21,7 +21,7 @@ from torch import distributed
 
 from phreg.errors import PhregError
 
-PartType = TypeVar("PartType")
+OwnType = TypeVar("OwnType")
 
 LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """What a launcher sets."""
@@ -44,7 +44,7 @@ class Processes:
         """Whether this is the one that writes."""
         return self.rank == 0
 
-    def gather(self, make: Callable[[], PartType]) -> list[PartType]:
+    def gather(self, make: Callable[[], OwnType]) -> list[OwnType]:
         """Makes a part in each process, and gives all parts to each, in the processes' order.
 
         Raises:
@@ -63,7 +63,7 @@ class Processes:
                 raise part
         return found
 
-    def from_main(self, make: Callable[[], PartType]) -> PartType:
+    def from_main(self, make: Callable[[], OwnType]) -> OwnType:
         """Makes something in the main process alone, and gives it to all, once all are there.
 
         Raises:
