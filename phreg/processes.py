@@ -68,19 +68,24 @@ def on_main(make: Callable[[], T]) -> T:
     return _unpack(box[0])
 
 
-def in_shares(number: int, make: Callable[[int], T], what: str | None = None) -> list[T]:
+def in_shares(
+    number: int, make: Callable[[int], T], what: str | None = None, *, even: bool = False
+) -> list[T]:
     """Makes things of which each process makes a share, and hands all of them to all.
 
     Args:
         number: How many things there are.
         make: Makes the thing of an index; what it makes must not depend on the process.
         what: Name of the work, to tell progress of this process's share.
+        even: Whether each process makes as many, some of them twice: where making is a collective.
 
     Returns:
         All things, by index.
     """
     share = range(rank(), number, world())
     own = [make(index) for index in (track(what, share) if what else share)]
+    if even and len(share) < -(-number // world()):
+        make(number - 1)
     if world() == 1:
         return own
     shares: list[Any] = [None] * world()

@@ -33,6 +33,7 @@ from phreg.parsing import parse_json
 from phreg.record import weights_sha256
 from phreg.settings import flatten, read_settings, to_toml, validate
 from phreg.storage import flush, replacing, resume_command, write_text, writing
+from phreg.training.sharding import fill, like, whole
 from phreg.training.trust_region import RoleRate
 
 logger = logging.getLogger(__name__)
@@ -248,8 +249,12 @@ def save_state(
     optimizer: torch.optim.Optimizer,
     facts: Any,
     sessions: Sessions = NONE_YET,
+    *,
+    write: bool = True,
 ) -> Path:
     """Writes a checkpoint after `step` optimizer steps, and drops all but the last two.
+
+    Where tensors are sharded, all processes call this together, and one of them writes.
 
     Args:
         run: The run.
@@ -258,11 +263,18 @@ def save_state(
         optimizer: Its state is kept too.
         facts: What must be the same on resumption, as JSON.
         sessions: What it took so far.
+        write: Whether this process writes.
     """
     state = optimizer.state_dict()["state"]
     moments = {f"optimizer.{i}.{key}": value for i, values in state.items() for key, value in values.items()}
     folder = run.path / "state" / f"step-{step:06d}"
-    contents = {name: value.detach().cpu().contiguous() for name, value in {**tensors, **moments}.items()}
+    contents: dict[str, Tensor] = {}
+    for name, value in {**tensors, **moments}.items():  # one by one: a device need not hold all of them whole
+        together = whole(value.detach())
+        if write:
+            contents[name] = together.cpu().contiguous()
+    if not write:
+        return folder
     with writing_run(run), replacing(folder) as temporary:
         save_file(contents, temporary / "state.safetensors")
         flush(temporary / "state.safetensors")
@@ -328,7 +340,10 @@ def load_state(
         raise CheckpointError(f"cannot resume {run.path}: its checkpoint and the model differ in {odd[:3]}")
     with torch.no_grad():
         for name, tensor in tensors.items():
-            tensor.copy_(saved[name])
+            fill(tensor, saved[name])
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for index, values in moments.items():
+        moments[index] = {key: like(value, parameters[index]) for key, value in values.items()}
     optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
     return meta.step
 

@@ -1,8 +1,8 @@
 """What `accelerate launch` asks of a run, read before anything is loaded.
 
 Accelerate hands its configuration over in the environment. phreg trains one copy of the model per process,
-which exchange gradients (DDP). Whatever would change that is refused here: accelerate would otherwise apply
-it without a word to a loop that was not made for it.
+which exchange gradients (DDP), or shards the weights that train (FSDP 2). Whatever would change that is
+refused here: accelerate would otherwise apply it without a word to a loop that was not made for it.
 
     accelerate config ──environment──► check_launch ──► precision ──► Accelerator
 """
@@ -31,10 +31,6 @@ SWITCHES = {
         "Megatron-LM",
         "it needs models written for it, and phreg trains models of transformers, timm and open_clip",
     ),
-    "ACCELERATE_USE_FSDP": (
-        "FSDP",
-        "it shards the student, and the teacher that reads the same weights would keep them whole",
-    ),
     "ACCELERATE_USE_PARALLELISM_CONFIG": (
         "a parallelism config (tensor, context or sequence parallel)",
         "registers and read-outs are hooks around whole blocks",
@@ -43,9 +39,8 @@ SWITCHES = {
 """Switches of accelerate that are refused: what each turns on, and why not."""
 
 ADVICE = (
-    "run `accelerate launch --multi_gpu` without it (each process holds one copy of the model, shared by "
-    "student and teacher). For less memory: unlock.lora, checkpoint_activations, optim.micro_batch, "
-    "frozen_dtype = bf16"
+    "run `accelerate launch --multi_gpu` without it, or --use_fsdp --fsdp_version 2, which shards what "
+    "trains. For less memory: unlock.lora, checkpoint_activations, optim.micro_batch, frozen_dtype = bf16"
 )
 
 
@@ -64,6 +59,10 @@ def check_launch(config: DistillConfig, environment: Mapping[str, str] = ENVIRON
         for switch, (name, reason) in SWITCHES.items()
         if _is_on(environment.get(switch))
     ]
+    if shards_weights(environment):
+        found += _unsupported_fsdp(environment)
+        # transformers would load weights in the first process alone, for accelerate to hand on.
+        os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
     backend = environment.get("ACCELERATE_DYNAMO_BACKEND", "no")
     if backend.lower() != "no":
         found.append(
@@ -79,6 +78,27 @@ def check_launch(config: DistillConfig, environment: Mapping[str, str] = ENVIRON
     if found:
         raise PhregError("accelerate is configured for " + "\nand for ".join(found))
     launched_precision(config, environment)
+
+
+def shards_weights(environment: Mapping[str, str] = ENVIRONMENT) -> bool:
+    """Whether accelerate is configured for FSDP."""
+    return _is_on(environment.get("ACCELERATE_USE_FSDP"))
+
+
+def reshards(environment: Mapping[str, str] = ENVIRONMENT) -> bool:
+    """Whether FSDP drops gathered weights after the forward pass, as fsdp_reshard_after_forward says."""
+    return environment.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() != "false"
+
+
+def _unsupported_fsdp(environment: Mapping[str, str]) -> list[str]:
+    found = []
+    if (version := environment.get("FSDP_VERSION", "1")) != "2":
+        found.append(f"FSDP {version}, and phreg supports FSDP 2; set fsdp_version: 2 (--fsdp_version 2)")
+    if _is_on(environment.get("FSDP_OFFLOAD_PARAMS")):
+        found.append("fsdp_offload_params, which phreg does not support; set it to false")
+    if _is_on(environment.get("FSDP_ACTIVATION_CHECKPOINTING")):
+        found.append("fsdp_activation_checkpointing; set it to false, and use --checkpoint-activations")
+    return found
 
 
 def launched_precision(

@@ -39,8 +39,10 @@ from phreg.training.checkpoint import (
     write_rates,
 )
 from phreg.training.frozen import frozen_weights
+from phreg.training.launch import reshards, shards_weights
 from phreg.training.memory import StepMemory
 from phreg.training.runtime import compiled, stop_signals
+from phreg.training.sharding import ShardedStudent
 from phreg.training.step_log import StepLogger, StepMetrics, StepRecord
 from phreg.training.target_cache import TargetCache, plan_cache
 from phreg.training.task import RetrofitTask
@@ -115,6 +117,11 @@ def train(  # noqa: C901 (the loop reads straight down)
             shares = calibrated_shares(task, trained, images, config, run, accelerator)
         if validator is not None and config.frozen_dtype == "bf16":
             validator.measure_original(task.teacher.backbone)
+    sharded = None
+    if world > 1 and shards_weights():
+        bf16 = accelerator.mixed_precision == "bf16"
+        sharded = ShardedStudent(student, trained, bf16=bf16, reshard=reshards())
+        trained = sharded.trained
     optim = optimizer(trained, config.optim, shares)
     average = MovingAverage(trained, config.optim.ema) if config.optim.ema is not None else None
 
@@ -162,8 +169,8 @@ def train(  # noqa: C901 (the loop reads straight down)
         memory.running(),
         run.log.open("a") as log,
     ):
-        model = accelerator.prepare_model(student)
-        if world > 1:
+        model = accelerator.prepare_model(student) if sharded is None else sharded
+        if world > 1 and sharded is None:
             memory.rehearse(model, max((part.shape for part in images.parts), key=math.prod), accelerator)
         images_per_step = config.batch_size * accumulate * world
         step_logger = StepLogger(log, accelerator, images_per_step, steps, run, observe or (lambda *_: None))
@@ -234,8 +241,9 @@ def train(  # noqa: C901 (the loop reads straight down)
             if stopping or turned or step + 1 == steps or (step + 1) % config.checkpoint_every == 0:
                 stopping = step_logger.write(metrics) or stopping
                 metrics = None
-                if accelerator.is_main_process:
-                    save_state(run, step + 1, saved_tensors, optim, facts, sessions())
+                main = accelerator.is_main_process
+                if main or sharded is not None:
+                    save_state(run, step + 1, saved_tensors, optim, facts, sessions(), write=main)
                 accelerator.wait_for_everyone()
             done = step + 1
             if turned:
@@ -245,7 +253,8 @@ def train(  # noqa: C901 (the loop reads straight down)
                     f"stopped after step {step + 1} of {steps}, checkpoint written; go on with the run: "
                     f"{resume_command(run.path)}"
                 )
-        accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+        if sharded is None:
+            accelerator.unwrap_model(model, keep_fp32_wrapper=False)
         if accelerator.is_main_process:
             for warning in task.warnings():
                 logger.warning("%s", warning)
@@ -259,6 +268,8 @@ def train(  # noqa: C901 (the loop reads straight down)
         best.restore()
     elif average is not None:
         average.apply()
+    if sharded is not None:
+        sharded.gather()
     student.low_rank = merge_lora(student, task.teacher.backbone)
     return Outcome(
         steps=done,

@@ -56,8 +56,11 @@ def start_accelerator(config: DistillConfig, run: RunFolder) -> Accelerator:
         )
     # A process may distil more than once; accelerate would keep the first run's precision and device.
     AcceleratorState._reset_state(reset_partial_state=True)
-    # The environment is the one place where accelerate takes a device such as cuda:1.
-    with patch_environment(**({"accelerate_torch_device": config.device} if config.device else {})):
+    # The environment is the one place where accelerate takes a device such as cuda:1. phreg shards by itself.
+    asked_of_accelerate = {"accelerate_use_fsdp": "false"}
+    if config.device:
+        asked_of_accelerate["accelerate_torch_device"] = config.device
+    with patch_environment(**asked_of_accelerate):
         accelerator = Accelerator(
             cpu=on_cpu,
             mixed_precision="bf16" if precision == "bf16" else "no",

@@ -23,6 +23,7 @@ from phreg.config import TargetConfig
 from phreg.evaluation.before_after import HeldOut
 from phreg.evaluation.metrics.agreement import Agreement, AgreementMeter, drift
 from phreg.processes import in_shares
+from phreg.training.sharding import is_sharded, outer_weights
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +81,9 @@ class Validator:
     def _read(self, backbone: Backbone, readout: Readout) -> tuple[float, float, Float[Tensor, "images dim"]]:
         """Returns a model's agreement with the references, mean and worst, and its plain pooled output."""
         meters: dict[tuple[int, int], AgreementMeter] = {}
-        parts = in_shares(len(self.held_out.images), partial(self._read_batch, backbone, readout))
+        read = partial(self._read_batch, backbone, readout)
+        # A forward of sharded weights is collective, so each process makes as many.
+        parts = in_shares(len(self.held_out.images), read, even=is_sharded(backbone))
         for reference, (meter, _) in zip(self.held_out.references, parts, strict=True):
             _, rows, cols, _ = reference.shape
             meters.setdefault((rows, cols), AgreementMeter()).merge(meter)
@@ -94,10 +97,11 @@ class Validator:
         images, meter = self.held_out.images[number], AgreementMeter()
         with use_readout(backbone, readout):
             # Not by calling the model: accelerate wraps the call of one that trains in autocast.
-            features = Backbone.forward(backbone, images, self.target.layer, self.target.norm)
+            run = backbone if is_sharded(backbone) else partial(Backbone.forward, backbone)
+            features = run(images, self.target.layer, self.target.norm)
         meter.update(features.patches, self.held_out.references[number])
         if readout != "plain":  # whose pooled output means nothing
-            with use_readout(backbone, "plain"):
+            with use_readout(backbone, "plain"), outer_weights(backbone):
                 features = features._replace(pooled=backbone.run(images))
         return meter, features.pooled.float().cpu()
 

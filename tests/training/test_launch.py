@@ -1,3 +1,4 @@
+import os
 import re
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from short_runs import SHORT
 from phreg import api
 from phreg.config import DistillConfig
 from phreg.errors import PhregError
-from phreg.training.launch import check_launch, launched_precision
+from phreg.training.launch import check_launch, launched_precision, reshards, shards_weights
 
 
 def launched(*flags):
@@ -24,8 +25,12 @@ def launched(*flags):
 
 
 REFUSED = [
-    (["--use_fsdp", "--fsdp_version", "2"], r"FSDP.*shards the student"),
-    (["--use_fsdp"], "FSDP"),
+    (["--use_fsdp", "--fsdp_version", "1"], "FSDP 1, and phreg supports FSDP 2.*--fsdp_version 2"),
+    (["--use_fsdp", "--fsdp_version", "2", "--fsdp_offload_params", "true"], "fsdp_offload_params"),
+    (
+        ["--use_fsdp", "--fsdp_version", "2", "--fsdp_activation_checkpointing", "true"],
+        "fsdp_activation_checkpointing.*--checkpoint-activations",
+    ),
     (["--use_megatron_lm"], "Megatron-LM.*models written for it"),
     (
         ["--multi_gpu", "--use_parallelism_config", "--parallelism_config_tp_size", "2"],
@@ -56,12 +61,26 @@ def test_variables_that_accelerate_reads_are_read_before_it_does(variable, value
 
 @pytest.mark.parametrize("flags", [["--cpu"], ["--multi_gpu"], ["--multi_gpu", "--mixed_precision", "bf16"]])
 def test_plain_data_parallel_launches_are_taken(flags):
-    check_launch(DistillConfig(), launched(*flags))
+    environment = launched(*flags)
+    check_launch(DistillConfig(), environment)
+    assert not shards_weights(environment)
+
+
+@pytest.mark.parametrize("reshard", [True, False])
+def test_fsdp_2_is_taken_and_every_process_loads_the_weights(reshard, monkeypatch):
+    # transformers reads this, and would load them in the first process alone.
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")
+    again = ["--fsdp_reshard_after_forward", str(reshard).lower()]
+    environment = launched("--use_fsdp", "--fsdp_version", "2", *again)
+    check_launch(DistillConfig(), environment)
+    assert shards_weights(environment)
+    assert reshards(environment) == reshard
+    assert os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] == "false"
 
 
 def test_all_that_is_wrong_is_said_at_once():
     environment = launched("--use_fsdp", "--dynamo_backend", "inductor")
-    with pytest.raises(PhregError, match=r"(?s)FSDP.*\nand for dynamo_backend"):
+    with pytest.raises(PhregError, match=r"(?s)FSDP 1.*\nand for dynamo_backend"):
         check_launch(DistillConfig(), environment)
 
 
