@@ -10,7 +10,7 @@ from torch import nn
 
 import phreg
 from phreg import api, rollback
-from phreg.api import distillation, loading, training_free
+from phreg.api import active_run, distillation, loading, training_free
 from phreg.backbones.resolve import adapt
 from phreg.backbones.timm import TimmBackbone
 from phreg.config import UnlockConfig
@@ -103,7 +103,7 @@ STAGES = {
     "a checkpoint": (trainer, "save_state"),
     "merging": (trainer, "merge_lora"),
     "the comparison": (distillation, "compare"),
-    "the references": (distillation, "make_references"),
+    "the references": (active_run, "make_references"),
     "the report": (folder, "of_survey"),
     "the adapter": (run, "save_adapter"),
     "the very end": (distillation, "Distilled"),

@@ -40,16 +40,12 @@ DATA = "normal pictures, and pictures with defects and their masks: a folder in 
 TREE = """mvtec/
   bottle/train/good/000.png                      what is normal
   bottle/test/good/000.png
-  bottle/test/broken_large/000.png               a folder for each kind of defect
+  bottle/test/broken_large/000.png               a folder a kind of defect
   bottle/ground_truth/broken_large/000_mask.png  its pixels, all but 0"""
 METRICS = (
-    MetricSpec(
-        "image_auroc", label="image AUROC", about="area under the ROC curve of pictures, mean of categories"
-    ),
-    MetricSpec(
-        "pixel_auroc", label="pixel AUROC", about="area under the ROC curve of pixels, mean of categories"
-    ),
-    MetricSpec("pro", label="PRO", about="overlap with each defect's region, up to 30 % false positives"),
+    MetricSpec("image_auroc", label="image AUROC", about="area under the ROC curve of pictures"),
+    MetricSpec("pixel_auroc", label="pixel AUROC", about="area under the ROC curve of pixels"),
+    MetricSpec("pro", label="PRO", about="overlap with regions, up to 30 % falsely found"),
 )
 
 AT_ONCE = 100_000_000
