@@ -13,10 +13,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from command_line import phreg
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from phreg import cli, config, load, methods
+from phreg import config, load, methods
 from phreg.cli.commands import COMMANDS
 from phreg.cli.printing import console
 from phreg.cli.progress import LINE_EVERY, ProgressReporter
@@ -25,16 +26,6 @@ from phreg.errors import LoadError
 from phreg.evaluation.record import Metrics, MetricSpec, summarise
 from phreg.evaluation.results import RESULTS, Results
 from phreg.settings import fields, recipes
-
-
-def phreg(*arguments):
-    """Runs the command line here and returns its exit code."""
-    try:
-        cli.main([str(argument) for argument in arguments])
-    except SystemExit as end:
-        return end.code or 0
-    return 0
-
 
 QUICK = [
     "--batch-size",

@@ -6,23 +6,14 @@ import shlex
 import signal
 
 import pytest
+from command_line import phreg
 
-from phreg import cli
 from phreg.cli.progress import ProgressReporter
 
 QUICK = shlex.split(
     "--steps 6 --batch-size 2 --views.count 3 --measure.images 2 --measure.views 3 --data.workers 0 "
     "--registers 2 --measure.no-keep-best --force --device cpu --checkpoint-every 2"
 )
-
-
-def phreg(*arguments):
-    """Runs the command line here and returns its exit code."""
-    try:
-        cli.main([str(argument) for argument in arguments])
-    except SystemExit as end:
-        return end.code or 0
-    return 0
 
 
 def interrupt(*_, **__):

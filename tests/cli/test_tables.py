@@ -3,8 +3,8 @@
 import dataclasses
 
 import pytest
+from command_line import phreg
 
-from phreg import cli
 from phreg.cli.printing import console
 from phreg.cli.tables import print_results
 from phreg.evaluation.record import Metrics, MetricSpec, summarise
@@ -17,15 +17,6 @@ WIDTH = 80
 @pytest.fixture(autouse=True)
 def narrow(monkeypatch):
     monkeypatch.setattr(console, "_width", WIDTH)
-
-
-def phreg(*arguments):
-    """Runs the command line here and returns its exit code."""
-    try:
-        cli.main([str(argument) for argument in arguments])
-    except SystemExit as end:
-        return end.code or 0
-    return 0
 
 
 def table_lines(printed):
