@@ -46,8 +46,7 @@ LOOKS = 3.0
 """Attention on sinks, as a multiple of their share of the tokens, from which on a head looks there."""
 
 SMALL = 0.25
-"""Share of what a head reads that comes from sinks, over the share of its attention on them, below which
-attention is parked there."""
+"""Length of a sink's values, in those of other tokens, below which attention is parked there."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,8 @@ class Kind:
         role: What attention does with them; None where it cannot be read.
         looked_at: Share of the attention of other tokens on sinks, in the head with most, over all later
             blocks; None where it cannot be read.
-        value: Length of what that head reads from a sink, in lengths of what it reads from other patches.
+        value: Length of what that head reads from a sink, in lengths of what it reads from other tokens; None
+            where it reads from sinks alone.
     """
 
     writer: Writer | None
@@ -175,6 +175,8 @@ def _role(
     backbone: Backbone, few: Sequence[tuple[ImageBatch, Tensor]], emergence: int
 ) -> tuple[AttentionRole | None, float | None, float | None]:
     """Measures attention on sinks after the block where they emerge, and how long what is read there is."""
+    if emergence + 1 == len(backbone.blocks):  # no block attends to them
+        return None, None, None
     sums: list[Tensor] = []
     fair = []
     for images, mask in few:
@@ -195,16 +197,18 @@ def _role(
             backbone.run(images)
         try:
             sums.append(torch.stack(complete_capture(backbone, found)[emergence + 1 :]))
-        except (UnsupportedModelError, RuntimeError):
+        except UnsupportedModelError:
             return None, None, None
         fair.append(float(mask.sum()) / len(mask) / layout.num_tokens)
     looked, read, whole = torch.stack(sums).mean(0).transpose(0, 1).flatten(1)  # (3, blocks x heads)
     head = int(looked.argmax())
     share = float(looked[head])
-    if whole[head] <= read[head]:  # it reads nothing anywhere, or from sinks alone
-        value = 0.0 if not whole[head] else float("inf")
-    else:
-        value = float(read[head] / share / ((whole[head] - read[head]) / (1 - share))) if share else 0.0
+    there, elsewhere = (float(part[head]) for part in (read, whole - read))
+    value = None  # of a head that reads from sinks alone there is nothing to compare with
+    if not there:
+        value = 0.0
+    elif elsewhere > 0:
+        value = there / share / (elsewhere / (1 - share))
     if share < LOOKS * sum(fair) / len(fair):
         return "ignored", share, value
-    return ("parked" if value < SMALL else "read"), share, value
+    return ("parked" if value is not None and value < SMALL else "read"), share, value

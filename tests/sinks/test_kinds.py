@@ -89,3 +89,11 @@ def test_sinks_that_nobody_looks_at_are_ignored(tiny):
     found = kind(backbone, torch.randn(16, 3, 32, 32, generator=torch.Generator().manual_seed(0)))
     assert found.role == "ignored"
     assert found.looked_at == pytest.approx(1 / 17, rel=1e-4)
+
+
+def test_sinks_of_the_last_block_have_no_block_that_attends_to_them(tiny):
+    backbone = adapt(tiny(depth=2))
+    pushed(backbone.model.blocks[1].attn, token=1)
+    found = kind(backbone, torch.randn(16, 3, 32, 32, generator=torch.Generator().manual_seed(0)))
+    assert found.writer == "attention"
+    assert (found.role, found.looked_at, found.value) == (None, None, None)
