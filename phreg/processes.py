@@ -2,6 +2,7 @@
 
     one makes, all get     on_main      the search for sinks
     each makes a share     in_shares    references and measurements on held-out images
+    each has a part        gathered     features of an evaluation
     one dies, all end      watched      a heartbeat a process, in the store that they met through
 
 A process that waits for another may wait long: the other searches, measures or writes. So collectives are
@@ -86,12 +87,17 @@ def in_shares(
     own = [make(index) for index in (track(what, share) if what else share)]
     if even and len(share) < -(-number // world()):
         make(number - 1)
-    if world() == 1:
-        return own
-    shares: list[Any] = [None] * world()
-    dist.all_gather_object(shares, _pack(own))
-    parts = [_unpack(share) for share in shares]
+    parts = gathered(own)
     return [parts[index % world()][index // world()] for index in range(number)]
+
+
+def gathered(own: T) -> list[T]:
+    """Hands what each process has to all, by the number of the process."""
+    if world() == 1:
+        return [own]
+    packed: list[Any] = [None] * world()
+    dist.all_gather_object(packed, _pack(own))
+    return [_unpack(part) for part in packed]
 
 
 def _pack(made: Any) -> bytes:

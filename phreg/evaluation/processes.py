@@ -20,6 +20,7 @@ import torch
 from torch import distributed
 
 from phreg.errors import PhregError
+from phreg.processes import gathered
 
 OwnType = TypeVar("OwnType")
 
@@ -56,8 +57,7 @@ class Processes:
             own: Any = make()
         except PhregError as error:
             own = error
-        found: list[Any] = [None] * self.count
-        distributed.all_gather_object(found, own)
+        found = gathered(own)
         for part in found:
             if isinstance(part, PhregError):
                 raise part
